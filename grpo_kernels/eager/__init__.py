@@ -1,0 +1,1 @@
+"""The row functions in chunked PyTorch, for every tensor that Triton does not serve."""

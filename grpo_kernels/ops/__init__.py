@@ -1,0 +1,1 @@
+"""torch.library operators with their fakes and autograd formulas."""

@@ -1,0 +1,1 @@
+"""Plain-PyTorch twins of the public functions."""
