@@ -1,1 +1,16 @@
-"""Fused GRPO losses."""
+"""Fused GRPO losses: per-token log-prob, entropy, KL and the loss, with gradients, from logits."""
+
+from .advantages import group_normalised_advantage
+from .objective import LossConfig, LossOutput, policy_loss
+from .ops.grpo_loss import grpo_loss
+from .ops.token_stats import TokenStats, token_stats
+
+__all__ = [
+    "LossConfig",
+    "LossOutput",
+    "TokenStats",
+    "group_normalised_advantage",
+    "grpo_loss",
+    "policy_loss",
+    "token_stats",
+]

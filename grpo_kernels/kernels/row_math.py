@@ -1,0 +1,111 @@
+"""Device mathematics of one row of logits: each formula once, its derivative beside it.
+
+A row is walked in tiles [UNROLL, LANES, VEC]; each lane keeps an online-softmax partial over the
+entries it has seen, and the lanes' partials are merged at the end. The partial is
+
+    m = running maximum of the logits, before the temperature: an entry of the row, hence exact
+    S = Σ 2^z        z = (logit - m) · scale, scale = log2(e) / temperature: odds to m, in bits
+    U = Σ 2^z · z
+    D = Σ 2^z · (z - z_other), z_other the same entry's z in another row (the reference's logits)
+
+The difference to the pivot m is taken before anything is scaled, so that it rounds once however
+far from zero the logits lie; x·c - m·c would round twice and lose a common offset of 1e4.
+
+-inf logits give z = -inf, floored so that 2^z · z and 2^z · (z - z_other) are 0 and not NaN. A pivot
+starts at LOWEST and not at -inf for the same reason: no difference of pivots is inf - inf. NaN
+passes through every step, so that a broken row shows.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4e38)
+FLOOR = tl.constexpr(-1.0e30)
+NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
+
+
+@triton.jit
+def row_offset(row, T, stride_b, stride_t):
+    """Offset of row b·T + t in a strided [B, T, V] tensor; row is int64, as N·V may pass 2^31."""
+    return (row // T) * stride_b + (row % T) * stride_t
+
+
+@triton.jit
+def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """[UNROLL, LANES, VEC]: VEC neighbours belong to one lane, as one load of 16 bytes."""
+    unroll = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
+    lane = tl.arange(0, LANES)[None, :, None] * VEC
+    return unroll + lane + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def tile_sum(x):
+    """Each lane's sum over a tile [UNROLL, LANES, VEC]: registers only, no barrier."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def tile_max(x):
+    """Each lane's maximum over a tile [UNROLL, LANES, VEC]."""
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def softcapped(x, softcap):
+    """softcap · tanh(x / softcap) by an exponential that cannot overflow; -inf stays -inf."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / softcap))
+    y = softcap * (1.0 - t) / (1.0 + t)
+    return tl.where(x == -float("inf"), x, tl.where(x < 0, -y, y))
+
+
+@triton.jit
+def softcapped_derivative(x, softcap):
+    """1 - tanh²(x / softcap)."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / softcap))
+    return 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def floored(z):
+    """z, but at least FLOOR; NaN stays NaN."""
+    return tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def moved(moment, S, shift, drift):
+    """Σ 2^(z + shift) · (w + drift) from moment = Σ 2^z · w and S = Σ 2^z.
+
+    This is how every moment follows its pivot: w and drift are z and shift for U, and the
+    differences z - z_other and shift - shift_other for D.
+    """
+    return tl.exp2(shift) * (moment + drift * S)
+
+
+@triton.jit
+def softmax_update(m, S, U, x, scale, HAS_MOMENT: tl.constexpr):
+    """The partials after a tile x: (m, S, U), the tile's z and 2^z, and the pivot's shift."""
+    m_new = tl.maximum(m, tile_max(x))
+    shift = floored((m - m_new) * scale)
+    z = floored((x - m_new[None, :, None]) * scale)
+    e = tl.exp2(z)
+    if HAS_MOMENT:
+        U = moved(U, S, shift, shift) + tile_sum(e * z)
+    S = tl.exp2(shift) * S + tile_sum(e)
+    return m_new, S, U, z, e, shift
+
+
+@triton.jit
+def softmax_merge(m, S, scale):
+    """The row's pivot and S from the lanes' partials, and the shift of each lane."""
+    pivot = tl.max(m, axis=0)
+    shift = floored((m - pivot) * scale)
+    return pivot, tl.sum(tl.exp2(shift) * S, axis=0), shift
+
+
+@triton.jit
+def divergence(D, S, log_sum, other_log_sum):
+    """Σ p (ln p - ln p_other) in nats; inf where p lives on entries that the other row excludes."""
+    bits = D / S - log_sum + other_log_sum
+    return tl.where(bits > NO_OVERLAP, float("inf"), bits * LN2)

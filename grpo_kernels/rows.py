@@ -1,0 +1,25 @@
+"""Row functions: the one place that picks Triton or chunked PyTorch for a tensor.
+
+Both rooms offer the same functions over the rows of [B, T, V]. The normaliser that a forward
+returns is private to the room that made it, and goes back into the same room's backward.
+"""
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+from . import eager
+
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def room(logits: Tensor) -> ModuleType:
+    """kernels.calls for CUDA tensors and, under Triton's interpreter, CPU tensors; else eager."""
+    if HAS_TRITON and (logits.is_cuda or (INTERPRETED and logits.device.type == "cpu")):
+        from .kernels import calls
+
+        return calls
+    return eager
