@@ -1,6 +1,12 @@
 """Fused GRPO losses: per-token log-prob, entropy, KL and the loss, with gradients, from logits."""
 
 from .advantages import group_normalised_advantage
+from .functional import (
+    approximate_kl_divergence,
+    cross_entropy_from_logits,
+    entropy_from_logits,
+    kl_divergence,
+)
 from .objective import LossConfig, LossOutput, policy_loss
 from .ops.grpo_loss import grpo_loss
 from .ops.token_stats import TokenStats, token_stats
@@ -9,8 +15,12 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "TokenStats",
+    "approximate_kl_divergence",
+    "cross_entropy_from_logits",
+    "entropy_from_logits",
     "group_normalised_advantage",
     "grpo_loss",
+    "kl_divergence",
     "policy_loss",
     "token_stats",
 ]

@@ -20,7 +20,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_number(
-    name: str, value: object, *, at_least: float | None = None, above: float | None = None
+    name: str,
+    value: object,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -30,6 +35,8 @@ def check_number(
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be greater than {above}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be less than {below}, got {value}")
 
 
 def check_max_completion_length(value: object, aggregation: str) -> None:
@@ -125,7 +132,8 @@ def check_normalizers(
         if isinstance(value, Tensor):
             if value.dim() != 0:
                 raise ValueError(f"{name} must be a number or a 0-dim tensor, got {_shape(value)}")
-        elif value is not None:
+        elif value is not None and not torch.compiler.is_compiling():
+            # Under torch.compile the number is a symbol, and a comparison would recompile for it.
             check_number(name, value, above=0)
     if entropy_coef == 0 or normalizer is None or aggregation == "token_mean":
         return
@@ -189,6 +197,18 @@ def mark_consumed(logits: Tensor) -> None:
     """From now on `check_logits` refuses these logits: their backward puts a gradient there."""
     if not torch.compiler.is_compiling():
         setattr(logits, _CONSUMED, True)
+
+
+def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Two logits of one shape on one device."""
+    _check_floating(name, tensor)
+    _check_floating(other_name, other)
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {_shape(tensor)}"
+        )
+    _check_device(name, tensor, other)
 
 
 def check_tokens(tokens: Tensor, logits: Tensor) -> None:

@@ -6,6 +6,8 @@ the number of tokens, so that new lengths never compile again.
 """
 
 from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
 
 ACCESS_BYTES = 16
 WARP = 32
@@ -24,8 +26,7 @@ class RowLaunch:
         return max(1, self.lanes // WARP)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
+class _Entry(NamedTuple):
     kernel: str
     below: float  # serves vocabularies smaller than this
     unroll: int
@@ -35,37 +36,29 @@ class _Entry:
 
 _FOUR_WARPS = "four warps keep a dozen rows per multiprocessor in flight"
 
+_FEW_TILES = "a row of a few tiles: more lanes would only idle in the merge"
+
 TABLE: tuple[_Entry, ...] = (
+    _Entry("token_stats_forward", 2048, 1, 1, _FEW_TILES),
     _Entry(
-        kernel="token_stats_forward",
-        below=2048,
-        unroll=1,
-        warps=1,
-        reason="a row of a few tiles: more lanes would only idle in the merge",
+        "token_stats_forward",
+        inf,
+        2,
+        4,
+        _FOUR_WARPS + "; sm_90 code, bf16: 9.6 instructions and 1.06 exponentials per entry, 10.5 "
+        "and 1.13 without the unrolling",
     ),
+    _Entry("token_stats_backward", 2048, 1, 1, _FEW_TILES),
     _Entry(
-        kernel="token_stats_forward",
-        below=float("inf"),
-        unroll=2,
-        warps=4,
-        reason=_FOUR_WARPS + "; sm_90 code, bf16: 9.6 instructions and 1.06 exponentials per "
-        "entry, 10.5 and 1.13 without the unrolling",
-    ),
-    _Entry(
-        kernel="token_stats_backward",
-        below=2048,
-        unroll=1,
-        warps=1,
-        reason="as forward",
-    ),
-    _Entry(
-        kernel="token_stats_backward",
-        below=float("inf"),
-        unroll=4,
-        warps=4,
-        reason=_FOUR_WARPS + "; sm_90 code, bf16: 8.75 instructions per entry with the entropy's "
+        "token_stats_backward",
+        inf,
+        4,
+        4,
+        _FOUR_WARPS + "; sm_90 code, bf16: 8.75 instructions per entry with the entropy's "
         "gradient, 9.25 at unroll 2 and 9.75 at 1, in 32 registers at each",
     ),
+    _Entry("approximate_kl_forward", inf, 2, 4, "as token_stats_forward; not tuned"),
+    _Entry("approximate_kl_backward", inf, 2, 4, "as token_stats_forward; not tuned"),
 )
 
 # The interpreter's cost is rows x tiles: small tiles while they keep several to a row, so that

@@ -188,8 +188,9 @@ def policy_loss(
         abs           |d|               of neither
         forward, reverse                of KL(ref‖policy), KL(policy‖ref), over the vocabulary
 
-    Log-ratios saturate at ±20 before exp, with gradient 0 beyond. A masked token has no effect
-    and gets gradient 0, whatever it holds. With every token masked the loss is 0.
+    Log-ratios saturate at ±20 before exp, with gradient 0 beyond; k3 only where d < -20, because
+    e^(-d) vanishes on the other side. A masked token has no effect and gets gradient 0, whatever
+    it holds. With every token masked the loss is 0.
 
     Args:
         logprob: [B, T], or packed [N]. The other per-token tensors have its shape.
@@ -223,21 +224,14 @@ def policy_loss(
 
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """
-    checks.check_logprob(logprob)
-    checks.check_cu_seqlens(cu_seqlens, logprob.shape, config.ratio_level, config.aggregation)
-    checks.check_advantages(advantages, logprob.shape, cu_seqlens)
-    checks.check_mask(mask, logprob.shape)
-    for name, tensor in (
-        ("old_logprob", old_logprob),
-        ("ref_logprob", ref_logprob),
-        ("entropy", entropy),
-        ("kl", kl),
-        ("sampling_logprob", sampling_logprob),
-    ):
-        checks.check_per_token(name, tensor, logprob.shape)
-    over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
-    checks.check_entropy_input(config.entropy_coef, entropy)
+    per_token = {
+        "old_logprob": old_logprob,
+        "ref_logprob": ref_logprob,
+        "entropy": entropy,
+        "kl": kl,
+        "sampling_logprob": sampling_logprob,
+    }
+    _check_arguments(logprob, advantages, mask, per_token, config, cu_seqlens)
     checks.check_normalizers(
         normalizer, entropy_normalizer, config.entropy_coef, config.aggregation
     )
@@ -267,10 +261,9 @@ def policy_loss(
         kl = SAMPLED_KL[config.kl_estimator](d, token_log_ratio)
     elif kl is not None:
         kl = select(kl)
-    per_token = policy if config.beta == 0 else policy + config.beta * kl
 
     weight = token_weights(keep, config, normalizer, cu_seqlens, dtype)
-    loss = (weight * per_token).sum()
+    loss = (weight * (policy if config.beta == 0 else policy + config.beta * kl)).sum()
     if entropy is not None:
         entropy = select(entropy)
     if config.entropy_coef != 0:
@@ -280,6 +273,30 @@ def policy_loss(
     metrics = {"policy_loss": (weight * policy).sum()}
     metrics |= _token_metrics(ratio, token_log_ratio, advantage, kl, entropy, keep, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def _check_arguments(
+    logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    per_token: dict[str, Tensor | None],
+    config: LossConfig,
+    cu_seqlens: Tensor | None,
+) -> None:
+    checks.check_logprob(logprob)
+    checks.check_cu_seqlens(cu_seqlens, logprob.shape, config.ratio_level, config.aggregation)
+    checks.check_advantages(advantages, logprob.shape, cu_seqlens)
+    checks.check_mask(mask, logprob.shape)
+    for name, tensor in per_token.items():
+        checks.check_per_token(name, tensor, logprob.shape)
+    checks.check_kl_input(
+        config.kl_estimator,
+        config.beta,
+        config.kl_estimator in VOCABULARY_KL,
+        per_token["ref_logprob"],
+        per_token["kl"],
+    )
+    checks.check_entropy_input(config.entropy_coef, per_token["entropy"])
 
 
 def _saturated_exp(log_ratio: Tensor) -> Tensor:

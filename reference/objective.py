@@ -56,7 +56,8 @@ def policy_loss(
                  where A < 0: at most dual_clip·|A|;  times min(exp(old - sampling), cap)
         loss   = aggregate(policy + beta·KL) - entropy_coef · mean over tokens of the entropy
 
-    Log-ratios saturate at ±20 before exp. Only `logprob`, `entropy` and `kl` are differentiated.
+    Log-ratios saturate at ±20 before exp (k3's at -20 only). Only `logprob`, `entropy` and `kl`
+    are differentiated.
 
     Args:
         logprob: [B, T], or packed [N]; every other per-token tensor has its shape.

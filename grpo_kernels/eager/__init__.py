@@ -1,5 +1,11 @@
 """The row functions in chunked PyTorch, for every tensor that Triton does not serve."""
 
+from .approximate_kl import approximate_kl_backward, approximate_kl_forward
 from .token_stats import token_stats_backward, token_stats_forward
 
-__all__ = ["token_stats_backward", "token_stats_forward"]
+__all__ = [
+    "approximate_kl_backward",
+    "approximate_kl_forward",
+    "token_stats_backward",
+    "token_stats_forward",
+]

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import pick_row_launch
+from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .token_stats import _token_stats_backward_kernel, _token_stats_forward_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -60,12 +61,11 @@ def token_stats_forward(
             ref_normaliser,
             T,
             V,
-            softcap or 0.0,
             *_row_strides(logits),
             *_row_strides(ref_logits),
             temperature.stride(-1),
             KL=kl or "none",
-            CAPPED=softcap is not None,
+            SOFTCAP=softcap,
             **_launch("token_stats_forward", logits, acc),
         )
     return logprob, entropy_value, kl_value, normaliser, ref_normaliser
@@ -109,12 +109,72 @@ def token_stats_backward(
             d_logits,
             T,
             V,
-            softcap or 0.0,
             *_row_strides(logits),
             *_row_strides(ref_logits),
             *_row_strides(d_logits),
             temperature.stride(-1),
             KL=kl or "none",
-            CAPPED=softcap is not None,
+            SOFTCAP=softcap,
             **_launch("token_stats_backward", logits, temperature.dtype),
+        )
+
+
+def approximate_kl_forward(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, W, normaliser, ref_normaliser) of every row of [B, T, V]; mask [B, T]."""
+    _, T, V = logits.shape
+    total = logits.new_empty(mask.shape, dtype=dtype)
+    weight = torch.empty_like(total)
+    normaliser = logits.new_empty((*mask.shape, 2), dtype=dtype)
+    ref_normaliser = torch.empty_like(normaliser)
+    if mask.numel():
+        _approximate_kl_forward_kernel[(mask.numel(),)](
+            logits,
+            ref_logits,
+            mask,
+            total,
+            weight,
+            normaliser,
+            ref_normaliser,
+            T,
+            V,
+            *_row_strides(logits),
+            *_row_strides(ref_logits),
+            LOG2_EPS=log2_eps,
+            **_launch("approximate_kl_forward", logits, dtype),
+        )
+    return total, weight, normaliser, ref_normaliser
+
+
+def approximate_kl_backward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    normaliser: Tensor,
+    ref_normaliser: Tensor,
+    d_total: Tensor,
+    log2_eps: float,
+    d_logits: Tensor,
+) -> None:
+    """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
+    _, T, V = logits.shape
+    if mask.numel():
+        _approximate_kl_backward_kernel[(mask.numel(),)](
+            logits,
+            ref_logits,
+            mask,
+            weight,
+            normaliser,
+            ref_normaliser,
+            d_total,
+            d_logits,
+            T,
+            V,
+            *_row_strides(logits),
+            *_row_strides(ref_logits),
+            *_row_strides(d_logits),
+            LOG2_EPS=log2_eps,
+            **_launch("approximate_kl_backward", logits, weight.dtype),
         )

@@ -11,9 +11,9 @@ entries it has seen, and the lanes' partials are merged at the end. The partial 
 The difference to the pivot m is taken before anything is scaled, so that it rounds once however
 far from zero the logits lie; x·c - m·c would round twice and lose a common offset of 1e4.
 
--inf logits give z = -inf, floored so that 2^z · z and 2^z · (z - z_other) are 0 and not NaN. A pivot
-starts at LOWEST and not at -inf for the same reason: no difference of pivots is inf - inf. NaN
-passes through every step, so that a broken row shows.
+-inf logits give z = -inf, floored so that 2^z · z and 2^z · (z - z_other) are 0 and not NaN. A
+pivot starts at LOWEST and not at -inf for the same reason: no difference of pivots is inf - inf.
+NaN passes through every step, so that a broken row shows.
 """
 
 import triton
@@ -41,6 +41,15 @@ def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr):
+    """A tile of one row in ACC; only the tail can reach past the end, and finds -inf there."""
+    if TAIL:
+        return tl.load(row_ptr + offsets, mask=offsets < V, other=-float("inf")).to(ACC)
+    else:
+        return tl.load(row_ptr + offsets).to(ACC)
+
+
+@triton.jit
 def tile_sum(x):
     """Each lane's sum over a tile [UNROLL, LANES, VEC]: registers only, no barrier."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
@@ -53,17 +62,17 @@ def tile_max(x):
 
 
 @triton.jit
-def softcapped(x, softcap):
+def softcapped(x, SOFTCAP: tl.constexpr):
     """softcap · tanh(x / softcap) by an exponential that cannot overflow; -inf stays -inf."""
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / softcap))
-    y = softcap * (1.0 - t) / (1.0 + t)
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
+    y = SOFTCAP * (1.0 - t) / (1.0 + t)
     return tl.where(x == -float("inf"), x, tl.where(x < 0, -y, y))
 
 
 @triton.jit
-def softcapped_derivative(x, softcap):
+def softcapped_derivative(x, SOFTCAP: tl.constexpr):
     """1 - tanh²(x / softcap)."""
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / softcap))
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
     return 4.0 * t / ((1.0 + t) * (1.0 + t))
 
 

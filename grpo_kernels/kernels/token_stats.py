@@ -26,6 +26,7 @@ from .row_math import (
     LOWEST,
     divergence,
     floored,
+    load_tile,
     moved,
     row_offset,
     softcapped,
@@ -35,15 +36,6 @@ from .row_math import (
     tile_offsets,
     tile_sum,
 )
-
-
-@triton.jit
-def _load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr):
-    """A tile of one row in ACC; only the tail can reach past the end, and finds -inf there."""
-    if TAIL:
-        return tl.load(row_ptr + offsets, mask=offsets < V, other=-float("inf")).to(ACC)
-    else:
-        return tl.load(row_ptr + offsets).to(ACC)
 
 
 @triton.jit
@@ -79,14 +71,13 @@ def _token_stats_forward_kernel(
     ref_normaliser_ptr,  # [N, 2]; None without KL
     T,
     V,
-    softcap,
     stride_logits_b,
     stride_logits_t,
     stride_ref_b,
     stride_ref_t,
     stride_temperature,
     KL: tl.constexpr,  # "none", "forward" or "reverse"
-    CAPPED: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # a constant of the model; None: no cap
     ACC: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -120,13 +111,13 @@ def _token_stats_forward_kernel(
     for TAIL in tl.static_range(2):  # the whole tiles, then what is left, under a mask
         for start in range(TAIL * whole, whole + TAIL * (V - whole), TILE):
             at = start + offsets
-            x = _load_tile(logits_row, at, V, TAIL, ACC)
+            x = load_tile(logits_row, at, V, TAIL, ACC)
             y = x
             if KL != "none":
-                y = _load_tile(ref_row, at, V, TAIL, ACC)
-            if CAPPED:
-                x = softcapped(x, softcap)
-                y = softcapped(y, softcap)
+                y = load_tile(ref_row, at, V, TAIL, ACC)
+            if SOFTCAP is not None:
+                x = softcapped(x, SOFTCAP)
+                y = softcapped(y, SOFTCAP)
             partial = _absorb(partial, x, y, scale, HAS_ENTROPY, KL)
     m, S, U, m_ref, S_ref, D = partial
 
@@ -135,8 +126,8 @@ def _token_stats_forward_kernel(
     token = tl.load(tokens_ptr + row)
     in_range = (token >= 0) & (token < V)
     x_token = tl.load(logits_row + token, mask=in_range, other=float("nan")).to(ACC)
-    if CAPPED:
-        x_token = softcapped(x_token, softcap)
+    if SOFTCAP is not None:
+        x_token = softcapped(x_token, SOFTCAP)
     tl.store(logprob_ptr + row, ((x_token - pivot) * scale - log_sum) * LN2)
     tl.store(normaliser_ptr + 2 * row, pivot)
     tl.store(normaliser_ptr + 2 * row + 1, log_sum)
@@ -158,13 +149,13 @@ def _token_stats_forward_kernel(
 
 @triton.jit
 def _row_gradient(
-    x, y, softcap, row_scalars, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, CAPPED: tl.constexpr
+    x, y, row_scalars, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     """dx of every entry but for the token's one-hot term; x and y as stored, before the softcap."""
     scale, pivot, log_sum, ref_pivot, ref_log_sum, weight, weight_log, weight_kl = row_scalars
     capped = x
-    if CAPPED:
-        capped = softcapped(x, softcap)
+    if SOFTCAP is not None:
+        capped = softcapped(x, SOFTCAP)
     z = (capped - pivot) * scale - log_sum
     if HAS_ENTROPY or KL == "reverse":
         z = floored(z)
@@ -175,16 +166,16 @@ def _row_gradient(
     if KL == "none":
         dx = p * factor
     else:
-        if CAPPED:
-            y = softcapped(y, softcap)
+        if SOFTCAP is not None:
+            y = softcapped(y, SOFTCAP)
         z_ref = (y - ref_pivot) * scale - ref_log_sum
         if KL == "reverse":
             dx = p * (factor + weight_kl * (z - floored(z_ref)))
         else:
             q = tl.where(x == -float("inf"), 0.0, tl.exp2(z_ref))  # an excluded entry gets 0
             dx = p * factor - weight_kl * q
-    if CAPPED:
-        dx *= softcapped_derivative(x, softcap)
+    if SOFTCAP is not None:
+        dx *= softcapped_derivative(x, SOFTCAP)
     return dx
 
 
@@ -205,7 +196,6 @@ def _token_stats_backward_kernel(
     d_logits_ptr,  # [B, T, V], strided rows; may be logits_ptr
     T,
     V,
-    softcap,
     stride_logits_b,
     stride_logits_t,
     stride_ref_b,
@@ -214,7 +204,7 @@ def _token_stats_backward_kernel(
     stride_d_logits_t,
     stride_temperature,
     KL: tl.constexpr,  # "none", "forward" or "reverse"
-    CAPPED: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # a constant of the model; None: no cap
     ACC: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -277,21 +267,19 @@ def _token_stats_backward_kernel(
     for TAIL in tl.static_range(2):
         for start in range(TAIL * whole, whole + TAIL * (V - whole), TILE):
             at = start + offsets
-            x = _load_tile(logits_row, at, V, TAIL, ACC)
+            x = load_tile(logits_row, at, V, TAIL, ACC)
             y = x
             if KL != "none":
-                y = _load_tile(ref_row, at, V, TAIL, ACC)
-            dx = _row_gradient(x, y, softcap, row_scalars, HAS_ENTROPY, KL, CAPPED)
+                y = load_tile(ref_row, at, V, TAIL, ACC)
+            dx = _row_gradient(x, y, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
             if TAIL:
                 tl.store(d_row + at, dx, mask=at < V)
             else:
                 tl.store(d_row + at, dx)
 
     one_hot = d_logprob
-    if CAPPED:
-        one_hot *= softcapped_derivative(x_token, softcap)
-    dx_token = one_hot + _row_gradient(
-        x_token, y_token, softcap, row_scalars, HAS_ENTROPY, KL, CAPPED
-    )
+    if SOFTCAP is not None:
+        one_hot *= softcapped_derivative(x_token, SOFTCAP)
+    dx_token = one_hot + _row_gradient(x_token, y_token, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
     tl.debug_barrier()  # the loop's store to this entry comes from another thread
     tl.store(d_row + token, dx_token, mask=in_range)

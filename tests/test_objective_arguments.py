@@ -1,0 +1,121 @@
+"""LossConfig and the arguments of policy_loss: defaults, named constructors, error messages."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import reference
+from grpo_kernels.objective import LossConfig, policy_loss
+
+
+def test_named_constructors_are_points_of_the_table_and_keywords_override():
+    def point(**fields):
+        return LossConfig(**fields)
+
+    assert LossConfig.grpo() == point()
+    assert LossConfig.grpo(beta=0.04) == point(beta=0.04)
+    assert LossConfig.bnpo() == point(aggregation="token_mean")
+    assert LossConfig.dr_grpo(256) == point(aggregation="fixed_length", max_completion_length=256)
+    assert LossConfig.dapo() == point(epsilon_high=0.28, aggregation="token_mean")
+    assert LossConfig.dapo(epsilon_high=0.3).epsilon_high == 0.3
+    assert LossConfig.gspo() == point(ratio_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
+    assert LossConfig.gspo(aggregation="token_mean").aggregation == "token_mean"
+
+
+def test_config_is_frozen_hashable_and_has_the_reference_defaults():
+    config = LossConfig()
+    assert asdict(config) == asdict(reference.LossConfig())
+    assert hash(config) == hash(LossConfig())
+    with pytest.raises(AttributeError):
+        config.beta = 0.1
+    with pytest.raises(TypeError):
+        LossConfig("clip")
+
+
+@pytest.mark.parametrize(
+    ("error", "fields", "message"),
+    [
+        (ValueError, {"surrogate": "ppo"}, "surrogate must be one of 'clip', got 'ppo'"),
+        (ValueError, {"ratio_level": "word"}, "ratio_level must be one of 'token', 'sequence'"),
+        (ValueError, {"kl_estimator": "k4"}, "kl_estimator must be one of 'k1', .*, got 'k4'"),
+        (ValueError, {"aggregation": "mean"}, "aggregation must be one of .*, got 'mean'"),
+        (ValueError, {"epsilon_low": -0.1}, "epsilon_low must be at least 0, got -0.1"),
+        (TypeError, {"epsilon_high": "0.2"}, "epsilon_high must be a number, got str"),
+        (TypeError, {"beta": True}, "beta must be a number, got bool"),
+        (ValueError, {"beta": float("nan")}, "beta must be finite, got nan"),
+        (ValueError, {"beta": -1}, "beta must be at least 0, got -1"),
+        (ValueError, {"entropy_coef": math.inf}, "entropy_coef must be finite, got inf"),
+        (ValueError, {"delta": 1.2}, "delta must be greater than 1.2, got 1.2"),
+        (ValueError, {"dual_clip": 1}, "dual_clip must be greater than 1, got 1"),
+        (ValueError, {"importance_cap": 0}, "importance_cap must be greater than 0, got 0"),
+        (ValueError, {"aggregation": "fixed_length"}, "needs max_completion_length, got None"),
+        (ValueError, {"max_completion_length": 9}, "is read by aggregation='fixed_length' only"),
+        (TypeError, {"max_completion_length": 9.5}, "must be an integer, got float"),
+        (ValueError, {"max_completion_length": 0}, "must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_at_construction(error, fields, message):
+    if fields.get("max_completion_length") in (9.5, 0):
+        fields = {"aggregation": "fixed_length", **fields}
+    with pytest.raises(error, match=message):
+        LossConfig(**fields)
+
+
+PACKED = {"logprob": torch.zeros(4), "advantages": torch.zeros(4)}
+TOKEN_MEAN = LossConfig(aggregation="token_mean")
+
+
+@pytest.mark.parametrize(
+    ("error", "keywords", "message"),
+    [
+        (TypeError, {"logprob": [0.0]}, "logprob must be a tensor, got list"),
+        (TypeError, {"logprob": torch.zeros(2, 3).long()}, "logprob must be floating point"),
+        (ValueError, {"logprob": torch.zeros(1, 2, 3)}, r"logprob must be \[B, T\] or packed"),
+        (ValueError, {"advantages": torch.zeros(3)}, r"shape \(2, 3\) or \(2,\), got shape \(3,\)"),
+        (ValueError, {"mask": torch.ones(2)}, r"mask must have shape \(2, 3\), got shape \(2,\)"),
+        (ValueError, {"mask": torch.full((2, 3), 0.5)}, "mask must be bool or hold only 0 and 1"),
+        (ValueError, {"old_logprob": torch.zeros(3)}, r"old_logprob must have shape \(2, 3\)"),
+        (ValueError, {"entropy": torch.zeros(2)}, r"entropy must have shape \(2, 3\)"),
+        (ValueError, {"kl": torch.zeros(2, 3)}, "kl_estimator='k3' reads ref_logprob, got kl"),
+        (
+            ValueError,
+            {"ref_logprob": torch.zeros(2, 3), "config": LossConfig(kl_estimator="reverse")},
+            "kl_estimator='reverse' reads kl, got ref_logprob",
+        ),
+        (ValueError, {"config": LossConfig(beta=0.1)}, "beta=0.1 .* needs ref_logprob, got None"),
+        (
+            ValueError,
+            {"config": LossConfig(beta=0.1, kl_estimator="forward")},
+            "kl_estimator='forward' needs kl, got None",
+        ),
+        (ValueError, {"config": LossConfig(entropy_coef=0.1)}, "entropy_coef=0.1 needs entropy"),
+        (ValueError, {"normalizer": 0}, "normalizer must be greater than 0, got 0"),
+        (ValueError, {"normalizer": torch.ones(1)}, "normalizer must be a number or a 0-dim"),
+        (
+            ValueError,
+            {
+                "normalizer": 4,
+                "entropy": torch.zeros(2, 3),
+                "config": LossConfig(entropy_coef=0.1),
+            },
+            "needs entropy_normalizer, the number of tokens",
+        ),
+        (ValueError, {"cu_seqlens": torch.tensor([0, 6])}, r"belongs to packed \[N\] input"),
+        (ValueError, PACKED, "needs cu_seqlens with ratio_level='token' and aggregation='seq"),
+        (TypeError, PACKED | {"cu_seqlens": torch.tensor([0.0, 4])}, "must be int32 or int64"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 4 tokens"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 5, 4])}, "rise from 0 to 4 tokens"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([[0, 4]])}, r"be \[sequences \+ 1\]"),
+        (
+            ValueError,
+            PACKED | {"advantages": torch.zeros(1), "config": TOKEN_MEAN},
+            r"advantages must have shape \(4,\), got shape \(1,\)",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_a_clear_error(error, keywords, message):
+    arguments = {"logprob": torch.zeros(2, 3), "advantages": torch.zeros(2)} | keywords
+    with pytest.raises(error, match=message):
+        policy_loss(**arguments)
