@@ -1,4 +1,4 @@
-"""Package metadata. Tool settings live in pyproject.toml, the tested versions in constraints.txt."""
+"""Package metadata; tool settings are in pyproject.toml, tested versions in constraints.txt."""
 
 from pathlib import Path
 
@@ -12,18 +12,19 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=1.0",
 ]
-TEST = [*TRAIN, "hypothesis>=6.100", "pytest>=8.0", "pytest-benchmark>=5.0", "ruff>=0.12"]
+BENCH = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
+TEST = [*TRAIN, *BENCH, "hypothesis>=6.100", "ruff>=0.12"]
 
 setup(
     name="grpo_kernels",
     version="0.1.0",
-    description="Fused GRPO losses: log-prob, entropy, KL and gradients without a probability tensor.",
+    description="Fused GRPO losses: log-prob, entropy and KL without a probability tensor.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # Only grpo_kernels goes into a wheel. Naming the root as the package directory makes an editable
-    # install put the whole checkout on the path, so that the script and the tests find `reference`.
+    # Only grpo_kernels goes into a wheel. Naming the root as the package directory makes an
+    # editable install put the whole checkout on the path: script and tests find `reference`.
     packages=find_packages(include=["grpo_kernels", "grpo_kernels.*"]),
     package_dir={"": "."},
     package_data={"grpo_kernels": ["py.typed"]},
@@ -32,5 +33,5 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "bench": ["pytest>=8.0", "pytest-benchmark>=5.0"]},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
 )

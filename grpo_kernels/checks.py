@@ -236,7 +236,7 @@ def check_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
         )
 
 
-def check_temperature(temperature: float | Tensor, tokens: Tensor) -> None:
+def check_temperature(temperature: float | Tensor, tokens: Tensor, mask: Tensor | None) -> None:
     if not isinstance(temperature, Tensor):
         check_number("temperature", temperature, above=0)
         return
@@ -250,8 +250,13 @@ def check_temperature(temperature: float | Tensor, tokens: Tensor) -> None:
         raise ValueError(
             f"temperature must broadcast to shape {tuple(tokens.shape)}, got {_shape(temperature)}"
         )
-    if _may_look(temperature) and not (temperature > 0).all():
-        raise ValueError("temperature must be greater than 0 everywhere")
+    if not _may_look(temperature):
+        return
+    positive = temperature > 0
+    if mask is not None:
+        positive = positive | (mask == 0)
+    if not positive.all():
+        raise ValueError("temperature must be greater than 0 for every unmasked token")
 
 
 def check_kl_arguments(kl: str | None, ref_logits: Tensor | None, logits: Tensor) -> None:

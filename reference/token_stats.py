@@ -136,8 +136,10 @@ def _log_softmax(
     x = logits.to(_compute_dtype(logits))
     # Selected before any arithmetic: NaN under the mask must not reach a value or a gradient.
     x = torch.where(keep.unsqueeze(-1), x, 0.0)
+    excluded = x == -torch.inf
     if softcap is not None:
-        x = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
+        x = softcap * torch.tanh(x / softcap)
+    x = x.masked_fill(excluded, -torch.inf)  # a constant: it gets no gradient
     if torch.is_tensor(temperature):
         if temperature.dim() > 0:
             temperature = torch.where(keep, temperature, 1.0).unsqueeze(-1)

@@ -223,7 +223,7 @@ def _token_stats(
     checks.check_logits("logits", logits)
     checks.check_tokens(tokens, logits)
     checks.check_mask(mask, tokens.shape)
-    checks.check_temperature(temperature, tokens)
+    checks.check_temperature(temperature, tokens, mask)
     checks.check_kl_arguments(kl, ref_logits, logits)
     if softcap is not None:
         checks.check_number("softcap", softcap, above=0)
@@ -233,7 +233,7 @@ def _token_stats(
         return each if each is None or tokens.dim() == 2 else each.unsqueeze(0)
 
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
         temperature = temperature.detach().to(acc).expand(tokens.shape).contiguous()
     else:
         scalar = torch.as_tensor(temperature, dtype=acc, device=logits.device).detach()

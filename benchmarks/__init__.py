@@ -1,0 +1,1 @@
+"""Measurements: machine code now, clocks and memory on the machine at hand."""

@@ -1,0 +1,47 @@
+"""Where the tests run: Triton's interpreter stands in for a GPU, and both rooms are visited."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the package, and with it Triton, is imported
+
+from grpo_kernels import rows
+
+# No deadline: the first interpreted call takes seconds. Derandomised: a run repeats bit by bit.
+settings.register_profile(
+    "grpo_kernels",
+    deadline=None,
+    derandomize=True,
+    max_examples=15,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining costs minutes interpreted
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the room outlives an example
+)
+settings.load_profile("grpo_kernels")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=["kernels", "eager"])
+def room(request, monkeypatch):
+    """The room that serves every tensor in this test; it takes the test's device into account."""
+    on_cpu = "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"
+    if request.param == "eager":
+        monkeypatch.setattr(rows, "HAS_TRITON", False)
+    elif not rows.HAS_TRITON or (on_cpu and not rows.INTERPRETED):
+        pytest.skip("on the CPU the kernels need Triton's interpreter, which a GPU turns off")
+    return request.param

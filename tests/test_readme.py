@@ -1,0 +1,34 @@
+"""The README tells the truth: its snippets run and print what it says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def snippets() -> list[tuple[str, str]]:
+    """(code, output) of each python block that a text block follows."""
+    return re.findall(r"```python\n(.*?)```\s+```text\n(.*?)```", README.read_text(), re.S)
+
+
+def test_every_python_block_shows_its_output():
+    assert len(snippets()) == README.read_text().count("```python") > 0
+
+
+def test_snippets_print_what_stands_beside_them():
+    namespace = {}
+    for code, output in snippets():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(README), "exec"), namespace)
+        assert printed.getvalue() == output
+
+
+@pytest.mark.parametrize("extra", ["train", "test"])
+def test_each_of_the_two_commands_is_one_line_to_copy(extra):
+    (line,) = [each for each in README.read_text().split("\n") if f"[{extra}]" in each]
+    assert line.startswith("pip install -c constraints.txt -e ")
