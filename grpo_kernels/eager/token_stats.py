@@ -24,7 +24,7 @@ BLOCK_BYTES = 16 << 20
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 FLOOR = -1.0e30
 NO_OVERLAP = 1.0e9  # |FLOOR| x a probability of 1e-21
-
+LONG_ROW = 4096
 
 Rows = tuple[int, slice] | tuple[Tensor, Tensor]
 
@@ -45,6 +45,19 @@ def row_blocks(active: Tensor, V: int) -> Iterator[Rows]:
             yield int(block_b[0]), slice(first, last + 1)
         else:
             yield block_b, block_t
+
+
+def exp2_(x: Tensor) -> Tensor:
+    """2^x of rows [n, V], in place, each entry the same bits wherever it lies.
+
+    torch.exp2 ends a tensor, and each thread's share of it, in scalar code of another rounding: so
+    one long row at a time, and for short rows, where the calls would cost more, torch.exp.
+    """
+    if x.shape[-1] < LONG_ROW:
+        return x.mul_(LN2).exp_()
+    for row in x:
+        row.exp2_()
+    return x
 
 
 def _capped(rows: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
@@ -69,7 +82,7 @@ class Softmax(NamedTuple):
         x = _capped(rows, softcap, scale.dtype)
         pivot = x.amax(dim=-1, keepdim=True)
         z = x.sub_(pivot).mul_(scale).clamp_(min=FLOOR)
-        e = z.exp2()
+        e = exp2_(z.clone())
         return cls(z, e, pivot, e.sum(dim=-1, keepdim=True))
 
     @property
@@ -166,7 +179,7 @@ def token_stats_backward(
         scale = LOG2E * inverse
         rows = logits[at]
         log2p = log_softmax(rows, normaliser[at], scale, softcap)
-        p = log2p.exp2()
+        p = exp2_(log2p.clone())
         # dx = p · (weight + bits) - weight_kl · q, bits the terms in log2 p and log2 q
         weight, bits = torch.zeros_like(inverse), None
         if d_logprob is not None:
@@ -187,7 +200,7 @@ def token_stats_backward(
                 weight = weight + weight_kl
         dx = p.mul_(weight if bits is None else bits.add_(weight))
         if d_kl is not None and kl == "forward":
-            dx.sub_(log2q.exp2_().mul_(weight_kl).masked_fill_(log2p <= FLOOR, 0.0))
+            dx.sub_(exp2_(log2q).mul_(weight_kl).masked_fill_(log2p <= FLOOR, 0.0))
         if d_logprob is not None:
             token = tokens[at].unsqueeze(-1)
             in_range = (token >= 0) & (token < V)

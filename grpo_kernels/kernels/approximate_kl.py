@@ -27,7 +27,7 @@ from .row_math import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _approximate_kl_forward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows
@@ -107,7 +107,7 @@ def _weight(z, t, log2_eps):
     return tl.where(z < log2_eps, 0.0, 1.0 - tl.exp2(t))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _approximate_kl_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows

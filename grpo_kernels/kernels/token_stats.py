@@ -57,7 +57,7 @@ def _absorb(partial, x, y, scale, HAS_ENTROPY, KL):
     return m_new, S_new, U, m_ref, S_ref, D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _token_stats_forward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows; None without KL
@@ -179,7 +179,7 @@ def _row_gradient(
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _token_stats_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows; None without d_kl
@@ -257,11 +257,12 @@ def _token_stats_backward_kernel(
         inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, weight_log, weight_kl,
     )  # fmt: skip
 
-    # The token's logits are read before the loop, which may overwrite them.
+    # The token's logits are read before any thread of the loop, working in place, overwrites them.
     token = tl.load(tokens_ptr + row)
     in_range = (token >= 0) & (token < V)
     x_token = tl.load(logits_row + token, mask=in_range, other=0.0).to(ACC)
     y_token = tl.load(ref_row + token, mask=in_range, other=0.0).to(ACC)
+    tl.debug_barrier()
 
     whole = V // TILE * TILE
     for TAIL in tl.static_range(2):
