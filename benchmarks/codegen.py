@@ -122,8 +122,8 @@ def compile_variant(variant: Variant, target: str, dtype: str):
 class Loop:
     """A loop of the machine code that loads from memory, per vocabulary entry of one thread."""
 
-    instructions: float
-    special: float
+    instructions: float | None  # None: not counted, on AMD
+    special: float | None
     narrowest_load: int
     widest_load: int
     barriers: int
@@ -142,7 +142,7 @@ class Report:
     @property
     def main_loop(self) -> Loop:
         """The loop that walks whole tiles: the leanest; what is left runs once, under a mask."""
-        return min(self.loops, key=lambda loop: loop.instructions)
+        return min(self.loops, key=lambda loop: loop.instructions or 0.0)
 
 
 @cache
@@ -221,8 +221,9 @@ def _amd_report(compiled) -> dict:
     return {
         "registers": note("vgpr_count"),
         "stack_bytes": note("private_segment_fixed_size"),
-        "spills": note("vgpr_spill_count") + note("sgpr_spill_count"),
-        "loops": [Loop(0.0, 0.0, min(loads), max(loads), text.count("s_barrier"))],
+        # A spilled scalar register moves to a lane of a vector register: no memory is touched.
+        "spills": note("vgpr_spill_count"),
+        "loops": [Loop(None, None, min(loads), max(loads), text.count("s_barrier"))],
     }
 
 
@@ -248,10 +249,12 @@ def main() -> None:
                 each = report(variant, target, dtype)
                 reports.append(each)
                 loop = each.main_loop
+                counts = "not counted".ljust(34)
+                if loop.instructions is not None:
+                    counts = f"{loop.instructions:6.2f} instructions {loop.special:5.2f} special "
                 print(
                     f"{each.kernel:52} {target:7}{dtype:6}{each.registers:5}{each.spills:6}  "
-                    f"{loop.instructions:6.2f} instructions {loop.special:5.2f} special "
-                    f"{loop.widest_load:3}-byte loads",
+                    f"{counts}{loop.widest_load:3}-byte loads",
                     flush=True,
                 )
     if arguments.json:
