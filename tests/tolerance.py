@@ -3,7 +3,7 @@
 import torch
 
 # What accumulation may lose before the result is rounded to this dtype: two differences of about
-# 32 nats, each rounded once: in fp32 2 · 32 · 2^-24. PyTorch's own error at an entry may be 0 by luck.
+# 32 nats, each rounded once: 2 · 32 · 2^-24 in fp32. PyTorch's error at an entry may be 0 by luck.
 FLOOR = {
     torch.float64: 1e-13,
     torch.float32: 4e-6,

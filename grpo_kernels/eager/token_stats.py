@@ -129,6 +129,7 @@ def token_stats_forward(
         p = Softmax.of(logits[at], scale, softcap)
         token = tokens[at].unsqueeze(-1)
         z_token = p.z.gather(-1, token.clamp(0, V - 1))
+        z_token = z_token.masked_fill(z_token <= FLOOR, -torch.inf)
         z_token = z_token.masked_fill((token < 0) | (token >= V), torch.nan)
         logprob[at] = (z_token - p.log_sum).squeeze(-1) * LN2
         normaliser[at] = p.normaliser

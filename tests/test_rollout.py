@@ -1,0 +1,140 @@
+"""Sampling: masks, padding, the shared prompt and its cache, against plain full forward passes."""
+
+import pytest
+import torch
+
+from reference.models import from_scratch
+from reference.rollout import completion_logits, encode, generate
+
+QUESTIONS = ["7=", "123456=", "90+12="]
+END = 1
+
+
+@pytest.fixture(scope="module")
+def scratch():
+    torch.manual_seed(0)
+    model, tokenizer = from_scratch()
+    return model.double().eval(), tokenizer
+
+
+def sample(scratch, **changes):
+    model, tokenizer = scratch
+    settings = {"group_size": 3, "max_new_tokens": 9, "eos_ids": [END], "pad_id": 0} | changes
+    torch.manual_seed(1)
+    return generate(model, encode(tokenizer, QUESTIONS), **settings)
+
+
+def logprobs(logits, tokens):
+    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def alone(scratch, question, tokens):
+    """The logits of the tokens from one unpadded pass over question and tokens, without a cache."""
+    model, tokenizer = scratch
+    prompt = encode(tokenizer, [question]).ids[0]
+    logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0]
+    return logits[len(prompt) - 1 : -1]
+
+
+def test_prompts_are_padded_on_the_left(scratch):
+    prompts = encode(scratch[1], QUESTIONS)
+    assert prompts.ids.shape == (3, 7)
+    assert prompts.mask.sum(-1).tolist() == [2, 7, 6]
+    assert prompts.mask[:, -1].all() and not prompts.mask[0, :5].any()
+
+
+@pytest.mark.parametrize("pad_id", [0, END])
+def test_the_mask_holds_the_end_token_and_nothing_after_it_even_where_padding_is_that_token(
+    scratch, pad_id
+):
+    completions = sample(scratch, group_size=40, pad_id=pad_id, temperature=3.0)
+    ended = 0
+    for tokens, mask, finished in zip(
+        completions.tokens.tolist(), completions.mask.tolist(), completions.finished, strict=True
+    ):
+        length = tokens.index(END) + 1 if finished else len(tokens)
+        assert mask == [True] * length + [False] * (len(tokens) - length)
+        assert tokens[length:] == [pad_id] * (len(tokens) - length)
+        assert finished == (END in tokens[:length])
+        ended += int(finished)
+    assert 0 < ended < len(completions.finished)
+
+
+def test_masks_do_not_depend_on_the_padding_token(scratch):
+    a, b = sample(scratch, pad_id=0), sample(scratch, pad_id=END)
+    assert torch.equal(a.mask, b.mask)
+    assert torch.equal(a.tokens[a.mask], b.tokens[b.mask])
+
+
+def test_generation_stops_when_every_completion_has_ended(scratch):
+    assert sample(scratch, eos_ids=range(16)).tokens.shape == (9, 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature):
+    model, tokenizer = scratch
+    completions = sample(scratch, temperature=temperature)
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    expected = logprobs(logits / temperature, completions.tokens)[completions.mask]
+    assert torch.allclose(completions.logprob[completions.mask].double(), expected, atol=1e-5)
+    assert (completions.logprob[~completions.mask] == 0).all()
+
+
+def test_left_padding_and_the_shared_prompt_give_the_logits_of_each_sequence_alone(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch)
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
+        expected = alone(scratch, QUESTIONS[row // 3], tokens[mask])
+        assert torch.allclose(logits[row, mask], expected, atol=1e-12)
+
+
+def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch)
+    weights = torch.randn(completions.tokens.shape, dtype=torch.float64)
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    shared = (logprobs(logits, completions.tokens) * weights)[completions.mask].sum()
+    separate = sum(
+        (logprobs(alone(scratch, QUESTIONS[row // 3], t[m]), t[m]) * weights[row, m]).sum()
+        for row, (t, m) in enumerate(zip(completions.tokens, completions.mask, strict=True))
+    )
+    parameters = list(model.parameters())
+    for ours, expected in zip(
+        torch.autograd.grad(shared, parameters),
+        torch.autograd.grad(separate, parameters),
+        strict=True,
+    ):
+        # Llama's norms compute in fp32 whatever the model's dtype.
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch, group_size=2, temperature=0.0)
+    for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
+        ids = encode(tokenizer, [QUESTIONS[row // 2]]).ids
+        for token in tokens[mask]:
+            assert model(input_ids=ids).logits[0, -1].argmax() == token
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+        assert len(tokens[mask]) == 9 or tokens[mask][-1] == END
+
+
+def test_the_same_seed_draws_the_same_completions(scratch):
+    assert torch.equal(sample(scratch).tokens, sample(scratch).tokens)
+
+
+def test_completions_of_one_token_have_their_logits(scratch):
+    model, tokenizer = scratch
+    tokens = torch.tensor([[4], [5], [6]])
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), tokens, torch.ones_like(tokens, dtype=torch.bool)
+    )
+    for row, question in enumerate(QUESTIONS):
+        assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)

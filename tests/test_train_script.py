@@ -1,0 +1,205 @@
+"""The training script: it learns, its numbers add up, and what is wrong with a command is said."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from reference import checkpoint, models, supervised, train
+from reference.config import PRESETS, TrainConfig, UserError, parse_command_line
+from reference.learner import Learner
+from reference.tasks import TASKS
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def weak_start(monkeypatch):
+    """Leave the warm start early: these tests are about the steps, not about how well it ends."""
+    monkeypatch.setattr(supervised, "TARGET", 0.02)
+
+
+def tiny(directory, *flags, impl="reference"):
+    arguments = ["--preset", "tiny", "--output-dir", str(directory), "--loss-impl", impl]
+    return train.main([*arguments, *flags])
+
+
+def rows_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- learning ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_tiny_model_learns(tmp_path, seed):
+    assert tiny(tmp_path, "--seed", str(seed)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["accuracy_before"] < 0.95
+    assert summary["accuracy_after"] >= 0.9
+    assert summary["accuracy_after"] > summary["accuracy_before"]
+
+
+def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, weak_start, capsys):
+    assert tiny(tmp_path, "--steps", "3") == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"metrics.jsonl", "curves.png", "summary.json", "model"}
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["rewards/exact/mean"])
+        assert row["reward"] == pytest.approx(row["accuracy"])
+        assert 0 <= row["completions/clipped_ratio"] <= 1
+        assert 1 <= row["completions/mean_length"] <= 7
+        assert row["learning_rate"] == 3e-4
+    assert rows[2]["num_tokens"] > rows[0]["num_tokens"] >= 128 * (7 + 1)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    printed = capsys.readouterr().out
+    assert "VALUE is about 0" in printed and "before" in printed and "after" in printed
+
+
+@pytest.mark.parametrize("room", ["eager"], indirect=True)
+@pytest.mark.parametrize("flags", [[], ["--inner-iterations", "2", "--beta", "0.05"]])
+def test_fused_and_reference_losses_give_the_same_run(tmp_path, weak_start, room, flags):
+    flags = ["--steps", "3", *flags]
+    assert tiny(tmp_path / "fused", *flags, impl="fused") == 0
+    assert tiny(tmp_path / "reference", *flags, impl="reference") == 0
+    for ours, expected in zip(
+        rows_of(tmp_path / "fused"), rows_of(tmp_path / "reference"), strict=True
+    ):
+        assert ours.keys() == expected.keys()
+        for name in ours.keys() - {"step_time"}:
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+def test_flags_override_the_preset():
+    assert parse_command_line(["--preset", "tiny"]) == PRESETS["tiny"]
+    config = parse_command_line(["--steps", "7", "--preset", "tiny", "--epsilon-high", "0.3"])
+    assert (config.steps, config.epsilon_high, config.model) == (7, 0.3, "scratch")
+    assert config.loss_fields()["epsilon_high"] == 0.3
+    assert parse_command_line([]) == PRESETS["smollm2-135m"]
+
+
+def test_every_flag_has_a_line_of_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert "Completions sampled per question" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--group-size", "1"], "--group-size must be at least 2; got 1"),
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--temperature", "0"], "--temperature must be a positive number; got 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a positive number; got nan"),
+        (["--prompts", "50001"], "--prompts 50001: the task has 50000 questions"),
+        (["--task", "arithmetic"], "--model scratch learns --task reverse only"),
+        (["--beta", "-1"], "--beta must be at least 0; got -1"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no such device here"),
+    ],
+)
+def test_bad_settings_are_one_line_before_any_model_is_loaded(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "locate", lambda *_: pytest.fail("a model was looked for"))
+    assert tiny(tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unusable_output_directory_is_one_line_before_any_model_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(models, "locate", lambda *_: pytest.fail("a model was looked for"))
+    (tmp_path / "file").write_text("mine")
+    assert tiny(tmp_path) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert tiny(tmp_path / "file") == 2
+    assert tiny(tmp_path / "file" / "below") == 2
+    error = capsys.readouterr().err
+    assert error.count("error: cannot write to the output directory") == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_directory_without_weights_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    assert tiny(tmp_path / "run", "--model", str(tmp_path / "model")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, train.__file__, "--preset", "tiny", "--group-size", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: --group-size must be at least 2; got 1\n"
+
+
+def test_a_reward_that_is_not_a_number_is_named_and_leaves_nothing(
+    tmp_path, weak_start, monkeypatch, capsys
+):
+    task = TASKS["reverse"](0)
+    task.rewards["broken"] = lambda completion, answer: math.nan
+    monkeypatch.setitem(TASKS, "reverse", lambda seed: task)
+    assert tiny(tmp_path / "run") == 2
+    assert "error: reward 'broken' gave nan for the answer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_whole_lines_and_saves_no_model(
+    tmp_path, weak_start, monkeypatch, capsys
+):
+    step = Learner.step
+
+    def interrupted(learner, *arguments):
+        if learner.steps == 2:
+            raise KeyboardInterrupt
+        return step(learner, *arguments)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    assert tiny(tmp_path) == 130
+    assert "stopped before the end: no model was saved" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        directory = checkpoint.make_run_directory(PRESETS["tiny"])
+        (directory / "metrics.jsonl").touch()
+        names.append(directory.as_posix())
+    stem = "runs/tiny-reverse-seed0"
+    assert names == [stem, stem + "-2", stem + "-3"]
+
+
+def test_scores_are_laid_out_by_question(monkeypatch):
+    task = TASKS["reverse"](0)
+    questions = task.train[:2]
+    texts = [questions[0].answer, "x", questions[1].answer, questions[1].answer]
+    assert train.score(task, questions, texts)["exact"].tolist() == [[1, 0], [1, 1]]
+    with pytest.raises(UserError, match="gave inf"):
+        task.rewards["exact"] = lambda completion, answer: math.inf
+        train.score(task, questions, texts)
