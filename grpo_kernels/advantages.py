@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grpo_kernels.checks import check_rewards
+from .checks import check_rewards
 
 MIN_STD = 1e-6
 

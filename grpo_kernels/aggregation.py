@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from grpo_kernels.objective import LossConfig
+    from .objective import LossConfig
 
 
 class Aggregation(NamedTuple):

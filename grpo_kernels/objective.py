@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from grpo_kernels import checks
-from grpo_kernels.aggregation import (
+from . import checks
+from .aggregation import (
     AGGREGATIONS,
     entropy_divisor,
     sequence_sum,
