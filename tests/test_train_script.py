@@ -37,9 +37,6 @@ def rows_of(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- learning ----------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_tiny_model_learns(tmp_path, seed):
@@ -81,9 +78,6 @@ def test_fused_and_reference_losses_give_the_same_run(tmp_path, weak_start, room
         assert ours.keys() == expected.keys()
         for name in ours.keys() - {"step_time"}:
             assert ours[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-
-
-# ---- the command line --------------------------------------------------------------------------
 
 
 def test_flags_override_the_preset():

@@ -22,6 +22,7 @@ from .row_math import (
     row_offset,
     softmax_merge,
     softmax_update,
+    store_zeros,
     tile_offsets,
     tile_sum,
 )
@@ -136,9 +137,7 @@ def _approximate_kl_backward_kernel(
     TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
     if tl.load(mask_ptr + row) == 0:
-        zeros = tl.zeros([UNROLL, LANES, VEC], d_logits_ptr.dtype.element_ty)
-        for start in range(0, V, TILE):
-            tl.store(d_row + start + offsets, zeros, mask=start + offsets < V)
+        store_zeros(d_row, offsets, V, TILE)
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)

@@ -50,6 +50,14 @@ def load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def store_zeros(row_ptr, offsets, V, TILE: tl.constexpr):
+    """The gradient of a row that does not count."""
+    zeros = tl.zeros(offsets.shape, row_ptr.dtype.element_ty)
+    for start in range(0, V, TILE):
+        tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < V)
+
+
+@triton.jit
 def tile_sum(x):
     """Each lane's sum over a tile [UNROLL, LANES, VEC]: registers only, no barrier."""
     return tl.sum(tl.sum(x, axis=2), axis=0)

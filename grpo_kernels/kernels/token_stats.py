@@ -33,6 +33,7 @@ from .row_math import (
     softcapped_derivative,
     softmax_merge,
     softmax_update,
+    store_zeros,
     tile_offsets,
     tile_sum,
 )
@@ -148,6 +149,38 @@ def _token_stats_forward_kernel(
 
 
 @triton.jit
+def _row_weights(
+    row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr,
+    KL: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The upstream gradients of a row as weights of its entries; inverse is 1 / temperature.
+
+        dx = d_logprob · 1_token + p · (weight + weight_log · log2 p + ...)
+
+    with, for the KL, weight_kl · (log2 p - log2 q) within the brackets if it is the reverse one,
+    and - weight_kl · q outside if it is the forward one.
+    """
+    d_logprob = inverse * 0.0
+    weight_log = inverse * 0.0
+    weight_kl = inverse * 0.0
+    if d_logprob_ptr is not None:
+        d_logprob = inverse * tl.load(d_logprob_ptr + row).to(ACC)
+    weight = -d_logprob
+    if d_entropy_ptr is not None:
+        d_entropy = inverse * tl.load(d_entropy_ptr + row).to(ACC)
+        weight -= d_entropy * tl.load(entropy_ptr + row)
+        weight_log = -d_entropy * LN2
+    if KL != "none":
+        weight_kl = inverse * tl.load(d_kl_ptr + row).to(ACC)
+        if KL == "forward":
+            weight += weight_kl
+        else:
+            weight -= weight_kl * tl.load(kl_ptr + row)
+            weight_kl *= LN2
+    return d_logprob, weight, weight_log, weight_kl
+
+
+@triton.jit
 def _row_gradient(
     x, y, row_scalars, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr
 ):
@@ -217,30 +250,14 @@ def _token_stats_backward_kernel(
     TILE: tl.constexpr = UNROLL * LANES * VEC
 
     inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC)
-    d_logprob = inverse * 0.0
-    weight_log = inverse * 0.0
-    weight_kl = inverse * 0.0
-    if d_logprob_ptr is not None:
-        d_logprob = inverse * tl.load(d_logprob_ptr + row).to(ACC)
-    weight = -d_logprob
-    if HAS_ENTROPY:
-        d_entropy = inverse * tl.load(d_entropy_ptr + row).to(ACC)
-        weight -= d_entropy * tl.load(entropy_ptr + row)
-        weight_log = -d_entropy * LN2
-    if KL == "reverse":
-        d_kl = inverse * tl.load(d_kl_ptr + row).to(ACC)
-        weight -= d_kl * tl.load(kl_ptr + row)
-        weight_kl = d_kl * LN2
-    if KL == "forward":
-        weight_kl = inverse * tl.load(d_kl_ptr + row).to(ACC)
-        weight += weight_kl
+    d_logprob, weight, weight_log, weight_kl = _row_weights(
+        row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr, KL, ACC
+    )
     active = (d_logprob != 0) | (weight_log != 0) | (weight_kl != 0)
     if mask_ptr is not None:
         active &= tl.load(mask_ptr + row) != 0
     if not active:
-        zeros = tl.zeros([UNROLL, LANES, VEC], d_logits_ptr.dtype.element_ty)
-        for start in range(0, V, TILE):
-            tl.store(d_row + start + offsets, zeros, mask=start + offsets < V)
+        store_zeros(d_row, offsets, V, TILE)
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
