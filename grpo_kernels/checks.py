@@ -195,6 +195,10 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def mark_consumed(logits: Tensor) -> None:
     """From now on `check_logits` refuses these logits: their backward puts a gradient there."""
+    if any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            f"logits must not be expanded with inplace=True, got strides {logits.stride()}"
+        )
     if not torch.compiler.is_compiling():
         setattr(logits, _CONSUMED, True)
 

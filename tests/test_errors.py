@@ -74,6 +74,10 @@ def test_token_stats_names_what_is_wrong(room, change, error, message):
             {"config": LossConfig(entropy_coef=0.1), "normalizer": 2},
             "needs entropy_normalizer",
         ),
+        (
+            {"logits": LOGITS[:1].expand(B, T, V), "inplace": True},
+            r"logits must not be expanded with inplace=True, got strides \(0, 5, 1\)",
+        ),
         ({"normalizer": 0}, "normalizer must be greater than 0, got 0"),
         ({"normalizer": torch.ones(2)}, r"normalizer must be a number or a 0-dim tensor"),
     ],
