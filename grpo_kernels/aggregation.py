@@ -83,10 +83,10 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return sums[_sequence_ids(x.shape[0], cu_seqlens)]
 
 
-def spread_to_tokens(advantages: Tensor, logprob: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Advantages per token, from one per token or one per sequence."""
-    if advantages.shape == logprob.shape:
+def spread_to_tokens(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Advantages per token, of the shape, from one per token or one per sequence."""
+    if advantages.shape == shape:
         return advantages
     if cu_seqlens is None:
-        return advantages.unsqueeze(-1).expand_as(logprob)
-    return advantages[_sequence_ids(logprob.shape[0], cu_seqlens)]
+        return advantages.unsqueeze(-1).expand(shape)
+    return advantages[_sequence_ids(shape[0], cu_seqlens)]

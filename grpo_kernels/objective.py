@@ -1,10 +1,10 @@
-"""The policy objective on per-token tensors: its settings, its terms, its average, its metrics.
+"""The policy objective on per-token tensors: its settings, the loss, its metrics.
 
 Everything here works on tensors with one number per token, so it costs next to nothing beside the
-logits. A variant of the objective is a value of LossConfig: an entry in one of the tables below.
+logits. A variant of the objective is a value of LossConfig: an entry in a table of terms.py or
+aggregation.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -19,9 +19,17 @@ from .aggregation import (
     spread_to_tokens,
     token_weights,
 )
-
-# exp(20) = 4.9e8: beyond any clip, and far from overflow in a product or a sum.
-MAX_LOG_RATIO = 20.0
+from .terms import (
+    MAX_LOG_RATIO,
+    RATIO_LEVELS,
+    SAMPLED_KL,
+    SURROGATES,
+    VOCABULARY_KL,
+    Constants,
+    saturated_exp,
+    token_terms,
+    weighted_sum,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,38 +128,6 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def _clip(ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    """-min(r A, clip(r) A) is -A·r with r bounded on the side to which the advantage pushes it."""
-    cap = min(x for x in (config.delta, config.dual_clip, float("inf")) if x is not None)
-    falling = ratio.clamp(min=1 - config.epsilon_low, max=cap)
-    rising = ratio.clamp(max=1 + config.epsilon_high)
-    return -advantage * torch.where(advantage < 0, falling, rising)
-
-
-def _k3(d: Tensor) -> Tensor:
-    d = d.clamp(min=-MAX_LOG_RATIO)  # on the other side e^(-d) only vanishes
-    return torch.expm1(-d) + d
-
-
-def _k3_plus(d: Tensor) -> Tensor:
-    k2 = d * d / 2
-    return _k3(d).detach() + (k2 - k2.detach())
-
-
-RATIO_LEVELS = ("token", "sequence")
-SURROGATES: dict[str, Callable[[Tensor, Tensor, LossConfig], Tensor]] = {"clip": _clip}
-# From d = logprob - ref_logprob and the token's log-ratio, logprob - old_logprob.
-SAMPLED_KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": lambda d, log_ratio: d,
-    "k2": lambda d, log_ratio: d * d / 2,
-    "k3": lambda d, log_ratio: _k3(d),
-    "k3+": lambda d, log_ratio: _k3_plus(d),
-    "k3_corrected": lambda d, log_ratio: _saturated_exp(log_ratio) * _k3(d),
-    "abs": lambda d, log_ratio: d.abs(),
-}
-VOCABULARY_KL = ("forward", "reverse")
-
-
 def policy_loss(
     logprob: Tensor,
     advantages: Tensor,
@@ -224,88 +200,100 @@ def policy_loss(
 
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """
-    per_token = {
-        "old_logprob": old_logprob,
-        "ref_logprob": ref_logprob,
-        "entropy": entropy,
-        "kl": kl,
-        "sampling_logprob": sampling_logprob,
-    }
-    _check_arguments(logprob, advantages, mask, per_token, config, cu_seqlens)
-    checks.check_normalizers(
-        normalizer, entropy_normalizer, config.entropy_coef, config.aggregation
-    )
+    checks.check_logprob(logprob)
+    checks.check_per_token("entropy", entropy, logprob.shape)
+    checks.check_per_token("kl", kl, logprob.shape)
+    checks.check_entropy_input(config.entropy_coef, entropy)
+    over_vocabulary = config.kl_estimator in VOCABULARY_KL
+    checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    keep = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
-
-    def select(x: Tensor) -> Tensor:
-        # Before any arithmetic: multiplying NaN by a mask leaves NaN, in the gradient too.
-        return torch.where(keep, x.to(dtype), 0.0)
-
-    advantage = select(spread_to_tokens(advantages.detach(), logprob, cu_seqlens))
-    old = select((logprob if old_logprob is None else old_logprob).detach())
-    logprob = select(logprob)
-    token_log_ratio = logprob - old
+    keep, constants = loss_constants(
+        logprob.shape,
+        dtype,
+        advantages,
+        mask=mask,
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        sampling_logprob=sampling_logprob,
+        config=config,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        cu_seqlens=cu_seqlens,
+    )
+    logprob, entropy, kl = (_select(keep, each, dtype) for each in (logprob, entropy, kl))
+    constants = constants.with_old(logprob)
+    log_ratio = logprob - constants.old_logprob
     if config.ratio_level == "sequence":
         lengths = sequence_sum(keep.to(dtype), cu_seqlens).clamp(min=1)
-        ratio = _saturated_exp(sequence_sum(token_log_ratio, cu_seqlens) / lengths)
+        ratio = saturated_exp(sequence_sum(log_ratio, cu_seqlens) / lengths)
     else:
-        ratio = _saturated_exp(token_log_ratio)
+        ratio = saturated_exp(log_ratio)
 
-    policy = SURROGATES[config.surrogate](ratio, advantage, config)
-    if sampling_logprob is not None:
-        importance = _saturated_exp(old - select(sampling_logprob.detach()))
-        policy = policy * importance.clamp(max=config.importance_cap)
-    if ref_logprob is not None:
-        d = logprob - select(ref_logprob.detach())
-        kl = SAMPLED_KL[config.kl_estimator](d, token_log_ratio)
-    elif kl is not None:
-        kl = select(kl)
-
-    weight = token_weights(keep, config, normalizer, cu_seqlens, dtype)
-    loss = (weight * (policy if config.beta == 0 else policy + config.beta * kl)).sum()
-    if entropy is not None:
-        entropy = select(entropy)
-    if config.entropy_coef != 0:
-        loss = loss - config.entropy_coef * entropy.sum() / entropy_divisor(
-            keep, normalizer, entropy_normalizer
-        )
-    metrics = {"policy_loss": (weight * policy).sum()}
-    metrics |= _token_metrics(ratio, token_log_ratio, advantage, kl, entropy, keep, config)
+    policy, kl = token_terms(logprob, kl, ratio, constants, config)
+    loss = weighted_sum(policy, kl, entropy, constants, config)
+    metrics = {"policy_loss": (constants.weight * policy).sum()}
+    metrics |= _token_metrics(ratio, log_ratio, constants.advantage, kl, entropy, keep, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
-def _check_arguments(
-    logprob: Tensor,
+def loss_constants(
+    shape: torch.Size,
+    dtype: torch.dtype,
     advantages: Tensor,
+    *,
     mask: Tensor | None,
-    per_token: dict[str, Tensor | None],
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    sampling_logprob: Tensor | None,
     config: LossConfig,
+    normalizer: float | Tensor | None,
+    entropy_normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
-    checks.check_logprob(logprob)
-    checks.check_cu_seqlens(cu_seqlens, logprob.shape, config.ratio_level, config.aggregation)
-    checks.check_advantages(advantages, logprob.shape, cu_seqlens)
-    checks.check_mask(mask, logprob.shape)
-    for name, tensor in per_token.items():
-        checks.check_per_token(name, tensor, logprob.shape)
-    checks.check_kl_input(
-        config.kl_estimator,
-        config.beta,
-        config.kl_estimator in VOCABULARY_KL,
-        per_token["ref_logprob"],
-        per_token["kl"],
+) -> tuple[Tensor, Constants]:
+    """The tokens that count, bool, and the arguments of `policy_loss`, checked, 0 elsewhere."""
+    checks.check_cu_seqlens(cu_seqlens, shape, config.ratio_level, config.aggregation)
+    checks.check_advantages(advantages, shape, cu_seqlens)
+    checks.check_mask(mask, shape)
+    logprobs = {
+        "old_logprob": old_logprob,
+        "ref_logprob": ref_logprob,
+        "sampling_logprob": sampling_logprob,
+    }
+    for name, each in logprobs.items():
+        checks.check_per_token(name, each, shape)
+    checks.check_normalizers(
+        normalizer, entropy_normalizer, config.entropy_coef, config.aggregation
     )
-    checks.check_entropy_input(config.entropy_coef, per_token["entropy"])
+    if mask is None:
+        keep = torch.ones(shape, dtype=torch.bool, device=advantages.device)
+    else:
+        keep = mask.bool()
+    weight = token_weights(keep, config, normalizer, cu_seqlens, dtype)
+    entropy_weight = None
+    if config.entropy_coef != 0:
+        divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
+        entropy_weight = weight.new_full((), config.entropy_coef) / divisor
+    advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
+    return keep, Constants(
+        _select(keep, advantage, dtype),
+        weight,
+        entropy_weight,
+        **{name: _select(keep, each, dtype, detach=True) for name, each in logprobs.items()},
+    )
 
 
-def _saturated_exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def _select(
+    keep: Tensor, x: Tensor | None, dtype: torch.dtype, *, detach: bool = False
+) -> Tensor | None:
+    """x where kept, else 0. Before any arithmetic: NaN times a mask is NaN, in the gradient too."""
+    if x is None:
+        return None
+    return torch.where(keep, (x.detach() if detach else x).to(dtype), 0.0)
 
 
 def _token_metrics(
     ratio: Tensor,
-    token_log_ratio: Tensor,
+    log_ratio: Tensor,
     advantage: Tensor,
     kl: Tensor | None,
     entropy: Tensor | None,
@@ -319,7 +307,7 @@ def _token_metrics(
 
     low = (ratio < 1 - config.epsilon_low) & (advantage < 0)
     high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
-    log_ratio = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     kept_ratio = torch.where(keep, ratio, 0)
     metrics = {
         "clip_ratio/low_mean": mean(low.to(ratio.dtype)),

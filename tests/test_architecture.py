@@ -24,9 +24,16 @@ ALLOWED = {
         "grpo_kernels.rows",
         "grpo_kernels.checks",
         "grpo_kernels.objective",
+        "grpo_kernels.terms",
     },
     "grpo_kernels.aggregation": {"torch", "grpo_kernels.objective"},  # for an annotation
-    "grpo_kernels.objective": {"torch", "grpo_kernels.checks", "grpo_kernels.aggregation"},
+    "grpo_kernels.terms": {"torch", "grpo_kernels.objective"},  # for an annotation
+    "grpo_kernels.objective": {
+        "torch",
+        "grpo_kernels.checks",
+        "grpo_kernels.aggregation",
+        "grpo_kernels.terms",
+    },
     "grpo_kernels.advantages": {"torch", "grpo_kernels.checks"},
     "grpo_kernels.functional": {
         "torch",

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from grpo_kernels.objective import AGGREGATIONS, SAMPLED_KL, LossConfig, policy_loss
+from grpo_kernels.objective import AGGREGATIONS, LossConfig, policy_loss
+from grpo_kernels.terms import SAMPLED_KL
 
 SAMPLED = list(SAMPLED_KL)
 CONFIGS = st.builds(

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo_kernels.objective import SAMPLED_KL, LossConfig, policy_loss
+from grpo_kernels.objective import LossConfig, policy_loss
+from grpo_kernels.terms import SAMPLED_KL
 
 
 def assert_same(actual, expected, rtol=1e-12, atol=1e-12):

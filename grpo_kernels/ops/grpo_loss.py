@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objective import VOCABULARY_KL, LossConfig, LossOutput, policy_loss
+from ..objective import LossConfig, LossOutput, policy_loss
+from ..terms import VOCABULARY_KL
 from .token_stats import _token_stats, token_stats
 
 
