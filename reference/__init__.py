@@ -9,11 +9,18 @@ from reference.functional import (
 )
 from reference.grpo_loss import grpo_loss, linear_grpo_loss
 from reference.objective import LossConfig, LossOutput, policy_loss
-from reference.token_stats import TokenStats, linear_token_stats, token_stats
+from reference.token_stats import (
+    TokenPacking,
+    TokenStats,
+    linear_token_stats,
+    pack_tokens,
+    token_stats,
+)
 
 __all__ = [
     "LossConfig",
     "LossOutput",
+    "TokenPacking",
     "TokenStats",
     "approximate_kl_divergence",
     "cross_entropy_from_logits",
@@ -23,6 +30,7 @@ __all__ = [
     "kl_divergence",
     "linear_grpo_loss",
     "linear_token_stats",
+    "pack_tokens",
     "policy_loss",
     "token_stats",
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reference.objective import LossConfig, LossOutput, policy_loss
-from reference.token_stats import TokenStats, linear_token_stats, token_stats
+from reference.token_stats import TokenPacking, TokenStats, linear_token_stats, token_stats
 
 
 def grpo_loss(
@@ -85,13 +85,15 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    packing: TokenPacking | None = None,
 ) -> LossOutput:
     """`grpo_loss` of logits = hidden @ weight.T + bias, ref_logits likewise.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: the reference's, never differentiated.
-        chunk_tokens: accepted for the sake of the signature; this function works in one piece.
+        chunk_tokens, packing: accepted for the sake of the signature; this function works in one
+            piece, and on every token.
         Others: as in `grpo_loss`.
 
     Returns:

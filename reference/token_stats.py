@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+class TokenPacking(NamedTuple):
+    """`order` [N]: flat indices of tokens with a signal, of the others that count, of masked ones.
+
+    `counts` [2]: how many there are of the first two kinds.
+    """
+
+    order: Tensor
+    counts: Tensor
+
+
 class TokenStats(NamedTuple):
     """Per-token results: `entropy` and `kl` are None unless they were asked for."""
 
@@ -94,6 +104,7 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     chunk_tokens: int | None = None,
+    packing: TokenPacking | None = None,
 ) -> TokenStats:
     """`token_stats` of logits = hidden @ weight.T + bias.
 
@@ -101,7 +112,8 @@ def linear_token_stats(
         hidden: [B, T, H] or [N, H]; weight: [V, H]; bias: [V]. Half dtypes are upcast before the
             product, so that the logits are never rounded.
         ref_hidden, ref_weight, ref_bias: the reference's, never differentiated.
-        chunk_tokens: accepted for the sake of the signature; this function works in one piece.
+        chunk_tokens, packing: accepted for the sake of the signature; this function works in one
+            piece, and on every token.
         Others: as in `token_stats`.
 
     Returns:
@@ -155,3 +167,27 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | 
         hidden = torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)
     logits = hidden @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def pack_tokens(
+    mask: Tensor, advantages: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> TokenPacking:
+    """The tokens that count: those with a nonzero advantage first, then the others, then masked.
+
+    Args:
+        mask: [B, T] or packed [N], bool or 0/1.
+        advantages: [B], [B, T], [N] or, with `cu_seqlens`, [sequences]; None: all have a signal.
+
+    Returns:
+        TokenPacking(order [N], counts [2]).
+    """
+    active = mask.bool()
+    live = active
+    if advantages is not None:
+        if cu_seqlens is not None and advantages.shape != mask.shape:
+            advantages = advantages.repeat_interleave(cu_seqlens.diff())
+        elif advantages.dim() < mask.dim():
+            advantages = advantages[:, None].expand_as(mask)
+        live = active & (advantages != 0)
+    kinds = [each.flatten().nonzero().flatten() for each in (live, active & ~live, ~active)]
+    return TokenPacking(torch.cat(kinds), torch.tensor([len(each) for each in kinds[:2]]))

@@ -19,11 +19,21 @@ ALLOWED = {
     "grpo_kernels.rows": {"torch", "grpo_kernels.eager", "grpo_kernels.kernels"},
     "grpo_kernels.launch": set(),
     "grpo_kernels.checks": {"torch"},
+    "grpo_kernels.chunks": {"torch"},
+    "grpo_kernels.head": {"torch"},
+    "grpo_kernels.linear_rows": {
+        "torch",
+        "grpo_kernels.rows",
+        "grpo_kernels.chunks",
+        "grpo_kernels.head",
+    },
     "grpo_kernels.ops": {
         "torch",
         "grpo_kernels.rows",
+        "grpo_kernels.linear_rows",
         "grpo_kernels.checks",
         "grpo_kernels.objective",
+        "grpo_kernels.aggregation",
         "grpo_kernels.terms",
     },
     "grpo_kernels.aggregation": {"torch", "grpo_kernels.objective"},  # for an annotation

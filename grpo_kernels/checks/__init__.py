@@ -1,0 +1,69 @@
+"""Argument checks: the one place where error messages are written.
+
+A shape, a dtype or a setting is always checked. What a tensor holds is checked only where looking
+costs nothing: eagerly on the CPU, never on a GPU, where it would wait for the device.
+"""
+
+from .basics import (
+    check_choice,
+    check_mask,
+    check_number,
+    check_per_token,
+)
+from .objective import (
+    check_advantages,
+    check_cu_seqlens,
+    check_entropy_input,
+    check_kl_input,
+    check_logprob,
+    check_max_completion_length,
+    check_normalizers,
+    check_rewards,
+)
+from .rows import (
+    check_chunk_tokens,
+    check_head,
+    check_hidden,
+    check_kl_arguments,
+    check_linear_kl,
+    check_linear_kl_input,
+    check_logits,
+    check_packed_advantages,
+    check_packing,
+    check_pair,
+    check_reference_head,
+    check_temperature,
+    check_token_ids,
+    check_tokens,
+    mark_consumed,
+)
+
+__all__ = [
+    "check_advantages",
+    "check_choice",
+    "check_chunk_tokens",
+    "check_cu_seqlens",
+    "check_entropy_input",
+    "check_head",
+    "check_hidden",
+    "check_kl_arguments",
+    "check_kl_input",
+    "check_linear_kl",
+    "check_linear_kl_input",
+    "check_logits",
+    "check_logprob",
+    "check_mask",
+    "check_max_completion_length",
+    "check_normalizers",
+    "check_number",
+    "check_packed_advantages",
+    "check_packing",
+    "check_pair",
+    "check_per_token",
+    "check_reference_head",
+    "check_rewards",
+    "check_temperature",
+    "check_token_ids",
+    "check_tokens",
+    "mark_consumed",
+]

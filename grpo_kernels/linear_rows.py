@@ -1,0 +1,218 @@
+"""Row statistics and their gradient straight from hidden states, a chunk of tokens at a time.
+
+    logits of the chunk = hidden @ weight.T      head.py, unrounded
+    statistics, gradient of the logits           rows.py, the functions of the logits level
+    d_hidden, d_weight                           head.py, accumulated in fp32
+
+The logits of one chunk are all that ever exists. Tokens come in as `order`, an index of those that
+count, so that the others are in no product.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunks import MEMORY_SHARE, WORKSPACE, plan_chunk
+from .head import add_weight_gradient, hidden_gradient, write_logits
+from .rows import room
+
+
+class Inputs(NamedTuple):
+    """Hidden states, the head that reads them, and what is asked of each token."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    tokens: Tensor  # [N], int64
+    temperature: Tensor  # [N], in the accumulation dtype
+    ref_hidden: Tensor | None  # [N, H of the reference]; None without kl
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    softcap: float | None
+    entropy: bool
+    kl: str | None
+    dtype: torch.dtype  # of the operands of the matrix products
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the gradient's operands: gradients of a mean over many tokens underflow in fp16."""
+        return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+
+
+class Stats(NamedTuple):
+    """Results of the rows, [N] each, the normalisers [N, 2]; None where not asked for."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    normaliser: Tensor
+    ref_normaliser: Tensor | None
+
+    @classmethod
+    def zeros(cls, inputs: Inputs) -> "Stats":
+        new, N = inputs.temperature.new_zeros, len(inputs.tokens)
+        return cls(
+            new(N),
+            new(N) if inputs.entropy else None,
+            new(N) if inputs.kl else None,
+            new(N, 2),
+            new(N, 2) if inputs.kl else None,
+        )
+
+    def write(self, at: Tensor, chunk: "Stats") -> None:
+        for mine, theirs in zip(self, chunk, strict=True):
+            if mine is not None:
+                mine.index_copy_(0, at, theirs)
+
+    def at(self, index: Tensor) -> "Stats":
+        return Stats(*(each if each is None else each[index] for each in self))
+
+
+class Upstream(NamedTuple):
+    """The gradients that come in, [n]; None is zero."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+class LinearRows:
+    """Rows of logits that exist a chunk at a time, in one workspace.
+
+    Args:
+        count: the number of tokens that will be worked on; the planner divides it into chunks.
+        chunk_tokens: overrides the planner. Every product then has exactly this many rows, the
+            last chunk being filled up with zeros: the bits of a row may depend on the shape of the
+            product that it is in, and so never depend on the number of tokens.
+        gradient: whether `backward` will be called.
+    """
+
+    def __init__(
+        self, inputs: Inputs, count: int, chunk_tokens: int | None, *, gradient: bool
+    ) -> None:
+        (V, H), device = inputs.weight.shape, inputs.weight.device
+        self.inputs = inputs._replace(weight=inputs.weight.to(inputs.dtype))
+        self.filled = chunk_tokens is not None
+        self.size = chunk_tokens or plan_chunk(
+            count, V, H, inputs.dtype, memory_of(device), kl=bool(inputs.kl), gradient=gradient
+        )
+        if inputs.kl:
+            self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.dtype))
+        # Without a chunk there is nothing to work on, and no workspace.
+        wide = inputs.temperature.new_empty((self.size if count else 0, V))
+        self._logits, self._ref_logits = wide, torch.empty_like(wide) if inputs.kl else None
+        self._d_logits = None
+        if gradient:
+            narrow = inputs.gradient_dtype
+            self._d_logits = wide if narrow == wide.dtype else torch.empty_like(wide, dtype=narrow)
+
+    def chunks(self, order: Tensor) -> Iterator[Tensor]:
+        """The index tensor, [n] at a time; none if it is empty."""
+        return iter(order.split(self.size)) if len(order) else iter(())
+
+    def gather(self, states: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """The states [N, H] of a chunk, filled up where chunks have a fixed size."""
+        chunk = states.index_select(0, at).to(dtype)
+        missing = self.size - len(at) if self.filled else 0
+        return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing else chunk
+
+    def write_logits(self, at: Tensor) -> None:
+        """Fill the workspace with the logits of a chunk."""
+        of = self.inputs
+        hidden = self.gather(of.hidden, at, of.dtype)
+        write_logits(self._logits[: len(hidden)], hidden, of.weight, of.bias)
+        if of.kl:
+            hidden = self.gather(of.ref_hidden, at, of.dtype)
+            write_logits(self._ref_logits[: len(hidden)], hidden, of.ref_weight, of.ref_bias)
+
+    def forward(self, at: Tensor) -> Stats:
+        """The statistics [n] of the chunk whose logits were written last."""
+        logits, ref_logits, tokens, temperature = self._rows(at)
+        of = self.inputs
+        outputs = room(logits).token_stats_forward(
+            logits, tokens, temperature, None, ref_logits, of.softcap, of.entropy, of.kl
+        )
+        return Stats(*(each if each is None else each.squeeze(0) for each in outputs))
+
+    def backward(self, at: Tensor, stats: Stats, upstream: Upstream) -> Tensor:
+        """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
+        logits, ref_logits, tokens, temperature = self._rows(at)
+        stats = Stats(*(each if each is None else each.unsqueeze(0) for each in stats))
+        d_logprob, d_entropy, d_kl = (
+            each if each is None else each.contiguous().unsqueeze(0) for each in upstream
+        )
+        d_logits = self._d_logits[: self.size if self.filled else len(at)]
+        room(logits).token_stats_backward(
+            logits,
+            tokens,
+            temperature,
+            None,
+            None if d_kl is None else ref_logits,
+            stats.normaliser,
+            None if d_kl is None else stats.ref_normaliser,
+            None if d_entropy is None else stats.entropy,
+            None if d_kl is None else stats.kl,
+            d_logprob,
+            d_entropy,
+            d_kl,
+            self.inputs.softcap,
+            None if d_kl is None else self.inputs.kl,
+            d_logits[: len(at)].unsqueeze(0),
+        )
+        d_logits[len(at) :].zero_()
+        return d_logits
+
+    def _rows(self, at: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(logits, ref_logits, tokens, temperature) of a chunk, as one sequence."""
+        ref_logits = None if self._ref_logits is None else self._ref_logits[: len(at)].unsqueeze(0)
+        logits = self._logits[: len(at)].unsqueeze(0)
+        return (
+            logits,
+            ref_logits,
+            self.inputs.tokens[at].unsqueeze(0),
+            self.inputs.temperature[at].unsqueeze(0),
+        )
+
+
+class HeadGradient:
+    """Accumulates the gradients of hidden, weight and bias over chunks; None where not wanted."""
+
+    def __init__(self, rows: LinearRows, *, hidden: bool, weight: bool, bias: bool) -> None:
+        self._rows, inputs = rows, rows.inputs
+        new, (V, H) = inputs.temperature.new_empty, inputs.weight.shape
+        self._weight = inputs.weight.to(inputs.gradient_dtype) if hidden else None
+        self.hidden = new(inputs.hidden.shape).zero_() if hidden else None
+        self.weight = new((V, H)) if weight else None
+        self.bias = new(V).zero_() if bias else None
+        self._first = True
+
+    def add(self, at: Tensor, d_logits: Tensor) -> None:
+        """Add what the tokens of a chunk contribute."""
+        if self.hidden is not None:
+            product = hidden_gradient(d_logits, self._weight, self.hidden.dtype)
+            self.hidden.index_copy_(0, at, product[: len(at)])
+        if self.weight is not None:
+            of = self._rows.inputs
+            hidden = self._rows.gather(of.hidden, at, of.gradient_dtype)
+            add_weight_gradient(self.weight, d_logits, hidden, self._first)
+        if self.bias is not None:
+            self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
+        self._first = False
+
+    def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight, d_bias) in the accumulation dtype."""
+        if self._first and self.weight is not None:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device; a workspace's worth where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return MEMORY_SHARE * WORKSPACE

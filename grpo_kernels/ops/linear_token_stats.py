@@ -1,0 +1,351 @@
+"""`linear_token_stats`: token statistics from hidden states, the logits of one chunk at a time.
+
+Top to bottom: the forward operator, the backward operator, the autograd formula that ties them, the
+public function, and how its arguments become the operators'.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
+from .gather import gathered
+from .packing import TokenPacking, pack_tokens
+from .token_stats import TokenStats
+
+
+@torch.library.custom_op("grpo_kernels::linear_token_stats_forward", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    kl: str | None,
+    dtype: torch.dtype,
+    order: Tensor,
+    counts: Tensor,
+    chunk_tokens: int | None,
+    skip_inert: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(
+        hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
+        softcap, entropy, kl, dtype,
+    )  # fmt: skip
+    order = order[: sum(counts.tolist())]
+    checks.check_token_ids(tokens[order], None, weight.shape[0])
+    stats = Stats.zeros(inputs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = LinearRows(inputs, len(order), chunk_tokens, gradient=False)
+        for at in rows.chunks(order):
+            rows.write_logits(at)
+            stats.write(at, rows.forward(at))
+    return tuple(temperature.new_empty(0) if each is None else each for each in stats)
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, tokens, temperature, *others):
+    entropy, has_kl = others[4], others[5] is not None
+    return stats_outputs(temperature, entropy, has_kl)
+
+
+def stats_outputs(temperature: Tensor, entropy: bool, has_kl: bool) -> tuple[Tensor, ...]:
+    """Empty tensors in the shapes of Stats."""
+
+    def output(wanted: bool, *pair: int) -> Tensor:
+        return temperature.new_empty((*temperature.shape, *pair) if wanted else (0,))
+
+    return output(True), output(entropy), output(has_kl), output(True, 2), output(has_kl, 2)
+
+
+@torch.library.custom_op("grpo_kernels::linear_token_stats_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    kl: str | None,
+    dtype: torch.dtype,
+    order: Tensor,
+    counts: Tensor,
+    chunk_tokens: int | None,
+    skip_inert: bool,
+    normaliser: Tensor,
+    ref_normaliser: Tensor | None,
+    entropy_value: Tensor | None,
+    kl_value: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_kl: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(
+        hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
+        softcap, entropy_value is not None, kl, dtype,
+    )  # fmt: skip
+    stats = Stats(normaliser[:, 0], entropy_value, kl_value, normaliser, ref_normaliser)
+    upstream = [d_logprob, d_entropy, d_kl]
+    order = _with_gradient(order, counts.tolist(), upstream, skip_inert)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
+        gradient = HeadGradient(rows, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+        for at in rows.chunks(order):
+            rows.write_logits(at)
+            incoming = Upstream(*(each if each is None else each[at] for each in upstream))
+            gradient.add(at, rows.backward(at, stats.at(at), incoming))
+    leaves = (hidden, weight, weight if bias is None else bias)
+    return tuple(
+        leaf.new_empty(0) if each is None else each.to(leaf.dtype)
+        for each, leaf in zip(gradient.total(), leaves, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(hidden, weight, bias, *others):
+    wanted = others[-1]
+    leaves = (hidden, weight, weight if bias is None else bias)
+    return tuple(
+        leaf.new_empty(leaf.shape if each else (0,))
+        for each, leaf in zip(wanted, leaves, strict=True)
+    )
+
+
+def _with_gradient(
+    order: Tensor, counts: list[int], upstream: list[Tensor | None], skip_inert: bool
+) -> Tensor:
+    """The tokens that a gradient can reach; on the CPU, where looking is free, those it does."""
+    order = order[: counts[0] if skip_inert else sum(counts)]
+    if order.device.type != "cpu":
+        return order
+    reached = torch.zeros(len(order), dtype=torch.bool)
+    for each in upstream:
+        if each is not None:
+            reached |= each[order] != 0
+    return order[reached]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, softcap, entropy, kl, dtype, order, counts, chunk_tokens, skip_inert = inputs
+    _, entropy_value, kl_value, normaliser, ref_normaliser = output
+    ctx.save_for_backward(
+        *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value
+    )
+    ctx.settings = softcap, entropy, kl, dtype, chunk_tokens, skip_inert
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
+    *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value = ctx.saved_tensors
+    softcap, entropy, kl, dtype, chunk_tokens, skip_inert = ctx.settings
+    # An output that was not asked for is empty, and tracing may hand it an empty gradient.
+    d_entropy = d_entropy if entropy else None
+    d_kl = d_kl if kl is not None else None
+    wanted = list(ctx.needs_input_grad[:3])
+    if (d_logprob is None and d_entropy is None and d_kl is None) or not any(wanted):
+        return (None,) * 16
+    hidden, weight, bias, tokens, temperature, *reference = tensors
+    gradients = _backward(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        temperature,
+        *(None if d_kl is None else each for each in reference),
+        softcap,
+        None if d_kl is None else kl,
+        dtype,
+        order,
+        counts,
+        chunk_tokens,
+        skip_inert,
+        normaliser,
+        None if d_kl is None else ref_normaliser,
+        None if d_entropy is None else entropy_value,
+        None if d_kl is None else kl_value,
+        *(None if each is None else each.contiguous() for each in (d_logprob, d_entropy, d_kl)),
+        wanted,
+    )
+    found = (each if want else None for each, want in zip(gradients, wanted, strict=True))
+    return (*found, *(None,) * 13)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: str | None = None,
+    mask: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    packing: TokenPacking | None = None,
+) -> TokenStats:
+    """`token_stats` of logits = hidden @ weight.T + bias, which never exist but for a chunk.
+
+    Forward is one matrix product (two with a KL), backward makes the logits again and then the
+    gradients: 8·n·V·H floating-point operations for n unmasked tokens, 2·n·V·H without gradient.
+    Logits are not rounded to the dtype of their operands, and gradients are summed in fp32: from
+    bf16 the log-probs are right to 1e-5. Beside its results it takes about 1 GiB of workspace and
+    the gradient of the weight in fp32, whatever the number of tokens.
+
+    Args:
+        hidden: [B, T, H] or packed [N, H]; hidden[:, t] is the last hidden state that predicts
+            tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
+        weight: [V, H], that of the head, in the dtype of `hidden` (under autocast, any); bias:
+            [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
+            is gathered once, and gets the mean over ranks of its gradient.
+        ref_hidden, ref_weight, ref_bias: the reference's, for `kl`, never differentiated; its
+            hidden size may be another.
+        chunk_tokens: tokens per chunk; None plans for about 1 GiB. A given size makes the bits of a
+            token's results independent of the batch around it: the last chunk is filled up.
+        packing: `pack_tokens` of this very mask, made in advance.
+        tokens, temperature, softcap, entropy, kl, mask: as in `token_stats`. Masked tokens are in
+            no product.
+
+    Returns:
+        TokenStats(logprob, entropy, kl) in nats, shape of `tokens`, fp32 (fp64 for fp64 hidden),
+        differentiable in `hidden`, `weight` and `bias` under any upstream gradient.
+
+    Raises:
+        ValueError, TypeError: as `token_stats`, for these arguments.
+    """
+    return _linear_token_stats(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        entropy=entropy,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        kl=kl,
+        mask=mask,
+        chunk_tokens=chunk_tokens,
+        packing=packing,
+        skip_inert=False,
+    )
+
+
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None,
+    chunk_tokens: int | None,
+    packing: TokenPacking | None,
+    skip_inert: bool,
+    entropy: bool,
+    kl: str | None,
+    **keywords,
+) -> TokenStats:
+    """`linear_token_stats`; skip_inert: tokens packed as without a signal get no gradient."""
+    inputs = operator_inputs(hidden, weight, tokens, mask=mask, entropy=entropy, kl=kl, **keywords)
+    checks.check_chunk_tokens(chunk_tokens)
+    packing = checked_packing(packing, mask, tokens)
+    outputs = _forward(*inputs, *packing, chunk_tokens, skip_inert)
+    return token_stats_of(outputs, tokens.shape, entropy, kl)
+
+
+def token_stats_of(
+    outputs: tuple[Tensor, ...], shape: torch.Size, entropy: bool, kl: str | None
+) -> TokenStats:
+    """The first three of an operator's outputs, [N], in the shape of the tokens."""
+    logprob, entropy_value, kl_value = outputs[:3]
+    return TokenStats(
+        logprob.view(shape),
+        entropy_value.view(shape) if entropy else None,
+        kl_value.view(shape) if kl is not None else None,
+    )
+
+
+def checked_packing(
+    packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
+) -> TokenPacking:
+    """The packing given, or that of the mask; without a mask nothing is waited for."""
+    if packing is not None:
+        checks.check_packing(packing, mask, tokens)
+        return packing
+    if mask is not None:
+        return pack_tokens(mask)
+    N = tokens.numel()
+    return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
+
+
+def operator_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    kl: str | None,
+    mask: Tensor | None,
+) -> Inputs:
+    """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
+    checks.check_hidden(hidden)
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
+    checks.check_tokens(tokens, hidden, "hidden")
+    checks.check_mask(mask, tokens.shape)
+    checks.check_temperature(temperature, tokens, mask)
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    checks.check_linear_kl(kl, reference)
+    if softcap is not None:
+        checks.check_number("softcap", softcap, above=0)
+    weight, bias = gathered(weight), gathered(bias)
+    if kl is None:
+        ref_hidden = ref_weight = ref_bias = None
+    else:
+        checks.check_reference_head(hidden, weight, reference)
+        checks.check_head("ref_", ref_hidden, ref_weight, ref_bias, same_dtype=autocast is None)
+        ref_hidden = ref_hidden.detach().flatten(0, -2)
+        ref_weight, ref_bias = (
+            None if each is None else gathered(each.detach()) for each in (ref_weight, ref_bias)
+        )
+    N, acc = tokens.numel(), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(acc)
+    else:
+        temperature = torch.as_tensor(temperature, dtype=acc, device=hidden.device)
+    return Inputs(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        tokens.to(torch.int64).flatten(),
+        temperature.expand(tokens.shape).reshape(N),
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        softcap,
+        entropy,
+        kl,
+        hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
+    )
