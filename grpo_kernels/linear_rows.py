@@ -178,16 +178,20 @@ class LinearRows:
 
 
 class HeadGradient:
-    """Accumulates the gradients of hidden, weight and bias over chunks; None where not wanted."""
+    """Accumulates the gradients of hidden, weight and bias over chunks of `count` tokens.
 
-    def __init__(self, rows: LinearRows, *, hidden: bool, weight: bool, bias: bool) -> None:
+    wanted: which of the three; the others are None.
+    """
+
+    def __init__(self, rows: LinearRows, count: int, wanted: list[bool]) -> None:
+        hidden, weight, bias = wanted
         self._rows, inputs = rows, rows.inputs
         new, (V, H) = inputs.temperature.new_empty, inputs.weight.shape
         self._weight = inputs.weight.to(inputs.gradient_dtype) if hidden else None
         self.hidden = new(inputs.hidden.shape).zero_() if hidden else None
         self.weight = new((V, H)) if weight else None
         self.bias = new(V).zero_() if bias else None
-        self._first = True
+        self._first, self._only = True, count <= rows.size
 
     def add(self, at: Tensor, d_logits: Tensor) -> None:
         """Add what the tokens of a chunk contribute."""
@@ -197,7 +201,7 @@ class HeadGradient:
         if self.weight is not None:
             of = self._rows.inputs
             hidden = self._rows.gather(of.hidden, at, of.gradient_dtype)
-            add_weight_gradient(self.weight, d_logits, hidden, self._first)
+            add_weight_gradient(self.weight, d_logits, hidden, first=self._first, only=self._only)
         if self.bias is not None:
             self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
         self._first = False

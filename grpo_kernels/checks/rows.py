@@ -82,7 +82,8 @@ def check_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
 
 def check_temperature(temperature: float | Tensor, tokens: Tensor, mask: Tensor | None) -> None:
     if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, above=0)
+        if not torch.compiler.is_compiling():  # there it may be a symbol, which has no value yet
+            check_number("temperature", temperature, above=0)
         return
     check_floating("temperature", temperature)
     check_device("temperature", temperature, tokens)

@@ -5,9 +5,9 @@ its tokens and that loss's gradient, which goes back through the logits at once,
 three matrix products, nothing computed twice. Backward only scales.
 """
 
+import ast
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,8 +69,8 @@ def _forward(
     stats, loss = Stats.zeros(inputs), temperature.new_zeros(())
     with torch.autocast(hidden.device.type, enabled=False):
         rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
-        gradient = HeadGradient(rows, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
         with_gradient = live if skip_inert else len(order)
+        gradient = HeadGradient(rows, with_gradient, wanted)
         for at in rows.chunks(order[:with_gradient]):
             rows.write_logits(at)
             chunk = rows.forward(at)
@@ -131,9 +131,17 @@ def _recording() -> Iterator[None]:
         yield
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(LossConfig))
+
+
+def _as_text(config: LossConfig) -> str:
+    """An operator takes no objects, and torch.compile traces no serialisers."""
+    return "(" + ", ".join([repr(getattr(config, name)) for name in FIELDS]) + ")"
+
+
 @functools.cache
 def _config_of(text: str) -> LossConfig:
-    return LossConfig(**json.loads(text))
+    return LossConfig(**dict(zip(FIELDS, ast.literal_eval(text), strict=True)))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -257,10 +265,9 @@ def linear_grpo_loss(
             ).logprob  # fmt: skip
         constants = constants._replace(ref_logprob=ref_logprob)
 
-    leaves = [hidden, weight, bias]
-    wanted = [each is not None and each.requires_grad for each in leaves]
+    wanted = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
     skip_inert = config.beta == 0 and config.entropy_coef == 0
-    if config.ratio_level == "sequence" or not (torch.is_grad_enabled() and any(wanted)):
+    if not _gradient_comes_with_the_loss(config, wanted):
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
@@ -272,13 +279,18 @@ def linear_grpo_loss(
         chunk_tokens,
         skip_inert,
         *(each if each is None or each.dim() == 0 else each.flatten() for each in constants),
-        json.dumps(dataclasses.asdict(config)),
+        _as_text(config),
         wanted,
     )
     stats = token_stats_of(outputs[1:], tokens.shape, True, asked["kl"])
     with torch.no_grad():
         metrics = _policy_loss(stats, advantages, ref_logprob, objective).metrics
     return LossOutput(outputs[0], metrics)
+
+
+def _gradient_comes_with_the_loss(config: LossConfig, wanted: list[bool]) -> bool:
+    """Whether a gradient is wanted, and every token's loss is known when its logits are."""
+    return config.ratio_level == "token" and torch.is_grad_enabled() and any(wanted)
 
 
 def _policy_loss(

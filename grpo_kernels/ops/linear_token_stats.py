@@ -11,7 +11,7 @@ from .. import checks
 from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
 from .gather import gathered
 from .packing import TokenPacking, pack_tokens
-from .token_stats import TokenStats
+from .token_stats import TokenStats, scalar_temperature
 
 
 @torch.library.custom_op("grpo_kernels::linear_token_stats_forward", mutates_args=())
@@ -98,7 +98,7 @@ def _backward(
     order = _with_gradient(order, counts.tolist(), upstream, skip_inert)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
-        gradient = HeadGradient(rows, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+        gradient = HeadGradient(rows, len(order), wanted)
         for at in rows.chunks(order):
             rows.write_logits(at)
             incoming = Upstream(*(each if each is None else each[at] for each in upstream))
@@ -334,7 +334,7 @@ def operator_inputs(
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(acc)
     else:
-        temperature = torch.as_tensor(temperature, dtype=acc, device=hidden.device)
+        temperature = scalar_temperature(temperature, acc, hidden.device)
     return Inputs(
         hidden.flatten(0, -2),
         weight,

@@ -236,8 +236,11 @@ def _token_stats(
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         temperature = temperature.detach().to(acc).expand(tokens.shape).contiguous()
     else:
-        scalar = torch.as_tensor(temperature, dtype=acc, device=logits.device).detach()
-        temperature = scalar.reshape(()).expand(tokens.shape)
+        if isinstance(temperature, Tensor):
+            scalar = temperature.detach().to(acc).reshape(())
+        else:
+            scalar = scalar_temperature(temperature, acc, logits.device)
+        temperature = scalar.expand(tokens.shape)
     outputs = _forward(
         rows(logits),
         rows(tokens.to(torch.int64).contiguous()),
@@ -255,3 +258,9 @@ def _token_stats(
     return TokenStats(
         logprob, entropy_value if entropy else None, kl_value if kl is not None else None
     )
+
+
+def scalar_temperature(temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-dim tensor, by a product: a symbol of torch.compile stays one, so that a new
+    temperature compiles nothing, and nothing is copied to the device."""
+    return torch.ones((), dtype=dtype, device=device) * temperature
