@@ -121,29 +121,35 @@ class Learner:
     def loss(self, part: Part, denominators: dict[str, int]):
         """The loss of one part; fills in the log-probs that the part still lacks."""
         batch = (part.prompts, part.tokens, part.mask)
-        logits = self.policy.logits(*batch)
+        states, head = self.policy.states(*batch)
         if self.config.inner_iterations > 1 and part.old_logprob is None:
-            part.old_logprob = self.logprob(logits.detach(), part)
+            part.old_logprob = self.logprob(states, head, part)
         if self.reference is not None and part.ref_logprob is None:
             with torch.no_grad():
-                part.ref_logprob = self.logprob(self.reference.logits(*batch), part)
-        return self.losses.grpo_loss(
-            logits,
-            part.tokens,
-            part.advantages,
-            mask=part.mask,
-            old_logprob=part.old_logprob,
-            ref_logprob=part.ref_logprob,
-            config=self.loss_config,
-            temperature=self.config.temperature,
-            inplace=True,  # nothing else needs the logits
-            **denominators,
-        )
+                part.ref_logprob = self.logprob(*self.reference.states(*batch), part)
+        with self.policy.autocast():
+            return head.grpo_loss(
+                states,
+                part.tokens,
+                part.advantages,
+                mask=part.mask,
+                old_logprob=part.old_logprob,
+                ref_logprob=part.ref_logprob,
+                config=self.loss_config,
+                temperature=self.config.temperature,
+                **denominators,
+            )
 
-    def logprob(self, logits: Tensor, part: Part) -> Tensor:
-        return self.losses.token_stats(
-            logits, part.tokens, mask=part.mask, temperature=self.config.temperature, entropy=False
-        ).logprob
+    @torch.no_grad()
+    def logprob(self, states: Tensor, head, part: Part) -> Tensor:
+        with self.policy.autocast():
+            return head.token_stats(
+                states,
+                part.tokens,
+                mask=part.mask,
+                temperature=self.config.temperature,
+                entropy=False,
+            ).logprob
 
 
 def combine(metrics: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference import models
+from reference import causal_lm, models
 from reference.config import UserError
-from reference.rollout import Completions, Prompts, completion_logits, encode, generate
+from reference.rollout import Completions, Prompts, completion_states, encode, generate
 from reference.tasks import Question, Task
 
 EVALUATION_BATCH = 64
@@ -37,14 +37,21 @@ class Policy:
     device: torch.device
     eos_ids: list[int]
     max_new_tokens: int
+    forward: Callable = causal_lm.forward  # runs the model but for its head
 
     @classmethod
-    def load(cls, directory, device: torch.device, max_new_tokens: int) -> Policy:
+    def load(
+        cls,
+        directory,
+        device: torch.device,
+        max_new_tokens: int,
+        forward: Callable = causal_lm.forward,
+    ) -> Policy:
         model, tokenizer = models.load(directory)
         # Dropout, where a model has it, would make sampler and trainer two different policies.
         model.to(device).eval()
         eos_ids = models.end_of_sequence_ids(model, tokenizer)
-        return cls(model, tokenizer, device, eos_ids, max_new_tokens)
+        return cls(model, tokenizer, device, eos_ids, max_new_tokens, forward)
 
     def frozen_copy(self) -> Policy:
         return replace(self, model=copy.deepcopy(self.model).requires_grad_(False))
@@ -52,7 +59,7 @@ class Policy:
     def ask(self, questions: Sequence[Question], group_size: int, temperature: float) -> Answers:
         """Sample `group_size` answers to each question; temperature 0 is greedy."""
         prompts = encode(self.tokenizer, [question.text for question in questions], self.device)
-        with self._autocast():
+        with self.autocast():
             completions = generate(
                 self.model,
                 prompts,
@@ -66,10 +73,11 @@ class Policy:
         texts = [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows]
         return Answers(prompts, completions, texts)
 
-    def logits(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The logits [B·G, T, V] from which the tokens were drawn, with gradient."""
-        with self._autocast():
-            return completion_logits(self.model, prompts, tokens, mask)
+    def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """The states [B·G, T, ...] from which the tokens were drawn, with gradient, and the head
+        that scores tokens by them: hidden states or, of the plain twin, logits."""
+        with self.autocast():
+            return completion_states(self.forward, self.model, prompts, tokens, mask)
 
     def accuracy(
         self, task: Task, questions: Sequence[Question], temperature: float = 0.0
@@ -82,7 +90,7 @@ class Policy:
             right += sum(task.correct(text, q.answer) for text, q in zip(texts, batch, strict=True))
         return right / len(questions)
 
-    def _autocast(self):
+    def autocast(self):
         """bf16 on a CUDA device, with fp32 weights; nothing elsewhere."""
         if self.device.type == "cuda":
             return torch.autocast("cuda", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Groups of sampled completions, and the logits of those completions under the policy that trains.
+"""Groups of sampled completions, and the states behind them under the policy that trains.
 
 Prompts are padded on the left, completions on the right. The prompt of a group is run through the
 model once and its key-value cache repeated for the group's completions, in sampling and in training
@@ -10,11 +10,15 @@ Sizes: B prompts, G completions per prompt, P prompt length, T completion length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from reference import causal_lm
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ def encode(tokenizer, questions: Sequence[str], device: torch.device | str = "cp
     return Prompts(ids, mask.to(device))
 
 
-def _prefill(model, prompts: Prompts, copies: int):
-    """Run the prompts once: the logits after each and their cache, both repeated `copies` times."""
+def _prefill(run: Callable, prompts: Prompts, copies: int):
+    """Run the prompts once: the state after each, repeated `copies` times, the head, the cache."""
     positions = (prompts.mask.long().cumsum(-1) - 1).clamp_min(0)
-    output = model(
+    states, head, output = run(
         input_ids=prompts.ids,
         attention_mask=prompts.mask.long(),
         position_ids=positions,
@@ -70,7 +74,7 @@ def _prefill(model, prompts: Prompts, copies: int):
     )
     cache = output.past_key_values
     cache.batch_repeat_interleave(copies)
-    return output.logits[:, -1].repeat_interleave(copies, dim=0), cache
+    return states[:, -1].repeat_interleave(copies, dim=0), head, cache
 
 
 @torch.no_grad()
@@ -88,7 +92,7 @@ def generate(
 
     Stops as soon as every completion has ended. Returns completions as long as the longest of them.
     """
-    logits, cache = _prefill(model, prompts, group_size)
+    logits, _, cache = _prefill(partial(causal_lm.forward, model), prompts, group_size)
     eos = torch.tensor(list(eos_ids), device=logits.device)
     attention = prompts.mask.repeat_interleave(group_size, dim=0)
     position = attention.sum(-1, keepdim=True)
@@ -126,27 +130,31 @@ def _choose(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
 
 
-def completion_logits(model, prompts: Prompts, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The logits [B·G, T, V] from which each completion token was drawn, with gradient.
+def completion_states(
+    forward: Callable, model, prompts: Prompts, tokens: Tensor, mask: Tensor
+) -> tuple[Tensor, Any]:
+    """The states [B·G, T, ...] from which each completion token was drawn, and the head over them.
 
     Args:
+        forward: of a causal_lm module, which runs the model but for its head.
         prompts: B left-padded prompts.
         tokens: [B·G, T] completions, row b·G + g of prompt b.
         mask: [B·G, T] True on completion tokens.
     """
     copies = len(tokens) // len(prompts.ids)
-    first, cache = _prefill(model, prompts, copies)
+    run = partial(forward, model)
+    first, head, cache = _prefill(run, prompts, copies)
     if tokens.shape[1] == 1:
-        return first[:, None]
+        return first[:, None], head
     attention = prompts.mask.repeat_interleave(copies, dim=0)
     positions = attention.sum(-1, keepdim=True) + torch.arange(
         tokens.shape[1] - 1, device=mask.device
     )
-    rest = model(
+    rest, _, _ = run(
         input_ids=tokens[:, :-1],
         attention_mask=torch.cat([attention, mask[:, :-1]], dim=1).long(),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-    ).logits
-    return torch.cat([first[:, None], rest], dim=1)
+    )
+    return torch.cat([first[:, None], rest], dim=1), head

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reference.config import UserError
@@ -43,5 +42,6 @@ def answer_loss(policy: Policy, questions: list[Question]) -> Tensor:
     end = policy.tokenizer.eos_token
     rows = [policy.tokenizer.encode(question.answer + end) for question in questions]
     answers = torch.tensor(rows, device=policy.device)
-    logits = policy.logits(prompts, answers, torch.ones_like(answers, dtype=torch.bool))
-    return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    states, head = policy.states(prompts, answers, torch.ones_like(answers, dtype=torch.bool))
+    with policy.autocast():
+        return -head.token_stats(states, answers, entropy=False).logprob.mean()

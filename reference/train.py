@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def run(config: TrainConfig) -> dict[str, float]:
     transformers_logging.disable_progress_bar()
 
     # What can be wrong with the settings is found here, before any model is loaded.
-    losses = pick_losses(config.loss_impl)
+    losses, causal_lm = pick_losses(config.loss_impl)
     loss_config = losses.LossConfig(**config.loss_fields())
     device = pick_device(config.device)
     task = TASKS[config.task](config.seed)
@@ -73,7 +74,7 @@ def run(config: TrainConfig) -> dict[str, float]:
         raise UserError(f"--prompts {config.prompts}: the task has {len(task.train)} questions")
     directory = checkpoint.make_run_directory(config)
     try:
-        policy, order = make_policy(config, task, device)
+        policy, order = make_policy(config, task, device, causal_lm.forward)
         before = policy.accuracy(task, task.held_out)
         print(f"held-out greedy accuracy before: {before:.1%} of {len(task.held_out)} questions\n")
         learner = Learner(policy, losses, loss_config, config)
@@ -94,16 +95,18 @@ def run(config: TrainConfig) -> dict[str, float]:
 
 
 def pick_losses(name: str):
-    """The module whose losses are used; both have the same functions."""
+    """The losses, and how a model runs up to them; both modules have the same functions."""
     if name == "fused":
         import grpo_kernels as losses
+        from grpo_kernels.integrations import causal_lm
     else:
         import reference as losses
-    return losses
+        from reference import causal_lm
+    return losses, causal_lm
 
 
 def make_policy(
-    config: TrainConfig, task: Task, device: torch.device
+    config: TrainConfig, task: Task, device: torch.device, forward: Callable
 ) -> tuple[Policy, random.Random]:
     """The model before GRPO, and the source of the order of questions; seeds everything."""
     if config.threads is not None:
@@ -111,7 +114,7 @@ def make_policy(
     source = models.locate(config.model, config.cache_dir)
     torch.manual_seed(config.seed)
     order = random.Random(config.seed)
-    policy = Policy.load(source, device, config.max_new_tokens)
+    policy = Policy.load(source, device, config.max_new_tokens, forward)
     if source is None:
         steps = warm_start(policy, task, order)
         print(f"warm start: {steps} supervised steps")

@@ -36,6 +36,7 @@ ALLOWED = {
         "grpo_kernels.aggregation",
         "grpo_kernels.terms",
     },
+    "grpo_kernels.integrations": {"torch", "grpo_kernels.ops", "grpo_kernels.objective"},
     "grpo_kernels.aggregation": {"torch", "grpo_kernels.objective"},  # for an annotation
     "grpo_kernels.terms": {"torch", "grpo_kernels.objective"},  # for an annotation
     "grpo_kernels.objective": {

@@ -5,17 +5,19 @@ import torch
 
 import grpo_kernels
 import reference
+from grpo_kernels.integrations import causal_lm as fused_causal_lm
+from reference import causal_lm
 from reference.config import LOSSES, TrainConfig
 from reference.learner import Learner
 from reference.policy import Policy
 from reference.tasks import TASKS
 
 
-def make_learner(**changes):
+def make_learner(forward=causal_lm.forward, **changes):
     """A learner on a random model in fp64, and answers to four questions, four each."""
     config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
     torch.manual_seed(0)
-    policy = Policy.load(None, torch.device("cpu"), config.max_new_tokens)
+    policy = Policy.load(None, torch.device("cpu"), config.max_new_tokens, forward)
     policy.model.double()
     loss_config = reference.LossConfig(**config.loss_fields())
     answers = policy.ask(TASKS["reverse"](0).train[:4], 4, 1.0)
@@ -40,11 +42,26 @@ def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
     assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01, "inner_iterations": 2}])
+def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(loss, extra):
+    changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
+    learner, answers = make_learner(**changes)
+    expected = learner.step(answers, REWARDS)
+    fused, answers = make_learner(forward=fused_causal_lm.forward, **changes)
+    metrics = fused.step(answers, REWARDS)
+    assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    for ours, plain in zip(
+        fused.policy.model.parameters(), learner.policy.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+
+
 def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was():
     learner, answers = make_learner(max_grad_norm=1e6)
     ours = gradient(learner, answers, REWARDS)
     learner, answers = make_learner()
-    logits = learner.policy.logits(
+    logits, _ = learner.policy.states(
         answers.prompts, answers.completions.tokens, answers.completions.mask
     )
     reference.grpo_loss(
@@ -60,7 +77,7 @@ def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was():
 def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
     learner, answers = make_learner()
     before = [p.clone() for p in learner.policy.model.parameters()]
-    monkeypatch.setattr(Policy, "logits", lambda *_: pytest.fail("a forward pass"))
+    monkeypatch.setattr(Policy, "states", lambda *_: pytest.fail("a forward pass"))
     metrics = learner.step(answers, REWARDS[[1, 3, 1, 3]])
     assert metrics["grad_norm"] == 0.0 and "policy_loss" not in metrics
     assert all(map(torch.equal, learner.policy.model.parameters(), before))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from reference import causal_lm
 from reference.models import from_scratch
-from reference.rollout import completion_logits, encode, generate
+from reference.rollout import completion_states, encode, generate
 
 QUESTIONS = ["7=", "123456=", "90+12="]
 END = 1
@@ -74,8 +75,8 @@ def test_generation_stops_when_every_completion_has_ended(scratch):
 def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature):
     model, tokenizer = scratch
     completions = sample(scratch, temperature=temperature)
-    logits = completion_logits(
-        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     expected = logprobs(logits / temperature, completions.tokens)[completions.mask]
     assert torch.allclose(completions.logprob[completions.mask].double(), expected, atol=1e-5)
@@ -85,8 +86,8 @@ def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature
 def test_left_padding_and_the_shared_prompt_give_the_logits_of_each_sequence_alone(scratch):
     model, tokenizer = scratch
     completions = sample(scratch)
-    logits = completion_logits(
-        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
         expected = alone(scratch, QUESTIONS[row // 3], tokens[mask])
@@ -97,8 +98,8 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(s
     model, tokenizer = scratch
     completions = sample(scratch)
     weights = torch.randn(completions.tokens.shape, dtype=torch.float64)
-    logits = completion_logits(
-        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     shared = (logprobs(logits, completions.tokens) * weights)[completions.mask].sum()
     separate = sum(
@@ -133,8 +134,12 @@ def test_the_same_seed_draws_the_same_completions(scratch):
 def test_completions_of_one_token_have_their_logits(scratch):
     model, tokenizer = scratch
     tokens = torch.tensor([[4], [5], [6]])
-    logits = completion_logits(
-        model, encode(tokenizer, QUESTIONS), tokens, torch.ones_like(tokens, dtype=torch.bool)
+    logits, _ = completion_states(
+        causal_lm.forward,
+        model,
+        encode(tokenizer, QUESTIONS),
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
     )
     for row, question in enumerate(QUESTIONS):
         assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)
