@@ -12,8 +12,10 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=1.0",
 ]
-BENCH = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
-TEST = [*TRAIN, *BENCH, "hypothesis>=6.100", "ruff>=0.12"]
+MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
+# The peers are run beside us by the benchmarks only.
+BENCH = [*MEASURE, "trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9"]
+TEST = [*TRAIN, *MEASURE, "hypothesis>=6.100", "ruff>=0.12"]
 
 setup(
     name="grpo_kernels",

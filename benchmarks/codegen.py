@@ -37,6 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of the logits, and of their gradient where it is another: the last is the hidden level's.
+LAYOUTS = (*DTYPES, "fp32>bf16")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,11 @@ _ALIGNED_INTEGERS = re.compile(r"V|stride_.*_[bt]")
 
 
 def _argument_type(name: str, dtype: str) -> str:
+    of_logits, *of_gradient = dtype.split(">")
+    if name == "d_logits_ptr" and of_gradient:
+        return f"*{of_gradient[0]}"
     if name in _VOCABULARY_SIZED:
-        return f"*{dtype}"
+        return f"*{of_logits}"
     if name.endswith("_ptr"):
         return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
     return "i64" if name.endswith("_b") else "i32"
@@ -95,7 +100,9 @@ def _argument_type(name: str, dtype: str) -> str:
 
 def compile_variant(variant: Variant, target: str, dtype: str):
     """The compiled kernel, with the launch that V = 128,256 gets."""
-    pick = pick_row_launch(variant.launch, V, DTYPES[dtype].itemsize, interpreted=False)
+    pick = pick_row_launch(
+        variant.launch, V, DTYPES[dtype.split(">")[0]].itemsize, interpreted=False
+    )
     constants = {
         **variant.constants,
         **dict.fromkeys(variant.absent),
@@ -240,7 +247,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    targets, dtypes = (TARGETS, DTYPES) if arguments.all else (("sm_90",), ("bf16",))
+    targets, dtypes = (TARGETS, LAYOUTS) if arguments.all else (("sm_90",), ("bf16",))
     reports = []
     print(f"{'kernel':52} {'target':7}{'dtype':6}{'regs':>5}{'spill':>6}  per entry, main loop")
     for variant in variants():

@@ -19,7 +19,9 @@ def half_gradient():
     return 8e-3 if interpreted else 4e-3
 
 
-def make_linear_case(seed, *leading, V=37, H=8, dtype=torch.float32, std=2.0, ref_H=5, bias=True):
+def make_linear_case(
+    seed, *leading, V=37, H=8, dtype=torch.float32, std=2.0, ref_H=5, bias=True, device="cpu"
+):
     """The tensors of a linear_token_stats with every optional one but the mask, by name."""
     case = {
         "hidden": normal(seed, *leading, H, dtype=dtype),
@@ -30,7 +32,7 @@ def make_linear_case(seed, *leading, V=37, H=8, dtype=torch.float32, std=2.0, re
         "ref_weight": normal(seed + 5, V, ref_H, dtype=dtype, std=std / ref_H**0.5),
         "ref_bias": normal(seed + 6, V, dtype=dtype, std=0.5) if bias else None,
     }
-    return case
+    return {name: each if each is None else each.to(device) for name, each in case.items()}
 
 
 def without_reference(case):

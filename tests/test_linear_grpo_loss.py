@@ -17,18 +17,19 @@ B, T = 3, 4
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)
 
 
-def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES):
+def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, device="cpu"):
     """The linear case, and the keywords of every config."""
-    case = make_linear_case(seed, *leading, dtype=dtype)
+    case = make_linear_case(seed, *leading, dtype=dtype, device=device)
     head = {name: case[name] for name in ("hidden", "weight", "tokens", "bias")}
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     logprob = linear_token_stats(**head, entropy=False).logprob
     keywords = {
-        "mask": coin(seed + 20, *leading, p=0.8),
-        "old_logprob": logprob + normal(seed + 21, *leading, dtype=acc, std=0.3),
-        "sampling_logprob": logprob + normal(seed + 22, *leading, dtype=acc, std=0.3),
+        "mask": coin(seed + 20, *leading, p=0.8, device=device),
+        "old_logprob": logprob + normal(seed + 21, *leading, dtype=acc, std=0.3, device=device),
+        "sampling_logprob": logprob
+        + normal(seed + 22, *leading, dtype=acc, std=0.3, device=device),
     }
-    return case, advantages.to(acc), keywords
+    return case, advantages.to(device, acc), keywords
 
 
 def run(module, case, advantages, scale=1.0, **keywords):
@@ -62,8 +63,8 @@ def check_against_reference(case, advantages, **keywords):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_loss_gradients_and_metrics_equal_the_reference(room, name, chunk_tokens):
-    case, advantages, keywords = make_inputs(11, B, T)
+def test_loss_gradients_and_metrics_equal_the_reference(room, device, name, chunk_tokens):
+    case, advantages, keywords = make_inputs(11, B, T, device=device)
     _, metrics, gradients = check_against_reference(
         case, advantages, config=CONFIGS[name], temperature=0.8, chunk_tokens=chunk_tokens,
         **keywords,
@@ -117,9 +118,9 @@ def test_advantages_per_token_and_log_probs_of_the_reference(room):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "every term", "beta, k3"])
-def test_the_modes_agree_within_rounding(room, dtype, name, monkeypatch):
+def test_the_modes_agree_within_rounding(room, device, dtype, name, monkeypatch):
     """Three products, or four by way of linear_token_stats and policy_loss."""
-    case, advantages, keywords = make_inputs(7, B, T, dtype=dtype)
+    case, advantages, keywords = make_inputs(7, B, T, dtype=dtype, device=device)
     keywords |= {"config": CONFIGS[name]}
     loss, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
     monkeypatch.setattr(operators, "_gradient_comes_with_the_loss", lambda *_: False)

@@ -23,14 +23,13 @@ ALL = ("logprob", "entropy", "kl")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_every_output_and_gradient_is_as_accurate_as_pytorch(room, dtype, kl, chunk_tokens):
-    case = make_linear_case(3, 2, 5, dtype=dtype)
+def test_every_output_and_gradient_is_as_accurate_as_pytorch(room, device, dtype, kl, chunk_tokens):
+    case = make_linear_case(3, 2, 5, dtype=dtype, device=device)
     if kl is None:
         case = without_reference(case)
     upstream = upstream_like(9, case["tokens"], ALL if kl else ALL[:2])
-    check_linear(
-        linear_token_stats, case, upstream, kl=kl, mask=coin(8, 2, 5), chunk_tokens=chunk_tokens
-    )
+    mask = coin(8, 2, 5, device=device)
+    check_linear(linear_token_stats, case, upstream, kl=kl, mask=mask, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (7,)])
@@ -125,9 +124,9 @@ def test_results_do_not_depend_on_the_chunk_beyond_rounding(room, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_with_a_fixed_chunk_no_bit_of_a_token_depends_on_the_batch(room, dtype):
+def test_with_a_fixed_chunk_no_bit_of_a_token_depends_on_the_batch(room, device, dtype):
     """Three tokens alone, in a product of 8 rows, and among 11 others."""
-    case = make_linear_case(11, 14, V=65, H=24, dtype=dtype)
+    case = make_linear_case(11, 14, V=65, H=24, dtype=dtype, device=device)
     upstream = upstream_like(3, case["tokens"], ALL)
     keywords = {"kl": "forward", "chunk_tokens": 8}
     whole = linear_results(linear_token_stats, case, upstream, **keywords)
@@ -153,9 +152,10 @@ def test_with_a_fixed_chunk_a_mask_changes_no_bit_of_the_others(room):
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_repeat_runs_are_bitwise_equal(room, chunk_tokens):
-    case = make_linear_case(13, 3, 5, dtype=torch.bfloat16)
-    keywords = {"kl": "reverse", "mask": coin(1, 3, 5), "chunk_tokens": chunk_tokens}
+def test_repeat_runs_are_bitwise_equal(room, device, chunk_tokens):
+    case = make_linear_case(13, 3, 5, dtype=torch.bfloat16, device=device)
+    mask = coin(1, 3, 5, device=device)
+    keywords = {"kl": "reverse", "mask": mask, "chunk_tokens": chunk_tokens}
     upstream = upstream_like(3, case["tokens"], ALL)
     first = linear_results(linear_token_stats, case, upstream, **keywords)
     assert_same_bits(linear_results(linear_token_stats, case, upstream, **keywords), first)

@@ -134,12 +134,7 @@ def test_the_same_seed_draws_the_same_completions(scratch):
 def test_completions_of_one_token_have_their_logits(scratch):
     model, tokenizer = scratch
     tokens = torch.tensor([[4], [5], [6]])
-    logits, _ = completion_states(
-        causal_lm.forward,
-        model,
-        encode(tokenizer, QUESTIONS),
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-    )
+    prompts, mask = encode(tokenizer, QUESTIONS), torch.ones(3, 1, dtype=torch.bool)
+    logits, _ = completion_states(causal_lm.forward, model, prompts, tokens, mask)
     for row, question in enumerate(QUESTIONS):
         assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)

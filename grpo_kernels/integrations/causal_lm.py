@@ -106,22 +106,22 @@ def forward(model: nn.Module, **inputs: Any) -> Forward:
     Args:
         model: a transformers model with a language-model head, wrapped or not.
         inputs: what its forward takes: input_ids, attention_mask, position_ids, past_key_values,
-            logits_to_keep, ...
+            logits_to_keep, ...; no labels.
 
     Raises:
         TypeError: the model has no head, or it is no plain linear layer (a LoRA on it, say).
         NotImplementedError: its logits are more than scaled and capped.
     """
-    layer = model.get_output_embeddings()
+    unwrapped = getattr(model, "module", model)  # of DistributedDataParallel
+    layer = unwrapped.get_output_embeddings()
+    name = type(unwrapped).__name__
     if not isinstance(layer, nn.Linear):
-        raise TypeError(
-            f"the head of {type(model).__name__} must be a linear layer, got {type(layer).__name__}"
-        )
+        raise TypeError(f"the head of {name} must be a linear layer, got {type(layer).__name__}")
     unknown = layer not in _MEASURED
     with _head_taken_out(layer, probed=unknown) as seen:
         output = model(**inputs)
     if unknown:
-        _MEASURED[layer] = _measure(output.logits, type(model).__name__)
+        _MEASURED[layer] = _measure(output.logits, name)
     return Forward(seen[0], Head(layer.weight, layer.bias, *_MEASURED[layer]), output)
 
 

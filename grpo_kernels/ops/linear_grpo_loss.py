@@ -18,10 +18,10 @@ from .. import checks
 from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
 from ..objective import LossConfig, LossOutput, loss_constants, policy_loss
 from ..terms import VOCABULARY_KL, Constants, saturated_exp, token_terms, weighted_sum
+from .linear_inputs import operator_inputs
 from .linear_token_stats import (
     _linear_token_stats,
     linear_token_stats,
-    operator_inputs,
     stats_outputs,
     token_stats_of,
 )
@@ -122,10 +122,9 @@ def _recording() -> Iterator[None]:
 
     The operator's own autograd formula is not concerned: what is recorded here is used up here.
     """
-    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA"):
-        excluded = excluded.remove(getattr(keys, key))
-    excluded = excluded.remove(keys.ADInplaceOrView)
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield

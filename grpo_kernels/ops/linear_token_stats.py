@@ -1,7 +1,7 @@
 """`linear_token_stats`: token statistics from hidden states, the logits of one chunk at a time.
 
 Top to bottom: the forward operator, the backward operator, the autograd formula that ties them, the
-public function, and how its arguments become the operators'.
+public function.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import checks
 from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
-from .gather import gathered
-from .packing import TokenPacking, pack_tokens
-from .token_stats import TokenStats, scalar_temperature
+from .linear_inputs import checked_packing, operator_inputs
+from .packing import TokenPacking
+from .token_stats import TokenStats
 
 
 @torch.library.custom_op("grpo_kernels::linear_token_stats_forward", mutates_args=())
@@ -277,75 +277,4 @@ def token_stats_of(
         logprob.view(shape),
         entropy_value.view(shape) if entropy else None,
         kl_value.view(shape) if kl is not None else None,
-    )
-
-
-def checked_packing(
-    packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
-) -> TokenPacking:
-    """The packing given, or that of the mask; without a mask nothing is waited for."""
-    if packing is not None:
-        checks.check_packing(packing, mask, tokens)
-        return packing
-    if mask is not None:
-        return pack_tokens(mask)
-    N = tokens.numel()
-    return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
-
-
-def operator_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    entropy: bool,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    kl: str | None,
-    mask: Tensor | None,
-) -> Inputs:
-    """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
-    checks.check_hidden(hidden)
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
-    checks.check_tokens(tokens, hidden, "hidden")
-    checks.check_mask(mask, tokens.shape)
-    checks.check_temperature(temperature, tokens, mask)
-    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    checks.check_linear_kl(kl, reference)
-    if softcap is not None:
-        checks.check_number("softcap", softcap, above=0)
-    weight, bias = gathered(weight), gathered(bias)
-    if kl is None:
-        ref_hidden = ref_weight = ref_bias = None
-    else:
-        checks.check_reference_head(hidden, weight, reference)
-        checks.check_head("ref_", ref_hidden, ref_weight, ref_bias, same_dtype=autocast is None)
-        ref_hidden = ref_hidden.detach().flatten(0, -2)
-        ref_weight, ref_bias = (
-            None if each is None else gathered(each.detach()) for each in (ref_weight, ref_bias)
-        )
-    N, acc = tokens.numel(), torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(acc)
-    else:
-        temperature = scalar_temperature(temperature, acc, hidden.device)
-    return Inputs(
-        hidden.flatten(0, -2),
-        weight,
-        bias,
-        tokens.to(torch.int64).flatten(),
-        temperature.expand(tokens.shape).reshape(N),
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        softcap,
-        entropy,
-        kl,
-        hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
     )

@@ -1,0 +1,110 @@
+"""How arguments of the hidden level become those of its operators: checked, packed, gathered."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..linear_rows import Inputs
+from .packing import TokenPacking, pack_tokens
+from .token_stats import scalar_temperature
+
+
+def operator_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    kl: str | None,
+    mask: Tensor | None,
+) -> Inputs:
+    """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
+    checks.check_hidden(hidden)
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
+    checks.check_tokens(tokens, hidden, "hidden")
+    checks.check_mask(mask, tokens.shape)
+    checks.check_temperature(temperature, tokens, mask)
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    checks.check_linear_kl(kl, reference)
+    if softcap is not None:
+        checks.check_number("softcap", softcap, above=0)
+    weight, bias = gathered(weight), gathered(bias)
+    if kl is None:
+        ref_hidden = ref_weight = ref_bias = None
+    else:
+        checks.check_reference_head(hidden, weight, reference)
+        checks.check_head("ref_", ref_hidden, ref_weight, ref_bias, same_dtype=autocast is None)
+        ref_hidden = ref_hidden.detach().flatten(0, -2)
+        ref_weight, ref_bias = (
+            None if each is None else gathered(each.detach()) for each in (ref_weight, ref_bias)
+        )
+    N, acc = tokens.numel(), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(acc)
+    else:
+        temperature = scalar_temperature(temperature, acc, hidden.device)
+    return Inputs(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        tokens.to(torch.int64).flatten(),
+        temperature.expand(tokens.shape).reshape(N),
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        softcap,
+        entropy,
+        kl,
+        hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
+    )
+
+
+def checked_packing(
+    packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
+) -> TokenPacking:
+    """The packing given, or that of the mask; without a mask nothing is waited for."""
+    if packing is not None:
+        checks.check_packing(packing, mask, tokens)
+        return packing
+    if mask is not None:
+        return pack_tokens(mask)
+    N = tokens.numel()
+    return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
+
+
+def gathered(weight: Tensor | None) -> Tensor | None:
+    """The whole of a DTensor, on every rank; any other tensor as it is.
+
+    The gradient that comes back is the mean over ranks, in the shards of the weight: what FSDP
+    makes of ranks that see different data, and what ranks that see the same data have already.
+    """
+    # A DTensor exists only where its module has been imported, which costs seconds.
+    module = sys.modules.get("torch.distributed.tensor")
+    if weight is None or module is None or not isinstance(weight, module.DTensor):
+        return weight
+    return _Gather.apply(weight)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
+        return weight.full_tensor()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = ctx.mesh
+        total = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
+        return total.redistribute(mesh, ctx.placements)
