@@ -90,13 +90,6 @@ def stats_trl(problem: Problem) -> Result:
     return _with_gradients(loss, leaves, logprob=logprob, entropy=entropy)
 
 
-def stats_torch(problem: Problem) -> Result:
-    """torch's linear_cross_entropy: one number for all tokens, no entropy, so other gradients."""
-    leaves = problem.leaves()
-    loss = -F.linear_cross_entropy(*leaves, problem.tokens, reduction="sum")
-    return _with_gradients(loss, leaves)
-
-
 # Task 2: the GRPO loss, and its gradient.
 
 
@@ -147,7 +140,33 @@ def loss_liger(problem: Problem) -> Result:
     return _with_gradients(loss, leaves, loss=loss)
 
 
-# Task 3: KL(policy || reference) over the vocabulary, and its gradient.
+# Task 3: the sum of the log-probs, which is all that a cross-entropy offers an RL objective.
+
+
+def sum_ours(problem: Problem, package=grpo_kernels) -> Result:
+    """grpo_kernels.linear_grpo_loss with advantages of 1: entropy and metrics come with it."""
+    leaves = problem.leaves()
+    advantages = torch.ones(len(problem.tokens), dtype=problem.advantages.dtype)
+    config = package.LossConfig(aggregation="token_mean")
+    loss = package.linear_grpo_loss(
+        *leaves, problem.tokens, advantages, config=config, normalizer=1
+    ).loss
+    return _with_gradients(-loss, leaves)
+
+
+def sum_reference(problem: Problem) -> Result:
+    """Every logit in memory, in fp32."""
+    return sum_ours(problem, reference)
+
+
+def sum_torch(problem: Problem) -> Result:
+    """torch's linear_cross_entropy: no log-prob of a token, hence no ratio and no entropy."""
+    leaves = problem.leaves()
+    total = -F.linear_cross_entropy(*leaves, problem.tokens, reduction="sum")
+    return _with_gradients(total, leaves)
+
+
+# Task 4: KL(policy || reference) over the vocabulary, and its gradient.
 
 
 def kl_ours(problem: Problem, package=grpo_kernels) -> Result:
@@ -188,9 +207,11 @@ def _bare(problem: Problem, logits_products: int) -> Result:
         if hidden.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=logits)
             continue
+        wide, upcast = hidden.float(), torch.empty(4096, weight.shape[1])
         for start in range(0, len(weight), 4096):
-            tile = slice(start, start + 4096)
-            torch.mm(hidden.float(), weight[tile].float().T, out=logits[:, tile])
+            tile = weight[start : start + 4096]
+            part = upcast[: len(tile)].copy_(tile)
+            torch.mm(wide, part.T, out=logits[:, start : start + len(tile)])
     d_logits = logits.to(hidden.dtype)
     return {}, torch.mm(d_logits, weight), torch.mm(d_logits.T, hidden)
 
@@ -217,7 +238,6 @@ TASKS: dict[str, dict[str, Callable[[Problem], Result]]] = {
         OURS: stats_ours,
         "reference": stats_reference,
         "trl": stats_trl,
-        "torch linear_cross_entropy": stats_torch,
     },
     "GRPO loss": {
         FLOOR: bare_3,
@@ -225,6 +245,12 @@ TASKS: dict[str, dict[str, Callable[[Problem], Result]]] = {
         "reference": loss_reference,
         "trl": loss_trl,
         "liger_kernel": loss_liger,
+    },
+    "sum of log-probs": {
+        FLOOR: bare_3,
+        OURS: sum_ours,
+        "reference": sum_reference,
+        "torch linear_cross_entropy": sum_torch,
     },
     "reverse KL": {
         FLOOR: bare_6,

@@ -1,10 +1,9 @@
 """The three matrix products of a language model's head, from half-precision operands unrounded.
 
-A GPU multiplies bf16 and keeps fp32 (`out_dtype`). On a CPU a product has its operands' dtype, so
-for the logits the weight is upcast, a tile of the vocabulary at a time: rounded to bf16 they would
-cost a log-prob 1e-2. The gradient of the logits is rounded to bf16 before its products, and those
-are made in bf16 where their result is final, twice as fast as in fp32; what is still to be added up
-over chunks is made in fp32.
+A GPU multiplies bf16 and keeps fp32 (`out_dtype`). On a CPU a product has its operands' dtype. So
+the weight is upcast for the logits there, a tile of the vocabulary at a time: rounded to bf16 they
+would cost a log-prob 1e-2. The gradients, of which one operand, d_logits, is rounded anyway, are
+products of bf16, twice as fast; what is still to be added up over chunks is made in fp32.
 """
 
 from collections.abc import Iterator
@@ -30,26 +29,30 @@ def write_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | 
         torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
     else:
         wide = hidden.to(logits.dtype)
+        upcast = None
         for tile in _tiles(*weight.shape):
-            torch.mm(wide, weight[tile].to(logits.dtype).t(), out=logits[:, tile])
+            part = weight[tile]
+            # One buffer: fresh memory for each tile would take longer than the conversion.
+            upcast = torch.empty_like(part, dtype=wide.dtype) if upcast is None else upcast
+            torch.mm(wide, upcast[: len(part)].copy_(part).t(), out=logits[:, tile])
     if bias is not None:
         logits.add_(bias)
 
 
+def gradient_dtype(operands: torch.dtype, accumulation: torch.dtype, device: str) -> torch.dtype:
+    """That of d_hidden and d_weight when they are done: of the products, unrounded on a GPU."""
+    return accumulation if device == "cuda" else operands
+
+
 def hidden_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d_logits [n, V] @ weight [V, H], in dtype."""
-    if weight.is_cuda and weight.dtype != dtype:
-        return torch.mm(d_logits, weight, out_dtype=dtype)
-    return torch.mm(d_logits, weight).to(dtype)
+    if weight.dtype == dtype:
+        return torch.mm(d_logits, weight)
+    return torch.mm(d_logits, weight, out_dtype=dtype)
 
 
-def add_weight_gradient(
-    d_weight: Tensor, d_logits: Tensor, hidden: Tensor, *, first: bool, only: bool
-) -> None:
-    """d_weight [V, H] += d_logits [n, V].T @ hidden [n, H], in its own dtype; = for the first.
-
-    only: nothing will be added, so that a CPU may round the product.
-    """
+def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """d_weight [V, H] += d_logits [n, V].T @ hidden [n, H], in its own dtype; = for the first."""
     dtype = d_weight.dtype
     unrounded = {"out_dtype": dtype} if hidden.is_cuda and hidden.dtype != dtype else {}
     if hidden.dtype == dtype or unrounded:
@@ -58,12 +61,10 @@ def add_weight_gradient(
         else:
             torch.addmm(d_weight, d_logits.t(), hidden, **unrounded, out=d_weight)
         return
-    wide = hidden if only else hidden.to(dtype)
+    wide = hidden.to(dtype)
     for tile in _tiles(*d_weight.shape):
-        of_tile = d_logits[:, tile].t()
-        if only:
-            d_weight[tile] = torch.mm(of_tile, wide)
-        elif first:
-            torch.mm(of_tile.to(dtype), wide, out=d_weight[tile])
+        of_tile = d_logits[:, tile].t().to(dtype)
+        if first:
+            torch.mm(of_tile, wide, out=d_weight[tile])
         else:
-            torch.addmm(d_weight[tile], of_tile.to(dtype), wide, out=d_weight[tile])
+            torch.addmm(d_weight[tile], of_tile, wide, out=d_weight[tile])

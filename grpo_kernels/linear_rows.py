@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .chunks import MEMORY_SHARE, WORKSPACE, plan_chunk
-from .head import add_weight_gradient, hidden_gradient, write_logits
+from .head import add_weight_gradient, gradient_dtype, hidden_gradient, write_logits
 from .rows import room
 
 
@@ -186,31 +186,42 @@ class HeadGradient:
     def __init__(self, rows: LinearRows, count: int, wanted: list[bool]) -> None:
         hidden, weight, bias = wanted
         self._rows, inputs = rows, rows.inputs
-        new, (V, H) = inputs.temperature.new_empty, inputs.weight.shape
+        (V, H), new = inputs.weight.shape, inputs.temperature.new_empty
+        self._done = done_dtype(inputs)
         self._weight = inputs.weight.to(inputs.gradient_dtype) if hidden else None
-        self.hidden = new(inputs.hidden.shape).zero_() if hidden else None
-        self.weight = new((V, H)) if weight else None
+        self.hidden = new(inputs.hidden.shape, dtype=self._done).zero_() if hidden else None
+        # A single chunk's product is what will be returned; several are added up in fp32.
+        single = count <= rows.size
+        self.weight = new((V, H), dtype=self._done if single else None) if weight else None
         self.bias = new(V).zero_() if bias else None
-        self._first, self._only = True, count <= rows.size
+        self._first = True
 
     def add(self, at: Tensor, d_logits: Tensor) -> None:
         """Add what the tokens of a chunk contribute."""
+        of = self._rows.inputs
         if self.hidden is not None:
-            product = hidden_gradient(d_logits, self._weight, self.hidden.dtype)
+            product = hidden_gradient(d_logits, self._weight, self._done)
             self.hidden.index_copy_(0, at, product[: len(at)])
         if self.weight is not None:
-            of = self._rows.inputs
             hidden = self._rows.gather(of.hidden, at, of.gradient_dtype)
-            add_weight_gradient(self.weight, d_logits, hidden, first=self._first, only=self._only)
+            add_weight_gradient(self.weight, d_logits, hidden, first=self._first)
         if self.bias is not None:
             self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
         self._first = False
 
     def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight, d_bias) in the accumulation dtype."""
-        if self._first and self.weight is not None:
+        """(d_hidden, d_weight, d_bias), the first two in `done_dtype`, d_bias accumulated."""
+        if self.weight is None:
+            return self.hidden, None, self.bias
+        if self._first:
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        return self.hidden, self.weight.to(self._done), self.bias
+
+
+def done_dtype(inputs: Inputs) -> torch.dtype:
+    """The dtype of d_hidden and d_weight before they are scaled and rounded to their leaves'."""
+    device = inputs.hidden.device.type
+    return gradient_dtype(inputs.gradient_dtype, inputs.temperature.dtype, device)
 
 
 def memory_of(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import normal
+from cases import coin, normal
 from linear_cases import make_linear_case, without_reference
 from torch.profiler import ProfilerActivity, profile
 
@@ -73,9 +73,8 @@ def test_without_gradient_a_loss_takes_one(inputs):
         assert issued(lambda: linear_grpo_loss(*inputs, LIVE)) == N * PRODUCT
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, level, packed):
+def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, packed):
     """Half of the tokens masked, and 30% of the others without a signal."""
     mask = torch.zeros(N, dtype=torch.bool)
     mask[normal(1, N).argsort()[: N // 2]] = True
@@ -85,13 +84,20 @@ def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, leve
     mask, advantages = mask.view(4, -1), advantages.view(4, -1)
     live = N // 2 - inert
     packing = {"packing": pack_tokens(mask, advantages)} if packed else {}
-    config = LossConfig(ratio_level=level)
-    call = token_level(inputs, advantages, mask=mask, config=config, **packing)
-    assert issued(call) == (N // 2 + (2 if level == "token" else 3) * live) * PRODUCT
+    call = token_level(inputs, advantages, mask=mask, **packing)
+    assert issued(call) == (N // 2 + 2 * live) * PRODUCT
     # A KL or an entropy bonus acts on every token.
-    config = LossConfig(ratio_level=level, entropy_coef=0.1)
+    config = LossConfig(entropy_coef=0.1)
     call = token_level(inputs, advantages, mask=mask, config=config, **packing)
-    assert issued(call) == (3 if level == "token" else 4) * (N // 2) * PRODUCT
+    assert issued(call) == 3 * (N // 2) * PRODUCT
+
+
+def test_sequences_without_a_signal_are_in_a_single_product_at_sequence_level(inputs):
+    mask = coin(3, 4, N // 4)
+    advantages = torch.tensor([1.0, 0.0, 0.0, -1.0])
+    live = mask[[0, 3]].sum().item()
+    call = token_level(inputs, advantages, mask=mask, config=LossConfig.gspo())
+    assert issued(call) == (mask.sum().item() + 3 * live) * PRODUCT
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -12,6 +12,7 @@ import grpo_kernels
 import reference
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
 from grpo_kernels.ops import linear_grpo_loss as operators
+from grpo_kernels.ops import linear_token_stats as statistics_operators
 
 B, T = 3, 4
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)
@@ -116,12 +117,35 @@ def test_advantages_per_token_and_log_probs_of_the_reference(room):
     check_against_reference(case, advantages, config=LossConfig(beta=0.1), **keywords)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("live_on_cpu_too", [False, True])
+def test_advantages_of_zero_within_a_sequence_that_has_others(
+    room, level, packed, live_on_cpu_too, monkeypatch
+):
+    """At sequence level such a token still has a gradient: it is in its sequence's ratio."""
+    case, _, keywords = make_inputs(6, B, T)
+    advantages = normal(3, B, T, dtype=torch.float64) * coin(4, B, T)
+    advantages[1] = 0.0
+    if packed:
+        keywords["packing"] = pack_tokens(keywords["mask"], advantages)
+    if not live_on_cpu_too:  # as on a GPU, where upstream gradients are not looked at
+        monkeypatch.setattr(
+            statistics_operators, "_with_gradient",
+            lambda order, counts, _, skip: order[: counts[0] if skip else sum(counts)],
+        )  # fmt: skip
+    config = LossConfig(ratio_level=level)
+    _, _, gradients = check_against_reference(case, advantages, config=config, **keywords)
+    inert = (advantages == 0) & keywords["mask"]
+    assert (gradients["hidden"][inert] == 0).all() == (level == "token")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "every term", "beta, k3"])
 def test_the_modes_agree_within_rounding(room, device, dtype, name, monkeypatch):
     """Three products, or four by way of linear_token_stats and policy_loss."""
     case, advantages, keywords = make_inputs(7, B, T, dtype=dtype, device=device)
-    keywords |= {"config": CONFIGS[name]}
+    keywords |= {"config": CONFIGS[name], "chunk_tokens": 4}
     loss, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
     monkeypatch.setattr(operators, "_gradient_comes_with_the_loss", lambda *_: False)
     other_loss, other_metrics, others = run(grpo_kernels, case, advantages, **keywords)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
+from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream, done_dtype
 from ..objective import LossConfig, LossOutput, loss_constants, policy_loss
 from ..terms import VOCABULARY_KL, Constants, saturated_exp, token_terms, weighted_sum
 from .linear_inputs import operator_inputs
@@ -86,15 +86,15 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, tokens, temperature, *others):
-    entropy, has_kl, wanted = others[4], others[5] is not None, others[-1]
-    stats = stats_outputs(temperature, entropy, has_kl)[:3]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+def _(*arguments):
+    inputs, wanted = Inputs(*arguments[: len(Inputs._fields)]), arguments[-1]
+    new, done = inputs.temperature.new_empty, done_dtype(inputs)
+    stats = stats_outputs(inputs.temperature, inputs.entropy, inputs.kl is not None)[:3]
     gradients = (
-        temperature.new_empty(shape if each else (0,))
-        for shape, each in zip(shapes, wanted, strict=True)
+        new(each.shape if want else (0,), dtype=done if each.dim() == 2 else None)
+        for each, want in zip((*inputs[:2], inputs.weight[:, 0]), wanted, strict=True)
     )
-    return (temperature.new_empty(()), *stats, *gradients)
+    return (new(()), *stats, *gradients)
 
 
 def _chunk_loss(stats: Stats, constants: Constants, config: LossConfig) -> tuple[Tensor, Upstream]:
@@ -265,7 +265,9 @@ def linear_grpo_loss(
         constants = constants._replace(ref_logprob=ref_logprob)
 
     wanted = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
-    skip_inert = config.beta == 0 and config.entropy_coef == 0
+    # A ratio of whole sequences hands the gradient of one token's term to all of its sequence.
+    alone = config.ratio_level == "token" or advantages.shape != tokens.shape
+    skip_inert = alone and config.beta == 0 and config.entropy_coef == 0
     if not _gradient_comes_with_the_loss(config, wanted):
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
