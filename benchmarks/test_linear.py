@@ -107,8 +107,8 @@ def of_task(task: str, dtype: str) -> dict[str, Measured]:
     return found
 
 
-# Of the KL's two sets of logits only half as many tokens fit the workspace, and from bf16 the weight's
-# gradient over two chunks is added up in fp32, where the bare product is in bf16.
+# Beside the reference's logits only half as many tokens fit the workspace, and from bf16 the
+# weight's gradient is added up over two chunks in fp32, where the bare product is in bf16.
 NEAR_THE_FLOOR = [each for each in TASKS if each != "reverse KL"]
 
 
