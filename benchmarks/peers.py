@@ -1,12 +1,14 @@
-"""One thin adapter per implementation of the hidden level: what it is given, what it leaves out.
+"""One adapter per implementation: what it is given, what it leaves out.
 
-An adapter takes a Problem and returns (values [N] or 0-dim by name, d_hidden, d_weight). Those of
-one task compute the same thing as far as the peer can; its docstring says where it cannot.
+An adapter takes a Problem and returns its task's outputs by name, with the graph to the problem's
+leaves: log-probs, entropies and divergences [N] or [B, T], losses 0-dim. Masked tokens give 0.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -14,276 +16,362 @@ from torch import Tensor
 
 import grpo_kernels
 import reference
+from benchmarks.problems import Problem
 
-SEQUENCES = 8
-ENTROPY_WEIGHT = 0.1
-Result = tuple[dict[str, Tensor], Tensor, Tensor]
-
-
-class Problem(NamedTuple):
-    """N tokens in SEQUENCES sequences of equal length, all of them counted."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    tokens: Tensor  # [N]
-    advantages: Tensor  # [SEQUENCES]
-    old_logprob: Tensor  # [N], near the policy's own
-    ref_hidden: Tensor  # [N, H]
-    ref_weight: Tensor  # [V, H]
-
-    @classmethod
-    def make(cls, N: int, V: int, H: int, dtype: torch.dtype, std: float = 4.0) -> "Problem":
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return torch.randn(shape, generator=generator).mul_(std).to(dtype)
-
-        hidden, weight = normal(N, H), normal(V, H, std=std / H**0.5)
-        tokens = torch.randint(0, V, (N,), generator=generator)
-        advantages = torch.randn(SEQUENCES, generator=generator)
-        with torch.no_grad():
-            logprob = grpo_kernels.linear_token_stats(hidden, weight, tokens).logprob
-        old_logprob = logprob + 0.1 * torch.randn(N, generator=generator)
-        ref_hidden = (hidden.float() + 0.1 * normal(N, H).float()).to(dtype)
-        return cls(hidden, weight, tokens, advantages, old_logprob, ref_hidden, weight)
-
-    def double(self) -> "Problem":
-        return Problem(*(x.double() if x.is_floating_point() else x for x in self))
-
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        return tuple(x.detach().requires_grad_() for x in (self.hidden, self.weight))
-
-    def by_sequence(self, x: Tensor) -> Tensor:
-        return x.view(SEQUENCES, -1, *x.shape[1:])
+Outputs = dict[str, Tensor]
+Adapter = Callable[[Problem], Outputs]
 
 
-def _with_gradients(total: Tensor, leaves: tuple[Tensor, Tensor], **values: Tensor) -> Result:
-    d_hidden, d_weight = torch.autograd.grad(total, leaves)
-    return {name: x.detach() for name, x in values.items()}, d_hidden, d_weight
+@dataclass(frozen=True)
+class Peer:
+    """An implementation, and which tasks it can do."""
+
+    tasks: dict[str, Adapter] = field(hash=False)
+    leaves_out: str
+    package: str | None = None  # on the package index, where it is no part of torch or of ours
+    everywhere: bool = True  # False: at the base shape only, since each shape costs a compilation
+    retains: bool = True  # whether its graph can be walked twice: else it has no clock for backward
+    prepare: Callable[[Problem], Problem] = lambda problem: problem  # unclocked; to its own taste
+
+    def missing(self) -> str | None:
+        """Why it cannot be tried here, or None."""
+        if self.package is None:
+            return None
+        try:
+            version(self.package)
+        except PackageNotFoundError:
+            return f"{self.package} is not installed"
+        return None
 
 
-# Task 1: log-prob and entropy, under an upstream gradient of both.
+# Ours, and the reference: the same functions of two modules.
 
 
-def stats_ours(problem: Problem, package=grpo_kernels) -> Result:
-    """grpo_kernels.linear_token_stats."""
-    leaves = problem.leaves()
-    stats = package.linear_token_stats(*leaves, problem.tokens)
-    loss = stats.logprob.sum() + ENTROPY_WEIGHT * stats.entropy.sum()
-    return _with_gradients(loss, leaves, logprob=stats.logprob, entropy=stats.entropy)
+def _stats_arguments(problem: Problem, kl: str | None = None) -> dict:
+    asked = {"mask": problem.mask, "kl": kl, "entropy": kl is None}
+    if kl is None:
+        return asked
+    if problem.logits is None:
+        return {**asked, "ref_hidden": problem.ref_hidden, "ref_weight": problem.ref_weight}
+    return {**asked, "ref_logits": problem.ref_logits}
 
 
-def stats_reference(problem: Problem) -> Result:
-    """Every logit in memory, in fp32."""
-    return stats_ours(problem, reference)
+def _token_stats(problem: Problem, package: ModuleType, kl: str | None = None) -> Outputs:
+    arguments = _stats_arguments(problem, kl)
+    if problem.logits is None:
+        stats = package.linear_token_stats(
+            problem.hidden, problem.weight, problem.tokens, **arguments
+        )
+    else:
+        stats = package.token_stats(problem.logits, problem.tokens, **arguments)
+    return {"kl": stats.kl} if kl else {"logprob": stats.logprob, "entropy": stats.entropy}
 
 
-def stats_trl(problem: Problem) -> Result:
-    """TRL's chunked log-prob: rounds the logits to the dtype of its operands."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def _approximate_kl(problem: Problem, package: ModuleType) -> Outputs:
+    value = package.approximate_kl_divergence(problem.ref_logits, problem.logits, problem.mask)
+    return {"kl": value * problem.logits.shape[-1]}  # of a row's entries the sum, not the mean
 
-    leaves = problem.leaves()
-    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
-        *leaves, None, problem.tokens, 1.0, 32_768, None, 1.0, ("entropy",)
+
+def _loss(problem: Problem, package: ModuleType, *, inplace: bool = False, **config) -> Outputs:
+    objective = {
+        "mask": problem.mask,
+        "old_logprob": problem.old_logprob,
+        "config": package.LossConfig(**config),
+    }
+    given = problem.tokens, problem.advantages
+    if problem.logits is not None:
+        # What is overwritten must be no leaf.
+        logits = problem.logits.view_as(problem.logits) if inplace else problem.logits
+        return {"loss": package.grpo_loss(logits, *given, inplace=inplace, **objective).loss}
+    if config.get("beta"):
+        objective |= {"ref_hidden": problem.ref_hidden, "ref_weight": problem.ref_weight}
+    output = package.linear_grpo_loss(problem.hidden, problem.weight, *given, **objective)
+    return {"loss": output.loss}
+
+
+def _cross_entropy(problem: Problem, package: ModuleType) -> Outputs:
+    output = package.linear_grpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.tokens,
+        torch.ones_like(problem.advantages),
+        mask=problem.mask,
+        config=package.LossConfig(aggregation="token_mean"),
     )
-    loss = logprob.sum() + ENTROPY_WEIGHT * entropy.sum()
-    return _with_gradients(loss, leaves, logprob=logprob, entropy=entropy)
+    # Every ratio is 1, and so the loss is -1: its gradient is that of the mean log-prob.
+    return {"surrogate": output.loss}
 
 
-# Task 2: the GRPO loss, and its gradient. `old_logprob` comes from unrounded logits: a peer that
-# rounds its own moves some tokens across the clip boundary, where the gradient jumps to 0. With its
-# own old log-probs TRL's gradient would be 6e-3 off from bf16, where it is 6e-2 off here.
+def _all_tasks(package: ModuleType) -> dict[str, Adapter]:
+    tasks = {
+        "token_stats": _token_stats,
+        "forward_kl": partial(_token_stats, kl="forward"),
+        "reverse_kl": partial(_token_stats, kl="reverse"),
+        "approximate_kl": _approximate_kl,
+        "grpo_loss": _loss,
+        "linear_token_stats": _token_stats,
+        "linear_forward_kl": partial(_token_stats, kl="forward"),
+        "linear_reverse_kl": partial(_token_stats, kl="reverse"),
+        "linear_grpo_loss": _loss,
+        "linear_grpo_loss_kl": partial(_loss, beta=0.04, kl_estimator="reverse"),
+        "linear_gspo_loss": partial(_loss, ratio_level="sequence"),
+        "linear_cross_entropy": _cross_entropy,
+    }
+    return {name: partial(each, package=package) for name, each in tasks.items()}
 
 
-def loss_ours(problem: Problem, package=grpo_kernels) -> Result:
-    """grpo_kernels.linear_grpo_loss."""
-    leaves = problem.leaves()
-    hidden, tokens, old = map(problem.by_sequence, (leaves[0], problem.tokens, problem.old_logprob))
-    loss = package.linear_grpo_loss(
-        hidden, leaves[1], tokens, problem.advantages, old_logprob=old
-    ).loss
-    return _with_gradients(loss, leaves, loss=loss)
+@cache
+def _compiled(name: str) -> Callable:
+    """A function of the reference through torch.compile, lengths dynamic."""
+    return torch.compile(getattr(reference, name), dynamic=True)
 
 
-def loss_reference(problem: Problem) -> Result:
-    """Every logit in memory, in fp32."""
-    return loss_ours(problem, reference)
+class _Compiled(SimpleNamespace):
+    LossConfig = reference.LossConfig
+
+    def __getattr__(self, name: str) -> Callable:
+        return _compiled(name)
 
 
-def _objective(problem: Problem, leaves: tuple[Tensor, Tensor], logprob: Tensor) -> Result:
-    """The loss in plain torch, on the log-probs [N] of a peer that has none."""
-    loss = grpo_kernels.policy_loss(
-        problem.by_sequence(logprob),
+def _compiled_tasks() -> dict[str, Adapter]:
+    known = ("token_stats", "reverse_kl", "grpo_loss", "linear_token_stats", "linear_grpo_loss")
+    return {name: each for name, each in _all_tasks(_Compiled()).items() if name in known}
+
+
+# Objectives behind a peer that has only log-probs: plain torch, as its users write it.
+
+
+def _objective(problem: Problem, logprob: Tensor) -> Outputs:
+    output = grpo_kernels.policy_loss(
+        logprob.view(problem.tokens.shape),
         problem.advantages,
-        old_logprob=problem.by_sequence(problem.old_logprob),
-    ).loss
-    return _with_gradients(loss, leaves, loss=loss)
+        mask=problem.mask,
+        old_logprob=problem.old_logprob,
+    )
+    return {"loss": output.loss}
 
 
-def loss_trl(problem: Problem) -> Result:
-    """TRL's log-prob, with the objective in plain torch behind it, as its trainer does."""
+def _counted(problem: Problem, x: Tensor) -> Tensor:
+    """Of a tensor [B, T, ...] the tokens that count, [n, ...]: what users of these peers do."""
+    return problem.flat(x) if problem.mask is None else x[problem.mask]
+
+
+def _scattered(problem: Problem, x: Tensor) -> Tensor:
+    """[n] of the tokens that count to [B, T], 0 elsewhere."""
+    if problem.mask is None:
+        return x.view(problem.tokens.shape)
+    return x.new_zeros(problem.tokens.shape).masked_scatter(problem.mask, x)
+
+
+# TRL
+
+
+def _trl_token_stats(problem: Problem) -> Outputs:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    logprob, entropy = selective_log_softmax_and_entropy(
+        problem.logits, problem.tokens, row_mask=problem.mask
+    )
+    return {"logprob": logprob, "entropy": entropy}
+
+
+def _trl_grpo_loss(problem: Problem) -> Outputs:
+    return _objective(problem, _trl_token_stats(problem)["logprob"])
+
+
+def _trl_linear_token_stats(problem: Problem) -> Outputs:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    leaves = problem.leaves()
-    logprob, *_ = ChunkedLogProbFunction.apply(
-        *leaves, None, problem.tokens, 1.0, 32_768, None, 1.0, ("entropy",)
+    hidden, tokens = _counted(problem, problem.hidden), _counted(problem, problem.tokens)
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden, problem.weight, None, tokens, 1.0, 32_768, None, 1.0, ("entropy",)
     )
-    return _objective(problem, leaves, logprob)
+    return {"logprob": _scattered(problem, logprob), "entropy": _scattered(problem, entropy)}
 
 
-def loss_torch(problem: Problem) -> Result:
-    """torch's linear_cross_entropy, the objective behind it: no entropy; from bf16 logits and
-    log-probs are bf16; all logits in memory, as its chunked form was 14 times slower on a CPU."""
-    leaves = problem.leaves()
-    logprob = -F.linear_cross_entropy(*leaves, problem.tokens, reduction="none")
-    return _objective(problem, leaves, logprob)
+def _trl_linear_grpo_loss(problem: Problem) -> Outputs:
+    return _objective(problem, _trl_linear_token_stats(problem)["logprob"])
 
 
-def loss_liger(problem: Problem) -> Result:
-    """Liger's chunked GRPO, not compiled (a CPU here): no entropy, logits rounded to bf16."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    leaves = problem.leaves()
-    hidden, tokens, old = map(problem.by_sequence, (leaves[0], problem.tokens, problem.old_logprob))
-    peer = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo", chunk_size=1
-    )
-    loss, *_ = peer(
-        hidden, leaves[1], tokens, torch.ones_like(tokens), problem.advantages,
-        old_per_token_logps=old,
-    )  # fmt: skip
-    return _with_gradients(loss, leaves, loss=loss)
-
-
-# Task 3: the gradient of the sum of the log-probs: supervised training, cross-entropy's own ground.
-
-
-def sum_ours(problem: Problem, package=grpo_kernels) -> Result:
-    """grpo_kernels.linear_grpo_loss with advantages of 1: entropy and metrics come with it."""
-    leaves = problem.leaves()
-    advantages = torch.ones(len(problem.tokens), dtype=problem.advantages.dtype)
-    config = package.LossConfig(aggregation="token_mean")
-    loss = package.linear_grpo_loss(
-        *leaves, problem.tokens, advantages, config=config, normalizer=1
-    ).loss
-    return _with_gradients(-loss, leaves)
-
-
-def sum_reference(problem: Problem) -> Result:
-    """Every logit in memory, in fp32."""
-    return sum_ours(problem, reference)
-
-
-def sum_torch(problem: Problem) -> Result:
-    """torch's linear_cross_entropy: no entropy; from bf16 the logits are bf16, all in memory."""
-    leaves = problem.leaves()
-    total = -F.linear_cross_entropy(*leaves, problem.tokens, reduction="sum")
-    return _with_gradients(total, leaves)
-
-
-# Task 4: KL(policy || reference) over the vocabulary, and its gradient.
-
-
-def kl_ours(problem: Problem, package=grpo_kernels) -> Result:
-    """grpo_kernels.linear_token_stats with kl="reverse": the log-prob and entropy come with it."""
-    leaves = problem.leaves()
-    stats = package.linear_token_stats(
-        *leaves, problem.tokens, kl="reverse", ref_hidden=problem.ref_hidden,
-        ref_weight=problem.ref_weight,
-    )  # fmt: skip
-    return _with_gradients(stats.kl.sum(), leaves, kl=stats.kl)
-
-
-def kl_reference(problem: Problem) -> Result:
-    """Every logit of both in memory, in fp32."""
-    return kl_ours(problem, reference)
-
-
-def kl_trl(problem: Problem) -> Result:
-    """TRL's chunked divergence: no log-prob, and an entropy without gradient."""
+def _trl_linear_kl(problem: Problem, beta: float) -> Outputs:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    leaves = problem.leaves()
     kl, _ = ChunkedDivergenceFunction.apply(
-        *leaves, None, problem.ref_hidden, problem.ref_weight, None, 1.0
+        _counted(problem, problem.hidden),
+        problem.weight,
+        None,
+        _counted(problem, problem.ref_hidden),
+        problem.ref_weight,
+        None,
+        beta,
     )
-    return _with_gradients(kl.sum(), leaves, kl=kl)
+    return {"kl": _scattered(problem, kl)}
 
 
-# The products that a right answer needs, and nothing else: the floor.
+# Liger
 
 
-def _bare(problem: Problem, logits_products: int) -> Result:
-    """Logits in fp32, by tiles of an upcast weight for bf16, and the two products of the gradient
-    in the operands' dtype; the numbers mean nothing."""
-    hidden, weight = problem.hidden, problem.weight
-    logits = torch.empty(len(hidden), len(weight))
-    for _ in range(logits_products):
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, weight.T, out=logits)
-            continue
-        wide, upcast = hidden.float(), torch.empty(4096, weight.shape[1])
-        for start in range(0, len(weight), 4096):
-            tile = weight[start : start + 4096]
-            part = upcast[: len(tile)].copy_(tile)
-            torch.mm(wide, part.T, out=logits[:, start : start + len(tile)])
-    d_logits = logits.to(hidden.dtype)
-    return {}, torch.mm(d_logits, weight), torch.mm(d_logits.T, hidden)
+def _liger_prepare(problem: Problem) -> Problem:
+    """On logits it wants those of one more position, whose gradient is 0."""
+    if problem.logits is None:
+        return problem
+    logits = F.pad(problem.logits.detach(), (0, 0, 0, 1))
+    return replace(problem, logits=logits.requires_grad_())
 
 
-def bare_3(problem: Problem) -> Result:
-    """Logits, d_hidden, d_weight."""
-    return _bare(problem, 1)
+def _liger_grpo_loss(problem: Problem) -> Outputs:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    loss, _ = triton_grpo_loss(
+        problem.logits,
+        problem.old_logprob,
+        None,
+        problem.tokens,
+        problem.advantages,
+        completion_mask=problem.mask,
+        temperature=1.0,
+        beta=0.0,
+        eps_low=0.2,
+        eps_high=0.2,
+        loss_type="grpo",
+        reduce=True,
+    )
+    return {"loss": loss}
 
 
-def bare_4(problem: Problem) -> Result:
-    """The logits twice, d_hidden, d_weight."""
-    return _bare(problem, 2)
+def _liger_linear_token_stats(problem: Problem) -> Outputs:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        _counted(problem, problem.hidden),
+        problem.weight,
+        _counted(problem, problem.tokens),
+        return_entropy=True,
+    )
+    return {"logprob": _scattered(problem, -nll), "entropy": _scattered(problem, entropy)}
 
 
-def bare_6(problem: Problem) -> Result:
-    """The logits of policy and reference, each twice, d_hidden, d_weight."""
-    return _bare(problem, 4)
+def _liger_linear_grpo_loss(problem: Problem) -> Outputs:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    on_gpu = problem.hidden.is_cuda
+    peer = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=on_gpu, use_ref_model=False, loss_type="grpo", chunk_size=1
+    )
+    mask = torch.ones_like(problem.tokens) if problem.mask is None else problem.mask.long()
+    loss, *_ = peer(
+        problem.hidden,
+        problem.weight,
+        problem.tokens,
+        mask,
+        problem.advantages,
+        old_per_token_logps=problem.old_logprob,
+    )
+    return {"loss": loss}
 
 
-OURS, FLOOR = "grpo_kernels", "bare products"
-TASKS: dict[str, dict[str, Callable[[Problem], Result]]] = {
-    "log-prob and entropy": {
-        FLOOR: bare_4,
-        OURS: stats_ours,
-        "reference": stats_reference,
-        "trl": stats_trl,
-    },
-    "GRPO loss": {
-        FLOOR: bare_3,
-        OURS: loss_ours,
-        "reference": loss_reference,
-        "trl": loss_trl,
-        "liger_kernel": loss_liger,
-        "torch linear_cross_entropy": loss_torch,
-    },
-    "sum of log-probs": {
-        FLOOR: bare_3,
-        OURS: sum_ours,
-        "reference": sum_reference,
-        "torch linear_cross_entropy": sum_torch,
-    },
-    "reverse KL": {
-        FLOOR: bare_6,
-        OURS: kl_ours,
-        "reference": kl_reference,
-        "trl": kl_trl,
-    },
+# torch, cut-cross-entropy, quack
+
+
+def _torch_linear(problem: Problem, *, objective: bool) -> Outputs:
+    arguments = _counted(problem, problem.hidden), problem.weight, _counted(problem, problem.tokens)
+    if objective:
+        losses = F.linear_cross_entropy(*arguments, reduction="none")
+        return _objective(problem, _scattered(problem, -losses))
+    return {"surrogate": F.linear_cross_entropy(*arguments)}
+
+
+def _cce_linear(problem: Problem, *, objective: bool) -> Outputs:
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses = linear_cross_entropy(
+        _counted(problem, problem.hidden),
+        problem.weight,
+        _counted(problem, problem.tokens),
+        reduction="none" if objective else "mean",
+        filter_eps=None,
+        impl="cce" if problem.hidden.is_cuda else "torch_compile",
+    )
+    return _objective(problem, _scattered(problem, -losses)) if objective else {"surrogate": losses}
+
+
+def _quack_linear(problem: Problem) -> Outputs:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    loss = chunked_linear_cross_entropy(
+        _counted(problem, problem.hidden), problem.weight, _counted(problem, problem.tokens)
+    )
+    return {"surrogate": loss}
+
+
+def _quack_grpo_loss(problem: Problem) -> Outputs:
+    from quack.cross_entropy import cross_entropy
+
+    losses = cross_entropy(
+        problem.flat(problem.logits), problem.flat(problem.tokens), reduction="none"
+    )
+    return _objective(problem, -losses)
+
+
+OURS, REFERENCE = "grpo_kernels", "reference"
+PEERS: dict[str, Peer] = {
+    OURS: Peer(_all_tasks(grpo_kernels), "nothing"),
+    "grpo_kernels in place": Peer(
+        {"grpo_loss": partial(_loss, package=grpo_kernels, inplace=True)},
+        "nothing; the gradient takes the place of the logits",
+        prepare=Problem.copy,
+    ),
+    REFERENCE: Peer(_all_tasks(reference), "nothing; every logit is in memory, in fp32"),
+    "reference, compiled": Peer(
+        _compiled_tasks(),
+        "nothing; torch.compile decides what is in memory",
+        everywhere=False,
+        retains=False,
+    ),
+    "TRL": Peer(
+        {
+            "token_stats": _trl_token_stats,
+            "grpo_loss": _trl_grpo_loss,
+            "linear_token_stats": _trl_linear_token_stats,
+            "linear_forward_kl": partial(_trl_linear_kl, beta=0.0),
+            "linear_reverse_kl": partial(_trl_linear_kl, beta=1.0),
+            "linear_grpo_loss": _trl_linear_grpo_loss,
+        },
+        "from hidden states: logits rounded to their dtype for the log-prob; a KL in a pass of its "
+        "own, the entropy beside it without gradient; the objective is plain torch",
+        package="trl",
+    ),
+    "Liger": Peer(
+        {
+            "grpo_loss": _liger_grpo_loss,
+            "linear_token_stats": _liger_linear_token_stats,
+            "linear_grpo_loss": _liger_linear_grpo_loss,
+        },
+        "no entropy beside its GRPO losses; logits rounded to the dtype of the hidden states; on "
+        "logits a GPU only; not compiled on a CPU",
+        package="liger_kernel",
+        prepare=_liger_prepare,
+    ),
+    "torch linear_cross_entropy": Peer(
+        {
+            "linear_cross_entropy": partial(_torch_linear, objective=False),
+            "linear_grpo_loss": partial(_torch_linear, objective=True),
+        },
+        "no entropy; from bf16, logits and log-probs are bf16; every logit is in memory",
+    ),
+    "cut-cross-entropy": Peer(
+        {
+            "linear_cross_entropy": partial(_cce_linear, objective=False),
+            "linear_grpo_loss": partial(_cce_linear, objective=True),
+        },
+        "no entropy; its kernels need a GPU, and a CPU gets what it compiles with torch; its "
+        "gradient filter is off",
+        package="cut_cross_entropy",
+        everywhere=False,
+    ),
+    "quack": Peer(
+        {"linear_cross_entropy": _quack_linear, "grpo_loss": _quack_grpo_loss},
+        "no entropy; the objective is plain torch; one of a Hopper or Blackwell GPU only",
+        package="quack-kernels",
+    ),
 }
-
-
-def missing(peer: str) -> str | None:
-    """Why a peer cannot run here, or None."""
-    if peer == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no linear_cross_entropy"
-    if peer in ("trl", "liger_kernel"):
-        try:
-            version(peer)
-        except PackageNotFoundError:
-            return f"{peer} is not installed"
-    return None

@@ -1,0 +1,35 @@
+"""The limits of this device, measured in this run: what a copy moves, what a product multiplies."""
+
+from functools import cache
+
+import torch
+
+from benchmarks.clock import median_seconds
+from benchmarks.shapes import DTYPES
+
+COPIED = {"cuda": 2 << 30, "cpu": 256 << 20}  # bytes; far more than any cache holds
+# Tokens, hidden size and a part of the vocabulary: the proportions of a language model's head.
+PRODUCT = {"cuda": (8192, 2048, 16_384), "cpu": (512, 2048, 4096)}
+
+
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written both counted."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * len(source) / median_seconds(lambda: target.copy_(source))
+
+
+@cache
+def product_rate(device: torch.device, dtype: str) -> float:
+    """Floating-point operations per second of torch.mm; random numbers, as zeros run faster."""
+    n, k, m = PRODUCT[device.type]
+    a, b = (torch.randn(size, device=device).to(DTYPES[dtype]) for size in ((n, k), (m, k)))
+    out = torch.empty(n, m, dtype=a.dtype, device=device)
+    return 2 * n * k * m / median_seconds(lambda: torch.mm(a, b.T, out=out))
+
+
+def all_roofs(device: torch.device) -> dict[str, float]:
+    """GB/s and TFLOP/s."""
+    rates = {f"TFLOP/s, {dtype}": product_rate(device, dtype) / 1e12 for dtype in DTYPES}
+    return {"copy GB/s": copy_bandwidth(device) / 1e9, **rates}
