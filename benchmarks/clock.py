@@ -49,5 +49,9 @@ def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
 def rotated(problem: Problem) -> Iterator[Problem]:
     """Forever the same numbers at other places, so that no call finds its inputs in a cache."""
     size = sum(each.nbytes for each in problem.leaves.values())
-    copies = 1 if size > CACHE_BYTES else min(COPIES, 1 + -(-2 * CACHE_BYTES // size))
-    return cycle([problem, *(problem.copy() for _ in range(copies - 1))])
+    return cycle([problem, *(problem.copy() for _ in range(copies(size) - 1))])
+
+
+def copies(size: int) -> int:
+    """How many of so many bytes are more than a cache holds."""
+    return 1 if size > CACHE_BYTES else min(COPIES, 1 + -(-2 * CACHE_BYTES // size))

@@ -16,7 +16,7 @@ from benchmarks.peers import OURS, PEERS, REFERENCE, Peer
 from benchmarks.shapes import Shape
 from benchmarks.tasks import TASKS, Task, gradients
 
-TOKENS = 64
+TOKENS = 32
 
 # The largest error of a value (root mean square, relative where values are above 1), and of a
 # gradient (norm of the difference over the norm). Gradients from bf16 are rounded to it once.

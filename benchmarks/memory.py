@@ -1,23 +1,16 @@
-"""Peak extra memory of a call: as the allocator of a GPU counts it, or as the process grew."""
+"""Peak extra memory of a call: what its tensors took at once, inputs not counted."""
 
 import gc
-import threading
-import time
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_PERIOD = 0.002  # seconds; an allocation shorter than this can be missed
-
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Largest growth over `call`, which on a CPU should run long beside 2 ms."""
+    """As the allocator counts: a GPU's reports its peak, a CPU's its every step."""
     gc.collect()
-    if torch.cuda.is_available():
-        return _peak_on_device(call)
-    return _peak_of_process(call)
+    return _peak_on_device(call) if torch.cuda.is_available() else peak_tensor_bytes(call)
 
 
 def _peak_on_device(call: Callable[[], object]) -> int:
@@ -27,29 +20,6 @@ def _peak_on_device(call: Callable[[], object]) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - base
-
-
-def _peak_of_process(call: Callable[[], object]) -> int:
-    process = psutil.Process()
-    base = process.memory_info().rss
-    peak, done = base, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(_PERIOD)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = call()
-        peak = max(peak, process.memory_info().rss)
-        del result
-    finally:
-        done.set()
-        watcher.join()
-    return peak - base
 
 
 def peak_tensor_bytes(call: Callable[[], object]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 import grpo_kernels
 from benchmarks.shapes import Shape
 
-SEQUENCES = 32
+SEQUENCES = 16
 STD = 4.0  # of the logits: a language model's
 # Log-ratios of policy and old policy. None lies within 0.08 of a clip boundary (-0.223 and 0.182):
 # which tokens are clipped is a question of the inputs, never of an implementation's rounding.
