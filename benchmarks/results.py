@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -62,7 +63,7 @@ class ResultFile:
         self.machine = machine(device) | {"roofs": roofs}
         self.records: dict[tuple, Record] = {}
         if path is not None and path.exists():
-            machine_then, records = read(path)
+            machine_then, records, _ = read(path)
             if _same_run(machine_then, self.machine):
                 self.records = {each.key: each for each in records}
 
@@ -73,10 +74,11 @@ class ResultFile:
             write_json(self._path, content)
 
 
-def read(path: Path) -> tuple[dict, list[Record]]:
-    """(machine, records) of a result file."""
+def read(path: Path) -> tuple[dict, list[Record], str | None]:
+    """(machine, records, closing line of the device's tests) of a result file."""
     content = json.loads(path.read_text())
-    return content["machine"], [Record(**each) for each in content["records"]]
+    records = [Record(**each) for each in content.get("records", ())]
+    return content["machine"], records, content.get("tests")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -99,6 +101,11 @@ def machine(device: torch.device) -> dict:
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def slug(device: str) -> str:
+    """A device's name as a part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _same_run(one: dict, other: dict) -> bool:
