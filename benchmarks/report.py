@@ -6,14 +6,14 @@ where a written figure is not that of the files.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import charts, tables, targets
 from benchmarks.floors import FLOORS
 from benchmarks.peers import OURS, PEERS
-from benchmarks.results import DIRECTORY, ROOT, Record, read, slug
-from benchmarks.shapes import PLANS, Shape
+from benchmarks.results import DIRECTORY, ROOT, Record, read, same_run, slug
+from benchmarks.shapes import DTYPES, PLANS, Shape
 from benchmarks.tasks import TASKS
 
 README = ROOT / "README.md"
@@ -49,6 +49,9 @@ def load(directory: Path = DIRECTORY) -> list[Results]:
     for path in sorted(directory.glob("*.json")):
         machine, records, tests = read(path)
         of = found.setdefault(machine["device"], Results(machine))
+        if not same_run(of.machine, machine):
+            raise ValueError(f"{path.name} is of other code or versions than the files beside it")
+        of.machine["roofs"] |= machine["roofs"]
         of.records += records
         of.tests = tests or of.tests
     return list(found.values())
@@ -69,7 +72,7 @@ def _summary(of: Results) -> str:
     parts = [
         f"{_machine(of.machine)}. Forward and backward of {of.base.N:,} tokens under the head of "
         f"{of.base.model} (V = {head.V:,}, H = {head.H:,}) in {of.base.dtype}, medians.",
-        _loss_table(of),
+        *_loss_tables(of),
         _all_functions(of),
     ]
     if of.machine["kind"] == "cuda":
@@ -89,10 +92,15 @@ def _machine(machine: dict) -> str:
     )
 
 
-def _loss_table(of: Results) -> str:
-    """linear_grpo_loss by everyone: speed is one column of four."""
+def _loss_tables(of: Results) -> Iterable[str]:
+    """linear_grpo_loss by everyone, in both dtypes: speed is one column of four."""
+    for dtype in DTYPES:
+        yield _loss_table(of, replace(of.base, dtype=dtype))
+
+
+def _loss_table(of: Results, shape: Shape) -> str:
     task = "linear_grpo_loss"
-    found = [each for name in _columns("hidden") if (each := of.find(task, "both", name))]
+    found = [each for name in _columns("hidden") if (each := of.find(task, "both", name, shape))]
     rows = [
         [
             each.peer,
@@ -103,7 +111,13 @@ def _loss_table(of: Results) -> str:
         ]
         for each in found
     ]
-    heads = [f"`{task}`", "time", "of the rate of `torch.mm`", "extra memory", "error of gradients"]
+    heads = [
+        f"`{task}`, {shape.dtype}",
+        "time",
+        "of the rate of `torch.mm`",
+        "extra memory",
+        "error of gradients",
+    ]
     return tables.table(heads, rows)
 
 

@@ -64,7 +64,7 @@ class ResultFile:
         self.records: dict[tuple, Record] = {}
         if path is not None and path.exists():
             machine_then, records, _ = read(path)
-            if _same_run(machine_then, self.machine):
+            if same_run(machine_then, self.machine):
                 self.records = {each.key: each for each in records}
 
     def add(self, record: Record) -> None:
@@ -108,7 +108,8 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def _same_run(one: dict, other: dict) -> bool:
+def same_run(one: dict, other: dict) -> bool:
+    """Whether figures of two machines' descriptions may stand side by side."""
     return all(one[name] == other[name] for name in ("device", "versions", "commit"))
 
 
