@@ -16,7 +16,7 @@ from benchmarks.problems import Problem
 from benchmarks.results import Record, ResultFile
 from benchmarks.tasks import gradients
 
-BUDGET = {"cpu": 1.0, "cuda": 0.3}  # seconds of the clock for a case, where it allows three rounds
+BUDGET = {"cpu": 0.6, "cuda": 0.3}  # seconds of the clock for a case, where it allows three rounds
 
 
 class Harness:

@@ -6,14 +6,14 @@ where a written figure is not that of the files.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import charts, tables, targets
 from benchmarks.floors import FLOORS
 from benchmarks.peers import OURS, PEERS
 from benchmarks.results import DIRECTORY, ROOT, Record, read, same_run, slug
-from benchmarks.shapes import DTYPES, PLANS, Shape
+from benchmarks.shapes import PLANS, Shape
 from benchmarks.tasks import TASKS
 
 README = ROOT / "README.md"
@@ -94,8 +94,9 @@ def _machine(machine: dict) -> str:
 
 def _loss_tables(of: Results) -> Iterable[str]:
     """linear_grpo_loss by everyone, in both dtypes: speed is one column of four."""
-    for dtype in DTYPES:
-        yield _loss_table(of, replace(of.base, dtype=dtype))
+    plan = PLANS[of.machine["kind"]]
+    for shape in (plan.base, plan.other_dtype):
+        yield _loss_table(of, shape)
 
 
 def _loss_table(of: Results, shape: Shape) -> str:
@@ -112,7 +113,7 @@ def _loss_table(of: Results, shape: Shape) -> str:
         for each in found
     ]
     heads = [
-        f"`{task}`, {shape.dtype}",
+        f"`{task}`, {shape.dtype}, {shape.N:,} tokens",
         "time",
         "of the rate of `torch.mm`",
         "extra memory",

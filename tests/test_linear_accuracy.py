@@ -8,7 +8,7 @@ from linear_cases import relative_error
 import grpo_kernels
 import reference
 from benchmarks.memory import peak_tensor_bytes
-from grpo_kernels import chunks, linear_grpo_loss, linear_token_stats, rows
+from grpo_kernels import chunks, head, linear_grpo_loss, linear_token_stats, rows
 from grpo_kernels.eager import token_stats
 
 MIB = 1 << 20
@@ -101,3 +101,21 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists(workspace, mode, dtype):
 
 def test_the_default_workspace_is_a_gibibyte():
     assert chunks.WORKSPACE == 1 << 30
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 8])  # a single chunk, and several added up
+def test_a_processor_without_bf16_units_gets_the_same_gradients_from_upcast_tiles(
+    monkeypatch, chunk_tokens
+):
+    hidden, weight, tokens = make_head(24, 300, 16)
+    monkeypatch.setattr(head, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow
+    found = []
+    for has_units in (True, False):
+        monkeypatch.setattr(head, "has_bf16_units", lambda has_units=has_units: has_units)
+        stats = linear_token_stats(hidden, weight, tokens, chunk_tokens=chunk_tokens)
+        total = stats.logprob.sum() + stats.entropy.sum()
+        found.append(torch.autograd.grad(total, (hidden, weight)))
+    for native, upcast in zip(*found, strict=True):
+        assert upcast.dtype == torch.bfloat16
+        # Sums of the same products in another order, rounded to bf16 once.
+        assert (native.float() - upcast.float()).norm() <= 4e-3 * native.float().norm()
