@@ -27,7 +27,7 @@ SECONDS = 20.0  # for an implementation; an N that would take longer is not trie
 
 
 def largest(fits: Callable[[int], bool], first: int, step: int, last: int) -> int:
-    """The largest multiple of `step` from `first` to `last` that fits; 0: not even the first.
+    """The largest multiple of `step` up to `last` that fits; 0: none does.
 
     fits: asked of few numbers; whatever is below one that fits is taken to fit.
     """

@@ -30,7 +30,7 @@ class Data:
 
     level: str
     base: Shape
-    against_n: dict[str, list[tuple[int, float, int]]]  # by peer: N, seconds, extra bytes
+    against_n: dict[str, list[tuple[int, float, float]]]  # by peer: N, seconds, MiB
     of_roof: dict[str, dict[str, float]]  # by task and phase: ours
     accuracy: dict[str, tuple[float, float]]  # by peer: seconds, error of the gradient
 
@@ -47,7 +47,8 @@ def data_of(records: list[Record], level: str, base: Shape) -> Data:
     headline = [each for each in along if each.task == HEADLINE[level]]
     against_n: dict[str, list] = {}
     for each in sorted(headline, key=lambda each: each.N):
-        against_n.setdefault(each.peer, []).append((each.N, each.seconds, each.extra_bytes))
+        memory = (each.extra_bytes or 0) / 2**20
+        against_n.setdefault(each.peer, []).append((each.N, each.seconds, memory))
     of_roof: dict[str, dict[str, float]] = {}
     for each in done:
         if each.peer == OURS and _differs_in_n_only(each, base) and each.N == base.N:
@@ -84,7 +85,7 @@ def draw(data: Data, theme: str, title: str, path: Path) -> None:
             2, 2, figsize=(9.5, 7.5), layout="constrained"
         )
         _against_n(time, data, 1, "seconds, forward and backward")
-        _against_n(memory, data, 2, "extra memory, bytes")
+        _against_n(memory, data, 2, "extra memory, MiB")
         _of_roof(roof, data)
         _accuracy(accuracy, data)
         for axis in (time, memory, roof, accuracy):
@@ -112,10 +113,21 @@ def _against_n(axis, data: Data, column: int, label: str) -> None:
         if shown and not (column == 2 and peer not in PEERS):  # a floor's buffers mean nothing
             axis.plot(*zip(*shown, strict=True), label=peer, markersize=5, **_style(peer))
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_yscale("log")
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("N, tokens")
     axis.set_title(f"{HEADLINE[data.level]}: {label}", fontsize=9, loc="left")
     axis.grid(alpha=0.2)
+
+
+def _plain_ticks(axis) -> None:
+    """1, 2, 5 and 10 of each decade, written out: few decades are shown."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _of_roof(axis, data: Data) -> None:
@@ -146,6 +158,8 @@ def _accuracy(axis, data: Data) -> None:
             axis.axvline(seconds, **_style(floor))
     axis.set_xscale("log")
     axis.set_yscale("log")
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("seconds")
     axis.set_title(f"error of the gradient, {data.base.N:,} tokens", fontsize=9, loc="left")
     axis.grid(alpha=0.2)

@@ -27,13 +27,12 @@ def copy_bandwidth(device: torch.device) -> float:
 def product_rate(device: torch.device, dtype: str) -> float:
     """Floating-point operations per second of torch.mm on operands of a dtype.
 
-    A CPU without units for bf16 multiplies it six times slower than what it has been upcast to:
-    there fp32 is the limit of bf16 as well.
+    A CPU without units for bf16 multiplies it more slowly than what it has been upcast to: there
+    fp32 is the limit of bf16 as well.
     """
-    ways = {dtype, "fp32"} if device.type == "cpu" else {dtype}
-    return max(
-        _product_rate(device, DTYPES[way], *size) for way in ways for size in PRODUCTS[device.type]
-    )
+    rate = max(_product_rate(device, DTYPES[dtype], *size) for size in PRODUCTS[device.type])
+    upcast = device.type == "cpu" and dtype != "fp32"
+    return max(rate, product_rate(device, "fp32")) if upcast else rate
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, n: int, k: int, m: int) -> float:
