@@ -205,3 +205,12 @@ def test_uninitialised_memory_never_shows(room, device):
         assert_same_bits(results(token_stats, *case, **keywords), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_softcap_keeps_the_digits_of_logits_far_below_it(room, device):
+    """1 - e^-v cancels for small v; a low temperature shows what is left."""
+    logits, tokens = make_case(21, 4, V, device=device, std=0.05)
+    temperature = 0.01
+    upstream = upstream_like(5, tokens, ("logprob", "entropy"))
+    upstream = {name: temperature * each for name, each in upstream.items()}
+    check_against_oracle(logits, tokens, upstream, temperature=temperature, softcap=30.0)

@@ -71,9 +71,20 @@ def tile_max(x):
 
 @triton.jit
 def softcapped(x, SOFTCAP: tl.constexpr):
-    """softcap · tanh(x / softcap) by an exponential that cannot overflow; -inf stays -inf."""
+    """softcap · tanh(x / softcap); -inf stays -inf.
+
+    (1 - t) / (1 + t) with t = e^(-2|x| / softcap), which cannot overflow, cancels for small |x|:
+    there it is Lambert's continued fraction, u / (1 + u² / (3 + u² / ...)), seven deep, whose
+    relative error u^14 / 2.7e11 is 2e-16 at 1/2 and 1e-9 at 3/2. The two share one division.
+    """
+    REACH: tl.constexpr = 0.5 if x.dtype == tl.float64 else 1.5
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
-    y = SOFTCAP * (1.0 - t) / (1.0 + t)
+    u = tl.abs(x) * (1.0 / SOFTCAP)
+    square = u * u
+    small = u < REACH
+    upper = u * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+    lower = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    y = SOFTCAP * tl.where(small, upper, 1.0 - t) / tl.where(small, lower, 1.0 + t)
     return tl.where(x == -float("inf"), x, tl.where(x < 0, -y, y))
 
 
