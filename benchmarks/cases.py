@@ -52,6 +52,6 @@ def _peers(task: Task, phase: str, *, is_base: bool) -> Iterator[str]:
     floor, _ = FLOORS[task.level]
     yield floor
     for name, peer in PEERS.items():
-        clocked = peer.retains or phase != "backward"
+        clocked = peer.apart or phase == "both"
         if task.name in peer.tasks and clocked and (is_base or peer.everywhere):
             yield name

@@ -30,7 +30,7 @@ class Peer:
     leaves_out: str
     package: str | None = None  # on the package index, where it is no part of torch or of ours
     everywhere: bool = True  # False: at the base shape only, since each shape costs a compilation
-    retains: bool = True  # whether its graph can be walked twice: else it has no clock for backward
+    apart: bool = True  # False: forward and backward in one only, as each costs a compilation
     prepare: Callable[[Problem], Problem] = lambda problem: problem  # unclocked; to its own taste
 
     def missing(self) -> str | None:
@@ -255,8 +255,10 @@ def _liger_linear_grpo_loss(problem: Problem) -> Outputs:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     on_gpu = problem.hidden.is_cuda
+    # Its default of one sequence a chunk rewrites the weight's gradient as many times.
+    sequences = max(1, 4096 // problem.tokens.shape[1])
     peer = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=on_gpu, use_ref_model=False, loss_type="grpo", chunk_size=1
+        beta=0.0, compiled=on_gpu, use_ref_model=False, loss_type="grpo", chunk_size=sequences
     )
     mask = torch.ones_like(problem.tokens) if problem.mask is None else problem.mask.long()
     loss, *_ = peer(
@@ -326,7 +328,7 @@ PEERS: dict[str, Peer] = {
         _compiled_tasks(),
         "nothing; torch.compile decides what is in memory",
         everywhere=False,
-        retains=False,
+        apart=False,
     ),
     "TRL": Peer(
         {
@@ -348,7 +350,7 @@ PEERS: dict[str, Peer] = {
             "linear_grpo_loss": _liger_linear_grpo_loss,
         },
         "no entropy beside its GRPO losses; logits rounded to the dtype of the hidden states; on "
-        "logits a GPU only; not compiled on a CPU",
+        "logits a GPU only; not compiled on a CPU; given chunks of 4,096 tokens",
         package="liger_kernel",
         prepare=_liger_prepare,
     ),

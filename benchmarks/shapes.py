@@ -92,7 +92,7 @@ PLANS = {
     "cpu": Plan(
         base=Shape("SmolLM2 135M", 64, "fp32"),
         other_dtype=Shape("SmolLM2 135M", 32, "bf16"),
-        tokens=(1, 16, 256),
+        tokens=(1, 256),
         others=(Shape("Llama 3.2 1B", 32, "fp32"),),
     ),
 }
