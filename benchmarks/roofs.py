@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.clock import median_seconds
 from benchmarks.shapes import DTYPES
+from grpo_kernels.head import has_bf16_units
 
 COPIED = {"cuda": 2 << 30, "cpu": 256 << 20}  # bytes; far more than any cache holds
 # Sizes (n, k, m) of [n, k] times [m, k]; the fastest is the roof, as no one size is everywhere.
@@ -27,12 +28,12 @@ def copy_bandwidth(device: torch.device) -> float:
 def product_rate(device: torch.device, dtype: str) -> float:
     """Floating-point operations per second of torch.mm on operands of a dtype.
 
-    A CPU without units for bf16 multiplies it more slowly than what it has been upcast to: there
-    fp32 is the limit of bf16 as well.
+    A CPU without units for bf16 multiplies it far more slowly than what it has been upcast to:
+    there fp32 is the limit of bf16 as well.
     """
-    rate = max(_product_rate(device, DTYPES[dtype], *size) for size in PRODUCTS[device.type])
-    upcast = device.type == "cpu" and dtype != "fp32"
-    return max(rate, product_rate(device, "fp32")) if upcast else rate
+    if device.type == "cpu" and dtype == "bf16" and not has_bf16_units():
+        return product_rate(device, "fp32")
+    return max(_product_rate(device, DTYPES[dtype], *size) for size in PRODUCTS[device.type])
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, n: int, k: int, m: int) -> float:

@@ -63,7 +63,7 @@ _TINY = {
 }
 SETUPS = {
     "cuda": Setup("Llama 3.2 1B", "bf16", 32, 256, _LLAMA),
-    "cpu": Setup("SmolLM2 135M", "fp32", 8, 16, _SMOLLM2),
+    "cpu": Setup("SmolLM2 135M", "fp32", 4, 16, _SMOLLM2),
     "tiny": Setup("tiny", "fp32", 4, 8, _TINY),
 }
 
