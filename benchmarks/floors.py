@@ -19,7 +19,8 @@ def plain_copy(task: Task, phase: str, problem: Problem) -> Callable[[], object]
     wanted = task.bytes(problem, phase) // 2
     copies = clock.copies(wanted)
     sources = torch.ones(copies, wanted, dtype=torch.uint8, device=problem.logits.device)
-    pairs = cycle(zip(sources, torch.empty_like(sources), strict=True))
+    # Filled, as memory that was never touched costs a page fault.
+    pairs = cycle(zip(sources, torch.ones_like(sources), strict=True))
 
     def run() -> None:
         source, target = next(pairs)
