@@ -93,7 +93,7 @@ PLANS = {
         base=Shape("SmolLM2 135M", 64, "fp32"),
         other_dtype=Shape("SmolLM2 135M", 16, "bf16"),
         tokens=(1, 256),
-        others=(Shape("Qwen3 0.6B", 32, "fp32"),),
+        others=(Shape("Llama 3.2 1B", 32, "fp32"),),
     ),
 }
 
