@@ -3,10 +3,11 @@
     python -m benchmarks.codegen                        sm_90, bf16
     python -m benchmarks.codegen --all --json FILE      every target and dtype
 
-Each kernel is compiled offline and disassembled with the tools in Triton's own wheel. For each loop
-that loads from memory, a row gives the instructions and the special-function calls (exponentials,
-reciprocals) per vocabulary entry, and the widest and narrowest load in bytes per thread. A static
-count says what a chip must issue. It is not a time, and predicts none by itself.
+Each kernel is compiled offline and disassembled with the tools in Triton's own wheel. Of each walk
+over the row a count gives the instructions and the special-function calls (exponentials,
+reciprocals) per vocabulary entry, the narrowest load and store in bytes per thread, and the
+barriers; of the kernel its registers, spills and shared memory. chips.py makes of these a predicted
+time, which is not a measurement and is labelled as what it is.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,10 +28,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_kernels.kernels import approximate_kl, token_stats
-from grpo_kernels.launch import pick_row_launch
+from grpo_kernels.kernels import approximate_kl, grpo, token_stats
+from grpo_kernels.launch import RowLaunch, pick_row_launch
 
-V = 128_256  # Llama 3
+from .chips import CHIPS, Walk, predict
+
+N, V = 8192, 128_256  # Llama 3
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -41,6 +45,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = (*DTYPES, "fp32>bf16")
 
 
+class Reading(NamedTuple):
+    """A walk of the source: how many tensors it reads, and whether it read them before."""
+
+    tensors: int
+    writes: bool
+    again: bool = False
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to launch a kernel: the arguments that are None, and its own constants."""
@@ -48,42 +60,64 @@ class Variant:
     name: str
     kernel: object
     launch: str
+    walks: tuple[Reading, ...]
     absent: tuple[str, ...] = ()
     constants: dict = field(default_factory=dict)
 
 
 def _token_stats_variants() -> Iterator[Variant]:
-    no_kl = ("ref_logits_ptr", "kl_ptr", "ref_normaliser_ptr")
+    no_kl = ("ref_logits_ptr", "kl_ptr", "ref_normaliser_ptr", "d_kl_ptr")
     no_entropy = ("entropy_ptr", "d_entropy_ptr")
     plain = {"KL": "none", "SOFTCAP": None}
-    forward, backward = (
-        token_stats._token_stats_forward_kernel,
-        token_stats._token_stats_backward_kernel,
-    )
     for name, absent, constants in (
-        ("log-prob", (*no_kl, *no_entropy, "d_kl_ptr"), plain),
-        ("log-prob, entropy", (*no_kl, "d_kl_ptr"), plain),
-        ("log-prob, entropy, softcap", (*no_kl, "d_kl_ptr"), {**plain, "SOFTCAP": 30.0}),
+        ("log-prob", (*no_kl, *no_entropy), plain),
+        ("log-prob, entropy", no_kl, plain),
+        ("log-prob, entropy, softcap", no_kl, {**plain, "SOFTCAP": 30.0}),
         ("log-prob, entropy, forward KL", (), {**plain, "KL": "forward"}),
         ("log-prob, entropy, reverse KL", (), {**plain, "KL": "reverse"}),
     ):
-        for kernel, launch in (
-            (forward, "token_stats_forward"),
-            (backward, "token_stats_backward"),
-        ):
+        tensors = 1 if constants["KL"] == "none" else 2
+        for launch in ("token_stats_forward", "token_stats_backward"):
+            kernel = getattr(token_stats, f"_{launch}_kernel")
             known = tuple(each for each in absent if each in kernel.arg_names)
-            yield Variant(f"{launch}: {name}", kernel, launch, known, constants)
+            walks = (Reading(tensors, writes=launch.endswith("backward")),)
+            yield Variant(f"{launch}: {name}", kernel, launch, walks, known, constants)
+        kernel = token_stats._token_stats_part_kernel
+        known = tuple(each for each in absent if each in kernel.arg_names)
+        constants = {**constants, "HAS_ENTROPY": "entropy_ptr" not in absent}
+        walks = (Reading(tensors, writes=False),)
+        name = f"token_stats_part: {name}"
+        yield Variant(name, kernel, "token_stats_forward", walks, known, constants)
+
+
+def _grpo_loss_variants() -> Iterator[Variant]:
+    walks = (Reading(1, writes=False), Reading(1, writes=True, again=True))
+    for name, absent, constants in (
+        ("clip", ("entropy_weight_ptr", "ref_ptr", "sampling_ptr"), {}),
+        ("k3, entropy, importance", (), {}),
+        ("k3_corrected, entropy, softcap", (), {"ESTIMATOR": "k3_corrected", "SOFTCAP": 30.0}),
+    ):
+        constants = {"ESTIMATOR": "k3", "SOFTCAP": None, **constants}
+        yield Variant(
+            f"grpo_loss: {name}", grpo._grpo_loss_kernel, "grpo_loss", walks, absent, constants
+        )
+    yield Variant("scale", grpo._scale_kernel, "scale", (Reading(1, writes=True),))
 
 
 def variants() -> Iterator[Variant]:
     yield from _token_stats_variants()
+    yield from _grpo_loss_variants()
     constants = {"LOG2_EPS": -19.93}
-    for launch in ("approximate_kl_forward", "approximate_kl_backward"):
+    walks = {
+        "approximate_kl_forward": (Reading(2, writes=False), Reading(2, writes=False, again=True)),
+        "approximate_kl_backward": (Reading(2, writes=True),),
+    }
+    for launch, of_kernel in walks.items():
         kernel = getattr(approximate_kl, f"_{launch}_kernel")
-        yield Variant(launch, kernel, launch, (), constants)
+        yield Variant(launch, kernel, launch, of_kernel, (), constants)
 
 
-_VOCABULARY_SIZED = ("logits_ptr", "ref_logits_ptr", "d_logits_ptr")
+_VOCABULARY_SIZED = ("logits_ptr", "ref_logits_ptr", "d_logits_ptr", "x_ptr")
 _ALIGNED_INTEGERS = re.compile(r"V|stride_.*_[bt]")
 
 
@@ -98,19 +132,21 @@ def _argument_type(name: str, dtype: str) -> str:
     return "i64" if name.endswith("_b") else "i32"
 
 
+def _launch_of(variant: Variant, target: str, dtype: str) -> RowLaunch:
+    itemsize = DTYPES[dtype.split(">")[0]].itemsize
+    architecture = int(target[3:]) if target in CHIPS else None
+    return pick_row_launch(
+        variant.launch, V, itemsize, architecture=architecture, interpreted=False
+    )
+
+
 def compile_variant(variant: Variant, target: str, dtype: str):
     """The compiled kernel, with the launch that V = 128,256 gets."""
-    pick = pick_row_launch(
-        variant.launch, V, DTYPES[dtype.split(">")[0]].itemsize, interpreted=False
-    )
-    constants = {
-        **variant.constants,
-        **dict.fromkeys(variant.absent),
-        "ACC": tl.float32,
-        "UNROLL": pick.unroll,
-        "LANES": pick.num_warps * TARGETS[target].warp_size,
-        "VEC": pick.vector,
-    }
+    pick = _launch_of(variant, target, dtype)
+    wave = TARGETS[target].warp_size
+    sizes = {"UNROLL": pick.unroll, "LANES": pick.num_warps * wave, "VEC": pick.vector}
+    sizes["PART"] = pick.part_tiles * pick.unroll * pick.num_warps * wave * pick.vector
+    constants = {**variant.constants, **dict.fromkeys(variant.absent), "ACC": tl.float32, **sizes}
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
         if name in constants:
@@ -121,18 +157,17 @@ def compile_variant(variant: Variant, target: str, dtype: str):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, values, attributes)
     options = {"num_warps": pick.num_warps}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return compiled, pick.unroll * pick.vector
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of the machine code that loads from memory, per vocabulary entry of one thread."""
+    """The machine code of a walk's loop over whole tiles, per vocabulary entry of one thread."""
 
-    instructions: float | None  # None: not counted, on AMD
-    special: float | None
-    narrowest_load: int
-    widest_load: int
+    instructions: float
+    special: float
+    load_bytes: list[int]  # of each load, per thread
+    store_bytes: list[int]
     barriers: int
 
 
@@ -144,12 +179,11 @@ class Report:
     registers: int
     stack_bytes: int
     spills: int
-    loops: list[Loop]
-
-    @property
-    def main_loop(self) -> Loop:
-        """The loop that walks whole tiles: the leanest; what is left runs once, under a mask."""
-        return min(self.loops, key=lambda loop: loop.instructions or 0.0)
+    shared_bytes: int
+    resident_programs: int | None  # per multiprocessor; None: not known, on AMD
+    loops: list[Loop]  # in the order of the walks; on AMD not found
+    load_bytes: list[int]  # of the whole kernel
+    prediction: dict | None  # at N = 8192 rows, V = 128,256
 
 
 @cache
@@ -170,49 +204,98 @@ def _operation(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
 
 
-def _load_bytes(instruction: str) -> int:
+def _access_bytes(instruction: str) -> int:
     width = re.search(r"\.(U8|S8|U16|S16|64|128|256)\b", _operation(instruction))
     sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
     return sizes[width.group(1)] if width else 4
 
 
-def _loops(sass: str, entries: int) -> list[Loop]:
-    """Backward branches, and what lies between their target and them."""
+def _loop_bodies(sass: str) -> list[list[str]]:
+    """The instructions from the target of each backward branch to it, of innermost loops."""
     line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
     code = [
         (int(found.group(1), 16), found.group(2))
         for found in map(line.match, sass.split("\n"))
         if found
     ]
-    loops = []
+    spans = []
     for address, instruction in code:
         branch = re.search(r"\bBRA\S*.*?0x([0-9a-f]+)", instruction)
         start = int(branch.group(1), 16) if branch else address
-        if start >= address:
+        if start < address:
+            spans.append((start, address))
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any(start <= other and last <= end and (other, last) != (start, end)
+                   for other, last in spans)
+    ]  # fmt: skip
+    return [[each for at, each in code if start <= at <= end] for start, end in inner]
+
+
+def _loop(body: list[str], bytes_per_entry: int) -> Loop | None:
+    """None for a loop that loads nothing: it writes zeros."""
+    loads = [_access_bytes(each) for each in body if _operation(each).startswith("LDG")]
+    if not loads:
+        return None
+    entries = sum(loads) / bytes_per_entry
+    return Loop(
+        instructions=len(body) / entries,
+        special=sum(_operation(each).startswith("MUFU") for each in body) / entries,
+        load_bytes=loads,
+        store_bytes=[_access_bytes(each) for each in body if _operation(each).startswith("STG")],
+        barriers=sum(_operation(each).startswith("BAR") for each in body),
+    )
+
+
+def _loops(sass: str, walks: tuple[Reading, ...], itemsize: int) -> list[Loop]:
+    """The loop of each walk. What a walk has left after whole tiles is a loop like it, but under a
+    mask, and so with more instructions: the leanest of a kind are taken."""
+    bodies, found = _loop_bodies(sass), []
+    for writes in (False, True):
+        kind = [walk for walk in walks if walk.writes is writes]
+        if not kind:
             continue
-        body = [each for at, each in code if start <= at <= address]
-        loads = [_load_bytes(each) for each in body if _operation(each).startswith("LDG")]
-        if loads:
-            loops.append(
-                Loop(
-                    instructions=len(body) / entries,
-                    special=sum(_operation(each).startswith("MUFU") for each in body) / entries,
-                    narrowest_load=min(loads),
-                    widest_load=max(loads),
-                    barriers=sum(_operation(each).startswith("BAR") for each in body),
-                )
-            )
-    return loops
+        loops = [_loop(body, kind[0].tensors * itemsize) for body in bodies]
+        loops = [each for each in loops if each and bool(each.store_bytes) is writes]
+        leanest = sorted(loops, key=lambda loop: loop.instructions)[: len(kind)]
+        if len(leanest) < len(kind):
+            raise RuntimeError(f"{len(kind)} walks, but {len(loops)} loops in the machine code")
+        found += [loop for loop in loops if loop in leanest]
+    return found
 
 
-def _cuda_report(compiled, entries: int) -> dict:
-    usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
+def _walk(loop: Loop, reading: Reading, itemsize: int, gradient_itemsize: int) -> Walk:
+    written = gradient_itemsize if reading.writes else 0
+    loads = sum(loop.load_bytes)
+    read = reading.tensors * itemsize
+    return Walk(loop.instructions, loop.special, read, written, loads, reading.again)
+
+
+def _cuda_report(variant: Variant, compiled, target: str, dtype: str) -> dict:
+    cubin = compiled.asm["cubin"]
+    usage = _cuobjdump(cubin, "-res-usage")
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    sass, pick = _cuobjdump(cubin, "-sass"), _launch_of(variant, target, dtype)
+    of_logits, *_, of_gradient = 2 * dtype.split(">")
+    itemsize, gradient_itemsize = DTYPES[of_logits].itemsize, DTYPES[of_gradient].itemsize
+    loops, chip = _loops(sass, variant.walks, itemsize), CHIPS[target]
+    shared = compiled.metadata.shared
+    resident = chip.resident_programs(used["REG"], shared, pick.num_warps)
+    walks = [
+        _walk(loop, reading, itemsize, gradient_itemsize)
+        for loop, reading in zip(loops, variant.walks, strict=True)
+    ]
+    prediction = predict(chip, walks, resident, pick.lanes, N, V)
     return {
         "registers": used["REG"],
         "stack_bytes": used["STACK"],
         "spills": used["LOCAL"],
-        "loops": _loops(_cuobjdump(compiled.asm["cubin"], "-sass"), entries),
+        "shared_bytes": shared,
+        "resident_programs": resident,
+        "loops": loops,
+        "load_bytes": sorted({width for loop in loops for width in loop.load_bytes}),
+        "prediction": {**prediction._asdict(), "of_floor": prediction.of_floor},
     }
 
 
@@ -224,20 +307,36 @@ def _amd_report(compiled) -> dict:
 
     widths = {"dword": 4, "dwordx2": 8, "dwordx4": 16, "ushort": 2, "short_d16": 2}
     found = re.findall(r"(?:global|buffer)_load_(\w+)", text)
-    loads = [widths.get(each, 4) for each in found]
     return {
         "registers": note("vgpr_count"),
         "stack_bytes": note("private_segment_fixed_size"),
         # A spilled scalar register moves to a lane of a vector register: no memory is touched.
         "spills": note("vgpr_spill_count"),
-        "loops": [Loop(None, None, min(loads), max(loads), text.count("s_barrier"))],
+        "shared_bytes": compiled.metadata.shared,
+        "resident_programs": None,
+        "loops": [],
+        "load_bytes": sorted({widths.get(each, 4) for each in found}),
+        "prediction": None,
     }
 
 
 def report(variant: Variant, target: str, dtype: str) -> Report:
-    compiled, entries = compile_variant(variant, target, dtype)
-    found = _amd_report(compiled) if target == "gfx942" else _cuda_report(compiled, entries)
+    compiled = compile_variant(variant, target, dtype)
+    on_amd = target not in CHIPS
+    found = _amd_report(compiled) if on_amd else _cuda_report(variant, compiled, target, dtype)
     return Report(kernel=variant.name, target=target, dtype=dtype, **found)
+
+
+def _line(report: Report) -> str:
+    """One line of the printed table."""
+    text = f"{report.kernel:45} {report.target:7}{report.dtype:10}{report.registers:4}"
+    text += f"{report.spills:6}{report.shared_bytes:7}"
+    if report.prediction is None:
+        return text + f"  loads of {report.load_bytes[-1]} bytes"
+    walks = " + ".join(f"{loop.instructions:.1f}/{loop.special:.2f}" for loop in report.loops)
+    prediction = report.prediction
+    text += f"{report.resident_programs:9}  {walks:20} {prediction['binds']:8}"
+    return text + f"{1e3 * prediction['seconds']:7.2f} ms{100 * prediction['of_floor']:5.0f}%"
 
 
 def main() -> None:
@@ -249,23 +348,18 @@ def main() -> None:
         raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     targets, dtypes = (TARGETS, LAYOUTS) if arguments.all else (("sm_90",), ("bf16",))
     reports = []
-    print(f"{'kernel':52} {'target':7}{'dtype':6}{'regs':>5}{'spill':>6}  per entry, main loop")
+    print(
+        f"Predicted from machine code, for {N} rows of {V:,} entries; nothing here was timed.\n"
+        f"{'kernel':45} {'target':7}{'dtype':10}{'regs':>4}{'spill':>6}{'shared':>7}"
+        f"{'resident':>9}  {'instr./spec. a walk':20} {'binds':8}{'time':>10}{'floor':>6}"
+    )
     for variant in variants():
         for target in targets:
             for dtype in dtypes:
-                each = report(variant, target, dtype)
-                reports.append(each)
-                loop = each.main_loop
-                counts = "not counted".ljust(34)
-                if loop.instructions is not None:
-                    counts = f"{loop.instructions:6.2f} instructions {loop.special:5.2f} special "
-                print(
-                    f"{each.kernel:52} {target:7}{dtype:6}{each.registers:5}{each.spills:6}  "
-                    f"{counts}{loop.widest_load:3}-byte loads",
-                    flush=True,
-                )
+                reports.append(report(variant, target, dtype))
+                print(_line(reports[-1]), flush=True)
     if arguments.json:
-        rows = [{**asdict(each), "main_loop": asdict(each.main_loop)} for each in reports]
+        rows = [asdict(each) for each in reports]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ count, so that the others are in no product.
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch import Tensor
 from .chunks import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .head import add_weight_gradient, gradient_dtype, hidden_gradient, write_logits
 from .rows import room
+from .terms import Constants, Slopes, loss_slopes
+
+if TYPE_CHECKING:
+    from .objective import LossConfig
 
 
 class Inputs(NamedTuple):
@@ -64,19 +68,11 @@ class Stats(NamedTuple):
 
     def write(self, at: Tensor, chunk: "Stats") -> None:
         for mine, theirs in zip(self, chunk, strict=True):
-            if mine is not None:
+            if mine is not None and theirs is not None:
                 mine.index_copy_(0, at, theirs)
 
     def at(self, index: Tensor) -> "Stats":
         return Stats(*(each if each is None else each[index] for each in self))
-
-
-class Upstream(NamedTuple):
-    """The gradients that come in, [n]; None is zero."""
-
-    logprob: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None
 
 
 class LinearRows:
@@ -137,14 +133,14 @@ class LinearRows:
         )
         return Stats(*(each if each is None else each.squeeze(0) for each in outputs))
 
-    def backward(self, at: Tensor, stats: Stats, upstream: Upstream) -> Tensor:
+    def backward(self, at: Tensor, stats: Stats, upstream: Slopes) -> Tensor:
         """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
         logits, ref_logits, tokens, temperature = self._rows(at)
         stats = Stats(*(each if each is None else each.unsqueeze(0) for each in stats))
         d_logprob, d_entropy, d_kl = (
             each if each is None else each.contiguous().unsqueeze(0) for each in upstream
         )
-        d_logits = self._d_logits[: self.size if self.filled else len(at)]
+        d_logits = self._gradient_rows(at)
         room(logits).token_stats_backward(
             logits,
             tokens,
@@ -162,6 +158,38 @@ class LinearRows:
             None if d_kl is None else self.inputs.kl,
             d_logits[: len(at)].unsqueeze(0),
         )
+        return d_logits
+
+    def loss_gradient(
+        self, at: Tensor, constants: Constants, config: "LossConfig"
+    ) -> tuple[Stats, Tensor]:
+        """The statistics of a chunk, and what `backward` makes of a token-level loss of them.
+
+        In one launch but for a KL over the vocabulary.
+        """
+        if self.inputs.kl is not None:
+            stats = self.forward(at)
+            return stats, self.backward(at, stats, loss_slopes(stats.logprob, constants, config))
+        logits, _, tokens, temperature = self._rows(at)
+        constants = Constants(
+            *(x if x is None or x.dim() == 0 else x.unsqueeze(0) for x in constants)
+        )
+        d_logits = self._gradient_rows(at)
+        logprob, entropy = room(logits).grpo_loss(
+            logits,
+            tokens,
+            temperature,
+            None,
+            self.inputs.softcap,
+            constants,
+            config,
+            d_logits[: len(at)].unsqueeze(0),
+        )
+        return Stats(logprob.squeeze(0), entropy.squeeze(0), None, None, None), d_logits
+
+    def _gradient_rows(self, at: Tensor) -> Tensor:
+        """Where a chunk's gradient goes: [rows of the product, V], 0 past the chunk."""
+        d_logits = self._d_logits[: self.size if self.filled else len(at)]
         d_logits[len(at) :].zero_()
         return d_logits
 

@@ -220,6 +220,20 @@ def policy_loss(
         entropy_normalizer=entropy_normalizer,
         cu_seqlens=cu_seqlens,
     )
+    return loss_of(logprob, entropy, kl, keep, constants, config, cu_seqlens)
+
+
+def loss_of(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    keep: Tensor,
+    constants: Constants,
+    config: LossConfig,
+    cu_seqlens: Tensor | None,
+) -> LossOutput:
+    """`policy_loss` after `loss_constants` has checked and prepared all but the statistics."""
+    dtype = constants.weight.dtype
     logprob, entropy, kl = (_select(keep, each, dtype) for each in (logprob, entropy, kl))
     constants = constants.with_old(logprob)
     log_ratio = logprob - constants.old_logprob

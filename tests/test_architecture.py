@@ -11,11 +11,14 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[1]
 STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
 
+# A token's terms in the loss; and, for annotations, what a loss is.
+OBJECTIVE = {"grpo_kernels.terms", "grpo_kernels.objective"}
+
 # Room -> what it may import beside the standard library; a room may always import itself.
 ALLOWED = {
     "grpo_kernels": {"grpo_kernels.*", "torch"},  # __init__ only re-exports
-    "grpo_kernels.kernels": {"triton", "torch", "grpo_kernels.launch"},
-    "grpo_kernels.eager": {"torch"},
+    "grpo_kernels.kernels": {"triton", "torch", "grpo_kernels.launch", *OBJECTIVE},
+    "grpo_kernels.eager": {"torch", *OBJECTIVE},
     "grpo_kernels.rows": {"torch", "grpo_kernels.eager", "grpo_kernels.kernels"},
     "grpo_kernels.launch": set(),
     "grpo_kernels.checks": {"torch"},
@@ -26,6 +29,7 @@ ALLOWED = {
         "grpo_kernels.rows",
         "grpo_kernels.chunks",
         "grpo_kernels.head",
+        *OBJECTIVE,
     },
     "grpo_kernels.ops": {
         "torch",

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from grpo_kernels.objective import AGGREGATIONS, LossConfig, policy_loss
-from grpo_kernels.terms import SAMPLED_KL
+from grpo_kernels.objective import AGGREGATIONS, LossConfig, loss_constants, policy_loss
+from grpo_kernels.terms import SAMPLED_KL, loss_slopes
 
 SAMPLED = list(SAMPLED_KL)
 CONFIGS = st.builds(
@@ -283,3 +284,37 @@ def test_compiles_to_one_graph_that_serves_every_length(packed):
         ours = run(compiled, logprob, advantages, inputs, **keywords)
         assert_same(ours, run(policy_loss, logprob, advantages, inputs, **keywords))
     assert len(graphs) == 1
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    estimator=st.sampled_from(SAMPLED),
+    caps=st.sampled_from([{}, {"delta": 1.5}, {"dual_clip": 1.1}]),
+    given_logprobs=st.sets(st.sampled_from(["old_logprob", "sampling_logprob"])),
+    spread=st.sampled_from([0.1, 3.0, 40.0]),
+)
+def test_slopes_are_the_gradient_of_the_loss(seed, estimator, caps, given_logprobs, spread):
+    """Of every formula in the tables, also where ratios saturate; autograd is the oracle."""
+    logprob = -normal(seed, 30, dtype=torch.float64).abs().requires_grad_()
+    entropy = normal(seed + 1, 30, dtype=torch.float64).abs().requires_grad_()
+    others = {
+        name: logprob.detach() + normal(seed + i, 30, dtype=torch.float64, std=spread)
+        for i, name in enumerate((*given_logprobs, "ref_logprob"), 2)
+    }
+    config = LossConfig(
+        beta=0.3, kl_estimator=estimator, entropy_coef=0.1, aggregation="token_mean", **caps
+    )
+    advantages = normal(seed + 9, 30, dtype=torch.float64)
+    keywords = {"old_logprob": None, "sampling_logprob": None, **others}
+    _, constants = loss_constants(
+        logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
+        entropy_normalizer=None, cu_seqlens=None, **keywords,
+    )  # fmt: skip
+    loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
+    expected = torch.autograd.grad(loss, (logprob, entropy))
+    slopes = loss_slopes(logprob.detach(), constants, config)
+    assert slopes.kl is None
+    # Of r·k3 autograd adds two terms of up to e^20, which cancel.
+    cancelled = 1e-7 if estimator == "k3_corrected" else 1e-14
+    torch.testing.assert_close(slopes.logprob, expected[0], rtol=1e-12, atol=cancelled)
+    torch.testing.assert_close(slopes.entropy, expected[1], rtol=1e-12, atol=1e-14)

@@ -4,12 +4,20 @@ import inspect
 
 import pytest
 import torch
-from cases import check_against_oracle, exact_results, make_case, normal, results, upstream_like
+from cases import (
+    assert_same_bits,
+    check_against_oracle,
+    exact_results,
+    make_case,
+    normal,
+    results,
+    upstream_like,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import rows, token_stats
+from grpo_kernels import LossConfig, grpo_loss, rows, token_stats
 from grpo_kernels.eager import token_stats as eager
-from grpo_kernels.launch import ACCESS_BYTES, TABLE, pick_row_launch
+from grpo_kernels.launch import ACCESS_BYTES, ROWS_PER_MULTIPROCESSOR, TABLE, pick_row_launch
 
 KERNELS = sorted({entry.kernel for entry in TABLE})
 
@@ -117,31 +125,42 @@ def test_more_than_65535_tokens_in_either_dimension_on_a_gpu(shape):
 
 
 def jitted_kernels():
-    module = pytest.importorskip("grpo_kernels.kernels.token_stats")
-    return [module._token_stats_forward_kernel, module._token_stats_backward_kernel]
+    """Every kernel of the package, by name."""
+    calls = pytest.importorskip("grpo_kernels.kernels.calls")
+    return {name: each for name, each in vars(calls).items() if name.endswith("_kernel")}
 
 
-@pytest.mark.parametrize("at", [0, 1], ids=["forward", "backward"])
-def test_only_settings_of_the_model_and_the_launch_are_constexpr(at):
+SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "LOG2_EPS"}
+LAUNCH = {"ACC", "PART", "UNROLL", "LANES", "VEC"}
+
+
+def test_only_settings_of_the_model_and_the_launch_are_constexpr():
     """Never a length, a temperature, a stride: each new value would compile again."""
-    parameters = inspect.signature(jitted_kernels()[at].fn).parameters.values()
-    constant = {each.name for each in parameters if "constexpr" in str(each.annotation)}
-    assert constant == {"KL", "SOFTCAP", "ACC", "UNROLL", "LANES", "VEC"}
+    kernels = jitted_kernels()
+    assert len(kernels) == 8
+    for kernel in kernels.values():
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        constant = {each.name for each in parameters if "constexpr" in str(each.annotation)}
+        assert {"ACC", "LANES"} <= constant <= SETTINGS | LAUNCH
 
 
 @pytest.mark.gpu
 def test_new_lengths_and_temperatures_compile_nothing():
-    forward, backward = jitted_kernels()
+    kernels = jitted_kernels().values()
 
     def compiled():
-        return [
-            len(kernel.device_caches[torch.cuda.current_device()][0])
-            for kernel in (forward, backward)
-        ]
+        device = torch.cuda.current_device()
+        return [len(kernel.device_caches[device][0]) for kernel in kernels]
 
     def step(T, temperature):
         logits, tokens = make_case(T, 2, T, 4096, device="cuda")
         results(token_stats, logits, tokens, upstream_like(5, tokens), temperature=temperature)
+        config = LossConfig(beta=0.1 * temperature, epsilon_high=0.1 * T)
+        ref_logprob = torch.zeros(2, T, device="cuda")
+        advantages = torch.ones(2, device="cuda")
+        logits.requires_grad_()
+        loss = grpo_loss(logits, tokens, advantages, ref_logprob=ref_logprob, config=config).loss
+        (temperature * loss).backward()
 
     step(7, 1.0)
     before = compiled()
@@ -150,28 +169,93 @@ def test_new_lengths_and_temperatures_compile_nothing():
     assert compiled() == before
 
 
+ARCHITECTURES = [None, 80, 90, 100, 120]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("V", [1, 300, 2047, 2048, 128_256, 262_144])
 def test_every_vocabulary_has_a_launch_of_whole_warps_and_full_accesses(kernel, itemsize, V):
-    launch = pick_row_launch(kernel, V, itemsize, interpreted=False)
-    assert launch.vector * itemsize == ACCESS_BYTES
-    assert launch.lanes == 32 * launch.num_warps
-    for size in (launch.unroll, launch.lanes, launch.vector):
-        assert size & (size - 1) == 0, "Triton's ranges are powers of two"
+    for architecture in ARCHITECTURES:
+        launch = pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
+        assert launch.vector * itemsize == ACCESS_BYTES
+        assert launch.lanes == 32 * launch.num_warps <= 1024
+        for size in (launch.unroll, launch.lanes, launch.vector):
+            assert size & (size - 1) == 0, "Triton's ranges are powers of two"
+        assert (launch.parts(V) - 1) * launch.part < V <= launch.parts(V) * launch.part
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
-    reached = {pick_row_launch(kernel, V, 2, interpreted=False) for V in (1, 2047, 2048, 1 << 20)}
+    reached = {
+        pick_row_launch(kernel, V, 2, architecture=architecture, interpreted=False)
+        for V in (1, 2047, 2048, 1 << 20)
+        for architecture in ARCHITECTURES
+    }
     entries = [entry for entry in TABLE if entry.kernel == kernel]
-    assert len(reached) == len(entries)
-    assert entries[-1].below == float("inf") and all(entry.reason for entry in entries)
-    assert list(entries) == sorted(entries, key=lambda entry: entry.below)
-    again = pick_row_launch(kernel, 300, 2, interpreted=False)
-    assert again == pick_row_launch(kernel, 300, 2, interpreted=False)
+    assert len(reached) == len(entries) and all(entry.reason for entry in entries)
+    last = entries[-1]
+    assert (last.below, last.itemsize, last.architecture) == (float("inf"), None, None)
+    again = pick_row_launch(kernel, 300, 2, architecture=90, interpreted=False)
+    assert again == pick_row_launch(kernel, 300, 2, architecture=90, interpreted=False)
 
 
-def test_interpreted_rows_of_a_property_test_have_several_tiles():
-    launch = pick_row_launch("token_stats_forward", 300, 4, interpreted=True)
-    assert 300 / (launch.unroll * launch.lanes * launch.vector) > 4
+def test_interpreted_rows_of_a_property_test_have_several_parts_of_several_tiles():
+    launch = pick_row_launch("token_stats_forward", 300, 4, architecture=None, interpreted=True)
+    assert launch.parts(300) >= 3 and launch.part_tiles >= 2
+
+
+def with_few_rows_below(rows, monkeypatch):
+    calls = pytest.importorskip("grpo_kernels.kernels.calls")
+    monkeypatch.setattr(calls, "INTERPRETED_MULTIPROCESSORS", rows / ROWS_PER_MULTIPROCESSOR)
+
+
+@pytest.mark.parametrize("kl", [None, "forward", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU has its own number of multiprocessors")
+def test_a_row_that_is_split_has_the_bits_of_one_that_is_not(monkeypatch, kl, dtype):
+    """Two programs' order of additions, with excluded entries, a mask, and V no multiple."""
+    logits, tokens = make_case(3, 2, 3, 333, dtype=dtype)
+    logits[0, 0, :200] = -torch.inf
+    case = {"mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "softcap": 20.0, "temperature": 0.7}
+    names = ["logprob", "entropy"]
+    if kl:
+        case |= {"kl": kl, "ref_logits": normal(9, 2, 3, 333, dtype=dtype)}
+        names.append("kl")
+    upstream = upstream_like(5, tokens, names)
+    found = []
+    for few in (0, 100):
+        with_few_rows_below(few, monkeypatch)
+        found.append(results(token_stats, logits, tokens, upstream, **case))
+    assert_same_bits(*found)
+
+
+@pytest.mark.gpu
+def test_a_row_that_is_split_has_the_bits_of_one_that_is_not_on_a_gpu():
+    logits, tokens = make_case(3, 1, 300, 128_256, dtype=torch.bfloat16, device="cuda")
+    upstream = upstream_like(5, tokens)
+    many = results(token_stats, logits, tokens, upstream)
+    few = results(
+        token_stats, logits[:, :7], tokens[:, :7], {name: g[:, :7] for name, g in upstream.items()}
+    )
+    assert_same_bits(few, {name: value[:, :7] for name, value in many.items()})
+
+
+@pytest.mark.skipif(not rows.INTERPRETED, reason="counts programs in the interpreter")
+def test_few_rows_are_split_over_programs(monkeypatch):
+    calls = pytest.importorskip("grpo_kernels.kernels.calls")
+    launched = []
+    launch = calls._launch
+
+    def noted(kernel, *arguments, parts=1, **constants):
+        launched.append((kernel.fn.__name__, parts))
+        launch(kernel, *arguments, parts=parts, **constants)
+
+    monkeypatch.setattr(calls, "_launch", noted)
+    logits, tokens = make_case(3, 1, 2, 300)
+    results(token_stats, logits, tokens, upstream_like(5, tokens))
+    assert launched == [
+        ("_token_stats_part_kernel", 3),
+        ("_token_stats_merge_kernel", 1),
+        ("_token_stats_backward_kernel", 3),
+    ]

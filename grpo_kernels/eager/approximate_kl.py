@@ -7,16 +7,19 @@ and W, the sum over a row of w = (1 - 2^t) where p >= eps.
 import torch
 from torch import Tensor
 
-from .token_stats import LN2, LOG2E, Softmax, log_softmax, row_blocks
+from .token_stats import LN2, LOG2E, Buffers, Softmax, exp2, row_blocks
 
 
-def _log_ratio(log2p: Tensor, log2q: Tensor, log2_eps: float) -> Tensor:
-    return log2q.clamp(min=log2_eps).sub_(log2p.clamp(min=log2_eps))
+def _log_ratio(p: Softmax, q: Softmax, log2_eps: float) -> Tensor:
+    """t of every entry, in the place of q.z; p.z is kept."""
+    least_p = torch.maximum(p.z, log2_eps + p.log_sum, out=p.product)
+    least_q = torch.maximum(q.z, log2_eps + q.log_sum, out=q.z)
+    return least_q.sub_(least_p).add_(p.log_sum - q.log_sum)
 
 
-def _weights(log2p: Tensor, ratio: Tensor, log2_eps: float) -> Tensor:
-    """w of every entry; overwrites ratio = 2^t."""
-    return ratio.neg_().add_(1.0).masked_fill_(log2p < log2_eps, 0.0)
+def _floored(p: Softmax, log2_eps: float) -> Tensor:
+    """Where p is less than eps."""
+    return p.z < log2_eps + p.log_sum
 
 
 def approximate_kl_forward(
@@ -28,15 +31,15 @@ def approximate_kl_forward(
     normaliser = logits.new_zeros((*mask.shape, 2), dtype=dtype)
     ref_normaliser = torch.zeros_like(normaliser)
     scale = total.new_full((1, 1), LOG2E)
+    buffers = Buffers(logits.shape[-1], total)
     for at in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.of(logits[at], scale, None)
-        q = Softmax.of(ref_logits[at], scale, None)
+        p = Softmax.of(logits[at], scale, None, buffers, "policy")
+        q = Softmax.of(ref_logits[at], scale, None, buffers, "reference")
         normaliser[at], ref_normaliser[at] = p.normaliser, q.normaliser
-        log2p, log2q = p.z.sub_(p.log_sum), q.z.sub_(q.log_sum)
-        t = _log_ratio(log2p, log2q, log2_eps)
-        ratio = t.exp2()
-        total[at] = (ratio - 1.0).sub_(t.mul_(LN2)).sum(dim=-1)
-        weight[at] = _weights(log2p, ratio, log2_eps).sum(dim=-1)
+        t = _log_ratio(p, q, log2_eps)
+        excess = exp2(t, out=p.e).sub_(1.0)
+        total[at] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
+        weight[at] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
     return total, weight, normaliser, ref_normaliser
 
 
@@ -53,10 +56,15 @@ def approximate_kl_backward(
 ) -> None:
     """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
     scale = weight.new_full((1, 1), LOG2E)
-    d_logits[~mask] = 0
+    if not mask.all():
+        d_logits[~mask] = 0
+    buffers = Buffers(logits.shape[-1], weight)
     for at in row_blocks(mask, logits.shape[-1]):
-        log2p = log_softmax(logits[at], normaliser[at], scale, None)
-        log2q = log_softmax(ref_logits[at], ref_normaliser[at], scale, None)
-        w = _weights(log2p, _log_ratio(log2p, log2q, log2_eps).exp2_(), log2_eps)
-        dx = w.sub_(log2p.exp2_().mul_(weight[at].unsqueeze(-1)))
-        d_logits[at] = dx.mul_(d_total[at].unsqueeze(-1)).to(d_logits.dtype)
+        p = Softmax.again(logits[at], normaliser[at], scale, None, buffers, "policy")
+        again = ref_logits[at], ref_normaliser[at], scale, None, buffers, "reference"
+        q = Softmax.again(*again)
+        t = _log_ratio(p, q, log2_eps)
+        excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_floored(p, log2_eps), 0.0)
+        row_weight = weight[at].unsqueeze(-1) / p.total
+        dx = exp2(p.z, out=p.e).mul_(row_weight).add_(excess)
+        d_logits[at] = dx.mul_(-d_total[at].unsqueeze(-1)).to(d_logits.dtype)

@@ -68,8 +68,8 @@ def _approximate_kl_forward_kernel(
     m_ref = m
     S_ref = S
     for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC)
-        y = load_tile(ref_row, start + offsets, V, True, ACC)
+        x = load_tile(logits_row, start + offsets, V, True, ACC, True)
+        y = load_tile(ref_row, start + offsets, V, True, ACC, True)
         m, S, _, _, _, _ = softmax_update(m, S, S, x, scale, False)
         m_ref, S_ref, _, _, _, _ = softmax_update(m_ref, S_ref, S_ref, y, scale, False)
     pivot, row_S, _ = softmax_merge(m, S, scale)
@@ -80,8 +80,8 @@ def _approximate_kl_forward_kernel(
     total = tl.zeros([LANES], ACC)
     weight = tl.zeros([LANES], ACC)
     for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC)
-        y = load_tile(ref_row, start + offsets, V, True, ACC)
+        x = load_tile(logits_row, start + offsets, V, True, ACC, False)
+        y = load_tile(ref_row, start + offsets, V, True, ACC, False)
         z = (x - pivot) * scale - log_sum
         t = _log_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
         total += tile_sum(tl.exp2(t) - 1.0 - t * LN2)
@@ -137,7 +137,7 @@ def _approximate_kl_backward_kernel(
     TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
     if tl.load(mask_ptr + row) == 0:
-        store_zeros(d_row, offsets, V, TILE)
+        store_zeros(d_row, offsets, 0, V, TILE)
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
@@ -151,8 +151,8 @@ def _approximate_kl_backward_kernel(
     row_weight = tl.load(weight_ptr + row)
     d_total = tl.load(d_total_ptr + row).to(ACC)
     for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC)
-        y = load_tile(ref_row, start + offsets, V, True, ACC)
+        x = load_tile(logits_row, start + offsets, V, True, ACC, False)
+        y = load_tile(ref_row, start + offsets, V, True, ACC, False)
         z = (x - pivot) * scale - log_sum
         t = _log_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
         dx = d_total * (_weight(z, t, log2_eps) - tl.exp2(z) * row_weight)

@@ -1,40 +1,67 @@
 """Host side of the kernels: outputs, strides and grids, behind the same functions as eager/."""
 
+import functools
 import os
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import pick_row_launch
+from ..launch import RowLaunch, are_few, pick_row_launch
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
-from .token_stats import _token_stats_backward_kernel, _token_stats_forward_kernel
+from .grpo import _grpo_loss_kernel, _scale_kernel
+from .token_stats import (
+    _token_stats_backward_kernel,
+    _token_stats_forward_kernel,
+    _token_stats_merge_kernel,
+    _token_stats_part_kernel,
+)
+
+if TYPE_CHECKING:
+    from ..objective import LossConfig
+    from ..terms import Constants
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_KERNELS = {
-    "token_stats_forward": _token_stats_forward_kernel,
-    "token_stats_backward": _token_stats_backward_kernel,
-    "approximate_kl_forward": _approximate_kl_forward_kernel,
-    "approximate_kl_backward": _approximate_kl_backward_kernel,
-}
+INTERPRETED_MULTIPROCESSORS = 2  # so that property tests have few rows, and not few
 
 
-def _launch(name: str, logits: Tensor, acc: torch.dtype, *arguments, **constants) -> None:
-    """One program per row of logits [B, T, V], none if there are none."""
+@functools.cache
+def _device(index: int) -> tuple[int, int]:
+    """(compute capability, multiprocessors) of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _pick(kernel: str, logits: Tensor) -> RowLaunch:
+    architecture = _device(logits.device.index)[0] if logits.is_cuda else None
+    V, itemsize = logits.shape[-1], logits.element_size()
+    return pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=INTERPRETED)
+
+
+def _parts(logits: Tensor, pick: RowLaunch) -> int:
+    """Programs to a row of logits [B, T, V]."""
     B, T, V = logits.shape
-    if B * T == 0:
+    available = _device(logits.device.index)[1] if logits.is_cuda else INTERPRETED_MULTIPROCESSORS
+    return pick.parts(V) if are_few(B * T, available) else 1
+
+
+def _launch(
+    kernel, pick: RowLaunch, logits: Tensor, acc: torch.dtype, *arguments, parts=1, **constants
+) -> None:
+    """`parts` programs per row of logits [B, T, V], none if there are none."""
+    programs = logits.shape[0] * logits.shape[1] * parts
+    if programs == 0:
         return
-    pick = pick_row_launch(name, V, logits.element_size(), interpreted=INTERPRETED)
+    sizes = {"UNROLL": pick.unroll, "LANES": pick.lanes, "VEC": pick.vector, "PART": pick.part}
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        _KERNELS[name][(B * T,)](
+        kernel[(programs,)](
             *arguments,
             **constants,
             ACC=tl.float64 if acc == torch.float64 else tl.float32,
-            UNROLL=pick.unroll,
-            LANES=pick.lanes,
-            VEC=pick.vector,
+            **{name: size for name, size in sizes.items() if name in kernel.arg_names},
             num_warps=pick.num_warps,
         )
 
@@ -59,31 +86,36 @@ def token_stats_forward(
     """
     logprob = temperature.new_empty(tokens.shape)
     normaliser = temperature.new_empty((*tokens.shape, 2))
-    entropy_value = torch.empty_like(logprob) if entropy else None
-    kl_value = torch.empty_like(logprob) if kl else None
-    ref_normaliser = torch.empty_like(normaliser) if kl else None
-    _launch(
-        "token_stats_forward",
-        logits,
-        temperature.dtype,
-        logits,
-        ref_logits,
-        tokens,
-        temperature,
-        mask,
+    outputs = (
         logprob,
-        entropy_value,
-        kl_value,
+        torch.empty_like(logprob) if entropy else None,
+        torch.empty_like(logprob) if kl else None,
         normaliser,
-        ref_normaliser,
-        *logits.shape[1:],
-        *_row_strides(logits),
-        *_row_strides(ref_logits),
-        temperature.stride(-1),
-        KL=kl or "none",
-        SOFTCAP=softcap,
+        torch.empty_like(normaliser) if kl else None,
     )
-    return logprob, entropy_value, kl_value, normaliser, ref_normaliser
+    (_, T, V), pick = logits.shape, _pick("token_stats_forward", logits)
+    parts, acc, model = _parts(logits, pick), temperature.dtype, {"KL": kl or "none"}
+    model["SOFTCAP"] = softcap
+    strides, by_temperature = _row_strides(logits), temperature.stride(-1)
+    of_rows = (*strides, *_row_strides(ref_logits), by_temperature)
+    if parts == 1:
+        _launch(
+            _token_stats_forward_kernel, pick, logits, acc,
+            logits, ref_logits, tokens, temperature, mask, *outputs, T, V, *of_rows, **model,
+        )  # fmt: skip
+        return outputs
+    partials = temperature.new_empty((tokens.numel(), parts, 6, pick.lanes))
+    _launch(
+        _token_stats_part_kernel, pick, logits, acc,
+        logits, ref_logits, temperature, mask, partials, T, V, parts, *of_rows,
+        parts=parts, HAS_ENTROPY=entropy, **model,
+    )  # fmt: skip
+    _launch(
+        _token_stats_merge_kernel, pick, logits, acc,
+        logits, tokens, temperature, mask, partials, *outputs, T, V, parts, *strides,
+        by_temperature, **model,
+    )  # fmt: skip
+    return outputs
 
 
 def token_stats_backward(
@@ -104,8 +136,11 @@ def token_stats_backward(
     d_logits: Tensor,
 ) -> None:
     """Write every row's gradient to d_logits [B, T, V], which may be logits itself."""
+    pick = _pick("token_stats_backward", logits)
+    parts = _parts(logits, pick)
     _launch(
-        "token_stats_backward",
+        _token_stats_backward_kernel,
+        pick,
         logits,
         temperature.dtype,
         logits,
@@ -122,13 +157,81 @@ def token_stats_backward(
         d_kl,
         d_logits,
         *logits.shape[1:],
+        parts,
         *_row_strides(logits),
         *_row_strides(ref_logits),
         *_row_strides(d_logits),
         temperature.stride(-1),
+        parts=parts,
         KL=kl or "none",
         SOFTCAP=softcap,
     )
+
+
+@functools.cache
+def _settings(config: "LossConfig", dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A config's numbers on the device: made once, not copied there in every step."""
+    caps = [each for each in (config.delta, config.dual_clip) if each is not None]
+    numbers = (
+        1 - config.epsilon_low,
+        1 + config.epsilon_high,
+        min(caps, default=float("inf")),
+        config.beta,
+        config.importance_cap,
+    )
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def grpo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    constants: "Constants",
+    config: "LossConfig",
+    d_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(logprob, entropy) of every row of logits [B, T, V], and its loss's gradient to d_logits.
+
+    d_logits [B, T, V] may be logits itself; the constants of a token are [B, T].
+    """
+    logprob = temperature.new_empty(tokens.shape)
+    entropy = torch.empty_like(logprob)
+    _launch(
+        _grpo_loss_kernel,
+        _pick("grpo_loss", logits),
+        logits,
+        temperature.dtype,
+        logits,
+        tokens,
+        temperature,
+        mask,
+        constants.advantage,
+        constants.weight,
+        constants.entropy_weight,
+        constants.old_logprob,
+        constants.ref_logprob if config.beta != 0 else None,
+        constants.sampling_logprob,
+        _settings(config, temperature.dtype, logits.device),
+        logprob,
+        entropy,
+        d_logits,
+        *logits.shape[1:],
+        *_row_strides(logits),
+        *_row_strides(d_logits),
+        temperature.stride(-1),
+        ESTIMATOR=config.kl_estimator,
+        SOFTCAP=softcap,
+    )
+    return logprob, entropy
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """Multiply x [B, T, V] by a number on its device, without looking at it from the host."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    strides = _row_strides(x)
+    _launch(_scale_kernel, _pick("scale", x), x, acc, x, factor, *x.shape[1:], *strides)
 
 
 def approximate_kl_forward(
@@ -140,7 +243,8 @@ def approximate_kl_forward(
     normaliser = logits.new_empty((*mask.shape, 2), dtype=dtype)
     ref_normaliser = torch.empty_like(normaliser)
     _launch(
-        "approximate_kl_forward",
+        _approximate_kl_forward_kernel,
+        _pick("approximate_kl_forward", logits),
         logits,
         dtype,
         logits,
@@ -171,7 +275,8 @@ def approximate_kl_backward(
 ) -> None:
     """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
     _launch(
-        "approximate_kl_backward",
+        _approximate_kl_backward_kernel,
+        _pick("approximate_kl_backward", logits),
         logits,
         weight.dtype,
         logits,

@@ -24,6 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)
 FLOOR = tl.constexpr(-1.0e30)
 NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
+MAX_LOG_RATIO = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond any clip, and far from overflow
 
 
 @triton.jit
@@ -41,20 +42,26 @@ def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr):
-    """A tile of one row in ACC; only the tail can reach past the end, and finds -inf there."""
+def load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr):
+    """A tile of one row in ACC; only the tail can reach past the end, and finds -inf there.
+
+    KEEP: it will be read again, so that the L2 should rather let go of something else.
+    """
+    POLICY: tl.constexpr = "evict_last" if KEEP else ""
     if TAIL:
-        return tl.load(row_ptr + offsets, mask=offsets < V, other=-float("inf")).to(ACC)
+        inside = offsets < V
+        x = tl.load(row_ptr + offsets, mask=inside, other=-float("inf"), eviction_policy=POLICY)
     else:
-        return tl.load(row_ptr + offsets).to(ACC)
+        x = tl.load(row_ptr + offsets, eviction_policy=POLICY)
+    return x.to(ACC)
 
 
 @triton.jit
-def store_zeros(row_ptr, offsets, V, TILE: tl.constexpr):
-    """The gradient of a row that does not count."""
+def store_zeros(row_ptr, offsets, begin, end, TILE: tl.constexpr):
+    """The gradient of entries that do not count, in a row or a part of one."""
     zeros = tl.zeros(offsets.shape, row_ptr.dtype.element_ty)
-    for start in range(0, V, TILE):
-        tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < V)
+    for start in range(begin, end, TILE):
+        tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < end)
 
 
 @triton.jit
@@ -70,29 +77,43 @@ def tile_max(x):
 
 
 @triton.jit
-def softcapped(x, SOFTCAP: tl.constexpr):
-    """softcap · tanh(x / softcap); -inf stays -inf.
+def _tanh(u):
+    """tanh, in fp32 u·P(u²) / Q(u²) within 1.5e-8, fitted on |u| <= 8.7, where it is 1 - 6e-8.
 
-    (1 - t) / (1 + t) with t = e^(-2|x| / softcap), which cannot overflow, cancels for small |x|:
-    there it is Lambert's continued fraction, u / (1 + u² / (3 + u² / ...)), seven deep, whose
-    relative error u^14 / 2.7e11 is 2e-16 at 1/2 and 1e-9 at 3/2. The two share one division.
+    In fp64, (1 - t) / (1 + t) with t = e^(-2|u|), which cancels for small |u|: there it is the
+    continued fraction u / (1 + u² / (3 + u² / ...)), seven deep, relative error u^14 / 2.7e11.
     """
-    REACH: tl.constexpr = 0.5 if x.dtype == tl.float64 else 1.5
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
-    u = tl.abs(x) * (1.0 / SOFTCAP)
-    square = u * u
-    small = u < REACH
-    upper = u * (135135.0 + square * (17325.0 + square * (378.0 + square)))
-    lower = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
-    y = SOFTCAP * tl.where(small, upper, 1.0 - t) / tl.where(small, lower, 1.0 + t)
-    return tl.where(x == -float("inf"), x, tl.where(x < 0, -y, y))
+    if u.dtype == tl.float64:
+        t = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
+        square = u * u
+        small = square < 0.25
+        upper = tl.abs(u) * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+        lower = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+        y = tl.where(small, upper, 1.0 - t) / tl.where(small, lower, 1.0 + t)
+        return tl.where(u < 0, -y, y)
+    else:
+        u = tl.clamp(u, -8.7, 8.7, propagate_nan=tl.PropagateNan.ALL)
+        square = u * u
+        upper = 1.3897666126785227e-08 * square + 2.0993856583863336e-05
+        upper = (upper * square + 3.518745373782654e-03) * square + 0.13400467762776747
+        upper = (upper * square + 1.0) * u
+        lower = 7.996541328018776e-07 * square + 3.3236502675392323e-04
+        lower = (lower * square + 2.5964898923051573e-02) * square + 0.4673378799472951
+        return upper / (lower * square + 1.0)
+
+
+@triton.jit
+def softcapped(x, SOFTCAP: tl.constexpr):
+    """softcap · tanh(x / softcap); -inf stays -inf."""
+    y = SOFTCAP * _tanh(x * (1.0 / SOFTCAP))
+    return tl.where(x == -float("inf"), x, y)
 
 
 @triton.jit
 def softcapped_derivative(x, SOFTCAP: tl.constexpr):
     """1 - tanh²(x / softcap)."""
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
-    return 4.0 * t / ((1.0 + t) * (1.0 + t))
+    y = _tanh(x * (1.0 / SOFTCAP))
+    return 1.0 - y * y
 
 
 @triton.jit
@@ -137,3 +158,41 @@ def divergence(D, S, log_sum, other_log_sum):
     """Σ p (ln p - ln p_other) in nats; inf where p lives on entries that the other row excludes."""
     bits = D / S - log_sum + other_log_sum
     return tl.where(bits > NO_OVERLAP, float("inf"), bits * LN2)
+
+
+@triton.jit
+def ratio_of(log_ratio):
+    """(e^log_ratio, its derivative), saturated at a log-ratio of ±20."""
+    ratio = tl.exp2(tl.clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO) * LOG2E)
+    return ratio, tl.where(tl.abs(log_ratio) <= MAX_LOG_RATIO, ratio, 0.0)
+
+
+@triton.jit
+def clipped_slope(ratio, advantage, lowest, highest, cap):
+    """d/dr of -min(r A, clip(r, lowest, highest) A) with r capped where A < 0."""
+    falling = (ratio >= lowest) & (ratio <= cap)
+    rising = ratio <= highest
+    return tl.where(tl.where(advantage < 0, falling, rising), -advantage, 0.0)
+
+
+@triton.jit
+def kl_slope(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
+    """d/d(logprob) of an estimate of the KL from d = logprob - ref_logprob.
+
+    k1: d    k2: d²/2    k3: e^(-d) - 1 + d, with d at least -20    k3+: of k3's value and k2's
+    slope    k3_corrected: r·k3    abs: |d|
+    """
+    if ESTIMATOR == "k1":
+        slope = d * 0.0 + 1.0
+    elif ESTIMATOR == "abs":
+        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+    elif ESTIMATOR == "k2" or ESTIMATOR == "k3+":
+        slope = d
+    else:
+        least = tl.maximum(d, -MAX_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
+        odds = tl.exp2(-least * LOG2E)
+        slope = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
+        if ESTIMATOR == "k3_corrected":  # r·d where nothing saturates: two terms in e^(-d) cancel
+            product_rule = ratio * slope + d_ratio * (odds - 1.0 + least)
+            slope = tl.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
+    return slope

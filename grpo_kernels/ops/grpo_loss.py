@@ -1,12 +1,48 @@
-"""`grpo_loss`: the objective on logits, as token statistics followed by `policy_loss`."""
+"""`grpo_loss`: the objective on logits.
+
+A token-level objective, where a gradient is wanted, computes it in the same launch as the
+statistics; any other is `token_stats` followed by `policy_loss`.
+"""
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..objective import LossConfig, LossOutput, policy_loss
-from ..terms import VOCABULARY_KL
-from .token_stats import _token_stats, token_stats
+from ..objective import LossConfig, LossOutput, loss_constants, loss_of, policy_loss
+from ..rows import room
+from ..terms import VOCABULARY_KL, Constants
+from .ready_gradient import config_as_text, config_of, with_gradient
+from .token_stats import _token_stats, as_rows, row_inputs, token_stats
+
+
+@torch.library.custom_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
+def _rows_(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    advantage: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor | None,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    sampling_logprob: Tensor | None,
+    config: str,
+    d_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    checks.check_token_ids(tokens, mask, logits.shape[-1])
+    constants = Constants(
+        advantage, weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
+    )
+    return room(logits).grpo_loss(
+        logits, tokens, temperature, mask, softcap, constants, config_of(config), d_logits
+    )
+
+
+@_rows_.register_fake
+def _(logits, tokens, temperature, *others):
+    return temperature.new_empty(tokens.shape), temperature.new_empty(tokens.shape)
 
 
 def grpo_loss(
@@ -37,15 +73,19 @@ def grpo_loss(
     `ref_logprob` or, where that is None, from the log-probabilities under `ref_logits`. With
     beta = 0 the KL is only a metric, and computed when its input is given.
 
-    Tokens without a gradient (masked, or advantage 0 with neither KL nor entropy in the loss) are
-    not read in backward.
+    With token-level ratios the gradient is made together with the loss, in one read and one write
+    of the logits, and backward hands it out; a KL over the vocabulary, fp16 logits, whose gradient
+    needs the scale that comes with backward, and ratios of whole sequences take a second read
+    then. Tokens without a gradient (masked, or advantage 0 with neither KL nor entropy in the loss)
+    are not read for it.
 
     Args:
         logits: [B, T, V] or packed [N, V]; logits[:, t] predict tokens[:, t].
         tokens: [B, T] or [N], the sampled ids.
         advantages: [B] or [B, T]; packed: [N], or with `cu_seqlens` [sequences].
-        inplace: backward overwrites the logits with their gradient: no second tensor of their
-            size is made. The logits must not be needed by anything else, and a second use raises.
+        inplace: the logits are overwritten with their gradient, by this call or by backward: no
+            second tensor of their size is made. They must not be needed by anything else, and a
+            second use raises.
         mask, temperature, softcap, ref_logits: as in `token_stats`.
         Others: as in `policy_loss`. `old_logprob` and `sampling_logprob` must be log-probabilities
             at the same temperature.
@@ -63,31 +103,82 @@ def grpo_loss(
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     settings = {"temperature": temperature, "softcap": softcap, "mask": mask}
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
-    stats = _token_stats(
-        logits,
-        tokens,
-        entropy=True,
-        ref_logits=ref_logits if over_vocabulary else None,
-        kl=kl,
-        inplace=inplace,
-        **settings,
-    )
-    if inplace:
-        checks.mark_consumed(logits)
-    if not over_vocabulary and ref_logprob is None and ref_logits is not None:
+    objective = {
+        "mask": mask,
+        "old_logprob": old_logprob,
+        "sampling_logprob": sampling_logprob,
+        "config": config,
+        "normalizer": normalizer,
+        "entropy_normalizer": entropy_normalizer,
+        "cu_seqlens": cu_seqlens,
+    }
+    if kl is None and ref_logprob is None and ref_logits is not None:
         with torch.no_grad():
             ref_logprob = token_stats(ref_logits, tokens, entropy=False, **settings).logprob
+    if kl is None and _gradient_comes_with_the_loss(config, logits):
+        return _in_one_launch(
+            logits, tokens, advantages, ref_logprob, objective, inplace, **settings
+        )
+    stats = _token_stats(
+        logits, tokens, entropy=True, ref_logits=ref_logits if over_vocabulary else None, kl=kl,
+        inplace=inplace, **settings,
+    )  # fmt: skip
+    if inplace:
+        checks.mark_consumed(logits)
     return policy_loss(
         stats.logprob,
         advantages,
-        mask=mask,
-        old_logprob=old_logprob,
         ref_logprob=ref_logprob,
         entropy=stats.entropy,
         kl=stats.kl,
-        sampling_logprob=sampling_logprob,
-        config=config,
-        normalizer=normalizer,
-        entropy_normalizer=entropy_normalizer,
-        cu_seqlens=cu_seqlens,
+        **objective,
     )
+
+
+def _gradient_comes_with_the_loss(config: LossConfig, logits: Tensor) -> bool:
+    """Whether a gradient is wanted, and can be made before backward says how it is scaled.
+
+    In fp16 it would underflow: a GradScaler's factor of 65,536 arrives in backward only.
+    """
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    return wanted and config.ratio_level == "token" and logits.dtype != torch.float16
+
+
+def _in_one_launch(
+    logits: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    ref_logprob: Tensor | None,
+    objective: dict,
+    inplace: bool,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> LossOutput:
+    config = objective["config"]
+    over_vocabulary = config.kl_estimator in VOCABULARY_KL
+    checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
+    inputs = row_inputs(logits, tokens, temperature, softcap, None, None, mask)
+    rows, row_tokens, row_temperature, row_mask, _ = inputs
+    keep, constants = loss_constants(
+        tokens.shape, row_temperature.dtype, advantages, ref_logprob=ref_logprob, **objective
+    )
+    if inplace:
+        checks.mark_consumed(logits)
+    rows = rows.detach()
+    d_logits = rows if inplace else rows.new_empty(rows.shape)
+    of_token = (
+        each if each is None or each.dim() == 0 else as_rows(each.contiguous(), tokens.dim())
+        for each in constants
+    )
+    with torch.no_grad():
+        stats = _rows_(
+            rows, row_tokens, row_temperature, row_mask, softcap, *of_token,
+            config_as_text(config), d_logits,
+        )  # fmt: skip
+        logprob, entropy = (each.view(tokens.shape) for each in stats)
+        cu_seqlens = objective["cu_seqlens"]
+        loss, metrics = loss_of(logprob, entropy, None, keep, constants, config, cu_seqlens)
+    d_logits = d_logits if tokens.dim() == 2 else d_logits.squeeze(0)
+    return LossOutput(with_gradient(loss, [logits], [d_logits]), metrics)

@@ -1,23 +1,17 @@
 """`linear_grpo_loss`: the objective from hidden states, with its gradient ready when the loss is.
 
-The operator walks over the chunks once. Of each it makes the logits, their statistics, the loss of
-its tokens and that loss's gradient, which goes back through the logits at once, while they exist:
-three matrix products, nothing computed twice. Backward only scales.
+The operator walks over the chunks once. Of each it makes the logits, their statistics and the
+gradient of its tokens' loss, which goes back through the logits at once, while they exist: three
+matrix products, nothing computed twice. Backward only scales.
 """
-
-import ast
-import dataclasses
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream, done_dtype
-from ..objective import LossConfig, LossOutput, loss_constants, policy_loss
-from ..terms import VOCABULARY_KL, Constants, saturated_exp, token_terms, weighted_sum
+from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, done_dtype
+from ..objective import LossConfig, LossOutput, loss_constants, loss_of
+from ..terms import VOCABULARY_KL, Constants
 from .linear_inputs import operator_inputs
 from .linear_token_stats import (
     _linear_token_stats,
@@ -26,7 +20,7 @@ from .linear_token_stats import (
     token_stats_of,
 )
 from .packing import TokenPacking, pack_tokens
-from .token_stats import TokenStats
+from .ready_gradient import config_as_text, config_of, with_gradient
 
 
 @torch.library.custom_op("grpo_kernels::linear_grpo_loss_forward", mutates_args=())
@@ -55,7 +49,7 @@ def _forward(
     sampling_logprob: Tensor | None,
     config: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
         softcap, entropy, kl, dtype,
@@ -66,23 +60,21 @@ def _forward(
     live, inert = counts.tolist()
     order = order[: live + inert]
     checks.check_token_ids(tokens[order], None, weight.shape[0])
-    stats, loss = Stats.zeros(inputs), temperature.new_zeros(())
+    stats = Stats.zeros(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
         with_gradient = live if skip_inert else len(order)
         gradient = HeadGradient(rows, with_gradient, wanted)
         for at in rows.chunks(order[:with_gradient]):
             rows.write_logits(at)
-            chunk = rows.forward(at)
+            chunk, d_logits = rows.loss_gradient(at, constants.at(at), config_of(config))
             stats.write(at, chunk)
-            chunk_loss, upstream = _chunk_loss(chunk, constants.at(at), _config_of(config))
-            loss += chunk_loss
-            gradient.add(at, rows.backward(at, chunk, upstream))
+            gradient.add(at, d_logits)
         for at in rows.chunks(order[with_gradient:]):
             rows.write_logits(at)
             stats.write(at, rows.forward(at))
     found = (stats.logprob, stats.entropy, stats.kl, *gradient.total())
-    return (loss, *(loss.new_empty(0) if each is None else each for each in found))
+    return tuple(temperature.new_empty(0) if each is None else each for each in found)
 
 
 @_forward.register_fake
@@ -94,74 +86,7 @@ def _(*arguments):
         new(each.shape if want else (0,), dtype=done if each.dim() == 2 else None)
         for each, want in zip((*inputs[:2], inputs.weight[:, 0]), wanted, strict=True)
     )
-    return (new(()), *stats, *gradients)
-
-
-def _chunk_loss(stats: Stats, constants: Constants, config: LossConfig) -> tuple[Tensor, Upstream]:
-    """A chunk's part of the loss, and its gradient in the chunk's statistics."""
-    with _recording():
-        leaves = {"logprob": stats.logprob}
-        if config.entropy_coef != 0:
-            leaves["entropy"] = stats.entropy
-        if config.beta != 0 and stats.kl is not None:
-            leaves["kl"] = stats.kl
-        leaves = {name: each.detach().requires_grad_() for name, each in leaves.items()}
-        logprob, kl = leaves["logprob"], leaves.get("kl")
-        constants = constants.with_old(logprob)
-        ratio = saturated_exp(logprob - constants.old_logprob)
-        policy, kl = token_terms(logprob, kl, ratio, constants, config)
-        loss = weighted_sum(policy, kl, leaves.get("entropy"), constants, config)
-        found = torch.autograd.grad(loss, list(leaves.values()))
-    by_name = dict(zip(leaves, found, strict=True))
-    return loss.detach(), Upstream(*(by_name.get(name) for name in Upstream._fields))
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd, inside an operator, which the dispatcher enters with it switched off.
-
-    The operator's own autograd formula is not concerned: what is recorded here is used up here.
-    """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
-
-
-FIELDS = tuple(field.name for field in dataclasses.fields(LossConfig))
-
-
-def _as_text(config: LossConfig) -> str:
-    """An operator takes no objects, and torch.compile traces no serialisers."""
-    return "(" + ", ".join([repr(getattr(config, name)) for name in FIELDS]) + ")"
-
-
-@functools.cache
-def _config_of(text: str) -> LossConfig:
-    return LossConfig(**dict(zip(FIELDS, ast.literal_eval(text), strict=True)))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias = inputs[:3]
-    ctx.wanted = inputs[-1]
-    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    ctx.save_for_backward(*output[4:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, d_loss, *unused):
-    if d_loss is None:
-        return (None,) * 24
-    gradients = (
-        (each * d_loss).to(dtype) if want else None
-        for each, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    )
-    return (*gradients, *(None,) * 21)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+    return (*stats, *gradients)
 
 
 def linear_grpo_loss(
@@ -228,15 +153,6 @@ def linear_grpo_loss(
     checks.check_hidden(hidden)
     checks.check_tokens(tokens, hidden, "hidden")
     checks.check_chunk_tokens(chunk_tokens)
-    objective = {
-        "mask": mask,
-        "old_logprob": old_logprob,
-        "sampling_logprob": sampling_logprob,
-        "config": config,
-        "normalizer": normalizer,
-        "entropy_normalizer": entropy_normalizer,
-        "cu_seqlens": cu_seqlens,
-    }
     asked = {
         "bias": bias,
         "temperature": temperature,
@@ -248,7 +164,17 @@ def linear_grpo_loss(
     }
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     keep, constants = loss_constants(
-        tokens.shape, acc, advantages, ref_logprob=ref_logprob, **objective
+        tokens.shape,
+        acc,
+        advantages,
+        mask=mask,
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        sampling_logprob=sampling_logprob,
+        config=config,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        cu_seqlens=cu_seqlens,
     )
     if packing is None:
         packing = pack_tokens(keep, constants.advantage)
@@ -272,36 +198,27 @@ def linear_grpo_loss(
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
-        return _policy_loss(stats, advantages, ref_logprob, objective)
+        return loss_of(*stats, keep, constants, config, cu_seqlens)
 
-    outputs = _forward(
-        *operator_inputs(hidden, weight, tokens, **asked),
-        *packing,
-        chunk_tokens,
-        skip_inert,
-        *(each if each is None or each.dim() == 0 else each.flatten() for each in constants),
-        _as_text(config),
-        wanted,
-    )
-    stats = token_stats_of(outputs[1:], tokens.shape, True, asked["kl"])
+    inputs = operator_inputs(hidden, weight, tokens, **asked)
     with torch.no_grad():
-        metrics = _policy_loss(stats, advantages, ref_logprob, objective).metrics
-    return LossOutput(outputs[0], metrics)
+        *outputs, d_hidden, d_weight, d_bias = _forward(
+            *inputs,
+            *packing,
+            chunk_tokens,
+            skip_inert,
+            *(each if each is None or each.dim() == 0 else each.flatten() for each in constants),
+            config_as_text(config),
+            wanted,
+        )
+        d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
+        stats = token_stats_of(outputs, tokens.shape, True, asked["kl"])
+        loss, metrics = loss_of(*stats, keep, constants, config, cu_seqlens)
+    leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
+    pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
+    return LossOutput(with_gradient(loss, *zip(*pairs, strict=True)), metrics)
 
 
 def _gradient_comes_with_the_loss(config: LossConfig, wanted: list[bool]) -> bool:
     """Whether a gradient is wanted, and every token's loss is known when its logits are."""
     return config.ratio_level == "token" and torch.is_grad_enabled() and any(wanted)
-
-
-def _policy_loss(
-    stats: TokenStats, advantages: Tensor, ref_logprob: Tensor | None, objective: dict
-) -> LossOutput:
-    return policy_loss(
-        stats.logprob,
-        advantages,
-        entropy=stats.entropy,
-        kl=stats.kl,
-        ref_logprob=ref_logprob,
-        **objective,
-    )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, Upstream
+from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats
+from ..terms import Slopes
 from .linear_inputs import checked_packing, operator_inputs
 from .packing import TokenPacking
 from .token_stats import TokenStats
@@ -101,7 +102,7 @@ def _backward(
         gradient = HeadGradient(rows, len(order), wanted)
         for at in rows.chunks(order):
             rows.write_logits(at)
-            incoming = Upstream(*(each if each is None else each[at] for each in upstream))
+            incoming = Slopes(*(each if each is None else each[at] for each in upstream))
             gradient.add(at, rows.backward(at, stats.at(at), incoming))
     leaves = (hidden, weight, weight if bias is None else bias)
     return tuple(

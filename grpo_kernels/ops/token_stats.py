@@ -220,6 +220,26 @@ def _token_stats(
     inplace: bool,
 ) -> TokenStats:
     """`token_stats`; with inplace, backward overwrites the logits with their gradient."""
+    inputs = row_inputs(logits, tokens, temperature, softcap, ref_logits, kl, mask)
+    outputs = _forward(*inputs, softcap, entropy, kl, inplace)
+    logprob, entropy_value, kl_value = (
+        each.view(tokens.shape) if each.dim() == 2 else each for each in outputs[:3]
+    )
+    return TokenStats(
+        logprob, entropy_value if entropy else None, kl_value if kl is not None else None
+    )
+
+
+def row_inputs(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ref_logits: Tensor | None,
+    kl: str | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(logits, tokens, temperature, mask, ref_logits) checked, as rows [B, T, ...]."""
     checks.check_logits("logits", logits)
     checks.check_tokens(tokens, logits)
     checks.check_mask(mask, tokens.shape)
@@ -227,10 +247,6 @@ def _token_stats(
     checks.check_kl_arguments(kl, ref_logits, logits)
     if softcap is not None:
         checks.check_number("softcap", softcap, above=0)
-
-    def rows(each: Tensor | None) -> Tensor | None:
-        """[B, T, ...], a packed [N, ...] being one long sequence."""
-        return each if each is None or tokens.dim() == 2 else each.unsqueeze(0)
 
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
@@ -241,23 +257,21 @@ def _token_stats(
         else:
             scalar = scalar_temperature(temperature, acc, logits.device)
         temperature = scalar.expand(tokens.shape)
-    outputs = _forward(
-        rows(logits),
-        rows(tokens.to(torch.int64).contiguous()),
-        rows(temperature),
-        rows(None if mask is None else (mask != 0).contiguous()),
-        rows(None if kl is None else ref_logits.detach()),
-        softcap,
-        entropy,
-        kl,
-        inplace,
+    return tuple(
+        as_rows(each, tokens.dim())
+        for each in (
+            logits,
+            tokens.to(torch.int64).contiguous(),
+            temperature,
+            None if mask is None else (mask != 0).contiguous(),
+            None if kl is None else ref_logits.detach(),
+        )
     )
-    logprob, entropy_value, kl_value = (
-        each.squeeze(0) if tokens.dim() == 1 and each.dim() == 2 else each for each in outputs[:3]
-    )
-    return TokenStats(
-        logprob, entropy_value if entropy else None, kl_value if kl is not None else None
-    )
+
+
+def as_rows(x: Tensor | None, token_dims: int) -> Tensor | None:
+    """[B, T, ...], a packed [N, ...] being one long sequence."""
+    return x if x is None or token_dims == 2 else x.unsqueeze(0)
 
 
 def scalar_temperature(temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,176 @@
+"""The loss and its gradient in one launch, against policy_loss of token_stats over its settings."""
+
+import pytest
+import torch
+from cases import coin, make_case, normal
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_objective import SAMPLED
+
+from grpo_kernels import LossConfig, grpo_loss, policy_loss, token_stats
+from grpo_kernels.ops import grpo_loss as operators
+
+CONFIGS = st.builds(
+    LossConfig,
+    epsilon_low=st.sampled_from([0.0, 0.2, 5.0]),
+    epsilon_high=st.sampled_from([4e-4, 0.28]),
+    delta=st.sampled_from([None, 1.5]),
+    dual_clip=st.sampled_from([None, 1.1]),
+    beta=st.sampled_from([0.0, 0.04, 2.0]),
+    kl_estimator=st.sampled_from(SAMPLED),
+    entropy_coef=st.sampled_from([0.0, 0.001, -0.5]),
+    importance_cap=st.sampled_from([0.5, 2.0]),
+    aggregation=st.sampled_from(["sequence_mean", "token_mean", "sequence_sum_mean"]),
+)
+GIVEN = ["mask", "old_logprob", "sampling_logprob", "ref_logprob"]
+
+
+@pytest.fixture
+def one_launch(monkeypatch):
+    return count_launches(monkeypatch)
+
+
+def count_launches(monkeypatch):
+    """A list that grows with each, so that a test cannot pass on the way that takes two."""
+    launched = []
+    rows_ = operators._rows_
+
+    def noted(*arguments):
+        launched.append(1)
+        return rows_(*arguments)
+
+    monkeypatch.setattr(operators, "_rows_", noted)
+    return launched
+
+
+def inputs(seed, names, B=2, T=3, V=37, dtype=torch.float64, spread=0.5):
+    logits, tokens = make_case(seed, B, T, V, dtype=dtype)
+    with torch.no_grad():
+        logprob = token_stats(logits, tokens, entropy=False).logprob
+    given = {
+        name: logprob + normal(seed + i, B, T, dtype=logprob.dtype, std=spread)
+        for i, name in enumerate(GIVEN[1:], 3)
+        if name in names
+    }
+    if "mask" in names:
+        given["mask"] = coin(seed + 2, B, T, p=0.7)
+    return logits, tokens, normal(seed + 8, B, dtype=logprob.dtype), given
+
+
+def in_two_steps(logits, tokens, advantages, *, mask=None, config, rows=None, **given):
+    """policy_loss of token_stats, by autograd; `rows` are the keywords of token_stats."""
+    stats = token_stats(logits, tokens, mask=mask, **(rows or {}))
+    return policy_loss(
+        stats.logprob, advantages, entropy=stats.entropy, mask=mask, config=config, **given
+    )
+
+
+def check(one_launch, logits, tokens, advantages, config, rows=None, tolerance=1e-10, **given):
+    leaf, other = (logits.detach().clone().requires_grad_() for _ in range(2))
+    loss, metrics = grpo_loss(leaf, tokens, advantages, config=config, **given, **(rows or {}))
+    (1.7 * loss).backward()
+    expected, expected_metrics = in_two_steps(
+        other, tokens, advantages, config=config, rows=rows, **given
+    )
+    (1.7 * expected).backward()
+    assert len(one_launch) == 1
+    close = {"rtol": tolerance, "atol": tolerance * 1e-2}
+    torch.testing.assert_close(loss, expected, **close)
+    torch.testing.assert_close(leaf.grad, other.grad, **close)
+    torch.testing.assert_close(metrics, expected_metrics, **close)
+    return leaf.grad
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    config=CONFIGS,
+    names=st.sets(st.sampled_from(GIVEN)),
+    spread=st.sampled_from([0.3, 3.0, 15.0]),
+)
+@settings(max_examples=15)
+@example(1, LossConfig(beta=2.0, kl_estimator="k3_corrected"), {"old_logprob", "ref_logprob"}, 15.0)
+@example(1, LossConfig(beta=2.0, kl_estimator="k3", delta=1.5), set(GIVEN), 30.0)
+@example(2, LossConfig(beta=0.04, kl_estimator="abs", dual_clip=1.1), set(GIVEN), 0.3)
+def test_any_config_equals_the_objective_of_the_statistics(room, seed, config, names, spread):
+    names = names | ({"ref_logprob"} if config.beta else set())
+    logits, tokens, advantages, given = inputs(seed, names, spread=spread)
+    tolerance = 1e-10 if config.kl_estimator != "k3_corrected" else 1e-7  # autograd's, of e^20
+    with pytest.MonkeyPatch.context() as patch:
+        check(count_launches(patch), logits, tokens, advantages, config,
+              tolerance=tolerance, **given)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_tiles_equal_the_objective_of_the_statistics(room, one_launch, dtype):
+    """Whole tiles and a tail, backwards in the second walk; a temperature per token, a softcap."""
+    logits, tokens, advantages, given = inputs(4, GIVEN, V=333, dtype=dtype)
+    logits[0, 0, :150] = -torch.inf
+    tokens[0, 0] = 200
+    config = LossConfig(beta=0.1, entropy_coef=0.1)
+    rows = {"softcap": 20.0, "temperature": torch.tensor([[0.7, 1.0, 1.3]]).expand(2, 3)}
+    gradient = check(
+        one_launch, logits, tokens, advantages, config, rows,
+        tolerance=2e-5 if dtype == torch.float32 else 1e-2, **given,
+    )  # fmt: skip
+    assert (gradient[0, 0, :150] == 0).all()
+
+
+def test_garbage_under_the_mask_and_a_nan_row_spoil_nothing_else(room, one_launch):
+    logits, tokens, advantages, given = inputs(6, GIVEN, dtype=torch.float32)
+    given["mask"] = torch.tensor([[True, True, False], [True, True, True]])
+    config = LossConfig(beta=0.1, entropy_coef=0.1)
+    clean = check(one_launch, logits, tokens, advantages, config, tolerance=2e-5, **given)
+    logits[0, 2], tokens[0, 2] = torch.nan, -100
+    logits[1, 1, 5] = torch.nan
+    for name in ("old_logprob", "ref_logprob", "sampling_logprob"):
+        given[name][0, 2] = torch.nan
+    leaf = logits.clone().requires_grad_()
+    grpo_loss(leaf, tokens, advantages, config=config, **given).loss.backward()
+    spoiled = torch.zeros(2, 3, dtype=torch.bool)
+    spoiled[1, 1] = True
+    assert (leaf.grad[0, 2] == 0).all() and leaf.grad[spoiled].isnan().all()
+    sound = ~spoiled
+    torch.testing.assert_close(leaf.grad[sound], clean[sound] / 1.7)
+
+
+@pytest.mark.parametrize("few", [1, 5])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(room, one_launch, few):
+    logits, tokens, _, given = inputs(7, GIVEN[1:], 1, 6, V=333, dtype=torch.float32)
+    advantages = normal(3, 1, 6)
+    config = LossConfig(beta=0.1, entropy_coef=0.1, aggregation="token_mean")
+
+    def gradient(at):
+        leaf = logits[:, at].clone().requires_grad_()
+        part = {name: value[:, at] for name, value in given.items()}
+        numbers = {"normalizer": 6, "config": config}
+        grpo_loss(leaf, tokens[:, at], advantages[:, at], **numbers, **part).loss.backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(slice(0, few)), gradient(slice(None))[:, :few])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"config": LossConfig.gspo()},
+        {"config": LossConfig(beta=0.1, kl_estimator="reverse"), "ref_logits": True},
+        {"dtype": torch.float16},
+        {"grad": False},
+    ],
+    ids=["sequence level", "KL over the vocabulary", "fp16", "no gradient"],
+)
+def test_what_one_launch_does_not_cover_takes_two_without_a_word(room, one_launch, case):
+    logits, tokens, advantages, _ = inputs(7, (), dtype=case.get("dtype", torch.float32))
+    keywords = {"ref_logits": logits + 1} if "ref_logits" in case else {}
+    config = case.get("config", LossConfig())
+    logits.requires_grad_(case.get("grad", True))
+    loss = grpo_loss(logits, tokens, advantages, config=config, **keywords).loss
+    assert not one_launch and loss.requires_grad is case.get("grad", True)
+
+
+def test_no_tokens(room, one_launch):
+    logits = torch.zeros(2, 0, 7, requires_grad=True)
+    tokens = torch.zeros(2, 0, dtype=torch.int64)
+    loss = grpo_loss(logits, tokens, torch.ones(2)).loss
+    loss.backward()
+    assert loss == 0 and logits.grad.shape == logits.shape
