@@ -209,7 +209,7 @@ def exact_gradients(name, logits, ref_logits, old_logits):
     reverse = (p * (p.log() - q.log())).sum()
     forward = (q * (q.log() - p.log())).sum()
     # Every entry of the vocabulary is one token, weighted by its probability of being sampled.
-    values = SAMPLED_KL[name](p.log() - q.log(), p.log() - old.log())
+    values = SAMPLED_KL[name].value(p.log() - q.log(), p.log() - old.log())
     of = [(old * values).sum(), forward, reverse]
     return [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in of], of
 

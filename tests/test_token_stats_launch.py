@@ -188,11 +188,13 @@ def test_every_vocabulary_has_a_launch_of_whole_warps_and_full_accesses(kernel, 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
     reached = {
-        pick_row_launch(kernel, V, 2, architecture=architecture, interpreted=False)
+        pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
         for V in (1, 2047, 2048, 1 << 20)
+        for itemsize in (2, 4)
         for architecture in ARCHITECTURES
     }
     entries = [entry for entry in TABLE if entry.kernel == kernel]
+    reached = {(each.unroll, each.num_warps) for each in reached}
     assert len(reached) == len(entries) and all(entry.reason for entry in entries)
     last = entries[-1]
     assert (last.below, last.itemsize, last.architecture) == (float("inf"), None, None)

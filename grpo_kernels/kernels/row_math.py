@@ -77,43 +77,29 @@ def tile_max(x):
 
 
 @triton.jit
-def _tanh(u):
-    """tanh, in fp32 u·P(u²) / Q(u²) within 1.5e-8, fitted on |u| <= 8.7, where it is 1 - 6e-8.
-
-    In fp64, (1 - t) / (1 + t) with t = e^(-2|u|), which cancels for small |u|: there it is the
-    continued fraction u / (1 + u² / (3 + u² / ...)), seven deep, relative error u^14 / 2.7e11.
-    """
-    if u.dtype == tl.float64:
-        t = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
-        square = u * u
-        small = square < 0.25
-        upper = tl.abs(u) * (135135.0 + square * (17325.0 + square * (378.0 + square)))
-        lower = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
-        y = tl.where(small, upper, 1.0 - t) / tl.where(small, lower, 1.0 + t)
-        return tl.where(u < 0, -y, y)
-    else:
-        u = tl.clamp(u, -8.7, 8.7, propagate_nan=tl.PropagateNan.ALL)
-        square = u * u
-        upper = 1.3897666126785227e-08 * square + 2.0993856583863336e-05
-        upper = (upper * square + 3.518745373782654e-03) * square + 0.13400467762776747
-        upper = (upper * square + 1.0) * u
-        lower = 7.996541328018776e-07 * square + 3.3236502675392323e-04
-        lower = (lower * square + 2.5964898923051573e-02) * square + 0.4673378799472951
-        return upper / (lower * square + 1.0)
-
-
-@triton.jit
 def softcapped(x, SOFTCAP: tl.constexpr):
-    """softcap · tanh(x / softcap); -inf stays -inf."""
-    y = SOFTCAP * _tanh(x * (1.0 / SOFTCAP))
-    return tl.where(x == -float("inf"), x, y)
+    """softcap · tanh(x / softcap); -inf stays -inf.
+
+    (1 - t) / (1 + t) with t = e^(-2|x| / softcap), which cannot overflow, cancels for small |x|:
+    there it is Lambert's continued fraction, u / (1 + u² / (3 + u² / ...)), seven deep, whose
+    relative error u^14 / 2.7e11 is 2e-16 at 1/2 and 1e-9 at 3/2. The two share one division.
+    """
+    REACH: tl.constexpr = 0.5 if x.dtype == tl.float64 else 1.5
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
+    u = tl.abs(x) * (1.0 / SOFTCAP)
+    square = u * u
+    small = u < REACH
+    upper = u * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+    lower = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    y = SOFTCAP * tl.where(small, upper, 1.0 - t) / tl.where(small, lower, 1.0 + t)
+    return tl.where(x == -float("inf"), x, tl.where(x < 0, -y, y))
 
 
 @triton.jit
 def softcapped_derivative(x, SOFTCAP: tl.constexpr):
     """1 - tanh²(x / softcap)."""
-    y = _tanh(x * (1.0 / SOFTCAP))
-    return 1.0 - y * y
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
+    return 4.0 * t / ((1.0 + t) * (1.0 + t))
 
 
 @triton.jit
