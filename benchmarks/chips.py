@@ -13,13 +13,13 @@ and walks do not overlap. What a row costs beside its walks is left out.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# quack's softmax and cross-entropy kernels reach it on an H100, as published.
+# Assumed of every kernel: what quack publishes of its cross-entropy on an H100. A kernel that
+# memory binds is predicted at 90% of its floor by this number, and not by its code.
 MEMORY_EFFICIENCY = 0.9
-# Of a load that misses the L2 of a busy device, in seconds.
+# Assumed of a load that misses the L2 of a busy device, in seconds.
 MEMORY_LATENCY = 0.7e-6
 WARP = 32
-# Of a program whose row is to be found in the L2 once more: the other half holds what is written,
-# and H100s keep two copies of what both halves of the chip read.
+# Assumed: the part of the L2 that rows may fill and still be found there in a second walk.
 L2_SHARE = 0.7
 
 

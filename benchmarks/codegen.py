@@ -5,7 +5,7 @@
 
 Each kernel is compiled offline and disassembled with the tools in Triton's own wheel. Of each walk
 over the row a count gives the instructions and the special-function calls (exponentials,
-reciprocals) per vocabulary entry, the narrowest load and store in bytes per thread, and the
+reciprocals) per vocabulary entry, the width of each load and store in bytes per thread, and the
 barriers; of the kernel its registers, spills and shared memory. chips.py makes of these a predicted
 time, which is not a measurement and is labelled as what it is.
 """
@@ -182,7 +182,7 @@ class Report:
     shared_bytes: int
     resident_programs: int | None  # per multiprocessor; None: not known, on AMD
     loops: list[Loop]  # in the order of the walks; on AMD not found
-    load_bytes: list[int]  # of the whole kernel
+    load_bytes: list[int]  # the widths in use: in the loops, on AMD in the whole kernel
     prediction: dict | None  # at N = 8192 rows, V = 128,256
 
 

@@ -17,7 +17,8 @@ WARP = 32
 # Tiles to a part of a row. A part is what one program takes where rows are few; merging it costs a
 # lane two exponentials, 1/32 of one per entry at 64 entries per lane.
 PART_TILES = 4
-# Below this many rows per multiprocessor, rows are split: half of the last wave would be idle.
+# Below this many rows per multiprocessor a row is split: one or two programs of four warps have too
+# few loads in flight to fill the memory's bandwidth. Not timed.
 ROWS_PER_MULTIPROCESSOR = 2
 
 
@@ -76,8 +77,8 @@ TABLE: tuple[_Entry, ...] = (
         "token_stats_backward",
         4,
         4,
-        _FOUR_WARPS + "; predicted, sm_90, bf16: 8.75 instructions per entry with the entropy's "
-        "gradient, 9.25 at unroll 2 and 9.75 at 1, in 32 registers at each",
+        _FOUR_WARPS + "; predicted, sm_90, bf16: 8.7 instructions per entry with the entropy's "
+        "gradient in 45 registers, 9.1 at unroll 2 and 9.6 at 1 in 32",
     ),
     _Entry("grpo_loss", 1, 1, _FEW_TILES, below=2048),
     _Entry(
@@ -85,7 +86,7 @@ TABLE: tuple[_Entry, ...] = (
         4,
         32,
         "as below: rows of 513 KB fit into the B200's 126 MB, one to a multiprocessor; predicted "
-        "1.75 ms without the unrolling, 1.17 with it; not timed",
+        "1.75 ms at unroll 1 and 2, where two programs get in, and 1.17 at 4; not timed",
         itemsize=4,
         architecture=100,
     ),

@@ -133,6 +133,17 @@ def test_garbage_under_the_mask_and_a_nan_row_spoil_nothing_else(room, one_launc
     torch.testing.assert_close(leaf.grad[sound], clean[sound] / 1.7)
 
 
+def test_a_broken_row_without_a_signal_gets_gradient_zero(room, one_launch):
+    logits, tokens, _, _ = inputs(6, (), dtype=torch.float32)
+    logits[0, 1, 4] = torch.nan
+    advantages = normal(3, 2, 3)
+    advantages[0, 1] = 0
+    leaf = logits.requires_grad_()
+    grpo_loss(leaf, tokens, advantages).loss.backward()
+    assert len(one_launch) == 1 and (leaf.grad[0, 1] == 0).all()
+    assert leaf.grad.isfinite().all() and (leaf.grad[1] != 0).any()
+
+
 @pytest.mark.parametrize("few", [1, 5])
 def test_a_row_alone_has_the_bits_it_has_in_a_batch(room, one_launch, few):
     logits, tokens, _, given = inputs(7, GIVEN[1:], 1, 6, V=333, dtype=torch.float32)

@@ -7,7 +7,7 @@ and W, the sum over a row of w = (1 - 2^t) where p >= eps.
 import torch
 from torch import Tensor
 
-from .token_stats import LN2, LOG2E, Buffers, Softmax, exp2, row_blocks
+from .softmax import LN2, LOG2E, Buffers, Softmax, exp2, row_blocks
 
 
 def _log_ratio(p: Softmax, q: Softmax, log2_eps: float) -> Tensor:

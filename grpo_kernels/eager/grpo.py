@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..terms import Constants, loss_slopes
-from .token_stats import LOG2E, Buffers, RowWeights, Softmax, row_blocks, write_gradient
+from .softmax import LOG2E, Buffers, Softmax, row_blocks
+from .token_stats import RowWeights, write_gradient
 
 if TYPE_CHECKING:
     from ..objective import LossConfig
@@ -33,8 +34,7 @@ def grpo_loss(
     logprob = temperature.new_zeros(tokens.shape)
     entropy = torch.zeros_like(logprob)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
-    if not active.all():
-        d_logits[~active] = 0
+    wanted = torch.zeros_like(active)
     buffers = Buffers(V, temperature)
     for at in row_blocks(active, V):
         inverse = temperature[at].reciprocal().unsqueeze(-1)
@@ -42,8 +42,14 @@ def grpo_loss(
         p = Softmax.of(rows, LOG2E * inverse, softcap, buffers, "policy")
         logprob[at], entropy[at] = p.logprob(tokens[at]), p.entropy()
         slopes = loss_slopes(logprob[at], constants.at(at), config)
-        weights = RowWeights(inverse, slopes.logprob, slopes.entropy, entropy[at])
-        write_gradient(d_logits, at, p, None, weights, tokens, rows, softcap)
+        wanted[at] = slopes.logprob != 0
+        if slopes.entropy is not None:
+            wanted[at] |= slopes.entropy != 0
+        if wanted[at].any():
+            weights = RowWeights(inverse, slopes.logprob, slopes.entropy, entropy[at])
+            write_gradient(d_logits, at, p, None, weights, tokens, rows, softcap)
+    if not wanted.all():
+        d_logits[~wanted] = 0
     return logprob, entropy
 
 

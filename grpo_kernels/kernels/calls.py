@@ -94,8 +94,8 @@ def token_stats_forward(
         torch.empty_like(normaliser) if kl else None,
     )
     (_, T, V), pick = logits.shape, _pick("token_stats_forward", logits)
-    parts, acc, model = _parts(logits, pick), temperature.dtype, {"KL": kl or "none"}
-    model["SOFTCAP"] = softcap
+    parts, acc = _parts(logits, pick), temperature.dtype
+    model = {"KL": kl or "none", "SOFTCAP": softcap}
     strides, by_temperature = _row_strides(logits), temperature.stride(-1)
     of_rows = (*strides, *_row_strides(ref_logits), by_temperature)
     if parts == 1:
@@ -168,9 +168,8 @@ def token_stats_backward(
     )
 
 
-@functools.cache
-def _settings(config: "LossConfig", dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A config's numbers on the device: made once, not copied there in every step."""
+def _settings(config: "LossConfig", like: Tensor) -> Tensor:
+    """What the kernel reads of a config, on the device and in the dtype of `like`."""
     caps = [each for each in (config.delta, config.dual_clip) if each is not None]
     numbers = (
         1 - config.epsilon_low,
@@ -179,6 +178,12 @@ def _settings(config: "LossConfig", dtype: torch.dtype, device: torch.device) ->
         config.beta,
         config.importance_cap,
     )
+    return _on_device(numbers, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: the copy waits for the device."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
@@ -213,7 +218,7 @@ def grpo_loss(
         constants.old_logprob,
         constants.ref_logprob if config.beta != 0 else None,
         constants.sampling_logprob,
-        _settings(config, temperature.dtype, logits.device),
+        _settings(config, temperature),
         logprob,
         entropy,
         d_logits,

@@ -26,13 +26,13 @@ from .row_math import (
     tile_offsets,
 )
 from .row_walks import row_statistics, walk_gradient, walk_statistics
-from .token_stats import token_logit
+from .token_stats import row_counts, token_logit
 
 
 @triton.jit
 def _log_prob_gradient(
     row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-    ESTIMATOR: tl.constexpr, ACC: tl.constexpr
+    ESTIMATOR: tl.constexpr
 ):  # fmt: skip
     """d loss / d logprob of a token."""
     lowest = tl.load(settings_ptr)
@@ -89,12 +89,11 @@ def _grpo_loss_kernel(
     d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
     offsets = tile_offsets(UNROLL, LANES, VEC)
     TILE: tl.constexpr = UNROLL * LANES * VEC
-    if mask_ptr is not None:
-        if tl.load(mask_ptr + row) == 0:
-            tl.store(logprob_ptr + row, 0.0)
-            tl.store(entropy_ptr + row, 0.0)
-            store_zeros(d_row, offsets, 0, V, TILE)
-            return
+    if not row_counts(mask_ptr, row):
+        tl.store(logprob_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        store_zeros(d_row, offsets, 0, V, TILE)
+        return
 
     inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC)
     scale = inverse * LOG2E
@@ -111,7 +110,7 @@ def _grpo_loss_kernel(
 
     d_logprob = inverse * _log_prob_gradient(
         row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-        ESTIMATOR, ACC,
+        ESTIMATOR,
     )  # fmt: skip
     weight = -d_logprob
     weight_log = inverse * 0.0

@@ -34,7 +34,7 @@ from .row_walks import (
 
 
 @triton.jit
-def _counts(mask_ptr, row):
+def row_counts(mask_ptr, row):
     """Whether the row's token is unmasked."""
     counts = True
     if mask_ptr is not None:
@@ -121,7 +121,7 @@ def _token_stats_forward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
-    if not _counts(mask_ptr, row):
+    if not row_counts(mask_ptr, row):
         _store_zero_statistics(
             row, logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, ACC
         )
@@ -172,7 +172,7 @@ def _token_stats_part_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
-    if not _counts(mask_ptr, row):
+    if not row_counts(mask_ptr, row):
         return
 
     scale = _scale(temperature_ptr, row, stride_temperature, ACC)
@@ -215,7 +215,7 @@ def _token_stats_merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
-    if not _counts(mask_ptr, row):
+    if not row_counts(mask_ptr, row):
         _store_zero_statistics(
             row, logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, ACC
         )
@@ -318,7 +318,7 @@ def _token_stats_backward_kernel(
         row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr, KL, ACC
     )
     active = (d_logprob != 0) | (weight_log != 0) | (weight_kl != 0)
-    if not (active & _counts(mask_ptr, row)):
+    if not (active & row_counts(mask_ptr, row)):
         TILE: tl.constexpr = UNROLL * LANES * VEC
         store_zeros(d_row, tile_offsets(UNROLL, LANES, VEC), begin, end, TILE)
         return

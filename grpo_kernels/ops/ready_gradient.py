@@ -21,7 +21,7 @@ def config_as_text(config: LossConfig) -> str:
     return "(" + ", ".join([repr(getattr(config, name)) for name in FIELDS]) + ")"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # bounded: a controller may change a coefficient in every step
 def config_of(text: str) -> LossConfig:
     return LossConfig(**dict(zip(FIELDS, ast.literal_eval(text), strict=True)))
 
@@ -62,7 +62,9 @@ class _WithGradient(torch.autograd.Function):
         if torch.compiler.is_compiling():
             found = [(x * d_loss).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)]
         else:
-            found = _handed_out(ctx, gradients, d_loss.detach())
+            if torch.is_grad_enabled():
+                raise RuntimeError("a loss whose gradient is made with it has no second derivative")
+            found = _handed_out(ctx, gradients, d_loss)
         return None, None, *found, *(None,) * len(gradients)
 
 
@@ -77,10 +79,10 @@ def _handed_out(ctx, gradients: tuple[Tensor, ...], d_loss: Tensor) -> list[Tens
             # .data, as a backward after this one (retain_graph) finds what it needs below.
             _scale_(gradient.data, d_loss)
             found.append(gradient)
+        elif ctx.factor == 0:
+            raise RuntimeError("backward came again, after one in which the loss's gradient was 0")
         else:
             found.append(gradient * (d_loss / ctx.factor).to(gradient.dtype))
     if first:
-        ctx.factor = d_loss
-    elif ctx.factor == 0:
-        raise RuntimeError("backward came again, after one in which the loss's gradient was 0")
+        ctx.factor = d_loss.clone()  # the caller may use his tensor again
     return found
