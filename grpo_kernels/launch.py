@@ -75,6 +75,16 @@ TABLE: tuple[_Entry, ...] = (
     _Entry("token_stats_backward", 1, 1, _FEW_TILES, below=2048),
     _Entry(
         "token_stats_backward",
+        2,
+        4,
+        _FOUR_WARPS
+        + "; at unroll 4 the softcap's gradient takes 8 bytes of stack on sm_100; memory "
+        "is predicted to bind without a softcap at either; not timed",
+        itemsize=2,
+        architecture=100,
+    ),
+    _Entry(
+        "token_stats_backward",
         4,
         4,
         _FOUR_WARPS + "; predicted, sm_90, bf16: 8.7 instructions per entry with the entropy's "

@@ -9,7 +9,7 @@ import grpo_kernels
 import reference
 from benchmarks.memory import peak_tensor_bytes
 from grpo_kernels import chunks, head, linear_grpo_loss, linear_token_stats, rows
-from grpo_kernels.eager import token_stats
+from grpo_kernels.eager import softmax
 
 MIB = 1 << 20
 
@@ -56,7 +56,7 @@ def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
 def workspace(monkeypatch):
     """A small one, so that a small problem has many chunks."""
     monkeypatch.setattr(rows, "HAS_TRITON", False)
-    monkeypatch.setattr(token_stats, "BLOCK_BYTES", MIB)
+    monkeypatch.setattr(softmax, "BLOCK_BYTES", MIB)
     monkeypatch.setattr(chunks, "WORKSPACE", 4 * MIB)
     return 4 * MIB
 
