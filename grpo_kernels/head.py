@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
+
 TILE_BYTES = 32 << 20  # 4,096 entries of Llama's vocabulary; 3.4 s, against 4.7 at 1,024 and 4.1 at
 # 16,384, for the logits of 1,024 tokens on two cores
 
@@ -37,20 +39,25 @@ def _is_upcast(operand: Tensor) -> bool:
     return is_bf16_on_cpu and not has_bf16_units()
 
 
-def write_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _upcast(
+    name: str, part: Tensor, buffers: Buffers, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return buffers(name, *part.shape, dtype=dtype).copy_(part)
+
+
+def write_logits(
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, buffers: Buffers
+) -> None:
     """logits [n, V] = hidden [n, H] @ weight [V, H].T + bias [V], in the dtype of logits."""
     if hidden.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
     else:
-        wide = hidden.to(logits.dtype)
-        upcast = None
+        wide = _upcast("hidden", hidden, buffers, logits.dtype)
         for tile in _tiles(*weight.shape):
-            part = weight[tile]
-            # One buffer: fresh memory for each tile would take longer than the conversion.
-            upcast = torch.empty_like(part, dtype=wide.dtype) if upcast is None else upcast
-            torch.mm(wide, upcast[: len(part)].copy_(part).t(), out=logits[:, tile])
+            part = _upcast("weight", weight[tile], buffers, logits.dtype)
+            torch.mm(wide, part.t(), out=logits[:, tile])
     if bias is not None:
         logits.add_(bias)
 
@@ -60,19 +67,25 @@ def gradient_dtype(operands: torch.dtype, accumulation: torch.dtype, device: str
     return accumulation if device == "cuda" else operands
 
 
-def hidden_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """d_logits [n, V] @ weight [V, H], in dtype."""
+def write_hidden_gradient(
+    d_hidden: Tensor, d_logits: Tensor, weight: Tensor, buffers: Buffers
+) -> None:
+    """d_hidden [n, H] = d_logits [n, V] @ weight [V, H], in the dtype of d_hidden."""
     if _is_upcast(weight):
-        total = d_logits.new_zeros((len(d_logits), weight.shape[1]), dtype=torch.float32)
+        total = buffers("d_hidden", *d_hidden.shape, dtype=torch.float32).zero_()
         for tile in _tiles(*weight.shape):
-            torch.addmm(total, d_logits[:, tile].float(), weight[tile].float(), out=total)
-        return total.to(dtype)
-    if weight.dtype == dtype:
-        return torch.mm(d_logits, weight)
-    return torch.mm(d_logits, weight, out_dtype=dtype)
+            d_tile = _upcast("d_logits", d_logits[:, tile], buffers)
+            torch.addmm(total, d_tile, _upcast("weight", weight[tile], buffers), out=total)
+        d_hidden.copy_(total)
+    elif weight.dtype == d_hidden.dtype:
+        torch.mm(d_logits, weight, out=d_hidden)
+    else:
+        torch.mm(d_logits, weight, out_dtype=d_hidden.dtype, out=d_hidden)
 
 
-def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
+def add_weight_gradient(
+    d_weight: Tensor, d_logits: Tensor, hidden: Tensor, buffers: Buffers, *, first: bool
+) -> None:
     """d_weight [V, H] += d_logits [n, V].T @ hidden [n, H], in its own dtype; = for the first."""
     dtype = d_weight.dtype
     unrounded = {"out_dtype": dtype} if hidden.is_cuda and hidden.dtype != dtype else {}
@@ -82,12 +95,13 @@ def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor, *, f
         else:
             torch.addmm(d_weight, d_logits.t(), hidden, **unrounded, out=d_weight)
         return
-    wide = hidden.float() if _is_upcast(hidden) else hidden.to(dtype)
+    wide = _upcast("hidden", hidden, buffers)
     for tile in _tiles(*d_weight.shape):
-        of_tile = d_logits[:, tile].t().to(wide.dtype)
+        d_tile = _upcast("d_logits", d_logits[:, tile], buffers).t()
         if dtype != wide.dtype:  # a single chunk: rounded once, here
-            d_weight[tile].copy_(torch.mm(of_tile, wide))
+            product = buffers("d_weight", *d_weight[tile].shape, dtype=wide.dtype)
+            d_weight[tile].copy_(torch.mm(d_tile, wide, out=product))
         elif first:
-            torch.mm(of_tile, wide, out=d_weight[tile])
+            torch.mm(d_tile, wide, out=d_weight[tile])
         else:
-            torch.addmm(d_weight[tile], of_tile, wide, out=d_weight[tile])
+            torch.addmm(d_weight[tile], d_tile, wide, out=d_weight[tile])

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .chunks import MEMORY_SHARE, WORKSPACE, plan_chunk
-from .head import add_weight_gradient, gradient_dtype, hidden_gradient, write_logits
+from .head import add_weight_gradient, gradient_dtype, write_hidden_gradient, write_logits
 from .rows import room
 from .terms import Constants, Slopes, loss_slopes
 
@@ -97,6 +98,8 @@ class LinearRows:
         )
         if inputs.kl:
             self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.dtype))
+        self.buffers = Buffers(device)
+        self.hidden: Tensor | None = None  # of the chunk whose logits were written last
         # Without a chunk there is nothing to work on, and no workspace.
         wide = inputs.temperature.new_empty((self.size if count else 0, V))
         self._logits, self._ref_logits = wide, torch.empty_like(wide) if inputs.kl else None
@@ -109,20 +112,29 @@ class LinearRows:
         """The index tensor, [n] at a time; none if it is empty."""
         return iter(order.split(self.size)) if len(order) else iter(())
 
-    def gather(self, states: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
-        """The states [N, H] of a chunk, filled up where chunks have a fixed size."""
-        chunk = states.index_select(0, at).to(dtype)
-        missing = self.size - len(at) if self.filled else 0
-        return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing else chunk
+    def gather(self, name: str, states: Tensor, at: Tensor) -> Tensor:
+        """The states [N, H] of a chunk as operands, filled up where chunks have a fixed size."""
+        shape = (self.size if self.filled else len(at), states.shape[1])
+        rows = self.buffers(name, *shape, dtype=states.dtype)
+        torch.index_select(states, 0, at, out=rows[: len(at)])
+        rows[len(at) :].zero_()
+        return self.cast(name, rows, self.inputs.dtype)
+
+    def cast(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gathered rows in another dtype."""
+        if rows.dtype == dtype:
+            return rows
+        return self.buffers(name, *rows.shape, dtype=dtype).copy_(rows)
 
     def write_logits(self, at: Tensor) -> None:
         """Fill the workspace with the logits of a chunk."""
-        of = self.inputs
-        hidden = self.gather(of.hidden, at, of.dtype)
-        write_logits(self._logits[: len(hidden)], hidden, of.weight, of.bias)
+        of, buffers = self.inputs, self.buffers
+        self.hidden = hidden = self.gather("states", of.hidden, at)
+        write_logits(self._logits[: len(hidden)], hidden, of.weight, of.bias, buffers)
         if of.kl:
-            hidden = self.gather(of.ref_hidden, at, of.dtype)
-            write_logits(self._ref_logits[: len(hidden)], hidden, of.ref_weight, of.ref_bias)
+            hidden = self.gather("reference's states", of.ref_hidden, at)
+            logits = self._ref_logits[: len(hidden)]
+            write_logits(logits, hidden, of.ref_weight, of.ref_bias, buffers)
 
     def forward(self, at: Tensor) -> Stats:
         """The statistics [n] of the chunk whose logits were written last."""
@@ -225,14 +237,16 @@ class HeadGradient:
         self._first = True
 
     def add(self, at: Tensor, d_logits: Tensor) -> None:
-        """Add what the tokens of a chunk contribute."""
-        of = self._rows.inputs
+        """Add what the tokens of the chunk whose logits were written last contribute."""
+        of, buffers = self._rows.inputs, self._rows.buffers
         if self.hidden is not None:
-            product = hidden_gradient(d_logits, self._weight, self._done)
+            shape = (len(d_logits), self._weight.shape[1])
+            product = buffers("product", *shape, dtype=self._done)
+            write_hidden_gradient(product, d_logits, self._weight, buffers)
             self.hidden.index_copy_(0, at, product[: len(at)])
         if self.weight is not None:
-            hidden = self._rows.gather(of.hidden, at, of.gradient_dtype)
-            add_weight_gradient(self.weight, d_logits, hidden, first=self._first)
+            hidden = self._rows.cast("states", self._rows.hidden, of.gradient_dtype)
+            add_weight_gradient(self.weight, d_logits, hidden, buffers, first=self._first)
         if self.bias is not None:
             self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
         self._first = False

@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 
 from grpo_kernels import rows
 
+IN_PARALLEL = "PYTEST_XDIST_WORKER_COUNT" in os.environ  # pytest -n: processors are shared
+if IN_PARALLEL:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 # No deadline: the first interpreted call takes seconds. Derandomised: a run repeats bit by bit.
 settings.register_profile(
     "grpo_kernels",
@@ -24,11 +29,15 @@ settings.load_profile("grpo_kernels")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    skipped = {}
+    if not torch.cuda.is_available():
+        skipped["gpu"] = "needs a CUDA device"
+    if IN_PARALLEL:
+        skipped["clock"] = "compares times, which processes that run in parallel disturb"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark, reason in skipped.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -18,15 +18,17 @@ OBJECTIVE = {"grpo_kernels.terms", "grpo_kernels.objective"}
 ALLOWED = {
     "grpo_kernels": {"grpo_kernels.*", "torch"},  # __init__ only re-exports
     "grpo_kernels.kernels": {"triton", "torch", "grpo_kernels.launch", *OBJECTIVE},
-    "grpo_kernels.eager": {"torch", *OBJECTIVE},
+    "grpo_kernels.buffers": {"torch"},
+    "grpo_kernels.eager": {"torch", "grpo_kernels.buffers", *OBJECTIVE},
     "grpo_kernels.rows": {"torch", "grpo_kernels.eager", "grpo_kernels.kernels"},
     "grpo_kernels.launch": set(),
     "grpo_kernels.checks": {"torch"},
     "grpo_kernels.chunks": {"torch"},
-    "grpo_kernels.head": {"torch"},
+    "grpo_kernels.head": {"torch", "grpo_kernels.buffers"},
     "grpo_kernels.linear_rows": {
         "torch",
         "grpo_kernels.rows",
+        "grpo_kernels.buffers",
         "grpo_kernels.chunks",
         "grpo_kernels.head",
         *OBJECTIVE,

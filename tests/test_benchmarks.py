@@ -127,6 +127,7 @@ def test_ours_failing_is_no_result_but_an_error(as_peer, harness, request):
 
 
 @pytest.mark.benchmark(timer=clock.now)
+@pytest.mark.clock
 def test_a_slowed_implementation_shows_slower_by_what_it_was_slowed(as_peer, harness, request):
     delay = 0.05
 
@@ -178,6 +179,7 @@ def test_counted_bytes_are_those_of_rows_read_and_rows_written():
     assert task.bytes(problem, "backward") == row * (N // 2 + N)
 
 
+@pytest.mark.clock
 def test_counted_bytes_of_a_plain_copy_give_the_copy_bandwidth(monkeypatch):
     # On a shared machine the clock is rough: the best of five pairs, within a third. Each copy is
     # new, as in a case: its buffers are rotated, and none may be touched for the first time.

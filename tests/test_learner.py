@@ -43,7 +43,13 @@ def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01, "inner_iterations": 2}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"beta": 0.1, "entropy_coef": 0.01, "inner_iterations": 2},
+    ],
+)
 def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(loss, extra):
     changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
     learner, answers = make_learner(**changes)

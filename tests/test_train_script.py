@@ -79,7 +79,13 @@ def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, we
 
 
 @pytest.mark.parametrize("room", ["eager"], indirect=True)
-@pytest.mark.parametrize("flags", [[], ["--inner-iterations", "2", "--beta", "0.05"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--inner-iterations", "2", "--beta", "0.05"],
+    ],
+)
 def test_fused_and_reference_losses_give_the_same_run(
     tmp_path, weak_start, float64_models, room, flags
 ):

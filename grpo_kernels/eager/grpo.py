@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..buffers import Buffers
 from ..terms import Constants, loss_slopes
-from .softmax import LOG2E, Buffers, Softmax, row_blocks
+from .softmax import LOG2E, Softmax, clear, row_blocks
 from .token_stats import RowWeights, write_gradient
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def grpo_loss(
     entropy = torch.zeros_like(logprob)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     wanted = torch.zeros_like(active)
-    buffers = Buffers(V, temperature)
+    buffers = Buffers(logits.device)
     for at in row_blocks(active, V):
         inverse = temperature[at].reciprocal().unsqueeze(-1)
         rows = logits[at]
@@ -48,8 +49,7 @@ def grpo_loss(
         if wanted[at].any():
             weights = RowWeights(inverse, slopes.logprob, slopes.entropy, entropy[at])
             write_gradient(d_logits, at, p, None, weights, tokens, rows, softcap)
-    if not wanted.all():
-        d_logits[~wanted] = 0
+    clear(d_logits, ~wanted)
     return logprob, entropy
 
 

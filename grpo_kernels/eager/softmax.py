@@ -3,11 +3,11 @@
 The quantities are those of the kernels: z and log_sum in bits, which exp2 reads in two thirds of
 exp's time.
 
-Every pass works in place on a few buffers of BLOCK_BYTES that are made once per call: memory that
-is new has page faults (64 x 49,152 gradients in fp32 took 22 ms into new memory and 10 into memory
-in use). A block is small enough to stay in the processor's cache from one pass to the next, and
-large enough that a pass, at whose end the threads meet, is not over before they start: forward of
-those rows on two cores took 10.9 ms in blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
+Every pass works in place on a few buffers that are made once per call (64 x 49,152 gradients in
+fp32 took 22 ms into new memory and 10 into memory in use). A block of BLOCK_BYTES is small enough
+to stay in the processor's cache from one pass to the next, and large enough that a pass, at whose
+end the threads meet, is not over before they start: forward of those rows on two cores took 10.9 ms
+in blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
 
 A row's result must not depend on its neighbours, to the last bit. Reductions over the last axis
 keep that promise in blocks of two rows or more: a single row would be split over the threads.
@@ -20,11 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..buffers import Buffers
+
 BLOCK_BYTES = 2 << 20
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 FLOOR = -1.0e30
 NO_OVERLAP = 1.0e9  # |FLOOR| x a probability of 1e-21
 LONG_ROW = 4096
+SHARE_UNIT = 64  # entries: more than any processor's vector code takes at a time
+MIN_SHARE = 32_768  # entries of a thread, below which PyTorch employs fewer of them
 
 Rows = tuple[int, slice] | tuple[Tensor, Tensor]
 
@@ -52,31 +56,28 @@ def row_blocks(active: Tensor, V: int) -> Iterator[Rows]:
             yield block_b, block_t
 
 
+def clear(d_logits: Tensor, rows: Tensor) -> None:
+    """Zero the True rows [B, T] of d_logits [B, T, V]; by a mask every row would be walked."""
+    if rows.any():
+        d_logits[rows.nonzero(as_tuple=True)] = 0
+
+
 def exp2(z: Tensor, out: Tensor) -> Tensor:
     """2^z of rows [n, V] in out, each entry the same bits wherever it lies.
 
-    torch.exp2 ends a tensor, and each thread's share of it, in scalar code of another rounding: so
-    one long row at a time, and for short rows, where the calls would cost more, torch.exp.
+    torch.exp2 ends a tensor, and each thread's share of it, in scalar code of another rounding. So
+    rows are taken together only where no share has such an end; else one long row at a time, and
+    for short rows, where the calls would cost more, torch.exp.
     """
-    if z.shape[-1] < LONG_ROW:
+    V = z.shape[-1]
+    if V < LONG_ROW:
         return torch.mul(z, LN2, out=out).exp_()
+    threads = torch.get_num_threads()
+    if V % (SHARE_UNIT * threads) == 0 and z.numel() >= MIN_SHARE * threads:
+        return torch.exp2(z, out=out)
     for row, result in zip(z, out, strict=True):
         torch.exp2(row, out=result)
     return out
-
-
-class Buffers:
-    """Memory for a block of rows, made once by its name and used for every block of a call."""
-
-    def __init__(self, V: int, like: Tensor) -> None:
-        self._like, self._shape = like, (block_rows(V), V)
-        self._named: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, n: int) -> Tensor:
-        """[n, V] of the accumulation dtype."""
-        if name not in self._named:
-            self._named[name] = self._like.new_empty(self._shape)
-        return self._named[name][:n]
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
@@ -100,6 +101,12 @@ def _difference(
     return torch.sub(x, pivot, out=out).mul_(scale).clamp_(min=FLOOR), pivot
 
 
+def _three(rows: Tensor, scale: Tensor, buffers: Buffers, name: str) -> Iterator[Tensor]:
+    """Memory for z, e and the product of a block, the last shared by every softmax of a call."""
+    names = (f"{name} z", f"{name} e", "product")
+    return (buffers(each, *rows.shape, dtype=scale.dtype) for each in names)
+
+
 class Softmax(NamedTuple):
     """A block of rows relative to their pivots, before normalisation: p = e / total."""
 
@@ -115,7 +122,7 @@ class Softmax(NamedTuple):
         cls, rows: Tensor, scale: Tensor, softcap: float | None, buffers: Buffers, name: str
     ) -> "Softmax":
         """Of rows that are seen for the first time."""
-        z, e, product = (buffers(each, len(rows)) for each in (f"{name} z", f"{name} e", "product"))
+        z, e, product = _three(rows, scale, buffers, name)
         z, pivot = _difference(rows, None, scale, softcap, out=z)
         total = exp2(z, out=e).sum(dim=-1, keepdim=True)
         return cls(z, e, pivot, total, total.log2(), product)
@@ -131,7 +138,7 @@ class Softmax(NamedTuple):
         name: str,
     ) -> "Softmax":
         """Of rows whose normaliser [n, 2] is known. e is not filled in: call exp2 where needed."""
-        z, e, product = (buffers(each, len(rows)) for each in (f"{name} z", f"{name} e", "product"))
+        z, e, product = _three(rows, scale, buffers, name)
         pivot, log_sum = normaliser.split(1, dim=-1)
         z, _ = _difference(rows, pivot, scale, softcap, out=z)
         return cls(z, e, pivot, log_sum.exp2(), log_sum, product)
@@ -144,8 +151,8 @@ class Softmax(NamedTuple):
         """That of tokens [n]; NaN for an id outside of the vocabulary."""
         token, V = tokens.unsqueeze(-1), self.z.shape[-1]
         z = self.z.gather(-1, token.clamp(0, V - 1))
-        z = z.masked_fill(z <= FLOOR, -torch.inf)
-        z = z.masked_fill((token < 0) | (token >= V), torch.nan)
+        z = torch.where(z <= FLOOR, -torch.inf, z)  # masked_fill takes 30 us after threads ran
+        z = torch.where((token >= 0) & (token < V), z, torch.nan)
         return (z - self.log_sum).squeeze(-1) * LN2
 
     def entropy(self) -> Tensor:

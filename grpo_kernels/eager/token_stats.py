@@ -6,7 +6,8 @@ The same contract as kernels/token_stats.py. Masked rows are not read.
 import torch
 from torch import Tensor
 
-from .softmax import FLOOR, LN2, LOG2E, Buffers, Rows, Softmax, exp2, row_blocks
+from ..buffers import Buffers
+from .softmax import FLOOR, LN2, LOG2E, Rows, Softmax, clear, exp2, row_blocks
 
 
 def token_stats_forward(
@@ -30,7 +31,7 @@ def token_stats_forward(
     kl_value = torch.zeros_like(logprob) if kl else None
     ref_normaliser = torch.zeros_like(normaliser) if kl else None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
-    buffers = Buffers(V, temperature)
+    buffers = Buffers(logits.device)
     for at in row_blocks(active, V):
         scale = LOG2E / temperature[at].unsqueeze(-1)
         p = Softmax.of(logits[at], scale, softcap, buffers, "policy")
@@ -109,7 +110,7 @@ def row_gradient(
     if weights.one_hot is not None:
         token = tokens.unsqueeze(-1)
         in_range = (token >= 0) & (token < V)
-        dx.scatter_add_(-1, token.clamp(0, V - 1), weights.one_hot.masked_fill(~in_range, 0.0))
+        dx.scatter_add_(-1, token.clamp(0, V - 1), torch.where(in_range, weights.one_hot, 0.0))
     return dx
 
 
@@ -162,9 +163,8 @@ def token_stats_backward(
             wanted |= upstream != 0
     if mask is not None:
         wanted &= mask != 0
-    if not wanted.all():
-        d_logits[~wanted] = 0
-    buffers = Buffers(logits.shape[-1], temperature)
+    clear(d_logits, ~wanted)
+    buffers = Buffers(logits.device)
     of_token = (d_logprob, d_entropy, entropy_value, d_kl, kl_value)
     for at in row_blocks(wanted, logits.shape[-1]):
         inverse = temperature[at].reciprocal().unsqueeze(-1)

@@ -1,0 +1,36 @@
+"""The exponentials of eager rows: the same bits wherever a row lies, whatever the threads."""
+
+import pytest
+import torch
+from cases import normal
+
+from grpo_kernels.eager.softmax import MIN_SHARE, SHARE_UNIT, exp2
+
+
+@pytest.fixture(params=[1, 2, 3, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("V", [4095, 4096, 49_152, 49_155, 128_256, 151_936])
+def test_a_row_has_the_same_bits_in_every_block(V, threads):
+    rows = normal(0, 12, V) * 5
+    alone = [exp2(row[None], torch.empty(1, V))[0] for row in rows]
+    for n in (2, 3, 5, 12):
+        block = exp2(rows[:n], torch.empty(n, V))
+        assert all(map(torch.equal, block, alone)), n
+    scale = alone[0].double()
+    assert ((scale - torch.exp2(rows[0].double())) / scale).abs().max() < 1e-6
+
+
+def test_llama_s_rows_are_taken_together(threads, monkeypatch):
+    """The fast way is taken where it matters, or its bits above would prove nothing."""
+    V, calls = 128_256 // (SHARE_UNIT * threads) * SHARE_UNIT * threads, []
+    one = torch.exp2
+    monkeypatch.setattr(torch, "exp2", lambda *x, **out: calls.append(x) or one(*x, **out))
+    n = MIN_SHARE * threads // V + 2
+    exp2(torch.zeros(n, V), torch.empty(n, V))
+    assert len(calls) == 1
