@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from reference.config import TrainConfig, UserError
+from reference.config import TrainConfig
+from reference.errors import UserError
 
 
 def make_run_directory(config: TrainConfig) -> Path:

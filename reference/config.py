@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from reference.errors import UserError
 from reference.tasks import TASKS
 
 # What each named loss sets in LossConfig; everything else keeps its default there.
@@ -17,10 +18,6 @@ LOSSES = {
     "dr_grpo": {"aggregation": "fixed_length"},
     "dapo": {"aggregation": "token_mean", "epsilon_high": 0.28},
 }
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line, without a traceback."""
 
 
 @dataclass(frozen=True)

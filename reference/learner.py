@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference.config import TrainConfig, UserError
+from reference.config import TrainConfig
+from reference.errors import UserError
 from reference.policy import Answers, Policy
 from reference.rollout import Completions, Prompts
 

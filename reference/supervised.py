@@ -10,7 +10,7 @@ import random
 import torch
 from torch import Tensor
 
-from reference.config import UserError
+from reference.errors import UserError
 from reference.policy import Policy
 from reference.rollout import encode
 from reference.tasks import Question, Task

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reference import checkpoint, models
-from reference.config import TrainConfig, UserError, parse_command_line
+from reference.config import TrainConfig, parse_command_line
+from reference.errors import UserError
 from reference.learner import Learner
 from reference.plots import plot_curves
 from reference.policy import Answers, Policy, pick_device

@@ -60,7 +60,7 @@ ALLOWED = {
     },
 }
 SCRIPT = {"train", "config", "tasks", "models", "policy", "rollout", "supervised", "learner"}
-SCRIPT |= {"checkpoint", "plots"}
+SCRIPT |= {"checkpoint", "plots", "errors"}
 
 
 def imports(source: str, module: str, is_package: bool) -> set[str]:

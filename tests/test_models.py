@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reference import checkpoint, models
-from reference.config import UserError
+from reference.errors import UserError
 from reference.policy import Policy
 from reference.rollout import encode, generate
 from reference.tasks import TASKS

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reference import checkpoint, models, supervised, train
-from reference.config import PRESETS, TrainConfig, UserError, parse_command_line
+from reference.config import PRESETS, TrainConfig, parse_command_line
+from reference.errors import UserError
 from reference.learner import Learner
 from reference.tasks import TASKS
 
