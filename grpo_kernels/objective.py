@@ -19,8 +19,8 @@ from .aggregation import (
     spread_to_tokens,
     token_weights,
 )
+from .metrics import token_metrics
 from .terms import (
-    MAX_LOG_RATIO,
     RATIO_LEVELS,
     SAMPLED_KL,
     SURROGATES,
@@ -192,7 +192,10 @@ def policy_loss(
         Metrics: policy_loss, aggregated as the loss; ratio_mean and ratio_max of r;
         clip_ratio/low_mean (r < 1 - epsilon_low and A < 0), /high_mean (r > 1 + epsilon_high and
         A > 0), /region_mean (either); approx_kl, of old from the policy (r - 1 - ln r);
-        num_tokens; kl and entropy where their inputs are given. Means are over unmasked tokens.
+        num_tokens; kl and entropy where their inputs are given. Where sampling_logprob is,
+        sampling/sampling_logp_difference/mean and /max of |old - sampling|, and
+        sampling/importance_sampling_ratio/min, /mean and /max of the weight. Means are over
+        unmasked tokens. The names are TRL's where TRL has one.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong, or an input that `config` needs is
@@ -246,7 +249,7 @@ def loss_of(
     policy, kl = token_terms(logprob, kl, ratio, constants, config)
     loss = weighted_sum(policy, kl, entropy, constants, config)
     metrics = {"policy_loss": (constants.weight * policy).sum()}
-    metrics |= _token_metrics(ratio, log_ratio, constants.advantage, kl, entropy, keep, config)
+    metrics |= token_metrics(ratio, log_ratio, kl, entropy, keep, constants, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
@@ -303,38 +306,3 @@ def _select(
     if x is None:
         return None
     return torch.where(keep, (x.detach() if detach else x).to(dtype), 0.0)
-
-
-def _token_metrics(
-    ratio: Tensor,
-    log_ratio: Tensor,
-    advantage: Tensor,
-    kl: Tensor | None,
-    entropy: Tensor | None,
-    keep: Tensor,
-    config: LossConfig,
-) -> dict[str, Tensor]:
-    tokens = keep.sum()
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(keep, x, 0).sum() / tokens.clamp(min=1)
-
-    low = (ratio < 1 - config.epsilon_low) & (advantage < 0)
-    high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kept_ratio = torch.where(keep, ratio, 0)
-    metrics = {
-        "clip_ratio/low_mean": mean(low.to(ratio.dtype)),
-        "clip_ratio/high_mean": mean(high.to(ratio.dtype)),
-        "clip_ratio/region_mean": mean((low | high).to(ratio.dtype)),
-        "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
-        "ratio_mean": mean(ratio),
-        # A ratio is positive, so that a 0 changes no maximum and gives an empty batch one.
-        "ratio_max": torch.nn.functional.pad(kept_ratio.flatten(), (0, 1)).amax(),
-        "num_tokens": tokens.to(ratio.dtype),
-    }
-    if kl is not None:
-        metrics["kl"] = mean(kl)
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy)
-    return metrics

@@ -118,7 +118,7 @@ SAMPLED_KL: dict[str, Formula] = {
 VOCABULARY_KL = ("forward", "reverse")
 
 
-def _importance(constants: Constants, config: "LossConfig") -> Tensor:
+def importance(constants: Constants, config: "LossConfig") -> Tensor:
     """The weight of a token that a sampler drew under log-probs of its own."""
     log_weight = constants.old_logprob - constants.sampling_logprob
     return saturated_exp(log_weight).clamp(max=config.importance_cap)
@@ -133,7 +133,7 @@ def token_terms(
     """
     policy = SURROGATES[config.surrogate].value(ratio, constants.advantage, config)
     if constants.sampling_logprob is not None:
-        policy = policy * _importance(constants, config)
+        policy = policy * importance(constants, config)
     if constants.ref_logprob is not None:
         log_ratio = logprob - constants.old_logprob
         kl = SAMPLED_KL[config.kl_estimator].value(logprob - constants.ref_logprob, log_ratio)
@@ -174,7 +174,7 @@ def loss_slopes(logprob: Tensor, constants: Constants, config: "LossConfig") -> 
     slope = SURROGATES[config.surrogate].slope(ratio, constants.advantage, config)
     slope = slope * _saturated_exp_slope(log_ratio, ratio)
     if constants.sampling_logprob is not None:
-        slope = slope * _importance(constants, config)
+        slope = slope * importance(constants, config)
     entropy = kl = None
     if config.beta != 0 and constants.ref_logprob is not None:
         of_kl = SAMPLED_KL[config.kl_estimator].slope(logprob - constants.ref_logprob, log_ratio)

@@ -133,6 +133,17 @@ def policy_loss(
         metrics["kl"] = mean(kl_per_token)
     if entropy is not None:
         metrics["entropy"] = mean(select(entropy))
+    if sampling_logprob is not None:
+        difference = (old - select(sampling_logprob.detach())).abs()
+        weight = weight.clamp(max=config.importance_cap)
+        kept = [x[keep] if keep.any() else x.new_zeros(1) for x in (difference, weight)]
+        metrics |= {
+            "sampling/sampling_logp_difference/mean": mean(difference),
+            "sampling/sampling_logp_difference/max": kept[0].max(),
+            "sampling/importance_sampling_ratio/min": kept[1].min(),
+            "sampling/importance_sampling_ratio/mean": mean(weight),
+            "sampling/importance_sampling_ratio/max": kept[1].max(),
+        }
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 

@@ -49,8 +49,10 @@ ALLOWED = {
         "torch",
         "grpo_kernels.checks",
         "grpo_kernels.aggregation",
+        "grpo_kernels.metrics",
         "grpo_kernels.terms",
     },
+    "grpo_kernels.metrics": {"torch", "grpo_kernels.terms", "grpo_kernels.objective"},
     "grpo_kernels.advantages": {"torch", "grpo_kernels.checks"},
     "grpo_kernels.functional": {
         "torch",
