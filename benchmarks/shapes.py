@@ -91,7 +91,7 @@ PLANS = {
     # whole has to take less than ten minutes there. Models are trained in fp32 on a CPU.
     "cpu": Plan(
         base=Shape("SmolLM2 135M", 64, "fp32"),
-        other_dtype=Shape("SmolLM2 135M", 16, "bf16"),
+        other_dtype=Shape("SmolLM2 135M", 64, "bf16"),
         tokens=(1, 256),
         others=(Shape("Llama 3.2 1B", 32, "fp32"),),
     ),

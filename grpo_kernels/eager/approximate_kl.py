@@ -7,7 +7,7 @@ and W, the sum over a row of w = (1 - 2^t) where p >= eps.
 import torch
 from torch import Tensor
 
-from ..buffers import Buffers
+from ..buffers import thread_buffers
 from .softmax import LN2, LOG2E, Softmax, clear, exp2, row_blocks
 
 
@@ -32,7 +32,7 @@ def approximate_kl_forward(
     normaliser = logits.new_zeros((*mask.shape, 2), dtype=dtype)
     ref_normaliser = torch.zeros_like(normaliser)
     scale = total.new_full((1, 1), LOG2E)
-    buffers = Buffers(logits.device)
+    buffers = thread_buffers(logits.device)
     for at in row_blocks(mask, logits.shape[-1]):
         p = Softmax.of(logits[at], scale, None, buffers, "policy")
         q = Softmax.of(ref_logits[at], scale, None, buffers, "reference")
@@ -58,7 +58,7 @@ def approximate_kl_backward(
     """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
     scale = weight.new_full((1, 1), LOG2E)
     clear(d_logits, ~mask)
-    buffers = Buffers(logits.device)
+    buffers = thread_buffers(logits.device)
     for at in row_blocks(mask, logits.shape[-1]):
         p = Softmax.again(logits[at], normaliser[at], scale, None, buffers, "policy")
         again = ref_logits[at], ref_normaliser[at], scale, None, buffers, "reference"

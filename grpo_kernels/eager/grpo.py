@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..buffers import Buffers
+from ..buffers import thread_buffers
 from ..terms import Constants, loss_slopes
 from .softmax import LOG2E, Softmax, clear, row_blocks
 from .token_stats import RowWeights, write_gradient
@@ -36,7 +36,7 @@ def grpo_loss(
     entropy = torch.zeros_like(logprob)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     wanted = torch.zeros_like(active)
-    buffers = Buffers(logits.device)
+    buffers = thread_buffers(logits.device)
     for at in row_blocks(active, V):
         inverse = temperature[at].reciprocal().unsqueeze(-1)
         rows = logits[at]

@@ -3,11 +3,11 @@
 The quantities are those of the kernels: z and log_sum in bits, which exp2 reads in two thirds of
 exp's time.
 
-Every pass works in place on a few buffers that are made once per call (64 x 49,152 gradients in
-fp32 took 22 ms into new memory and 10 into memory in use). A block of BLOCK_BYTES is small enough
-to stay in the processor's cache from one pass to the next, and large enough that a pass, at whose
-end the threads meet, is not over before they start: forward of those rows on two cores took 10.9 ms
-in blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
+Every pass works in place on a few buffers that a thread keeps (64 x 49,152 gradients in fp32 took
+22 ms into new memory and 10 into memory in use). A block of BLOCK_BYTES is small enough to stay in
+the processor's cache from one pass to the next, and large enough that a pass, at whose end the
+threads meet, is not over before they start: forward of those rows on two cores took 10.9 ms in
+blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
 
 A row's result must not depend on its neighbours, to the last bit. Reductions over the last axis
 keep that promise in blocks of two rows or more: a single row would be split over the threads.

@@ -6,7 +6,7 @@ The same contract as kernels/token_stats.py. Masked rows are not read.
 import torch
 from torch import Tensor
 
-from ..buffers import Buffers
+from ..buffers import thread_buffers
 from .softmax import FLOOR, LN2, LOG2E, Rows, Softmax, clear, exp2, row_blocks
 
 
@@ -31,7 +31,7 @@ def token_stats_forward(
     kl_value = torch.zeros_like(logprob) if kl else None
     ref_normaliser = torch.zeros_like(normaliser) if kl else None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
-    buffers = Buffers(logits.device)
+    buffers = thread_buffers(logits.device)
     for at in row_blocks(active, V):
         scale = LOG2E / temperature[at].unsqueeze(-1)
         p = Softmax.of(logits[at], scale, softcap, buffers, "policy")
@@ -164,7 +164,7 @@ def token_stats_backward(
     if mask is not None:
         wanted &= mask != 0
     clear(d_logits, ~wanted)
-    buffers = Buffers(logits.device)
+    buffers = thread_buffers(logits.device)
     of_token = (d_logprob, d_entropy, entropy_value, d_kl, kl_value)
     for at in row_blocks(wanted, logits.shape[-1]):
         inverse = temperature[at].reciprocal().unsqueeze(-1)
