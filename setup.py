@@ -8,15 +8,20 @@ TRAIN = [
     "transformers>=5.17",
     "gguf>=0.17",
     "matplotlib>=3.8",
+    "peft>=0.18",
+    "psutil>=5.9",
     "safetensors>=0.5",
+    "tensorboard>=2.18",
     "tqdm>=4.66",
     "tyro>=1.0",
 ]
+# For --task gsm8k from the hub, reasoning-gym/<generator>, and answers that are mathematics.
+TASKS = ["datasets>=4", "math-verify>=0.8", "reasoning-gym>=0.1.20"]
 MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 # The peers run beside us in the benchmarks only; the training step there needs transformers.
 PEERS = ["trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26"]
 BENCH = [*MEASURE, *PEERS, "transformers>=5.17", "matplotlib>=3.8"]
-TEST = [*TRAIN, *MEASURE, "hypothesis>=6.100", "pytest-xdist>=3.6", "ruff>=0.12"]
+TEST = [*TRAIN, *TASKS, *MEASURE, "hypothesis>=6.100", "pytest-xdist>=3.6", "ruff>=0.12"]
 
 setup(
     name="grpo_kernels",
@@ -36,5 +41,5 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "tasks": TASKS, "test": TEST, "bench": BENCH},
 )

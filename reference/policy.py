@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from reference import causal_lm, models
+from reference import adapters, causal_lm, models
 from reference.errors import UserError
-from reference.rollout import Completions, Prompts, completion_states, encode, generate
-from reference.tasks import Question, Task
+from reference.rollout import (
+    Completions,
+    Prompts,
+    completion_states,
+    encode,
+    encode_messages,
+    generate,
+)
+from reference.tasks import Question
 
-EVALUATION_BATCH = 64
+Precision = Literal["auto", "bf16", "off"]
 
 
 @dataclass(frozen=True)
@@ -38,63 +45,154 @@ class Policy:
     eos_ids: list[int]
     max_new_tokens: int
     forward: Callable = causal_lm.forward  # runs the model but for its head
+    system: str | None = None  # the system prompt
+    precision: Precision = "auto"  # of `autocast`
+    gradient_checkpointing: bool = False
 
     @classmethod
     def load(
         cls,
-        directory,
+        model: str | Path,
         device: torch.device,
         max_new_tokens: int,
         forward: Callable = causal_lm.forward,
+        *,
+        cache_dir: Path | None = None,
+        random_weights: bool = False,
+        lora_rank: int | None = None,
+        lora_alpha: float = 32.0,
+        gradient_checkpointing: bool = False,
+        autocast: Precision = "auto",
+        system: str | None = None,
     ) -> Policy:
-        model, tokenizer = models.load(directory)
-        # Dropout, where a model has it, would make sampler and trainer two different policies.
-        model.to(device).eval()
-        eos_ids = models.end_of_sequence_ids(model, tokenizer)
-        return cls(model, tokenizer, device, eos_ids, max_new_tokens, forward)
+        """The policy of a model, with fp32 weights and without dropout.
 
-    def frozen_copy(self) -> Policy:
-        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False))
+        Args:
+            model: as `models.locate` takes it.
+            random_weights: its architecture alone; nothing is located.
+            lora_rank, lora_alpha: of the adapters that train; without a rank the whole model does.
+            gradient_checkpointing: recompute activations in the backward pass.
+            autocast: of the forward pass; "auto" is bf16 on a CUDA device and off elsewhere.
+            system: the system prompt of every question.
 
-    def ask(self, questions: Sequence[Question], group_size: int, temperature: float) -> Answers:
-        """Sample `group_size` answers to each question; temperature 0 is greedy."""
-        prompts = encode(self.tokenizer, [question.text for question in questions], self.device)
-        with self.autocast():
-            completions = generate(
-                self.model,
-                prompts,
-                group_size=group_size,
-                max_new_tokens=self.max_new_tokens,
-                eos_ids=self.eos_ids,
-                pad_id=self.tokenizer.pad_token_id,
-                temperature=temperature,
+        Raises:
+            UserError: of the models or the adapters; there are no layers to recompute.
+        """
+        if random_weights:
+            net, tokenizer = models.random_weights(str(model), device)
+        else:
+            net, tokenizer = models.load(models.locate(str(model), cache_dir))
+        if gradient_checkpointing and not adapters.layers(net):
+            raise UserError(
+                f"--gradient-checkpointing: {type(net).__name__} has no layers to recompute"
             )
-        rows = zip(completions.tokens, completions.mask, strict=True)
-        texts = [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows]
-        return Answers(prompts, completions, texts)
+        eos_ids = models.end_of_sequence_ids(net, tokenizer)
+        if lora_rank is not None:
+            net = adapters.add_lora(net, lora_rank, lora_alpha)
+        # Dropout, where a model has it, would make sampler and trainer two different policies.
+        net.to(device).eval()
+        settings = (forward, system, autocast, gradient_checkpointing)
+        return cls(net, tokenizer, device, eos_ids, max_new_tokens, *settings)
+
+    def ask(
+        self,
+        questions: Sequence[Question],
+        group_size: int,
+        temperature: float,
+        sampler: Callable | None = None,
+    ) -> Answers:
+        """Sample `group_size` answers to each question; temperature 0 is greedy.
+
+        Args:
+            sampler: (policy, prompts, group_size, temperature) -> Completions; None: `generate`.
+        """
+        texts = [question.text for question in questions]
+        prompts = encode(self.tokenizer, texts, self.device, system=self.system)
+        if sampler is None:
+            completions = self._generate(prompts, group_size, temperature, self.max_new_tokens)
+        else:
+            completions = sampler(self, prompts, group_size, temperature)
+        return Answers(prompts, completions, self._texts(completions))
+
+    def reply(self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int) -> str:
+        """What the model says next in a conversation.
+
+        Args:
+            messages: {"role": ..., "content": ...}, in turn; the system prompt goes before them
+                where they bring none.
+        """
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        prompts = encode_messages(self.tokenizer, [messages], self.device)
+        return self._texts(self._generate(prompts, 1, temperature, max_new_tokens))[0]
 
     def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """The states [B·G, T, ...] from which the tokens were drawn, with gradient, and the head
         that scores tokens by them: hidden states or, of the plain twin, logits."""
-        with self.autocast():
+        recomputed = adapters.recomputed if self.gradient_checkpointing else nullcontext
+        with self.autocast(), recomputed(self.model):
             return completion_states(self.forward, self.model, prompts, tokens, mask)
 
-    def accuracy(
-        self, task: Task, questions: Sequence[Question], temperature: float = 0.0
-    ) -> float:
-        """The share of questions answered right, with one answer each."""
-        right = 0
-        for start in range(0, len(questions), EVALUATION_BATCH):
-            batch = questions[start : start + EVALUATION_BATCH]
-            texts = self.ask(batch, 1, temperature).texts
-            right += sum(task.correct(text, q.answer) for text, q in zip(texts, batch, strict=True))
-        return right / len(questions)
+    def reference(self) -> Policy | WithoutAdapter:
+        """What the KL is measured against, frozen: with LoRA the model before its adapter, which
+        costs nothing; else a copy of the policy as it is now.
 
-    def autocast(self):
-        """bf16 on a CUDA device, with fp32 weights; nothing elsewhere."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
+        Under autocast the copy has the weights of linear layers in bf16, to which each pass rounds
+        them anyway: the numbers are the policy's, in little more than half the memory. Embeddings,
+        a head tied to them, and norms stay fp32.
+        """
+        if adapters.has_adapter(self.model):
+            return WithoutAdapter(self)
+        frozen = adapters.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
+        return replace(self, model=frozen)
+
+    def to_save(self):
+        """The model, with its adapter, if it has one, added into its weights."""
+        return adapters.merged(self.model)
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 with fp32 weights, or nothing, as `precision` says."""
+        if self._uses_bf16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    @property
+    def _uses_bf16(self) -> bool:
+        return self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
+
+    def _generate(
+        self, prompts: Prompts, group_size: int, temperature: float, max_new_tokens: int
+    ) -> Completions:
+        with self.autocast():
+            return generate(
+                self.model,
+                prompts,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+                eos_ids=self.eos_ids,
+                pad_id=self.tokenizer.pad_token_id,
+                temperature=temperature,
+            )
+
+    def _texts(self, completions: Completions) -> list[str]:
+        rows = zip(completions.tokens, completions.mask, strict=True)
+        return [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows]
+
+
+@dataclass(frozen=True)
+class WithoutAdapter:
+    """The model that a LoRA policy started from."""
+
+    policy: Policy
+
+    def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """As `Policy.states`; without gradient, which would reach nothing."""
+        with torch.no_grad(), adapters.without_adapter(self.policy.model):
+            return self.policy.states(prompts, tokens, mask)
+
+    def autocast(self) -> AbstractContextManager:
+        """As `Policy.autocast`."""
+        return self.policy.autocast()
 
 
 def pick_device(name: str) -> torch.device:

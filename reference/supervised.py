@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reference.errors import UserError
+from reference.evaluate import accuracy
 from reference.policy import Policy
 from reference.rollout import encode
 from reference.tasks import Question, Task
@@ -30,8 +31,8 @@ def warm_start(policy: Policy, task: Task, order: random.Random) -> int:
         answer_loss(policy, order.sample(task.train, BATCH)).backward()
         optimizer.step()
         if step % CHECK_EVERY == 0:
-            accuracy = policy.accuracy(task, order.sample(task.train, 256), temperature=1.0)
-            if accuracy >= TARGET:
+            questions = order.sample(task.train, 256)
+            if accuracy(policy, task, questions, temperature=1.0)["lenient"] >= TARGET:
                 return step
     raise UserError(f"the warm start did not reach {TARGET:.0%} in {MOST_STEPS} supervised steps")
 

@@ -1,15 +1,17 @@
 """Train a language model with GRPO, on one machine, in a file that reads straight down.
 
-    python reference/train.py                 SmolLM2-135M learns to add: 7 minutes on two CPU cores
-    python reference/train.py --preset tiny   75k parameters learn to reverse digits: under a minute
-    python reference/train.py --help          every setting
+    python reference/train.py                             SmolLM2-135M learns to add, on a laptop
+    python reference/train.py --preset tiny               75k parameters learn to reverse digits
+    python reference/train.py --preset llama-3.2-1b       Llama 3.2 1B Instruct on GSM8K, on a GPU
+    python reference/train.py --task capital-of-brazil    one question, rewarded for thinking aloud
+    python reference/train.py --help                      every setting
 
 Each step asks the model questions, samples a group of answers to each, rewards the right ones, and
-makes the answers that beat their group's mean more likely. Left out: more than one GPU, a separate
-inference engine, LoRA, resuming. The rooms beside this file, in the order in which they act: config
-(settings), tasks (questions and rewards), models (where weights come from), policy (asking a
-model), rollout (sampling), supervised (the warm start of --preset tiny), learner (the update),
-checkpoint, plots.
+makes the answers that beat their group's mean more likely. Left out: more than one GPU, resuming.
+The rooms beside this file, in the order in which they act: config (settings), tasks and rewards,
+models and adapters (where weights come from), policy (asking a model), samplers, rollout and server
+(how it answers), supervised (the warm start of --preset tiny), evaluate, experience (groups of
+rewarded answers), credit (advantages), learner (the update), checkpoint, runlog, plots.
 """
 
 from __future__ import annotations
@@ -24,21 +26,30 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from reference import checkpoint, models
+from reference import checkpoint
 from reference.config import TrainConfig, parse_command_line
+from reference.credit import advantages_of
 from reference.errors import UserError
+from reference.evaluate import accuracy, chat, pass_at
+from reference.experience import describe, gather, samples
 from reference.learner import Learner
-from reference.plots import plot_curves
-from reference.policy import Answers, Policy, pick_device
+from reference.plots import plot_dashboard
+from reference.policy import Policy, pick_device
+from reference.rewards import chosen
+from reference.rewards import load as load_function
+from reference.runlog import RunLog, load_wandb, summary_table
+from reference.samplers import Sampler, pick_sampler
 from reference.supervised import warm_start
-from reference.tasks import TASKS, Question, Task
+from reference.tasks import Task, make_task
 
 ABOUT_THE_LOSS = """\
 A note on the loss: with one optimiser step per batch its VALUE is about 0, since the ratio of new
@@ -62,37 +73,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: TrainConfig) -> dict[str, float]:
-    """Train as `config` says; returns what summary.json holds."""
-    started = time.perf_counter()
+    """Train, evaluate or chat as `config` says; returns what summary.json holds."""
     transformers_logging.disable_progress_bar()
 
     # What can be wrong with the settings is found here, before any model is loaded.
     losses, causal_lm = pick_losses(config.loss_impl)
-    loss_config = losses.LossConfig(**config.loss_fields())
+    losses.LossConfig(**config.loss_fields())
     device = pick_device(config.device)
-    task = TASKS[config.task](config.seed)
-    if config.prompts > len(task.train):
-        raise UserError(f"--prompts {config.prompts}: the task has {len(task.train)} questions")
+    task = task_of(config)
+    sampler = pick_sampler(config.sampler)
+    if config.wandb:
+        load_wandb()
+
+    if config.chat or config.eval_only:
+        policy, _ = make_policy(config, task, device, causal_lm.forward)
+        if config.eval_only:
+            return evaluate(policy, task, config)
+        chat(policy, config.temperature, input)
+        return {}
+
     directory = checkpoint.make_run_directory(config)
     try:
         policy, order = make_policy(config, task, device, causal_lm.forward)
-        before = policy.accuracy(task, task.held_out)
-        print(f"held-out greedy accuracy before: {before:.1%} of {len(task.held_out)} questions\n")
-        learner = Learner(policy, losses, loss_config, config)
-        history = train(config, task, policy, learner, order, directory)
-        after = policy.accuracy(task, task.held_out)
+        learn = Learner(policy, losses, losses.LossConfig(**config.loss_fields()), config)
+        log = RunLog(directory, asdict(config), tensorboard=config.tensorboard, wandb=config.wandb)
+        with closing(log):
+            return train(config, task, policy, sampler, learn, order, log, directory)
     finally:
         checkpoint.remove_if_empty(directory)
-
-    print(f"\nheld-out greedy accuracy: {before:.1%} before, {after:.1%} after")
-    checkpoint.save_model(directory, policy.model, policy.tokenizer)
-    title = f"{directory.name}: held-out accuracy {before:.0%} before, {after:.0%} after"
-    plot_curves(directory / "curves.png", history, before, after, title)
-    seconds = round(time.perf_counter() - started, 1)
-    summary = {"accuracy_before": before, "accuracy_after": after, "seconds": seconds}
-    checkpoint.save_json(directory / "summary.json", summary)
-    print(f"{seconds:.0f} s; in {directory}: model/ metrics.jsonl curves.png summary.json")
-    return summary
 
 
 def pick_losses(name: str):
@@ -106,96 +114,131 @@ def pick_losses(name: str):
     return losses, causal_lm
 
 
+def task_of(config: TrainConfig) -> Task:
+    """The task, with the rewards that the command line adds and the weights that it sets."""
+    options = {"data": config.data, "question": config.question, "answer": config.answer}
+    task = make_task(config.task, config.seed, settings=config.task_settings(), **options)
+    rewards = chosen(task.rewards, config.reward, config.reward_weight)
+    system = task.system if config.system is None else config.system
+    return replace(task, rewards=rewards, system=system)
+
+
 def make_policy(
     config: TrainConfig, task: Task, device: torch.device, forward: Callable
 ) -> tuple[Policy, random.Random]:
     """The model before GRPO, and the source of the order of questions; seeds everything."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    source = models.locate(config.model, config.cache_dir)
     torch.manual_seed(config.seed)
     order = random.Random(config.seed)
-    policy = Policy.load(source, device, config.max_new_tokens, forward)
-    if source is None:
+    policy = Policy.load(
+        config.model,
+        device,
+        config.max_new_tokens,
+        forward,
+        cache_dir=config.cache_dir,
+        random_weights=config.random_weights,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        gradient_checkpointing=config.gradient_checkpointing,
+        autocast=config.autocast,
+        system=task.system,
+    )
+    if config.model == "scratch":
         steps = warm_start(policy, task, order)
         print(f"warm start: {steps} supervised steps")
     return policy, order
+
+
+def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
+    """Accuracy on the held-out questions, greedy, and pass@k where it is asked for."""
+    questions = task.held_out[: config.eval_questions]
+    found = accuracy(policy, task, questions)
+    if config.pass_at is not None:
+        found |= pass_at(policy, task, questions, config.pass_at, config.temperature)
+    shown = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+    print(f"{len(questions)} held-out questions: {shown}")
+    return found | {"questions": len(questions)}
 
 
 def train(
     config: TrainConfig,
     task: Task,
     policy: Policy,
+    sampler: Sampler,
     learner: Learner,
     order: random.Random,
+    log: RunLog,
     directory: Path,
-) -> list[dict[str, float]]:
-    """The loop: ask, score, learn, tell. Returns one row of metrics per step."""
-    print(ABOUT_THE_LOSS)
-    history = []
-    tokens_seen = 0
-    pace = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
-    steps = range(1, config.steps + 1)
-    bar = tqdm(steps, desc="GRPO", unit="step", dynamic_ncols=True, mininterval=pace)
-    for step in bar:
-        started = time.perf_counter()
-        questions = order.sample(task.train, config.prompts)
-        answers = policy.ask(questions, config.group_size, config.temperature)
-        rewards = score(task, questions, answers.texts)
-        reward = sum(rewards.values())
-        learned = learner.step(answers, reward)
-        seconds = time.perf_counter() - started
-
-        sampled = int(answers.completions.mask.sum())
-        tokens_seen += sampled + int(answers.prompts.mask.sum()) * config.group_size
-        row = {"step": step, **describe(task, questions, answers, rewards), **learned}
-        row |= {"num_tokens": tokens_seen, "step_time": seconds}
-        history.append(row)
-        checkpoint.append_json_line(directory / "metrics.jsonl", row)
-        shown = {name: row[name] for name in ("reward", "accuracy", "entropy") if name in row}
-        bar.set_postfix(shown | {"tokens/s": round(sampled / seconds)}, refresh=False)
-        if (step - 1) % config.print_every == 0:
-            example = f"{questions[0].text!r} -> {answers.texts[0]!r}, reward {reward[0, 0]:.1f}"
-            tqdm.write(f"step {step}: {example}", file=sys.stdout)
-    return history
-
-
-def score(task: Task, questions: list[Question], texts: list[str]) -> dict[str, Tensor]:
-    """The rewards [B, G] of each reward function, by name.
-
-    Raises:
-        UserError: a reward is NaN or infinite.
-    """
-    group_size = len(texts) // len(questions)
-    rewards = {}
-    for name, function in task.rewards.items():
-        values = [function(text, questions[i // group_size].answer) for i, text in enumerate(texts)]
-        rewards[name] = torch.tensor(values, dtype=torch.float32).view(-1, group_size)
-        bad = (~rewards[name].isfinite()).flatten().nonzero().flatten()
-        if len(bad):
-            raise UserError(
-                f"reward {name!r} gave {values[bad[0]]} for the answer {texts[bad[0]]!r}"
-            )
-    return rewards
-
-
-def describe(
-    task: Task, questions: list[Question], answers: Answers, rewards: dict[str, Tensor]
 ) -> dict[str, float]:
-    """What the sampled answers were like, under the names that TRL uses."""
-    reward = sum(rewards.values())
-    G = reward.shape[1]
-    right = [task.correct(text, questions[i // G].answer) for i, text in enumerate(answers.texts)]
-    completions = answers.completions
-    return {
-        "reward": reward.mean().item(),
-        "reward_std": reward.std(dim=-1).mean().item(),
-        "frac_reward_zero_std": reward.eq(reward[:, :1]).all(-1).float().mean().item(),
-        **{f"rewards/{name}/mean": values.mean().item() for name, values in rewards.items()},
-        "accuracy": sum(right) / len(right),
-        "completions/mean_length": completions.mask.sum(-1).float().mean().item(),
-        "completions/clipped_ratio": 1.0 - completions.finished.float().mean().item(),
-    }
+    """The run: ask, score, learn, tell, and at last save."""
+    started = time.perf_counter()
+    before = evaluate(policy, task, config)
+    evaluations, history, tokens_seen = [{"step": 0, **before}], [], 0
+    log.evaluation(0, before)
+    print(ABOUT_THE_LOSS)
+    pace = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
+    bar = tqdm(
+        range(1, config.steps + 1), "GRPO", unit="step", dynamic_ncols=True, mininterval=pace
+    )
+    title = f"{Path(config.model).name} on {config.task}"
+    step_reward = None if config.step_reward is None else load_function(config.step_reward)
+    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
+
+    for step in bar:
+        began = time.perf_counter()
+        found = gather(policy, task, sampler, order, config)
+        gathered = time.perf_counter()
+        advantages = advantages_of(found, config, learner.losses, step_reward, decode)
+        learned = learner.step(found.answers, advantages)
+        ended = time.perf_counter()
+
+        tokens_seen += found.sampled + int(found.answers.prompts.mask.sum()) * config.group_size
+        row = {"step": step, **describe(found), **learned, "num_tokens": tokens_seen}
+        row |= {"step_time": ended - began, "rollout_time": gathered - began}
+        row |= {"tokens_per_second": found.sampled / (ended - began)}
+        row |= {"memory_gib": peak_memory_gib(policy.device)}
+        history.append(row)
+        log.step(row)
+        shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
+        bar.set_postfix(shown, refresh=False)
+        if (step - 1) % config.print_every == 0:
+            examples = samples(found, advantages)
+            log.completions(step, examples)
+            tqdm.write(f"step {step}: {one_line(examples[0])}", file=sys.stdout)
+        if config.eval_every is not None and step % config.eval_every == 0 and step < config.steps:
+            evaluations.append({"step": step, **evaluate(policy, task, config)})
+            log.evaluation(step, evaluations[-1])
+        if step % config.dashboard_every == 0:
+            plot_dashboard(directory / "curves.png", history, evaluations, title)
+
+    after = evaluate(policy, task, config)
+    evaluations.append({"step": config.steps, **after})
+    log.evaluation(config.steps, after)
+    plot_dashboard(directory / "curves.png", history, evaluations, title)
+    checkpoint.save_model(directory, policy.to_save(), policy.tokenizer)
+    seconds = round(time.perf_counter() - started, 1)
+    summary = {"before": before, "after": after, "seconds": seconds}
+    checkpoint.save_json(directory / "summary.json", summary)
+    print(summary_table(before, after, history))
+    print(
+        f"{seconds:.0f} s; in {directory}: {' '.join(sorted(x.name for x in directory.iterdir()))}"
+    )
+    return summary
+
+
+def one_line(sample: dict) -> str:
+    reward = sum(sample["rewards"].values())
+    return f"{sample['question']!r} -> {sample['completion']!r}, reward {reward:.1f}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
 
 
 if __name__ == "__main__":

@@ -61,8 +61,29 @@ ALLOWED = {
         "grpo_kernels.advantages",
     },
 }
-SCRIPT = {"train", "config", "tasks", "models", "policy", "rollout", "supervised", "learner"}
-SCRIPT |= {"checkpoint", "plots", "errors"}
+SCRIPT = {
+    "train",
+    "config",
+    "errors",
+    "answers",
+    "rewards",
+    "data",
+    "tasks",
+    "models",
+    "sources",
+    "chat_template",
+}
+SCRIPT |= {
+    "adapters",
+    "policy",
+    "packing",
+    "rollout",
+    "samplers",
+    "server",
+    "supervised",
+    "evaluate",
+}
+SCRIPT |= {"experience", "credit", "learner", "checkpoint", "runlog", "plots"}
 
 
 def imports(source: str, module: str, is_package: bool) -> set[str]:

@@ -2,16 +2,19 @@
 
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reference import checkpoint, models
+from reference import checkpoint, models, sources
 from reference.errors import UserError
 from reference.policy import Policy
 from reference.rollout import encode, generate
-from reference.tasks import TASKS
+from reference.tasks import Question
 
 
 def refuse(*args, **kwargs):
@@ -25,7 +28,7 @@ def offline(monkeypatch):
     def pip(command, **kwargs):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
 
-    monkeypatch.setattr(models.subprocess, "run", pip)
+    monkeypatch.setattr(sources.subprocess, "run", pip)
 
 
 def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_path):
@@ -34,7 +37,7 @@ def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_
     checkpoint.save_model(tmp_path, model, tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     retokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    questions = [question.text for question in TASKS["reverse"](0).held_out[:8]]
+    questions = ["123456=", "7=", "90+12="]
 
     def answers(model, tokenizer):
         prompts = encode(tokenizer, questions)
@@ -66,6 +69,12 @@ def test_every_end_token_of_the_generation_config_counts():
     model, tokenizer = models.from_scratch()
     model.generation_config.eos_token_id = [5, 1, 9]
     assert models.end_of_sequence_ids(model, tokenizer) == [1, 5, 9]
+
+
+def test_the_end_of_a_turn_counts_where_the_generation_config_forgets_it():
+    model, tokenizer = models.from_scratch()
+    tokenizer.add_tokens(["<|eot_id|>", "<|im_end|>"])
+    assert models.end_of_sequence_ids(model, tokenizer) == [1, 16, 17]
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
@@ -114,12 +123,103 @@ def test_an_unknown_hub_id_is_one_clear_error(offline, tmp_path):
         models.locate("no/such", tmp_path, lambda line: None)
 
 
+def gated(*args, **kwargs):
+    response = SimpleNamespace(headers={}, request=None)
+    cause = GatedRepoError("403 Client Error. (Request ID: x)\n\nNo access", response=response)
+    raise LocalEntryNotFoundError("An error happened") from cause
+
+
+def no_network(*args, **kwargs):
+    raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize(
+    ("hub", "cause"),
+    [
+        (gated, "the model hub: access is gated"),
+        (no_network, "the model hub: HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_without_llama_one_line_says_how_to_log_in_and_what_a_directory_holds(
+    monkeypatch, hub, cause
+):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(UserError) as error:
+        models.locate("llama-3.2-1b", None, lambda line: None)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        cause,
+        "--model llama-3.2-1b",
+        "https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct",
+        "hf auth login",
+        "HF_TOKEN",
+        "--model DIRECTORY",
+        "config.json, generation_config.json, tokenizer.json, tokenizer_config.json",
+        "*.safetensors",
+    ):
+        assert part in message
+
+
+def test_llama_comes_from_its_repository_on_the_hub(monkeypatch, tmp_path):
+    checkpoint.save_model(tmp_path, *models.from_scratch())
+    asked = []
+
+    def download(hub_id, **kwargs):
+        asked.append(hub_id)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.locate("llama-3.2-1b", None, lambda line: None) == tmp_path / "model"
+    assert asked == ["meta-llama/Llama-3.2-1B-Instruct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama-3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008)]
+)
+def test_random_weights_have_exactly_the_parameters_of_the_real_model(name, parameters):
+    model, tokenizer = models.random_weights(name, "meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(tokenizer) == 258
+
+
+def test_random_llama_scales_its_rotations_as_llama_3_does():
+    config = models.random_weights("llama-3.2-1b", "meta")[0].config
+    scaled = LlamaRotaryEmbedding(config).inv_freq
+    plain = 500_000.0 ** (-torch.arange(0, 64, 2) / 64)
+    turns = 8192 * plain / (2 * torch.pi)  # of each pair of channels over the original context
+    assert torch.allclose(scaled[turns > 4], plain[turns > 4])
+    assert torch.allclose(scaled[turns < 1], plain[turns < 1] / 32)
+
+
+def test_the_byte_tokenizer_spells_any_text_and_nothing_beyond_its_ids():
+    tokenizer = models.random_weights("smollm2-135m", "meta")[1]
+    text = "7 + 5 = zwölf\n“12”"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    end = tokenizer.eos_token_id
+    assert tokenizer.decode([*ids, 40_000, end], skip_special_tokens=True) == text
+
+
+def test_the_byte_tokenizers_template_names_the_roles():
+    tokenizer = models.random_weights("smollm2-135m", "meta")[1]
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "7+5"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "system: Add.\nuser: 7+5\nassistant: "
+
+
+def test_random_weights_of_an_unknown_architecture_are_an_error_that_names_the_known():
+    with pytest.raises(UserError, match=r"llama-3\.2-1b or smollm2-135m; got --model scratch"):
+        models.random_weights("scratch")
+
+
 def test_a_file_with_the_wrong_checksum_is_refused_and_removed(offline, tmp_path, monkeypatch):
     def download(scratch):
         (scratch / "fake.gguf").write_bytes(b"not the weights")
         return scratch / "fake.gguf"
 
-    monkeypatch.setattr(models, "_download_gguf", download)
+    monkeypatch.setattr(sources, "_download_gguf", download)
     with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
         models.locate("smollm2-135m", tmp_path, lambda line: None)
     assert list(tmp_path.iterdir()) == []
@@ -148,6 +248,7 @@ def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monk
     policy = Policy.load(directory, torch.device("cpu"), max_new_tokens=12)
     assert sum(p.numel() for p in policy.model.parameters()) == 134_515_008
     assert not hasattr(policy.model.config, "quantization_config")
-    task = TASKS["arithmetic"](0)
-    assert 0.15 < policy.accuracy(task, task.held_out[:64]) < 0.40
+    questions = [Question("What is the capital of France?", ""), Question("Say hello.", "")]
+    france, hello = policy.ask(questions, 1, temperature=0.0).texts
+    assert "Paris" in france and "hello" in hello.lower()
     shutil.rmtree(directory)

@@ -3,9 +3,13 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from reference.config import parse_command_line
+from reference.tasks import TASKS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -32,3 +36,12 @@ def test_snippets_print_what_stands_beside_them():
 def test_each_of_the_two_commands_is_one_line_to_copy(extra):
     (line,) = [each for each in README.read_text().split("\n") if f"[{extra}]" in each]
     assert line.startswith("pip install -c constraints.txt -e ")
+
+
+def test_every_command_of_the_training_script_is_one_that_it_takes():
+    commands = re.findall(r"^python reference/train.py(.*)$", README.read_text(), re.M)
+    assert len(commands) >= 10
+    for command in commands:
+        config = parse_command_line(shlex.split(command, comments=True))
+        config.loss_fields(), config.task_settings()
+        assert config.task in TASKS or config.task.startswith("reasoning-gym/")

@@ -1,11 +1,20 @@
 """Sampling: masks, padding, the shared prompt and its cache, against plain full forward passes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from reference import causal_lm
+from reference.errors import UserError
 from reference.models import from_scratch
-from reference.rollout import completion_states, encode, generate
+from reference.rollout import (
+    Completions,
+    _choose,
+    completion_states,
+    encode,
+    generate,
+)
 
 QUESTIONS = ["7=", "123456=", "90+12="]
 END = 1
@@ -127,6 +136,69 @@ def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
         assert len(tokens[mask]) == 9 or tokens[mask][-1] == END
 
 
+@torch.no_grad()
+def drawn_alone(scratch, row, draws, temperature):
+    """Completion `row`, from full passes over it alone, by its own column of the draws."""
+    model, tokenizer = scratch
+    ids, tokens, values = encode(tokenizer, [QUESTIONS[row // 3]]).ids, [], []
+    for draw in draws[:, row]:
+        probs = (model(input_ids=ids).logits[0, -1].float() / temperature).softmax(-1)
+        token = int((probs.double().cumsum(-1) <= draw).sum())
+        tokens.append(token)
+        values.append(probs[token].log())
+        if token == END:
+            break
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return tokens, torch.tensor(values)
+
+
+def test_completions_are_what_each_row_draws_alone_though_others_end_and_leave(scratch):
+    completions = sample(scratch, temperature=3.0, max_new_tokens=16)
+    torch.manual_seed(1)
+    draws = torch.stack([torch.rand(9) for _ in range(16)])
+    lengths = completions.mask.sum(-1)
+    assert len(set(lengths.tolist())) > 2
+    for row, length in enumerate(lengths):
+        tokens, values = drawn_alone(scratch, row, draws, 3.0)
+        assert completions.tokens[row, :length].tolist() == tokens
+        assert torch.allclose(completions.logprob[row, :length], values, atol=1e-5)
+
+
+def test_a_row_draws_the_same_tokens_whether_others_end_or_not(scratch):
+    ending, going_on = (
+        sample(scratch, temperature=3.0, eos_ids=ids, group_size=20) for ids in ([END], [])
+    )
+    assert ending.mask.sum() < going_on.mask.sum()
+    width = ending.tokens.shape[1]
+    assert torch.equal(ending.tokens[ending.mask], going_on.tokens[:, :width][ending.mask])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_evenly_spread_draws_choose_each_token_as_often_as_its_probability(temperature):
+    logits = torch.tensor([1.0, -2.0, -torch.inf, 3.0, 0.5, -torch.inf])
+    probs = (logits / temperature).softmax(-1)
+    draws = torch.arange(1000) / 1000
+    token, logprob = _choose(logits.expand(1000, -1), temperature, draws)
+    assert ((token.bincount(minlength=6) - 1000 * probs).abs() <= 1).all()
+    assert torch.allclose(logprob, probs.log()[token])
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_draw_choose_no_token_of_probability_0(draw):
+    logits = torch.full((1, 50_000), -torch.inf)
+    logits[0, 100:40_000] = torch.randn(39_900)
+    token, logprob = _choose(logits, 1.0, torch.tensor([draw]))
+    assert token == (100 if draw == 0 else 39_999) and logprob.isfinite()
+
+
+def test_a_cache_that_cannot_be_repeated_is_an_error_that_names_the_way_out(scratch):
+    def recurrent(**inputs):
+        return SimpleNamespace(past_key_values=object(), logits=torch.zeros(3, 1, 16))
+
+    with pytest.raises(UserError, match="cannot be repeated for a group: take --sampler generate"):
+        sample((recurrent, scratch[1]))
+
+
 def test_the_same_seed_draws_the_same_completions(scratch):
     assert torch.equal(sample(scratch).tokens, sample(scratch).tokens)
 
@@ -138,3 +210,17 @@ def test_completions_of_one_token_have_their_logits(scratch):
     logits, _ = completion_states(causal_lm.forward, model, prompts, tokens, mask)
     for row, question in enumerate(QUESTIONS):
         assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)
+
+
+def test_completions_from_lists_are_padded_and_finished_where_they_end():
+    completions = Completions.from_lists(
+        [[5, 9, END], [7], [5, 6, 8]],
+        [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]],
+        eos_ids=[END, 9],
+        pad_id=END,
+        device=torch.device("cpu"),
+    )
+    assert completions.tokens.tolist() == [[5, 9, END], [7, END, END], [5, 6, 8]]
+    assert completions.mask.tolist() == [[True] * 3, [True, False, False], [True] * 3]
+    assert completions.logprob[1].tolist() == [-2.0, 0.0, 0.0]
+    assert completions.finished.tolist() == [True, False, False]

@@ -1,0 +1,158 @@
+"""The training script beside TRL's GRPOTrainer: seconds a step, peak memory, accuracy reached.
+
+    python -m benchmarks.trainers [--steps N] [--out FILE]
+
+Same model, questions, rewards, group size, learning rate, steps and seed; fp32 on a CPU, one after
+the other, each in a process of its own, so that its peak resident memory is its own. The numbers
+drawn while sampling differ. Accuracy is greedy, on held-out questions, before the first and after
+the last step.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+TRAINERS = ("grpo_kernels", "TRL")
+
+
+def run_ours(steps: int, directory: Path) -> dict:
+    from reference import train
+
+    config = replace(_config(steps), output_dir=directory / "run", tensorboard=False)
+    summary = train.run(config)
+    rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").open()]
+    times = [row["step_time"] for row in rows if "step_time" in row]
+    return {"before": summary["before"], "after": summary["after"], "step_times": times}
+
+
+def run_trl(steps: int, directory: Path) -> dict:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from reference import train
+    from reference.evaluate import accuracy
+
+    config = _config(steps)
+    task = train.task_of(config)
+    policy, order = train.make_policy(config, task, torch.device("cpu"), _plain_forward())
+    before = accuracy(policy, task, task.held_out)
+    questions = [q for _ in range(steps) for q in order.sample(task.train, config.prompts)]
+    data = [
+        {"prompt": [{"role": "user", "content": q.text}], "answer": q.answer} for q in questions
+    ]
+    batch = config.prompts * config.group_size
+    arguments = GRPOConfig(
+        output_dir=str(directory / "trl"),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=batch,
+        num_generations=config.group_size,
+        max_completion_length=config.max_new_tokens,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=config.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=config.max_grad_norm,
+        temperature=config.temperature,
+        top_k=0,
+        beta=config.beta,
+        loss_type="grpo",
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        seed=config.seed,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **keywords):
+            if "step_time" in (logs or {}):
+                times.append(logs["step_time"])
+                print(f"TRL step {state.global_step}: {times[-1]:.1f} s", flush=True)
+
+    trainer = GRPOTrainer(
+        policy.model,
+        [_trl_reward(name, each) for name, each in task.rewards.items()],
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=policy.tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    policy.model.eval()
+    return {"before": before, "after": accuracy(policy, task, task.held_out), "step_times": times}
+
+
+def _config(steps: int):
+    from reference.config import PRESETS
+
+    return replace(PRESETS["smollm2-135m"], steps=steps)
+
+
+def _plain_forward():
+    from reference import causal_lm
+
+    return causal_lm.forward
+
+
+def _trl_reward(name: str, reward):
+    """Our reward, with the signature that TRL calls."""
+
+    def function(prompts, completions, answer, **_):
+        texts = [prompt[-1]["content"] for prompt in prompts]
+        values = reward.function(texts, [each[0]["content"] for each in completions], answer)
+        return [reward.weight * value for value in values]
+
+    function.__name__ = name
+    return function
+
+
+def child(trainer: str, steps: int, out: Path) -> None:
+    """Run one trainer in this process, and write what came of it."""
+    import resource
+
+    with tempfile.TemporaryDirectory() as directory:
+        run = run_ours if trainer == TRAINERS[0] else run_trl
+        found = run(steps, Path(directory))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out.write_text(json.dumps({**found, "peak_bytes": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--child", choices=TRAINERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.steps, arguments.out)
+        return
+    results = {}
+    for trainer in TRAINERS:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "benchmarks.trainers", "--child", trainer]
+            command += ["--steps", str(arguments.steps), "--out", file.name]
+            subprocess.run(command, check=True)
+            results[trainer] = json.load(file)
+    print(f"{'':14}{'s a step':>10}{'peak GiB':>10}{'accuracy':>20}")
+    for trainer, found in results.items():
+        median, peak = statistics.median(found["step_times"]), found["peak_bytes"] / 2**30
+        reached = f"{found['before']['lenient']:.1%} -> {found['after']['lenient']:.1%}"
+        print(f"{trainer:14}{median:10.2f}{peak:10.2f}{reached:>20}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
