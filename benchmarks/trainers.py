@@ -36,12 +36,14 @@ def run_trl(steps: int, directory: Path) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from reference import train
+    from reference import causal_lm, train
     from reference.evaluate import accuracy
+    from reference.samplers import shared_prompt
 
     config = _config(steps)
     task = train.task_of(config)
-    policy, order = train.make_policy(config, task, torch.device("cpu"), _plain_forward())
+    plain = (causal_lm.forward, shared_prompt, task.system)
+    policy, order = train.make_policy(config, torch.device("cpu"), *plain)
     before = accuracy(policy, task, task.held_out)
     questions = [q for _ in range(steps) for q in order.sample(task.train, config.prompts)]
     data = [
@@ -95,15 +97,9 @@ def run_trl(steps: int, directory: Path) -> dict:
 
 
 def _config(steps: int):
-    from reference.config import PRESETS
+    from reference.presets import PRESETS
 
     return replace(PRESETS["smollm2-135m"], steps=steps)
-
-
-def _plain_forward():
-    from reference import causal_lm
-
-    return causal_lm.forward
 
 
 def _trl_reward(name: str, reward):

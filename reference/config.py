@@ -1,8 +1,7 @@
-"""The settings of a run: a frozen dataclass, presets for its defaults, a command line over both."""
+"""The settings of a run, and what they may be."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -61,8 +60,9 @@ class TrainConfig:
     answer: str | None = None
     """For --task question: its answer."""
     reward: tuple[str, ...] = ()
-    """More rewards: package.module.function or file.py:function, =weight behind it if it is not
-    1."""
+    """More rewards: package.module.function or file.py:function, =weight behind it if it is not 1.
+    Installed packages can be imported; so can modules of this directory under `python -m
+    reference.train`."""
     reward_weight: tuple[str, ...] = ()
     """Weights of the task's own rewards, name=weight; 0 leaves one out of the sum, not of the
     log."""
@@ -132,7 +132,7 @@ class TrainConfig:
     pass_at: int | None = None
     """Also estimate pass@k from this many samples of each held-out question."""
     eval_only: bool = False
-    """Ask the held-out questions and stop."""
+    """Ask the held-out questions and stop. Which are held out depends on --seed."""
     chat: bool = False
     """Talk to the model and stop: --model runs/.../model for one that was trained."""
 
@@ -162,7 +162,7 @@ class TrainConfig:
         for name, minimum in _LEAST.items():
             value = getattr(self, name)
             self._require(name, value is None or value >= minimum, f"at least {minimum}")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "importance_cap"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "a positive number")
         for name in ("beta", "entropy_coef", "epsilon_low", "epsilon_high"):
@@ -172,6 +172,10 @@ class TrainConfig:
             "overlong_buffer", self.overlong_buffer < self.max_new_tokens, "below --max-new-tokens"
         )
         self._require("minibatches", self.minibatches <= self.prompts, "at most --prompts")
+        if self.chat and self.eval_only:
+            raise UserError("--chat and --eval-only: choose one")
+        if self.dynamic_sampling and self.step_reward is not None:
+            raise UserError("--dynamic-sampling looks at whole answers: not with --step-reward")
         if self.model == "scratch" and self.task != "reverse":
             raise UserError("--model scratch learns --task reverse only: it can spell no other")
         if self.model == "scratch" and self.lora_rank is not None:
@@ -211,6 +215,7 @@ class TrainConfig:
         return fields
 
 
+_POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "importance_cap", "lora_alpha")
 _LEAST = {
     "steps": 1,
     "prompts": 1,
@@ -231,46 +236,3 @@ _LEAST = {
     "threads": 1,
     "lora_rank": 1,
 }
-
-PRESETS = {
-    "smollm2-135m": TrainConfig(),
-    "tiny": TrainConfig(
-        preset="tiny",
-        model="scratch",
-        task="reverse",
-        steps=400,
-        prompts=16,
-        max_new_tokens=7,  # six digits and the end
-        learning_rate=3e-4,
-        warmup_steps=0,
-        print_every=50,
-        dashboard_every=100,
-        threads=1,  # matrices this small lose up to 20 times when shared between threads
-    ),
-    "llama-3.2-1b": TrainConfig(
-        preset="llama-3.2-1b",
-        model="llama-3.2-1b",
-        task="gsm8k",
-        steps=500,
-        prompts=16,
-        max_new_tokens=320,
-        loss="dapo",
-        learning_rate=1e-6,
-        warmup_steps=10,
-        micro_batch=4,
-        gradient_checkpointing=True,
-        eval_every=50,
-        eval_questions=200,
-        mask_truncated=True,
-    ),
-}
-
-
-def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
-    """The preset named in the arguments, overridden by the other flags."""
-    import tyro
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
-    preset = first.parse_known_args(arguments)[0].preset
-    return tyro.cli(TrainConfig, args=arguments, default=PRESETS[preset])

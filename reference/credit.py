@@ -28,7 +28,8 @@ def advantages_of(
     and those of the steps add up.
     """
     if config.loss == "dr_grpo":
-        outcome = found.rewards - found.rewards.mean(dim=-1, keepdim=True)
+        rewards = found.rewards - found.rewards[:, :1]  # so that equal rewards have advantage 0
+        outcome = rewards - rewards.mean(dim=-1, keepdim=True)
     else:
         outcome = losses.group_normalised_advantage(found.rewards)
     outcome = outcome.flatten()
@@ -71,7 +72,16 @@ def _steps_in_tokens(
     G = found.rewards.shape[1]
     texts, completions = found.answers.texts, found.answers.completions
     questions = [question for question in found.questions for _ in range(G)]
-    found_steps = step_reward([q.text for q in questions], texts, [q.answer for q in questions])
+    inputs = ([q.text for q in questions], texts, [q.answer for q in questions])
+    try:
+        found_steps = [
+            [(int(end), float(reward)) for end, reward in steps] for steps in step_reward(*inputs)
+        ]
+    except Exception as error:
+        raise UserError(
+            f"--step-reward raised {type(error).__name__}, or gave no lists of (end, reward): "
+            f"{error}"
+        ) from error
     if len(found_steps) != len(texts):
         raise UserError(
             f"--step-reward gave {len(found_steps)} lists of steps for {len(texts)} completions"

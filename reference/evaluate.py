@@ -53,7 +53,11 @@ def right_answers(
 
 
 def chat(
-    policy: Policy, temperature: float, ask: Callable[[str], str], say: Callable = print
+    policy: Policy,
+    temperature: float,
+    max_new_tokens: int,
+    ask: Callable[[str], str],
+    say: Callable = print,
 ) -> None:
     """A conversation, until an empty line or the end of the input."""
     say("Talk to the model; an empty line ends.")
@@ -66,6 +70,6 @@ def chat(
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        reply = policy.reply(messages, temperature, policy.max_new_tokens)
+        reply = policy.reply(messages, temperature, max_new_tokens)
         messages.append({"role": "assistant", "content": reply})
         say(f"model> {reply}")

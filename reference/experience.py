@@ -28,13 +28,10 @@ class Experience:
     answers: Answers
     by_name: dict[str, Tensor]
     rewards: Tensor  # [B, G], the weighted sum
+    has_signal: Tensor  # [B], whether there is something to learn from a group
     accuracy: dict[str, Tensor]  # [B·G], "strict" and "lenient", 0 or 1
     sampled: int  # tokens, those of discarded groups too
-
-    @property
-    def has_signal(self) -> Tensor:
-        """[B], whether the rewards of a group differ."""
-        return self.rewards.ne(self.rewards[:, :1]).any(dim=-1)
+    seen: int  # the same with a prompt for each answer
 
     def at(self, groups: Sequence[int]) -> Experience:
         """Only these groups."""
@@ -51,6 +48,7 @@ class Experience:
             answers=Answers(self.answers.prompts[groups], completions, texts),
             by_name={name: values[rows] for name, values in self.by_name.items()},
             rewards=self.rewards[groups],
+            has_signal=self.has_signal[groups],
             accuracy={name: values[rows] for name, values in self.accuracy.items()},
         )
 
@@ -100,8 +98,13 @@ def answer(
         "strict": torch.tensor(task.strict(*batch)),
         "lenient": torch.tensor(task.lenient(*batch)),
     }
+    rewards = total.view(-1, G)
+    has_signal = rewards.ne(rewards[:, :1]).any(dim=-1)
+    if config.mask_truncated:  # an answer that was cut off teaches nothing
+        has_signal &= completions.finished.view(-1, G).any(dim=-1).cpu()
     sampled = int(completions.mask.sum())
-    return Experience(questions, answers, by_name, total.view(-1, G), accuracy, sampled)
+    seen = sampled + int(answers.prompts.mask.sum()) * G
+    return Experience(questions, answers, by_name, rewards, has_signal, accuracy, sampled, seen)
 
 
 def overlong_penalty(mask: Tensor, config: TrainConfig) -> Tensor:
@@ -133,8 +136,10 @@ def joined(first: Experience, second: Experience, pad_id: int) -> Experience:
         ),
         {n: torch.cat([first.by_name[n], second.by_name[n]]) for n in first.by_name},
         torch.cat([first.rewards, second.rewards]),
+        torch.cat([first.has_signal, second.has_signal]),
         {n: torch.cat([first.accuracy[n], second.accuracy[n]]) for n in first.accuracy},
         first.sampled + second.sampled,
+        first.seen + second.seen,
     )
 
 
@@ -154,7 +159,7 @@ def describe(found: Experience) -> dict[str, float]:
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(dim=-1).mean().item(),
-        "frac_reward_zero_std": 1.0 - found.has_signal.float().mean().item(),
+        "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
         **{f"rewards/{name}/mean": x.mean().item() for name, x in found.by_name.items()},
         **{f"accuracy/{name}": x.float().mean().item() for name, x in found.accuracy.items()},
         "completions/mean_length": completions.mask.sum(-1).float().mean().item(),
@@ -164,13 +169,16 @@ def describe(found: Experience) -> dict[str, float]:
 
 def samples(found: Experience, advantages: Tensor, groups: int = 1) -> list[dict]:
     """The answers of the first groups in words, for a person to read."""
-    G = found.rewards.shape[1]
-    per_answer = advantages.flatten(1).mean(-1) if advantages.dim() == 2 else advantages
+    G, per_answer = found.rewards.shape[1], advantages
+    if advantages.dim() == 2:
+        mask = found.answers.completions.mask.cpu()
+        per_answer = torch.where(mask, advantages, 0.0).sum(-1) / mask.sum(-1)
     return [
         {
             "question": found.questions[row // G].text,
             "answer": found.questions[row // G].answer,
             "completion": found.answers.texts[row],
+            "reward": found.rewards.flatten()[row].item(),
             "rewards": {name: values[row].item() for name, values in found.by_name.items()},
             "advantage": per_answer[row].item(),
         }

@@ -112,7 +112,7 @@ class Learner:
         live = (counted & (of_tokens != 0)).view(B, -1).any(dim=-1)
         if self.config.beta > 0 or self.config.entropy_coef > 0:
             live = counted.view(B, -1).any(dim=-1)
-        for groups in torch.arange(B, device=live.device).chunk(self.config.minibatches):
+        for groups in torch.arange(B, device=live.device).tensor_split(self.config.minibatches):
             kept = groups[live[groups]]
             size = self.config.micro_batch or B
             parts = [

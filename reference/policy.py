@@ -19,8 +19,8 @@ from reference.rollout import (
     completion_states,
     encode,
     encode_messages,
-    generate,
 )
+from reference.samplers import Sampler, shared_prompt
 from reference.tasks import Question
 
 Precision = Literal["auto", "bf16", "off"]
@@ -48,6 +48,7 @@ class Policy:
     system: str | None = None  # the system prompt
     precision: Precision = "auto"  # of `autocast`
     gradient_checkpointing: bool = False
+    sampler: Sampler = shared_prompt  # who answers where nobody else is named
 
     @classmethod
     def load(
@@ -64,6 +65,7 @@ class Policy:
         gradient_checkpointing: bool = False,
         autocast: Precision = "auto",
         system: str | None = None,
+        sampler: Sampler = shared_prompt,
     ) -> Policy:
         """The policy of a model, with fp32 weights and without dropout.
 
@@ -74,6 +76,7 @@ class Policy:
             gradient_checkpointing: recompute activations in the backward pass.
             autocast: of the forward pass; "auto" is bf16 on a CUDA device and off elsewhere.
             system: the system prompt of every question.
+            sampler: who answers where `ask` names nobody.
 
         Raises:
             UserError: of the models or the adapters; there are no layers to recompute.
@@ -91,7 +94,7 @@ class Policy:
             net = adapters.add_lora(net, lora_rank, lora_alpha)
         # Dropout, where a model has it, would make sampler and trainer two different policies.
         net.to(device).eval()
-        settings = (forward, system, autocast, gradient_checkpointing)
+        settings = (forward, system, autocast, gradient_checkpointing, sampler)
         return cls(net, tokenizer, device, eos_ids, max_new_tokens, *settings)
 
     def ask(
@@ -99,19 +102,12 @@ class Policy:
         questions: Sequence[Question],
         group_size: int,
         temperature: float,
-        sampler: Callable | None = None,
+        sampler: Sampler | None = None,
     ) -> Answers:
-        """Sample `group_size` answers to each question; temperature 0 is greedy.
-
-        Args:
-            sampler: (policy, prompts, group_size, temperature) -> Completions; None: `generate`.
-        """
+        """Sample `group_size` answers to each question; temperature 0 is greedy."""
         texts = [question.text for question in questions]
         prompts = encode(self.tokenizer, texts, self.device, system=self.system)
-        if sampler is None:
-            completions = self._generate(prompts, group_size, temperature, self.max_new_tokens)
-        else:
-            completions = sampler(self, prompts, group_size, temperature)
+        completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
         return Answers(prompts, completions, self._texts(completions))
 
     def reply(self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int) -> str:
@@ -124,7 +120,8 @@ class Policy:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         prompts = encode_messages(self.tokenizer, [messages], self.device)
-        return self._texts(self._generate(prompts, 1, temperature, max_new_tokens))[0]
+        longer = replace(self, max_new_tokens=max_new_tokens)
+        return self._texts(self.sampler(longer, prompts, 1, temperature))[0]
 
     def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """The states [B·G, T, ...] from which the tokens were drawn, with gradient, and the head
@@ -159,20 +156,6 @@ class Policy:
     @property
     def _uses_bf16(self) -> bool:
         return self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
-
-    def _generate(
-        self, prompts: Prompts, group_size: int, temperature: float, max_new_tokens: int
-    ) -> Completions:
-        with self.autocast():
-            return generate(
-                self.model,
-                prompts,
-                group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                eos_ids=self.eos_ids,
-                pad_id=self.tokenizer.pad_token_id,
-                temperature=temperature,
-            )
 
     def _texts(self, completions: Completions) -> list[str]:
         rows = zip(completions.tokens, completions.mask, strict=True)

@@ -156,8 +156,8 @@ def _prefill(model, prompts: Prompts, copies: int):
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
     try:
+        cache = output.past_key_values
         cache.batch_repeat_interleave(copies)
     except (AttributeError, NotImplementedError):  # recurrent states, where a model has them
         name = type(model).__name__

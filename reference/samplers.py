@@ -29,7 +29,7 @@ def pick_sampler(name: str) -> Sampler:
     Raises:
         UserError: there is no such sampler, or the server does not answer.
     """
-    if name.startswith(("http://", "https://")):
+    if is_server(name):
         return ServerSampler(name)
     if name not in SAMPLERS:
         known = ", ".join(SAMPLERS)
@@ -37,6 +37,10 @@ def pick_sampler(name: str) -> Sampler:
             f"--sampler must be {known}, or the http:// or https:// URL of a server; got {name!r}"
         )
     return SAMPLERS[name]
+
+
+def is_server(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
@@ -157,11 +161,15 @@ def _settings(policy, **changes):
 @contextlib.contextmanager
 def _only(model, settings) -> Iterator[None]:
     """With these settings alone: `generate` fills what they leave open from the model's files."""
-    own, model.generation_config = model.generation_config, settings
+    # peft's generate hands the settings on to the model inside.
+    models = {id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}
+    own = [(each, each.generation_config) for each in models.values()]
+    model.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = own
+        for each, config in own:
+            each.generation_config = config
 
 
 def _paging(policy, inputs: list[list[int]]):

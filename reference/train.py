@@ -36,26 +36,28 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reference import checkpoint
-from reference.config import TrainConfig, parse_command_line
-from reference.credit import advantages_of
+from reference.config import TrainConfig
+from reference.credit import StepReward, advantages_of
 from reference.errors import UserError
 from reference.evaluate import accuracy, chat, pass_at
 from reference.experience import describe, gather, samples
 from reference.learner import Learner
 from reference.plots import plot_dashboard
 from reference.policy import Policy, pick_device
+from reference.presets import parse_command_line
 from reference.rewards import chosen
 from reference.rewards import load as load_function
 from reference.runlog import RunLog, load_wandb, summary_table
-from reference.samplers import Sampler, pick_sampler
+from reference.samplers import Sampler, is_server, pick_sampler
 from reference.supervised import warm_start
 from reference.tasks import Task, make_task
 
 ABOUT_THE_LOSS = """\
-A note on the loss: with one optimiser step per batch its VALUE is about 0, since the ratio of new
-to old policy is 1 and the advantages of a group add up to 0. Its gradient is not 0. Watch the
-reward.
+A note on the loss: with one optimiser step per batch its VALUE is about 0, or what answers of
+unequal length leave of it, since the ratio of new to old policy is 1 and the advantages of a group
+add up to 0. Its gradient is not 0. Watch the reward.
 """
+CHAT_TOKENS = 256
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped before the end: no model was saved", file=sys.stderr)
+        print("\nstopped before the end", file=sys.stderr)
         return 130
     return 0
 
@@ -78,27 +80,30 @@ def run(config: TrainConfig) -> dict[str, float]:
 
     # What can be wrong with the settings is found here, before any model is loaded.
     losses, causal_lm = pick_losses(config.loss_impl)
-    losses.LossConfig(**config.loss_fields())
+    loss_config = losses.LossConfig(**config.loss_fields())
     device = pick_device(config.device)
-    task = task_of(config)
     sampler = pick_sampler(config.sampler)
+    if config.chat:
+        policy, _ = make_policy(config, device, causal_lm.forward, sampler, config.system)
+        chat(policy, config.temperature, CHAT_TOKENS, input)
+        return {}
+    task = task_of(config)
+    step_reward = None if config.step_reward is None else load_function(config.step_reward)
     if config.wandb:
         load_wandb()
-
-    if config.chat or config.eval_only:
-        policy, _ = make_policy(config, task, device, causal_lm.forward)
-        if config.eval_only:
-            return evaluate(policy, task, config)
-        chat(policy, config.temperature, input)
-        return {}
+    if config.eval_only:
+        policy, _ = make_policy(config, device, causal_lm.forward, sampler, task.system)
+        return evaluate(policy, task, config)
 
     directory = checkpoint.make_run_directory(config)
     try:
-        policy, order = make_policy(config, task, device, causal_lm.forward)
-        learn = Learner(policy, losses, losses.LossConfig(**config.loss_fields()), config)
+        policy, order = make_policy(config, device, causal_lm.forward, sampler, task.system)
+        if config.model == "scratch":
+            print(f"warm start: {warm_start(policy, task, order)} supervised steps")
+        learner = Learner(policy, losses, loss_config, config)
         log = RunLog(directory, asdict(config), tensorboard=config.tensorboard, wandb=config.wandb)
         with closing(log):
-            return train(config, task, policy, sampler, learn, order, log, directory)
+            return train(task, sampler, step_reward, learner, order, log)
     finally:
         checkpoint.remove_if_empty(directory)
 
@@ -124,13 +129,17 @@ def task_of(config: TrainConfig) -> Task:
 
 
 def make_policy(
-    config: TrainConfig, task: Task, device: torch.device, forward: Callable
+    config: TrainConfig,
+    device: torch.device,
+    forward: Callable,
+    sampler: Sampler,
+    system: str | None,
 ) -> tuple[Policy, random.Random]:
     """The model before GRPO, and the source of the order of questions; seeds everything."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    order = random.Random(config.seed)
+    own = {} if is_server(config.sampler) else {"sampler": sampler}  # a server's weights are older
     policy = Policy.load(
         config.model,
         device,
@@ -142,98 +151,100 @@ def make_policy(
         lora_alpha=config.lora_alpha,
         gradient_checkpointing=config.gradient_checkpointing,
         autocast=config.autocast,
-        system=task.system,
+        system=system,
+        **own,
     )
-    if config.model == "scratch":
-        steps = warm_start(policy, task, order)
-        print(f"warm start: {steps} supervised steps")
-    return policy, order
+    return policy, random.Random(config.seed)
 
 
 def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
     """Accuracy on the held-out questions, greedy, and pass@k where it is asked for."""
     questions = task.held_out[: config.eval_questions]
-    found = accuracy(policy, task, questions)
-    if config.pass_at is not None:
-        found |= pass_at(policy, task, questions, config.pass_at, config.temperature)
+    with torch.random.fork_rng():  # asking more often leaves the training as it is
+        found = accuracy(policy, task, questions)
+        if config.pass_at is not None:
+            found |= pass_at(policy, task, questions, config.pass_at, config.temperature)
     shown = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
     print(f"{len(questions)} held-out questions: {shown}")
     return found | {"questions": len(questions)}
 
 
 def train(
-    config: TrainConfig,
     task: Task,
-    policy: Policy,
     sampler: Sampler,
+    step_reward: StepReward | None,
     learner: Learner,
     order: random.Random,
     log: RunLog,
-    directory: Path,
 ) -> dict[str, float]:
-    """The run: ask, score, learn, tell, and at last save."""
+    """The run: ask, score, learn, tell, and save; also where it is stopped before its end."""
+    config, policy, directory = learner.config, learner.policy, log.directory
     started = time.perf_counter()
     before = evaluate(policy, task, config)
     evaluations, history, tokens_seen = [{"step": 0, **before}], [], 0
     log.evaluation(0, before)
-    print(ABOUT_THE_LOSS)
-    pace = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
-    bar = tqdm(
-        range(1, config.steps + 1), "GRPO", unit="step", dynamic_ncols=True, mininterval=pace
-    )
     title = f"{Path(config.model).name} on {config.task}"
-    step_reward = None if config.step_reward is None else load_function(config.step_reward)
+    draw = partial(plot_dashboard, directory / "curves.png", history, evaluations, title)
+    draw()  # now, so that what is missing for it is not missed after the last step
+    print(ABOUT_THE_LOSS)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
-    for step in bar:
-        began = time.perf_counter()
-        found = gather(policy, task, sampler, order, config)
-        gathered = time.perf_counter()
-        advantages = advantages_of(found, config, learner.losses, step_reward, decode)
-        learned = learner.step(found.answers, advantages)
-        ended = time.perf_counter()
+    try:
+        for step in (bar := progress_bar(config.steps)):
+            began = time.perf_counter()
+            found = gather(policy, task, sampler, order, config)
+            gathered = time.perf_counter()
+            advantages = advantages_of(found, config, learner.losses, step_reward, decode)
+            learned = learner.step(found.answers, advantages)
+            ended = time.perf_counter()
 
-        tokens_seen += found.sampled + int(found.answers.prompts.mask.sum()) * config.group_size
-        row = {"step": step, **describe(found), **learned, "num_tokens": tokens_seen}
-        row |= {"step_time": ended - began, "rollout_time": gathered - began}
-        row |= {"tokens_per_second": found.sampled / (ended - began)}
-        row |= {"memory_gib": peak_memory_gib(policy.device)}
-        history.append(row)
-        log.step(row)
-        shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
-        bar.set_postfix(shown, refresh=False)
-        if (step - 1) % config.print_every == 0:
-            examples = samples(found, advantages)
-            log.completions(step, examples)
-            tqdm.write(f"step {step}: {one_line(examples[0])}", file=sys.stdout)
-        if config.eval_every is not None and step % config.eval_every == 0 and step < config.steps:
-            evaluations.append({"step": step, **evaluate(policy, task, config)})
-            log.evaluation(step, evaluations[-1])
-        if step % config.dashboard_every == 0:
-            plot_dashboard(directory / "curves.png", history, evaluations, title)
+            tokens_seen += found.seen
+            row = {"step": step, **describe(found), **learned, "num_tokens": tokens_seen}
+            row |= {"step_time": ended - began, "rollout_time": gathered - began}
+            row |= {"tokens_per_second": found.sampled / (ended - began)}
+            row |= {"memory_gib": memory_gib(policy.device)}
+            history.append(row)
+            log.step(row)
+            shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
+            bar.set_postfix(shown, refresh=False)
+            if (step - 1) % config.print_every == 0:
+                examples = samples(found, advantages)
+                log.completions(step, examples)
+                tqdm.write(f"step {step}: {one_line(examples[0])}", file=sys.stdout)
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                evaluations.append({"step": step, **evaluate(policy, task, config)})
+                log.evaluation(step, evaluations[-1])
+            if step % config.dashboard_every == 0:
+                draw()
+    finally:
+        if history:
+            saved = checkpoint.save_model(directory, policy.to_save(), policy.tokenizer)
+            print(f"\nthe model after {len(history)} steps: {saved}")
 
     after = evaluate(policy, task, config)
     evaluations.append({"step": config.steps, **after})
     log.evaluation(config.steps, after)
-    plot_dashboard(directory / "curves.png", history, evaluations, title)
-    checkpoint.save_model(directory, policy.to_save(), policy.tokenizer)
+    draw()
     seconds = round(time.perf_counter() - started, 1)
     summary = {"before": before, "after": after, "seconds": seconds}
     checkpoint.save_json(directory / "summary.json", summary)
     print(summary_table(before, after, history))
-    print(
-        f"{seconds:.0f} s; in {directory}: {' '.join(sorted(x.name for x in directory.iterdir()))}"
-    )
+    written = ", ".join(sorted(path.name for path in directory.iterdir()))
+    print(f"{seconds:.0f} s; in {directory}: {written}")
     return summary
 
 
+def progress_bar(steps: int) -> tqdm:
+    pace = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
+    return tqdm(range(1, steps + 1), "GRPO", unit="step", dynamic_ncols=True, mininterval=pace)
+
+
 def one_line(sample: dict) -> str:
-    reward = sum(sample["rewards"].values())
-    return f"{sample['question']!r} -> {sample['completion']!r}, reward {reward:.1f}"
+    return f"{sample['question']!r} -> {sample['completion']!r}, reward {sample['reward']:.1f}"
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Of the device, or of this process on a CPU."""
+def memory_gib(device: torch.device) -> float:
+    """The peak of the device, or on a CPU what this process holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil

@@ -64,6 +64,7 @@ ALLOWED = {
 SCRIPT = {
     "train",
     "config",
+    "presets",
     "errors",
     "answers",
     "rewards",

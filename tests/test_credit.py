@@ -28,7 +28,9 @@ def experience(rewards, rows):
     questions = [Question("?", "!")] * len(rewards)
     empty = torch.zeros(len(rewards), 1).long()
     answers = Answers(Prompts(empty, empty == 0), done, [decode(row) for row in rows])
-    return Experience(questions, answers, {}, torch.tensor(rewards), {}, int(mask.sum()))
+    rewards = torch.tensor(rewards)
+    has_signal = rewards.ne(rewards[:, :1]).any(-1)
+    return Experience(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
 
 
 def test_outcome_advantages_are_the_group_s_and_dr_grpo_keeps_the_scale():
@@ -37,6 +39,13 @@ def test_outcome_advantages_are_the_group_s_and_dr_grpo_keeps_the_scale():
     assert torch.allclose(ours, torch.tensor([0.5**0.5, -(0.5**0.5), 0, 0]))
     ours = advantages_of(found, TrainConfig(loss="dr_grpo"), reference, None, decode)
     assert ours.tolist() == [0.5, -0.5, 0.0, 0.0]
+
+
+def test_equal_rewards_have_no_advantage_whatever_their_rounding():
+    found = experience([[1.2] * 8], [[1]] * 8)
+    for loss in ("grpo", "dr_grpo"):
+        ours = advantages_of(found, TrainConfig(loss=loss), reference, None, decode)
+        assert (ours == 0).all()
 
 
 def test_a_step_s_reward_reaches_its_tokens_and_those_before_it():
@@ -69,6 +78,8 @@ def test_steps_in_characters_end_in_the_token_that_holds_the_character():
         ([[(0, 1.0)], []], "must end in 1 to 3"),
         ([[(1, float("nan"))], []], "finite reward"),
         ([[]], "1 lists of steps for 2 completions"),
+        ([None, []], "raised TypeError, or gave no lists"),
+        ([[3.0], []], "raised TypeError, or gave no lists"),
     ],
 )
 def test_a_wrong_step_is_named(steps, said):

@@ -12,7 +12,7 @@ from reference.tasks import Question, Task
 class Scripted:
     """Answers question n rightly in the first n of its samples."""
 
-    system, max_new_tokens = "Be brief.", 5
+    system = "Be brief."
 
     def __init__(self):
         self.batches = []
@@ -63,7 +63,7 @@ def test_pass_at_k_is_the_share_of_k_samples_with_a_right_one(right):
 
 def test_a_conversation_remembers_and_ends_at_an_empty_line():
     said, lines = [], cycle(["hello", "again", ""])
-    evaluate.chat(Scripted(), 1.0, lambda prompt: next(lines), said.append)
+    evaluate.chat(Scripted(), 1.0, 5, lambda prompt: next(lines), said.append)
     assert said[1:] == ["model> 2 messages, last hello", "model> 4 messages, last again"]
 
 
@@ -71,4 +71,4 @@ def test_a_conversation_ends_with_its_input():
     def closed(prompt):
         raise EOFError
 
-    evaluate.chat(Scripted(), 1.0, closed, lambda line: None)
+    evaluate.chat(Scripted(), 1.0, 5, closed, lambda line: None)

@@ -1,6 +1,7 @@
 """Groups of rewarded answers: signal, dynamic sampling, the overlong penalty, their metrics."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,32 @@ def test_samples_are_one_group_in_words():
     assert (first["advantage"], second["advantage"]) == (0.0, 1.0)
     (_, of_tokens) = experience.samples(found, torch.arange(16.0).view(8, 2))
     assert of_tokens["advantage"] == pytest.approx(2.5)
+    assert (first["reward"], second["reward"]) == (2.0, 0.0)
+
+
+def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
+    _, found = gathered([1, 3, 5, 7])
+    done = found.answers.completions
+    mask = done.mask.clone()
+    mask[:, 1] = False
+    found = replace(found, answers=replace(found.answers, completions=replace(done, mask=mask)))
+    (first, _) = experience.samples(found, torch.tensor([[1.5, 9.0]] * 8))
+    assert first["advantage"] == 1.5
+
+
+def test_answers_that_were_all_cut_off_are_no_signal_where_they_do_not_count(monkeypatch):
+    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+    assert found.has_signal.all()
+    ask = Scripted.ask
+
+    def cut_off(self, *arguments):
+        answers = ask(self, *arguments)
+        finished = torch.zeros_like(answers.completions.finished)
+        return replace(answers, completions=replace(answers.completions, finished=finished))
+
+    monkeypatch.setattr(Scripted, "ask", cut_off)
+    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+    assert not found.has_signal.any()
 
 
 def test_a_single_question_fills_a_batch_and_no_question_is_drawn_twice_before_all():

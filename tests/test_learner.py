@@ -162,6 +162,14 @@ def test_one_minibatch_s_gradient_is_that_of_its_own_questions():
     assert [each.denominators["entropy_normalizer"] for each in (first, second)] == tokens
 
 
+@pytest.mark.parametrize("minibatches", [1, 3, 4])
+def test_there_are_as_many_minibatches_as_asked_for_of_even_sizes(minibatches):
+    learner, answers = make_learner(minibatches=minibatches)
+    found = list(learner.minibatches(answers, torch.ones(16)))
+    sizes = [each.denominators["normalizer"] // 4 for each in found]
+    assert len(sizes) == minibatches and sum(sizes) == 4 and max(sizes) - min(sizes) <= 1
+
+
 def test_truncated_answers_are_left_out_of_the_loss_and_of_its_denominator():
     learner, answers = make_learner(mask_truncated=True, loss="bnpo")
     finished = torch.arange(16) % 3 > 0

@@ -10,6 +10,7 @@ from reference import adapters, causal_lm, models
 from reference.errors import UserError
 from reference.policy import Policy
 from reference.rollout import Completions, encode
+from reference.samplers import shared_prompt
 from reference.tasks import Question
 
 QUESTIONS = [Question("7+5=", "12"), Question("a longer one: 90+12=", "102")]
@@ -271,16 +272,15 @@ def test_a_reply_to_one_message_is_the_greedy_answer_to_that_question():
     assert len(messages) == 1
 
 
-def test_a_reply_has_read_the_whole_conversation(monkeypatch):
-    policy = load(system="Add.")
+def test_a_reply_has_read_the_whole_conversation():
     seen = []
-    generate = Policy._generate
 
     def note(policy, prompts, *settings):
+        assert policy.max_new_tokens == 3
         seen.append(policy.tokenizer.decode(prompts.ids[0]))
-        return generate(policy, prompts, *settings)
+        return shared_prompt(policy, prompts, *settings)
 
-    monkeypatch.setattr(Policy, "_generate", note)
+    policy = load(system="Add.", sampler=note)
     turns = [("user", "7+5"), ("assistant", "12"), ("user", "and 1 more")]
     messages = [{"role": role, "content": content} for role, content in turns]
     policy.reply(messages, 1.0, 3)

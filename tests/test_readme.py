@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.config import parse_command_line
+from reference.presets import parse_command_line
 from reference.tasks import TASKS
 
 README = Path(__file__).parents[1] / "README.md"
