@@ -23,9 +23,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 # Of the logits, and of their gradient where it is another: the last is the hidden level's.
-LAYOUTS = (*DTYPES, "fp32>bf16")
+LAYOUTS = ("bf16", "fp16", "fp32", "fp32>bf16")
 
 
 class Reading(NamedTuple):
@@ -100,6 +105,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(launch, kernel, launch, of_kernel, (), constants)
 
 
+ACC = (tl.float32, tl.float64)  # fp64 is accumulated as such
 _VOCABULARY_SIZED = ("logits_ptr", "ref_logits_ptr", "d_logits_ptr", "x_ptr")
 _ALIGNED_INTEGERS = re.compile(r"V|stride_.*_[bt]")
 
@@ -111,7 +117,9 @@ def _argument_type(name: str, dtype: str) -> str:
     if name in _VOCABULARY_SIZED:
         return f"*{of_logits}"
     if name.endswith("_ptr"):
-        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
+        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(
+            name, "*fp64" if dtype == "fp64" else "*fp32"
+        )
     return "i64" if name.endswith("_b") else "i32"
 
 
@@ -129,7 +137,12 @@ def compile_variant(variant: Variant, target: str, dtype: str):
     wave = TARGETS[target].warp_size
     sizes = {"UNROLL": pick.unroll, "LANES": pick.num_warps * wave, "VEC": pick.vector}
     sizes["PART"] = pick.part_tiles * pick.unroll * pick.num_warps * wave * pick.vector
-    constants = {**variant.constants, **dict.fromkeys(variant.absent), "ACC": tl.float32, **sizes}
+    constants = {
+        **variant.constants,
+        **dict.fromkeys(variant.absent),
+        "ACC": ACC[dtype == "fp64"],
+        **sizes,
+    }
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
         if name in constants:

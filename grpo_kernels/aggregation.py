@@ -51,7 +51,7 @@ def token_weights(
     sequences = keep.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if normalizer is None:
         return weight / denominator(keep.sum(), sequences, config)
-    return weight / _nonzero(normalizer)
+    return (weight / _nonzero(normalizer)).to(dtype)
 
 
 def entropy_divisor(

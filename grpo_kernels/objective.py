@@ -5,6 +5,7 @@ logits. A variant of the objective is a value of LossConfig: an entry in a table
 aggregation.py.
 """
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -89,6 +90,11 @@ class LossConfig:
         checks.check_number("entropy_coef", self.entropy_coef)
         checks.check_number("importance_cap", self.importance_cap, above=0)
         checks.check_max_completion_length(self.max_completion_length, self.aggregation)
+        for name, value in vars(self).items():  # NumPy's numbers, for one, have another repr
+            if isinstance(value, numbers.Integral):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, numbers.Real):
+                object.__setattr__(self, name, float(value))
 
     @classmethod
     def grpo(cls, **overrides: Any) -> Self:
@@ -289,7 +295,7 @@ def loss_constants(
     entropy_weight = None
     if config.entropy_coef != 0:
         divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
-        entropy_weight = weight.new_full((), config.entropy_coef) / divisor
+        entropy_weight = (weight.new_full((), config.entropy_coef) / divisor).to(dtype)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
     return keep, Constants(
         _select(keep, advantage, dtype),

@@ -134,3 +134,18 @@ def test_every_kernel_compiles_for_every_target_and_dtype_without_spills(tmp_pat
     assert {each["dtype"] for each in reports} == {"bf16", "fp16", "fp32", "fp32>bf16"}
     for report in reports:
         check_no_spills_and_wide_accesses(report)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_in_fp64():
+    """The interpreter takes what no GPU has an instruction for."""
+    code = (
+        "from benchmarks.variants import compile_variant, variants\n"
+        "for each in variants(): compile_variant(each, 'sm_90', 'fp64')\n"
+        "print('all of them')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "all of them\n", done.stderr[-2000:]

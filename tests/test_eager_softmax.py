@@ -1,9 +1,12 @@
 """The exponentials of eager rows: the same bits wherever a row lies, whatever the threads."""
 
+import threading
+
 import pytest
 import torch
 from cases import normal
 
+from grpo_kernels import rows, token_stats
 from grpo_kernels.eager.softmax import MIN_SHARE, SHARE_UNIT, exp2
 
 
@@ -34,3 +37,25 @@ def test_llama_s_rows_are_taken_together(threads, monkeypatch):
     n = MIN_SHARE * threads // V + 2
     exp2(torch.zeros(n, V), torch.empty(n, V))
     assert len(calls) == 1
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it(monkeypatch):
+    """Old log-probs first, then training, in a thread that never called before."""
+    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    logits, tokens, failures = normal(1, 1, 3, 50), torch.zeros(1, 3).long(), []
+
+    def work():
+        try:
+            with torch.inference_mode():
+                inside = token_stats(logits, tokens).logprob
+            leaf = logits.clone().requires_grad_()
+            outside = token_stats(leaf, tokens).logprob
+            outside.sum().backward()
+            assert torch.equal(inside, outside) and leaf.grad.isfinite().all()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures

@@ -1,5 +1,6 @@
 """The loss and its gradient in one launch, against policy_loss of token_stats over its settings."""
 
+import numpy as np
 import pytest
 import torch
 from cases import coin, make_case, normal
@@ -185,3 +186,32 @@ def test_no_tokens(room, one_launch):
     loss = grpo_loss(logits, tokens, torch.ones(2)).loss
     loss.backward()
     assert loss == 0 and logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("room", ["kernels", "eager"], indirect=True)
+def test_a_sampler_s_nan_shows_in_the_gradient_of_its_token(room):
+    logits = normal(1, 1, 3, 20).requires_grad_()
+    sampling = torch.tensor([[-1.0, torch.nan, -2.0]])
+    tokens, old = torch.zeros(1, 3).long(), torch.full((1, 3), -1.5)
+    loss, _ = grpo_loss(logits, tokens, torch.ones(1), old_logprob=old, sampling_logprob=sampling)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, 1].isnan().all()
+    assert gradient[0, [0, 2]].isfinite().all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = LossConfig(epsilon_low=np.float64(0.2), importance_cap=np.float32(3.0))
+    assert config == LossConfig(importance_cap=3.0)
+    assert repr(config) == repr(LossConfig(importance_cap=3.0))
+    logits = normal(1, 1, 3, 20).requires_grad_()
+    grpo_loss(logits, torch.zeros(1, 3).long(), torch.ones(1), config=config).loss.backward()
+    assert LossConfig.dr_grpo(np.int64(512)) == LossConfig.dr_grpo(512)
+
+
+@pytest.mark.parametrize("name", ["normalizer", "entropy_normalizer"])
+def test_the_dtype_of_a_normaliser_is_not_that_of_the_loss(name):
+    logits = normal(1, 1, 3, 20).requires_grad_()
+    given = {"normalizer": 6, "entropy_normalizer": 6} | {name: torch.tensor(6.0).double()}
+    config = LossConfig(aggregation="token_mean", entropy_coef=0.1)
+    loss, _ = grpo_loss(logits, torch.zeros(1, 3).long(), torch.ones(1), config=config, **given)
+    assert loss.dtype == torch.float32

@@ -18,6 +18,7 @@ import triton.language as tl
 from .row_math import (
     LN2,
     LOG2E,
+    at_most,
     clipped_slope,
     kl_slope,
     ratio_of,
@@ -47,7 +48,7 @@ def _log_prob_gradient(
     slope = clipped_slope(ratio, tl.load(advantage_ptr + row), lowest, highest, cap) * d_ratio
     if sampling_ptr is not None:
         importance, _ = ratio_of(old - tl.load(sampling_ptr + row))
-        slope *= tl.minimum(importance, importance_cap)
+        slope *= at_most(importance, importance_cap)
     if ref_ptr is not None:
         d = logprob - tl.load(ref_ptr + row)
         slope += beta * kl_slope(d, ratio, d_ratio, ESTIMATOR)

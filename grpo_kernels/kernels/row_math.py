@@ -22,6 +22,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 FLOOR = tl.constexpr(-1.0e30)
 NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
 MAX_LOG_RATIO = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond any clip, and far from overflow
@@ -147,9 +148,17 @@ def divergence(D, S, log_sum, other_log_sum):
 
 
 @triton.jit
+def at_most(x, bound):
+    """min(x, bound), NaN where x is."""
+    return tl.minimum(x, bound, propagate_nan=KEEP_NAN)
+
+
+@triton.jit
 def ratio_of(log_ratio):
     """(e^log_ratio, its derivative), saturated at a log-ratio of ±20."""
-    ratio = tl.exp2(tl.clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO) * LOG2E)
+    # Not tl.clamp: it drops a NaN, and for fp64 it does not compile.
+    bounded = at_most(tl.maximum(log_ratio, -MAX_LOG_RATIO, propagate_nan=KEEP_NAN), MAX_LOG_RATIO)
+    ratio = tl.exp2(bounded * LOG2E)
     return ratio, tl.where(tl.abs(log_ratio) <= MAX_LOG_RATIO, ratio, 0.0)
 
 

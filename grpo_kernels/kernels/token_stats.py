@@ -44,7 +44,8 @@ def row_counts(mask_ptr, row):
 
 @triton.jit
 def _scale(temperature_ptr, row, stride_temperature, ACC: tl.constexpr):
-    return LOG2E / tl.load(temperature_ptr + row * stride_temperature).to(ACC)
+    """As the gradient has it, to the last bit."""
+    return 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC) * LOG2E
 
 
 @triton.jit
