@@ -74,6 +74,7 @@ def _summary(of: Results) -> str:
         f"{of.base.model} (V = {head.V:,}, H = {head.H:,}) in {of.base.dtype}, medians.",
         *_loss_tables(of),
         _all_functions(of),
+        *_trainers(of),
     ]
     if of.machine["kind"] == "cuda":
         parts += [_targets(of), *_ceilings(of)]
@@ -170,6 +171,17 @@ def _ceilings(of: Results) -> list[str]:
     found = [each for each in of.records if each.task == "memory_ceiling"]
     rows = [[each.peer, f"{each.N:,}", each.reason or tables.NONE] for each in found]
     return [tables.table(["most tokens of a loss", "N", "beyond"], rows)] if rows else []
+
+
+def _trainers(of: Results) -> list[str]:
+    """The training script beside TRL's trainer."""
+    found = [each for each in of.records if each.task == "grpo_training"]
+    rows = [
+        [each.peer, tables.outcome(each), tables.memory(each.extra_bytes), each.reason]
+        for each in found
+    ]
+    heads = ["training SmolLM2 135M to add", "a step", "peak memory", "held-out accuracy"]
+    return [tables.table(heads, rows)] if rows else []
 
 
 def _picture(of: Results, level: str) -> str:

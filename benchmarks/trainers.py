@@ -1,6 +1,6 @@
 """The training script beside TRL's GRPOTrainer: seconds a step, peak memory, accuracy reached.
 
-    python -m benchmarks.trainers [--steps N] [--out FILE]
+    python -m benchmarks.trainers [--steps N] [--results FILE]
 
 Same model, questions, rewards, group size, learning rate, steps and seed; fp32 on a CPU, one after
 the other, each in a process of its own, so that its peak resident memory is its own. The numbers
@@ -17,6 +17,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from benchmarks.results import Record, ResultFile
+
+TASK = "grpo_training"
 TRAINERS = ("grpo_kernels", "TRL")
 
 
@@ -31,7 +36,6 @@ def run_ours(steps: int, directory: Path) -> dict:
 
 
 def run_trl(steps: int, directory: Path) -> dict:
-    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -125,29 +129,44 @@ def child(trainer: str, steps: int, out: Path) -> None:
     out.write_text(json.dumps({**found, "peak_bytes": peak}))
 
 
+def record_of(trainer: str, found: dict) -> Record:
+    """Seconds of a step; extra_bytes is the peak of the process, reason the accuracy."""
+    lower, median, upper = statistics.quantiles(found["step_times"], n=4)
+    config, steps = _config(1), len(found["step_times"])
+    tokens = config.prompts * config.group_size * config.max_new_tokens
+    return Record(
+        *(TASK, "both", "SmolLM2 135M", tokens, "fp32", 0.0, 0.0, trainer),
+        seconds=median,
+        lower_quartile=lower,
+        upper_quartile=upper,
+        rounds=steps,
+        extra_bytes=found["peak_bytes"],
+        reason=f"{found['before']['lenient']:.1%} → {found['after']['lenient']:.1%} "
+        f"after {steps} steps",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--results", type=Path, help="also write the records to this file")
     parser.add_argument("--child", choices=TRAINERS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.steps, arguments.out)
         return
-    results = {}
+    results = ResultFile(arguments.results, torch.device("cpu"), roofs={})
+    print(f"{'':14}{'s a step':>10}{'peak GiB':>10}  held-out accuracy")
     for trainer in TRAINERS:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "benchmarks.trainers", "--child", trainer]
             command += ["--steps", str(arguments.steps), "--out", file.name]
-            subprocess.run(command, check=True)
-            results[trainer] = json.load(file)
-    print(f"{'':14}{'s a step':>10}{'peak GiB':>10}{'accuracy':>20}")
-    for trainer, found in results.items():
-        median, peak = statistics.median(found["step_times"]), found["peak_bytes"] / 2**30
-        reached = f"{found['before']['lenient']:.1%} -> {found['after']['lenient']:.1%}"
-        print(f"{trainer:14}{median:10.2f}{peak:10.2f}{reached:>20}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            record = record_of(trainer, json.load(file))
+        results.add(record)
+        peak = record.extra_bytes / 2**30
+        print(f"{trainer:14}{record.seconds:10.2f}{peak:10.2f}  {record.reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import report, tables, trainers
 from benchmarks.peers import OURS
 from benchmarks.results import Record
 from benchmarks.shapes import Shape
@@ -108,3 +108,14 @@ def test_times_have_three_digits(seconds, text):
 def test_a_shape_reads_as_words():
     shape = Shape("Llama 3.2 1B", 8192, "bf16", masked=0.5, inert=0.4)
     assert str(shape) == "Llama 3.2 1B, 8,192 tokens, bf16, 50% masked, 40% inert"
+
+
+def test_the_training_script_stands_beside_trl_s_trainer(tmp_path):
+    runs = {"grpo_kernels": [2.0, 3.0, 4.0], "TRL": [20.0, 30.0, 40.0]}
+    accuracy = {"before": {"lenient": 0.25}, "after": {"lenient": 0.5}, "peak_bytes": 3 << 30}
+    records = [trainers.record_of(name, {"step_times": x, **accuracy}) for name, x in runs.items()]
+    file(tmp_path, "cpu", record())
+    file(tmp_path, "trainers", *records)
+    text = report.section("cpu", report.load(tmp_path))
+    assert "| grpo_kernels | 3 s | 3 GiB | 25.0% → 50.0% after 3 steps |" in text
+    assert "| TRL | 30 s | 3 GiB | 25.0% → 50.0% after 3 steps |" in text
