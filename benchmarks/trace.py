@@ -12,17 +12,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import problems
+from benchmarks import clock, problems
 from benchmarks.shapes import DTYPES, HEADS, Shape
 from grpo_kernels import linear_grpo_loss
 
 PRODUCTS = ("aten::mm", "aten::addmm")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 ROWS = 12  # printed
-
-
-def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def traced(shape: Shape, chunk_tokens: int | None, device: torch.device) -> profile:
@@ -73,7 +69,7 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int)
     parser.add_argument("--trace", type=Path, help="write the whole trace to this file")
     arguments = parser.parse_args()
-    device = device_of_this_machine()
+    device = clock.device()
     shape = Shape(arguments.model, arguments.tokens, arguments.dtype)
     profiler = traced(shape, arguments.chunk_tokens, device)
     print(f"{shape}, on {device.type}\n{summary(profiler, device)}")

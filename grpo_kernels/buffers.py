@@ -34,8 +34,9 @@ _OF_THREAD = threading.local()
 def thread_buffers(device: torch.device) -> Buffers:
     """Those that this thread keeps from call to call, for blocks of a few MiB.
 
-    Made anew for each call they cost more than the work in them: 6 MiB are 1,500 page faults. On
-    other devices the allocator is fast, and knows which stream still reads what.
+    6 MiB made anew for each call are 1,500 page faults: a loss and gradient of 64 x 49,152 took
+    51 ms against 33, alternating on a busy machine. On other devices the allocator is fast, and
+    knows which stream still reads what.
     """
     if device.type != "cpu":
         return Buffers(device)

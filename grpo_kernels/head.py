@@ -42,6 +42,7 @@ def _is_upcast(operand: Tensor) -> bool:
 def _upcast(
     name: str, part: Tensor, buffers: Buffers, dtype: torch.dtype = torch.float32
 ) -> Tensor:
+    """In a buffer: fresh memory for each tile would take longer than the conversion."""
     return buffers(name, *part.shape, dtype=dtype).copy_(part)
 
 

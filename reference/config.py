@@ -42,7 +42,7 @@ class TrainConfig:
     lora_alpha: float = 32.0
     """Scale of the adapters, divided by their rank."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     autocast: Literal["auto", "bf16", "off"] = "auto"
     """The dtype of the forward pass over fp32 weights. auto: bf16 on a GPU, off elsewhere."""
 

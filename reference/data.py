@@ -14,7 +14,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from reference import answers
-from reference.errors import UserError
+from reference.errors import UserError, one_line
 
 HELD_OUT = 128
 GSM8K = "openai/gsm8k"
@@ -135,7 +135,7 @@ def gsm8k(data: Path | None, seed: int) -> Split:
         parts = load_dataset(GSM8K, "main")
     except Exception as error:  # no connection, no such set, a broken cache: each its own type
         raise UserError(
-            f"--task gsm8k: {GSM8K} could not be had from the hub ({_one_line(error)}); without "
+            f"--task gsm8k: {GSM8K} could not be had from the hub ({one_line(error)}); without "
             f'it, {LAYOUT}; each line is {{"question": ..., "answer": "... #### 18"}}'
         ) from None
     train, held_out = (
@@ -174,7 +174,7 @@ def reasoning_gym(
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"reasoning-gym/{name} does not work with the settings {dict(settings)}: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     trained, asked = (_distinct(_gym_question(entry) for entry, _ in each) for each in known)
     held_out = asked[: len(trained) // 5]
@@ -216,7 +216,3 @@ def _gym_with(name: str) -> ModuleType:
             f"reasoning-gym/{name}: its verifier runs completions as Python code on this machine"
         )
     return gym
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

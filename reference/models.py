@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from reference import sources
-from reference.errors import UserError
+from reference.errors import UserError, one_line
 
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
 # Chat templates end a turn with these; not every generation_config.json lists them.
@@ -89,9 +89,7 @@ def load(directory: Path | None):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load the model in {directory}: {sources.one_line(error)}"
-        ) from None
+        raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer in {directory} has no chat template: take an instruction-tuned model"

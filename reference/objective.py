@@ -96,7 +96,8 @@ def policy_loss(
     policy = _clipped_surrogate(ratio, advantage, config)
     if sampling_logprob is not None:
         weight = (old - select(sampling_logprob.detach())).clamp(-20, 20).exp()
-        policy = policy * weight.clamp(max=config.importance_cap)
+        weight = weight.clamp(max=config.importance_cap)
+        policy = policy * weight
 
     per_token = policy
     if ref_logprob is not None:
@@ -135,7 +136,6 @@ def policy_loss(
         metrics["entropy"] = mean(select(entropy))
     if sampling_logprob is not None:
         difference = (old - select(sampling_logprob.detach())).abs()
-        weight = weight.clamp(max=config.importance_cap)
         kept = [x[keep] if keep.any() else x.new_zeros(1) for x in (difference, weight)]
         metrics |= {
             "sampling/sampling_logp_difference/mean": mean(difference),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from reference.errors import UserError
+from reference.errors import UserError, one_line
 
 HUB_TIMEOUT_S = 5
 # Enough to load a model, without the ONNX and other copies that hub repositories carry.
@@ -65,11 +65,6 @@ def with_weights(directory: Path) -> Path:
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
         raise UserError(f"{directory} has a config.json but no weights (*.safetensors)")
     return directory
-
-
-def one_line(error: Exception) -> str:
-    """The first line of its message, or the name of its type."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
     python reference/train.py                             SmolLM2-135M learns to add, on a laptop
     python reference/train.py --preset tiny               75k parameters learn to reverse digits
     python reference/train.py --preset llama-3.2-1b       Llama 3.2 1B Instruct on GSM8K, on a GPU
-    python reference/train.py --task capital-of-brazil    one question, rewarded for thinking aloud
+    python reference/train.py --task capital-of-brazil --prompts 1 --max-new-tokens 64
     python reference/train.py --help                      every setting
 
 Each step asks the model questions, samples a group of answers to each, rewards the right ones, and
@@ -210,7 +210,7 @@ def train(
             if (step - 1) % config.print_every == 0:
                 examples = samples(found, advantages)
                 log.completions(step, examples)
-                tqdm.write(f"step {step}: {one_line(examples[0])}", file=sys.stdout)
+                tqdm.write(f"step {step}: {spoken(examples[0])}", file=sys.stdout)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 evaluations.append({"step": step, **evaluate(policy, task, config)})
                 log.evaluation(step, evaluations[-1])
@@ -239,7 +239,7 @@ def progress_bar(steps: int) -> tqdm:
     return tqdm(range(1, steps + 1), "GRPO", unit="step", dynamic_ncols=True, mininterval=pace)
 
 
-def one_line(sample: dict) -> str:
+def spoken(sample: dict) -> str:
     return f"{sample['question']!r} -> {sample['completion']!r}, reward {sample['reward']:.1f}"
 
 

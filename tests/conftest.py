@@ -54,3 +54,13 @@ def room(request, monkeypatch):
     elif not rows.HAS_TRITON or (on_cpu and not rows.INTERPRETED):
         pytest.skip("on the CPU the kernels need Triton's interpreter, which a GPU turns off")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def scratch():
+    """(model, tokenizer) from random weights, in fp64."""
+    from reference.models import from_scratch
+
+    torch.manual_seed(0)
+    model, tokenizer = from_scratch()
+    return model.double().eval(), tokenizer

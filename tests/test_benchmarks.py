@@ -1,5 +1,6 @@
 """The benchmarks can be believed: wrong is refused, slow is slow, bytes are bytes."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from benchmarks import ceilings, clock, floors, gate, gpu, problems, roofs
+from benchmarks import ceilings, clock, floors, gate, gpu, problems, roofs, trace
 from benchmarks.cases import Case, cases
 from benchmarks.harness import Harness, call_of, record_of
 from benchmarks.peers import OURS, PEERS, Peer
@@ -271,3 +272,13 @@ def test_records_name_every_case_apart():
     for level in ("logits", "hidden"):
         keys = [record_of(case).key for case in cases(level, CPU)]
         assert len(keys) == len(set(keys)) > 50
+
+
+def test_a_trace_attributes_the_chunk_loop_s_time_to_its_operators():
+    profiler = trace.traced(SHAPE, 8, CPU)
+    text = trace.summary(profiler, CPU)
+    calls = {each.key: each.count for each in profiler.key_averages()}
+    chunks = -(-SHAPE.N // 8)
+    assert sum(calls.get(name, 0) for name in trace.PRODUCTS) == 3 * chunks
+    shares = [float(share) for share in re.findall(r"([\d.]+)%$", text, re.M)]
+    assert len(shares) == trace.ROWS and shares == sorted(shares, reverse=True)

@@ -4,20 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rollout_cases import END, QUESTIONS
 
 from reference import causal_lm, packing
-from reference.models import from_scratch
 from reference.rollout import Completions, completion_states, encode, generate
-
-QUESTIONS = ["7=", "123456=", "90+12="]
-END = 1
-
-
-@pytest.fixture(scope="module")
-def scratch():
-    torch.manual_seed(0)
-    model, tokenizer = from_scratch()
-    return model.double().eval(), tokenizer
 
 
 def sample(scratch, group_size=3, temperature=1.0):

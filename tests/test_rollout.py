@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rollout_cases import END, QUESTIONS
 
 from reference import causal_lm
 from reference.errors import UserError
-from reference.models import from_scratch
 from reference.rollout import (
     Completions,
     _choose,
@@ -15,16 +15,6 @@ from reference.rollout import (
     encode,
     generate,
 )
-
-QUESTIONS = ["7=", "123456=", "90+12="]
-END = 1
-
-
-@pytest.fixture(scope="module")
-def scratch():
-    torch.manual_seed(0)
-    model, tokenizer = from_scratch()
-    return model.double().eval(), tokenizer
 
 
 def sample(scratch, **changes):
