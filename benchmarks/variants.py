@@ -84,8 +84,11 @@ def _grpo_loss_variants() -> Iterator[Variant]:
         ("clip", ("entropy_weight_ptr", "ref_ptr", "sampling_ptr"), {}),
         ("k3, entropy, importance", (), {}),
         ("k3_corrected, entropy, softcap", (), {"ESTIMATOR": "k3_corrected", "SOFTCAP": 30.0}),
+        ("SAPO, k3, entropy, importance", (), {"SURROGATE": "sapo"}),
+        ("DPPO, k3, entropy, importance", (), {"SURROGATE": "dppo"}),
+        ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
     ):
-        constants = {"ESTIMATOR": "k3", "SOFTCAP": None, **constants}
+        constants = {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **constants}
         yield Variant(
             f"grpo_loss: {name}", grpo._grpo_loss_kernel, "grpo_loss", walks, absent, constants
         )

@@ -22,7 +22,7 @@ from .rows import room
 from .terms import Constants, Slopes, loss_slopes
 
 if TYPE_CHECKING:
-    from .objective import LossConfig
+    from .loss_config import LossConfig
 
 
 class Inputs(NamedTuple):

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .terms import MAX_LOG_RATIO, Constants, importance
+from .formulas import MAX_LOG_RATIO
+from .sequences import Sequences
+from .surrogates import SURROGATES, Moved, sequence_gamma
+from .terms import Constants, Terms
 
 if TYPE_CHECKING:
-    from .objective import LossConfig
+    from .loss_config import LossConfig
 
 
 class _Over:
@@ -19,6 +22,11 @@ class _Over:
 
     def mean(self, x: Tensor) -> Tensor:
         return torch.where(self._keep, x, 0).sum() / self.count.clamp(min=1)
+
+    def sequence_mean(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """The mean over the sequences that have a token of their means."""
+        share = torch.where(self._keep, 1 / sequences.lengths(x.dtype), 0)
+        return torch.where(self._keep, share * x, 0).sum() / share.sum().round().clamp(min=1)
 
     def max(self, x: Tensor) -> Tensor:
         """Of numbers that are not negative."""
@@ -33,40 +41,59 @@ class _Over:
 
 
 def token_metrics(
-    ratio: Tensor,
-    log_ratio: Tensor,
-    kl: Tensor | None,
-    entropy: Tensor | None,
-    keep: Tensor,
-    constants: Constants,
-    config: "LossConfig",
+    terms: Terms, entropy: Tensor | None, constants: Constants, config: "LossConfig"
 ) -> dict[str, Tensor]:
     """Those of `policy_loss` but the loss's own, with their graph."""
-    over, advantage = _Over(keep), constants.advantage
-    low = (ratio < 1 - config.epsilon_low) & (advantage < 0)
-    high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics = {
-        "clip_ratio/low_mean": over.mean(low.to(ratio.dtype)),
-        "clip_ratio/high_mean": over.mean(high.to(ratio.dtype)),
-        "clip_ratio/region_mean": over.mean((low | high).to(ratio.dtype)),
+    moved = terms.moved
+    over = _Over(moved.sequences.keep)
+    log_ratio = moved.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    metrics = _clip_metrics(moved, over, config) | {
         "approx_kl": over.mean(torch.expm1(log_ratio) - log_ratio),
-        "ratio_mean": over.mean(ratio),
-        "ratio_max": over.max(ratio),
-        "num_tokens": over.count.to(ratio.dtype),
+        "ratio_max": over.max(moved.ratio),
+        "num_tokens": over.count.to(moved.ratio.dtype),
     }
-    if kl is not None:
-        metrics["kl"] = over.mean(kl)
+    if config.surrogate == "vespo":
+        metrics["vespo/phi_seq_mean"] = over.sequence_mean(
+            sequence_gamma(moved, config), moved.sequences
+        )
+    if terms.kept is not None:
+        metrics["filters/kept_mean"] = over.mean(terms.kept.to(moved.ratio.dtype))
+    if terms.kl is not None:
+        metrics["kl"] = over.mean(terms.kl)
     if entropy is not None:
         metrics["entropy"] = over.mean(entropy)
     if constants.sampling_logprob is not None:
         difference = (constants.old_logprob - constants.sampling_logprob).abs()
-        weight = importance(constants, config)
         metrics |= {
             "sampling/sampling_logp_difference/mean": over.mean(difference),
             "sampling/sampling_logp_difference/max": over.max(difference),
-            "sampling/importance_sampling_ratio/min": over.min(weight),
-            "sampling/importance_sampling_ratio/mean": over.mean(weight),
-            "sampling/importance_sampling_ratio/max": over.max(weight),
+            "sampling/importance_sampling_ratio/min": over.min(moved.importance),
+            "sampling/importance_sampling_ratio/mean": over.mean(moved.importance),
+            "sampling/importance_sampling_ratio/max": over.max(moved.importance),
         }
+    return metrics
+
+
+def _clip_metrics(moved: Moved, over: _Over, config: "LossConfig") -> dict[str, Tensor]:
+    """Of the ratio and its clip; ratios of whole sequences are counted once for each."""
+    sequences = moved.sequences
+    low, high = (
+        flag.to(moved.ratio.dtype) for flag in SURROGATES[config.surrogate].clipped(moved, config)
+    )
+
+    def mean(x: Tensor) -> Tensor:
+        whole = config.ratio_level == "sequence"
+        return over.sequence_mean(x, sequences) if whole else over.mean(x)
+
+    metrics = {
+        "ratio_mean": mean(moved.ratio),
+        "clip_ratio/low_mean": mean(low),
+        "clip_ratio/high_mean": mean(high),
+        "clip_ratio/region_mean": mean(low + high),
+    }
+    if config.surrogate == "cispo":
+        metrics["cispo_clip_ratio"] = metrics["clip_ratio/high_mean"]
+    if sequences.known:
+        metrics["clip_ratio/low_min"] = over.min(sequences.mean(low))
+        metrics["clip_ratio/high_max"] = over.max(sequences.mean(high))
     return metrics

@@ -1,130 +1,25 @@
 """The policy objective on per-token tensors: its settings, the loss, its metrics.
 
 Everything here works on tensors with one number per token, so it costs next to nothing beside the
-logits. A variant of the objective is a value of LossConfig: an entry in a table of terms.py or
-aggregation.py.
+logits. A variant of the objective is a value of LossConfig: an entry in a table of surrogates.py,
+sampled_kl.py, token_filters.py or aggregation.py; one of a single token has its slope in
+kernels/row_math.py too.
 """
 
-import numbers
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .aggregation import (
-    AGGREGATIONS,
-    entropy_divisor,
-    sequence_sum,
-    spread_to_tokens,
-    token_weights,
-)
+from .aggregation import entropy_divisor, token_weights
+from .loss_config import LossConfig
 from .metrics import token_metrics
-from .terms import (
-    RATIO_LEVELS,
-    SAMPLED_KL,
-    SURROGATES,
-    VOCABULARY_KL,
-    Constants,
-    saturated_exp,
-    token_terms,
-    weighted_sum,
-)
+from .sampled_kl import VOCABULARY_KL
+from .sequences import Sequences, spread_to_tokens
+from .terms import Constants, token_terms, weighted_sum
 
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What the loss is: a point in the space that GRPO and its relatives span.
-
-    Attributes:
-        surrogate: "clip", the clipped surrogate of PPO.
-        ratio_level: "token", or "sequence": the geometric mean of the sequence's token ratios.
-        epsilon_low, epsilon_high: >= 0; the ratio is clipped to [1 - low, 1 + high].
-        delta: > 1 + epsilon_high, or None; caps the ratio before the minimum is taken, which
-            bounds the loss where the advantage is negative (arXiv:2505.07291).
-        dual_clip: > 1, or None; where A < 0 the loss is at most dual_clip·|A| (arXiv:1912.09729).
-            It is the same bound as delta, but may lie below 1 + epsilon_high.
-        beta: >= 0; coefficient of the KL to the reference.
-        kl_estimator: "k1", "k2", "k3", "k3+", "k3_corrected" or "abs" on the sampled tokens, or
-            "forward" or "reverse" over the vocabulary; `policy_loss` says which to choose.
-        entropy_coef: coefficient of the entropy bonus; mini-GRPO writes the same bonus with a
-            negative coefficient in front of the entropy.
-        aggregation: how token terms become one number. "sequence_mean": the mean over sequences
-            of their token means; "token_mean": the mean over tokens; "fixed_length": the sum over
-            (sequences · max_completion_length); "sequence_sum_mean": the mean over sequences of
-            their token sums. A sequence without an unmasked token counts, as 0.
-        max_completion_length: tokens; for "fixed_length", and only there.
-        importance_cap: > 0; bound of the weight exp(old - sampling), where the sampler's
-            log-probabilities are given.
-
-    Raises:
-        ValueError, TypeError: at construction, naming the setting, what is allowed and what came.
-    """
-
-    surrogate: str = "clip"
-    ratio_level: str = "token"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    aggregation: str = "sequence_mean"
-    max_completion_length: int | None = None
-    importance_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        checks.check_choice("surrogate", self.surrogate, SURROGATES)
-        checks.check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
-        checks.check_choice("kl_estimator", self.kl_estimator, [*SAMPLED_KL, *VOCABULARY_KL])
-        checks.check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        checks.check_number("epsilon_low", self.epsilon_low, at_least=0)
-        checks.check_number("epsilon_high", self.epsilon_high, at_least=0)
-        if self.delta is not None:
-            checks.check_number("delta", self.delta, above=1 + self.epsilon_high)
-        if self.dual_clip is not None:
-            checks.check_number("dual_clip", self.dual_clip, above=1)
-        checks.check_number("beta", self.beta, at_least=0)
-        checks.check_number("entropy_coef", self.entropy_coef)
-        checks.check_number("importance_cap", self.importance_cap, above=0)
-        checks.check_max_completion_length(self.max_completion_length, self.aggregation)
-        for name, value in vars(self).items():  # NumPy's numbers, for one, have another repr
-            if isinstance(value, numbers.Integral):
-                object.__setattr__(self, name, int(value))
-            elif isinstance(value, numbers.Real):
-                object.__setattr__(self, name, float(value))
-
-    @classmethod
-    def grpo(cls, **overrides: Any) -> Self:
-        """beta is 0 here, 0.04 in DeepSeekMath (arXiv:2402.03300), 0.001 in R1 (2501.12948)."""
-        return cls(**overrides)
-
-    @classmethod
-    def bnpo(cls, **overrides: Any) -> Self:
-        """GRPO averaged over the tokens of the local batch, as TRL's loss of that name."""
-        return cls(**{"aggregation": "token_mean", **overrides})
-
-    @classmethod
-    def dr_grpo(cls, max_completion_length: int, **overrides: Any) -> Self:
-        """Divided by a constant, so that length has no weight (arXiv:2503.20783)."""
-        fixed = {"aggregation": "fixed_length", "max_completion_length": max_completion_length}
-        return cls(**{**fixed, **overrides})
-
-    @classmethod
-    def dapo(cls, **overrides: Any) -> Self:
-        """More room to rise than to fall, averaged over tokens (arXiv:2503.14476).
-
-        The paper's mean is over the global batch: pass its token count as `normalizer`.
-        """
-        return cls(**{"epsilon_high": 0.28, "aggregation": "token_mean", **overrides})
-
-    @classmethod
-    def gspo(cls, **overrides: Any) -> Self:
-        """Ratios of whole sequences, clipped tightly (arXiv:2507.18071)."""
-        defaults = {"ratio_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
-        return cls(**{**defaults, **overrides})
+__all__ = ["LossConfig", "LossOutput", "loss_constants", "loss_of", "policy_loss"]
 
 
 class LossOutput(NamedTuple):
@@ -149,11 +44,12 @@ def policy_loss(
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
-    """The clipped policy-gradient loss of GRPO and its relatives, from per-token tensors.
+    """The policy-gradient loss of GRPO and its relatives, from per-token tensors.
 
         r      = exp(logprob - old), or at sequence level exp(mean of logprob - old)
-        policy = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
-                 times min(exp(old - sampling), importance_cap) where sampling is given
+        policy = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), or what `config.surrogate`
+                 says, 0 on tokens that a filter of `config` leaves out, times the weight of
+                 exp(old - sampling) where sampling is given
         loss   = aggregate(policy + beta·KL) - entropy_coef · mean over tokens of the entropy
 
     At one inner iteration old equals logprob, every r is 1, and with group-normalised advantages
@@ -176,7 +72,8 @@ def policy_loss(
 
     Args:
         logprob: [B, T], or packed [N]. The other per-token tensors have its shape.
-        advantages: [B] or [B, T]; packed: [N], or with `cu_seqlens` [sequences].
+        advantages: [B] or [B, T]; packed: [N], or with `cu_seqlens` [sequences]; where both fit,
+            they are of tokens.
         mask: bool or 0/1; None counts every token.
         old_logprob: under the policy that the clip is relative to; None: logprob.detach().
         ref_logprob: under the reference, for the estimators on sampled tokens.
@@ -187,21 +84,26 @@ def policy_loss(
         normalizer: > 0, replaces the denominator of the aggregation: a number of sequences
             ("sequence_mean", "sequence_sum_mean"), of tokens ("token_mean"), or of sequences ·
             max_completion_length. With the whole batch's, micro-batches and ranks add up to
-            exactly one big batch. A 0-dim tensor holding 0 divides by 1.
-        entropy_normalizer: likewise the number of tokens that the mean entropy divides by. None
-            follows `normalizer` under "token_mean"; elsewhere the two must be given together.
+            exactly one big batch, unless a filter ranks the tokens of the call. A 0-dim tensor
+            holding 0 divides by 1.
+        entropy_normalizer: likewise the number of tokens that the mean entropy divides by, all of
+            them also where `config.top_entropy` averages over some. None follows `normalizer` under
+            "token_mean"; elsewhere the two must be given together.
         cu_seqlens: [sequences + 1] int, the boundaries of packed sequences. Packed input needs it
-            wherever sequences matter: all but token-level ratios with "token_mean".
+            wherever sequences matter: see `LossConfig.reads_sequences`.
 
     Returns:
         LossOutput, fp32 (fp64 for fp64 logprob), differentiable in `logprob`, `entropy` and `kl`.
         Metrics: policy_loss, aggregated as the loss; ratio_mean and ratio_max of r;
-        clip_ratio/low_mean (r < 1 - epsilon_low and A < 0), /high_mean (r > 1 + epsilon_high and
-        A > 0), /region_mean (either); approx_kl, of old from the policy (r - 1 - ln r);
-        num_tokens; kl and entropy where their inputs are given. Where sampling_logprob is,
-        sampling/sampling_logp_difference/mean and /max of |old - sampling|, and
+        clip_ratio/low_mean (A < 0, and the policy moved beyond the lower bound of the surrogate),
+        /high_mean (A > 0, beyond the upper), /region_mean (either), and where sequences are known
+        /low_min and /high_max over sequences; approx_kl, of old from the policy (r - 1 - ln r);
+        num_tokens; kl and entropy where their inputs are given; cispo_clip_ratio,
+        vespo/phi_seq_mean and filters/kept_mean where there is such a thing. Where sampling_logprob
+        is given, sampling/sampling_logp_difference/mean and /max of |old - sampling|, and
         sampling/importance_sampling_ratio/min, /mean and /max of the weight. Means are over
-        unmasked tokens. The names are TRL's where TRL has one.
+        unmasked tokens, those of a ratio_level "sequence" over sequences that have one. The names
+        are TRL's where TRL has one.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong, or an input that `config` needs is
@@ -212,7 +114,7 @@ def policy_loss(
     checks.check_logprob(logprob)
     checks.check_per_token("entropy", entropy, logprob.shape)
     checks.check_per_token("kl", kl, logprob.shape)
-    checks.check_entropy_input(config.entropy_coef, entropy)
+    checks.check_entropy_input(config, entropy)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
@@ -244,18 +146,11 @@ def loss_of(
     """`policy_loss` after `loss_constants` has checked and prepared all but the statistics."""
     dtype = constants.weight.dtype
     logprob, entropy, kl = (_select(keep, each, dtype) for each in (logprob, entropy, kl))
-    constants = constants.with_old(logprob)
-    log_ratio = logprob - constants.old_logprob
-    if config.ratio_level == "sequence":
-        lengths = sequence_sum(keep.to(dtype), cu_seqlens).clamp(min=1)
-        ratio = saturated_exp(sequence_sum(log_ratio, cu_seqlens) / lengths)
-    else:
-        ratio = saturated_exp(log_ratio)
-
-    policy, kl = token_terms(logprob, kl, ratio, constants, config)
-    loss = weighted_sum(policy, kl, entropy, constants, config)
-    metrics = {"policy_loss": (constants.weight * policy).sum()}
-    metrics |= token_metrics(ratio, log_ratio, kl, entropy, keep, constants, config)
+    constants, sequences = constants.with_old(logprob), Sequences(keep, cu_seqlens)
+    terms = token_terms(logprob, entropy, kl, constants, config, sequences)
+    loss = weighted_sum(terms, constants, config)
+    metrics = {"policy_loss": (constants.weight * terms.policy).sum()}
+    metrics |= token_metrics(terms, entropy, constants, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
@@ -274,7 +169,7 @@ def loss_constants(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Constants]:
     """The tokens that count, bool, and the arguments of `policy_loss`, checked, 0 elsewhere."""
-    checks.check_cu_seqlens(cu_seqlens, shape, config.ratio_level, config.aggregation)
+    checks.check_cu_seqlens(cu_seqlens, shape, config)
     checks.check_advantages(advantages, shape, cu_seqlens)
     checks.check_mask(mask, shape)
     logprobs = {
@@ -284,6 +179,7 @@ def loss_constants(
     }
     for name, each in logprobs.items():
         checks.check_per_token(name, each, shape)
+    checks.check_sampling_input(config.importance_mode, sampling_logprob)
     checks.check_normalizers(
         normalizer, entropy_normalizer, config.entropy_coef, config.aggregation
     )
@@ -291,7 +187,7 @@ def loss_constants(
         keep = torch.ones(shape, dtype=torch.bool, device=advantages.device)
     else:
         keep = mask.bool()
-    weight = token_weights(keep, config, normalizer, cu_seqlens, dtype)
+    weight = token_weights(Sequences(keep, cu_seqlens), config, normalizer, dtype)
     entropy_weight = None
     if config.entropy_coef != 0:
         divisor = entropy_divisor(keep, normalizer, entropy_normalizer)

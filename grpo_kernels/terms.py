@@ -1,21 +1,24 @@
-"""One token's terms in the loss: the surrogates, the KL estimators, and their weighted sum.
+"""One token's terms in the loss, and their weighted sum.
 
-A variant of the objective is an entry in one of the tables: a formula, and its slope beside it.
-Everything is elementwise, so a chunk of tokens has the loss and the gradient that it has within its
+The tables say what a term is: surrogates.py, sampled_kl.py, token_filters.py. Where a token's loss
+follows from the token alone, a chunk of tokens has the loss and the gradient that it has within its
 batch, given the tokens' weights.
 """
 
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .objective import LossConfig
+from .formulas import saturated_exp
+from .sampled_kl import SAMPLED_KL
+from .sequences import Sequences
+from .surrogates import RATIO_LEVELS, SURROGATES, Moved
+from .token_filters import FILTERS, covariance_penalty, importance, kept_by_filters
 
-# exp(20) = 4.9e8: beyond any clip, and far from overflow in a product or a sum.
-MAX_LOG_RATIO = 20.0
+if TYPE_CHECKING:
+    from .loss_config import LossConfig
 
 
 class Constants(NamedTuple):
@@ -42,116 +45,88 @@ class Constants(NamedTuple):
         )
 
 
-class Formula(NamedTuple):
-    """A term of the loss as a function of its first argument, and its derivative.
+def is_per_token(config: "LossConfig", *, has_sampling: bool) -> bool:
+    """Whether a token's loss follows from the token alone, so that its gradient can come with it.
 
-    Autograd of `value` gives `slope` too; but it takes some fifty operations to say so, and a loss
-    whose gradient is made chunk by chunk asks for each of them.
+    has_sampling: whether the sampler's log-probabilities are given.
     """
-
-    value: Callable[..., Tensor]
-    slope: Callable[..., Tensor]
-
-
-def saturated_exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def _saturated_exp_slope(log_ratio: Tensor, ratio: Tensor) -> Tensor:
-    return torch.where(log_ratio.abs() <= MAX_LOG_RATIO, ratio, 0.0)
+    return (
+        config.ratio_level == "token"
+        and not SURROGATES[config.surrogate].of_sequences
+        and not (has_sampling and config.importance_level == "sequence")
+        and config.kl_cov is None
+        and all(getattr(config, name) is None for name in FILTERS)
+    )
 
 
-def _clip(ratio: Tensor, advantage: Tensor, config: "LossConfig") -> Tensor:
-    """-min(r A, clip(r) A) is -A·r with r bounded on the side to which the advantage pushes it."""
-    falling = ratio.clamp(min=1 - config.epsilon_low, max=_cap(config))
-    rising = ratio.clamp(max=1 + config.epsilon_high)
-    return -advantage * torch.where(advantage < 0, falling, rising)
+def may_skip_inert(config: "LossConfig", *, per_sequence: bool) -> bool:
+    """Whether a token whose advantage is 0 surely has no gradient.
+
+    per_sequence: all tokens of a sequence have one advantage. Where they have not, a term of the
+    whole sequence hands its gradient to tokens whose own advantage is 0.
+    """
+    spreads = config.ratio_level == "sequence" or config.surrogate == "gmpo"
+    return (
+        (per_sequence or not spreads)
+        and config.beta == 0
+        and config.entropy_coef == 0
+        and config.kl_cov is None
+    )
 
 
-def _clip_slope(ratio: Tensor, advantage: Tensor, config: "LossConfig") -> Tensor:
-    falling = (ratio >= 1 - config.epsilon_low) & (ratio <= _cap(config))
-    rising = ratio <= 1 + config.epsilon_high
-    return torch.where(torch.where(advantage < 0, falling, rising), -advantage, 0.0)
+class Terms(NamedTuple):
+    """The terms of each token, and what is told of them."""
 
-
-def _cap(config: "LossConfig") -> float:
-    return min(x for x in (config.delta, config.dual_clip, float("inf")) if x is not None)
-
-
-def _k3(d: Tensor) -> Tensor:
-    d = d.clamp(min=-MAX_LOG_RATIO)  # on the other side e^(-d) only vanishes
-    return torch.expm1(-d) + d
-
-
-def _k3_slope(d: Tensor) -> Tensor:
-    return torch.where(d >= -MAX_LOG_RATIO, -torch.expm1(-d.clamp(min=-MAX_LOG_RATIO)), 0.0)
-
-
-def _k3_plus(d: Tensor) -> Tensor:
-    k2 = d * d / 2
-    return _k3(d).detach() + (k2 - k2.detach())
-
-
-def _k3_corrected_slope(d: Tensor, log_ratio: Tensor) -> Tensor:
-    """r·k3 + r·k3', which is r·d where nothing saturates: two terms in e^(-d) cancel."""
-    ratio = saturated_exp(log_ratio)
-    d_ratio = _saturated_exp_slope(log_ratio, ratio)
-    product_rule = d_ratio * _k3(d) + ratio * _k3_slope(d)
-    return torch.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
-
-
-RATIO_LEVELS = ("token", "sequence")
-# Of the ratio, the advantage and the config; the slope is d/d(ratio).
-SURROGATES: dict[str, Formula] = {"clip": Formula(_clip, _clip_slope)}
-# Of d = logprob - ref_logprob and the token's log-ratio, logprob - old_logprob; the slope is
-# d/d(logprob), which both contain.
-SAMPLED_KL: dict[str, Formula] = {
-    "k1": Formula(lambda d, log_ratio: d, lambda d, log_ratio: torch.ones_like(d)),
-    "k2": Formula(lambda d, log_ratio: d * d / 2, lambda d, log_ratio: d),
-    "k3": Formula(lambda d, log_ratio: _k3(d), lambda d, log_ratio: _k3_slope(d)),
-    "k3+": Formula(lambda d, log_ratio: _k3_plus(d), lambda d, log_ratio: d),
-    "k3_corrected": Formula(
-        lambda d, log_ratio: saturated_exp(log_ratio) * _k3(d), _k3_corrected_slope
-    ),
-    "abs": Formula(lambda d, log_ratio: d.abs(), lambda d, log_ratio: d.sign()),
-}
-VOCABULARY_KL = ("forward", "reverse")
-
-
-def importance(constants: Constants, config: "LossConfig") -> Tensor:
-    """The weight of a token that a sampler drew under log-probs of its own."""
-    log_weight = constants.old_logprob - constants.sampling_logprob
-    return saturated_exp(log_weight).clamp(max=config.importance_cap)
+    policy: Tensor
+    kl: Tensor | None
+    entropy: Tensor | None  # that the bonus sums
+    moved: Moved
+    kept: Tensor | None  # by the filters of the config; None without one
 
 
 def token_terms(
-    logprob: Tensor, kl: Tensor | None, ratio: Tensor, constants: Constants, config: "LossConfig"
-) -> tuple[Tensor, Tensor | None]:
-    """Each token's policy term and, where there is a reference, its KL.
-
-    kl is given over the vocabulary, or None; then it is estimated where a ref_logprob is given.
-    """
-    policy = SURROGATES[config.surrogate].value(ratio, constants.advantage, config)
-    if constants.sampling_logprob is not None:
-        policy = policy * importance(constants, config)
-    if constants.ref_logprob is not None:
-        log_ratio = logprob - constants.old_logprob
-        kl = SAMPLED_KL[config.kl_estimator].value(logprob - constants.ref_logprob, log_ratio)
-    return policy, kl
-
-
-def weighted_sum(
-    policy: Tensor,
-    kl: Tensor | None,
+    logprob: Tensor,
     entropy: Tensor | None,
+    kl: Tensor | None,
     constants: Constants,
     config: "LossConfig",
-) -> Tensor:
+    sequences: Sequences,
+) -> Terms:
+    """Each token's terms. kl is given over the vocabulary, or estimated with a ref_logprob."""
+    log_ratio = logprob - constants.old_logprob
+    weight = None
+    if constants.sampling_logprob is not None:
+        weight = importance(constants, config, sequences)
+    ratio = saturated_exp(RATIO_LEVELS[config.ratio_level](log_ratio, sequences))
+    moved = Moved(logprob, constants.old_logprob, ratio, constants.advantage, weight, sequences)
+    policy = SURROGATES[config.surrogate].value(moved, config)
+    kept = kept_by_filters(moved, entropy, constants, config)
+    for each in kept.values():
+        policy = torch.where(each | policy.isnan(), policy, 0.0)  # a broken token shows
+    if weight is not None and config.surrogate != "vespo":  # whose own weight contains this one
+        policy = policy * weight
+    if config.kl_cov is not None:
+        policy = policy + covariance_penalty(moved, config)
+    if constants.ref_logprob is not None:
+        kl = SAMPLED_KL[config.kl_estimator].value(logprob - constants.ref_logprob, log_ratio)
+    if "top_entropy" in kept:
+        entropy = _over_chosen(entropy, kept["top_entropy"], sequences.keep)
+    all_kept = functools.reduce(torch.logical_and, kept.values()) if kept else None
+    return Terms(policy, kl, entropy, moved, all_kept)
+
+
+def _over_chosen(entropy: Tensor, chosen: Tensor, keep: Tensor) -> Tensor:
+    """The chosen tokens' entropies, scaled so that their mean over all tokens is the chosen's."""
+    scale = keep.sum().to(entropy.dtype) / chosen.sum().clamp(min=1)
+    return torch.where(chosen, entropy, 0.0) * scale
+
+
+def weighted_sum(terms: Terms, constants: Constants, config: "LossConfig") -> Tensor:
     """Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy: the loss, or a chunk's part of it."""
-    term = policy if config.beta == 0 else policy + config.beta * kl
+    term = terms.policy if config.beta == 0 else terms.policy + config.beta * terms.kl
     loss = (constants.weight * term).sum()
     if constants.entropy_weight is not None:
-        loss = loss - constants.entropy_weight * entropy.sum()
+        loss = loss - constants.entropy_weight * terms.entropy.sum()
     return loss
 
 
@@ -164,15 +139,16 @@ class Slopes(NamedTuple):
 
 
 def loss_slopes(logprob: Tensor, constants: Constants, config: "LossConfig") -> Slopes:
-    """The gradient of `weighted_sum` for a token-level ratio, without autograd.
+    """The gradient of `weighted_sum` where `is_per_token`, without autograd.
 
     Of the kl where it is over the vocabulary: where no ref_logprob is given.
     """
     constants = constants.with_old(logprob)
     log_ratio = logprob - constants.old_logprob
-    ratio = saturated_exp(log_ratio)
-    slope = SURROGATES[config.surrogate].slope(ratio, constants.advantage, config)
-    slope = slope * _saturated_exp_slope(log_ratio, ratio)
+    moved = Moved(
+        logprob, constants.old_logprob, saturated_exp(log_ratio), constants.advantage, None, None
+    )
+    slope = SURROGATES[config.surrogate].slope(moved, config)
     if constants.sampling_logprob is not None:
         slope = slope * importance(constants, config)
     entropy = kl = None

@@ -5,7 +5,7 @@ Sizes: B questions, G answers to each, T tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,56 +13,68 @@ from torch import Tensor
 from reference.config import TrainConfig
 from reference.errors import UserError
 from reference.experience import Experience
+from reference.rewards import WeightedReward
 
-MIN_STD = 1e-6
 # Like a reward, but each value is a list of (end of the step in characters, reward of the step).
 StepReward = Callable[[list[str], list[str], list[str]], list[list[tuple[int, float]]]]
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def advantages_of(
-    found: Experience, config: TrainConfig, losses, step_reward: StepReward | None, decode: Callable
+    found: Experience,
+    config: TrainConfig,
+    losses,
+    rewards: Mapping[str, WeightedReward],
+    step_reward: StepReward | None,
+    decode: Callable,
 ) -> Tensor:
     """[B·G], or [B·G, T] under process supervision; in fp32.
 
-    Dr. GRPO leaves the standard deviation out. With process supervision the outcome's advantages
-    and those of the steps add up.
+    With process supervision the outcome's advantages and those of the steps add up.
+
+    Args:
+        losses: grpo_kernels or reference, which have the same functions.
+        rewards: the task's, for their weights.
+        decode: turns a list of token ids into text.
     """
-    if config.loss == "dr_grpo":
-        rewards = found.rewards - found.rewards[:, :1]  # so that equal rewards have advantage 0
-        outcome = rewards - rewards.mean(dim=-1, keepdim=True)
-    else:
-        outcome = losses.group_normalised_advantage(found.rewards)
-    outcome = outcome.flatten()
+    outcome = _outcome_advantage(found, config, losses, rewards).flatten()
     if step_reward is None:
         return outcome
     mask = found.answers.completions.mask.cpu()
     steps = _steps_in_tokens(found, step_reward, decode)
-    return outcome[:, None] + process_advantage(steps, mask, found.rewards.shape[1])
+    of_steps = losses.process_advantage(*_as_tensors(steps, found.rewards.shape), mask.shape[1])
+    return outcome[:, None] + torch.where(mask, of_steps.flatten(0, 1), 0.0)
 
 
-def process_advantage(
-    steps: list[list[tuple[int, float]]], mask: Tensor, group_size: int
+def _outcome_advantage(
+    found: Experience, config: TrainConfig, losses, rewards: Mapping[str, WeightedReward]
 ) -> Tensor:
-    """DeepSeekMath's process supervision: [B·G, T].
+    """[B, G], the advantage that the rewards of whole answers give."""
+    if config.normalise_each_reward:
+        each = torch.stack([values.view_as(found.rewards) for values in found.by_name.values()])
+        # What is not a reward of the task, the penalty of overlong answers, has weight 1.
+        weights = [rewards[name].weight if name in rewards else 1.0 for name in found.by_name]
+        return losses.summed_advantage(each, weights)
+    name = config.advantage or ("none" if config.loss == "dr_grpo" else "group")
+    if name == "pass_at_k":
+        return losses.pass_at_k_advantage(found.rewards, config.pass_k)
+    if name == "max_rl" and (found.rewards < 0).any():
+        raise UserError(
+            f"--advantage max_rl needs rewards of at least 0; got {found.rewards.min():g}"
+        )
+    return losses.ADVANTAGES[name](found.rewards)
 
-    Every step's reward is normalised over all steps of its group; the advantage of a token is the
-    sum over the steps that end at it or after it (arXiv:2402.03300, 4.1.3).
 
-    Args:
-        steps: of each answer, (index of the step's last token, reward).
-        mask: [B·G, T], True on tokens of the answer.
-    """
-    advantage = torch.zeros(mask.shape)
-    for start in range(0, len(steps), group_size):
-        group = range(start, start + group_size)
-        rewards = torch.tensor([reward for row in group for _, reward in steps[row]])
-        if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
-            continue
-        mean, std = rewards.mean(), rewards.std().clamp(min=MIN_STD)
-        for row in group:
-            for last, reward in steps[row]:
-                advantage[row, : last + 1] += (reward - mean) / std
-    return torch.where(mask, advantage, 0.0)
+def _as_tensors(
+    steps: list[list[tuple[int, float]]], groups: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rewards and last tokens [B, G, S] of the steps of B·G answers; -1 where there is no step."""
+    S = max(map(len, steps))
+    rewards = [[reward for _, reward in row] + [0.0] * (S - len(row)) for row in steps]
+    ends = [[end for end, _ in row] + [-1] * (S - len(row)) for row in steps]
+    shape = (*groups, S)
+    return torch.tensor(rewards).reshape(shape), torch.tensor(ends).long().reshape(shape)
 
 
 def _steps_in_tokens(
@@ -91,7 +103,7 @@ def _steps_in_tokens(
         ids = completions.tokens[row][completions.mask[row]].tolist()
         ends = [len(decode(ids[: n + 1])) for n in range(len(ids))]
         for end, reward in steps:
-            if not (0 < end <= len(texts[row]) and reward == reward and abs(reward) != torch.inf):
+            if not (0 < end <= len(texts[row]) and abs(reward) <= LARGEST):
                 raise UserError(
                     f"--step-reward gave the step {(end, reward)} for {texts[row]!r}: it must end "
                     f"in 1 to {len(texts[row])} and have a finite reward"

@@ -6,8 +6,8 @@ Sizes: B questions, G answers to each, T tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,14 @@ class Learner:
         self.policy, self.losses = policy, losses
         self.loss_config, self.config = loss_config, config
         self.reference = policy.reference() if config.beta > 0 else None
+        self.entropy_control = None
+        if config.entropy_target is not None:
+            self.entropy_control = losses.AdaptiveEntropy(
+                config.entropy_target,
+                coef=loss_config.entropy_coef,
+                step=config.entropy_coef_step,
+                maximum=config.entropy_coef_max,
+            )
         self.trained = [each for each in policy.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
@@ -62,7 +70,9 @@ class Learner:
         """
         self.steps += 1
         self._refresh_reference()
-        config = self.config
+        config, control = self.config, self.entropy_control
+        if control is not None:
+            self.loss_config = replace(self.loss_config, entropy_coef=control.coef)
         rate = config.learning_rate * min(1.0, self.steps / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -79,7 +89,12 @@ class Learner:
                     updates.append(metrics)
                     norms.append(norm)
         found = {"learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms))}
-        return found | combine(updates)
+        found |= combine(updates, self._sequence_means())
+        if control is not None:
+            found["entropy_coef"] = self.loss_config.entropy_coef
+            if "entropy" in found:
+                control.update(found["entropy"])
+        return found
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
         """One optimiser step; the metrics of each part, and the norm of the gradient."""
@@ -88,7 +103,7 @@ class Learner:
         for part in minibatch.parts:
             output = self.loss(part, minibatch.denominators)
             output.loss.backward()
-            metrics.append(output.metrics)
+            metrics.append(output.metrics | {"num_sequences": part.counted.any(dim=-1).sum()})
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         if not norm.isfinite():
             raise UserError(
@@ -98,11 +113,7 @@ class Learner:
         return metrics, norm.item()
 
     def minibatches(self, answers: Answers, advantages: Tensor) -> Iterator[Minibatch]:
-        """--minibatches shares of the groups, each with the parts that have something to learn.
-
-        A group whose advantages are all 0 has gradient 0, and is left out, unless a KL or an
-        entropy bonus acts on it all the same.
-        """
+        """--minibatches shares of the groups, each with the parts that have something to learn."""
         done, B = answers.completions, len(answers.prompts.ids)
         counted = done.mask
         if self.config.mask_truncated:
@@ -110,7 +121,7 @@ class Learner:
         G = len(counted) // B
         of_tokens = advantages if advantages.dim() == 2 else advantages[:, None]
         live = (counted & (of_tokens != 0)).view(B, -1).any(dim=-1)
-        if self.config.beta > 0 or self.config.entropy_coef > 0:
+        if not self._may_leave_out():
             live = counted.view(B, -1).any(dim=-1)
         for groups in torch.arange(B, device=live.device).tensor_split(self.config.minibatches):
             kept = groups[live[groups]]
@@ -141,13 +152,27 @@ class Learner:
             done.logprob[rows, cut],
         )
 
+    def _may_leave_out(self) -> bool:
+        """Whether a group whose advantages are all 0 has gradient 0, and matters to no other.
+
+        A KL, an entropy bonus and KL-Cov's penalty act on it all the same. Filters that rank the
+        tokens of the whole batch let through others without it.
+        """
+        loss = self.loss_config
+        no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
+        no_ranks = loss.top_entropy is loss.clip_cov is loss.kl_cov is None
+        return loss.beta == 0 and no_bonus and no_ranks
+
     def _denominators(self, sequences: int, tokens: int) -> dict[str, int]:
         """What the loss of a whole minibatch divides by: parts add up to it."""
+        loss = self.loss_config
         normalizer = {
             "sequence_mean": sequences,
             "token_mean": tokens,
-            "fixed_length": sequences * self.config.max_new_tokens,
-        }[self.loss_config.aggregation]
+            "sequence_sum_mean": sequences,
+            "fixed_length": sequences * (loss.max_completion_length or 1),
+        }[loss.aggregation]
+        # Under top_entropy too: a part's mean over the tokens chosen weighs as many as it has.
         return {"normalizer": max(1, normalizer), "entropy_normalizer": max(1, tokens)}
 
     def loss(self, part: Part, denominators: dict[str, int]):
@@ -185,6 +210,12 @@ class Learner:
                 states, part.tokens, mask=part.counted, temperature=temperature, entropy=False
             ).logprob
 
+    def _sequence_means(self) -> list[str]:
+        """The metrics that are means over sequences."""
+        clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
+        of_ratios = ["ratio_mean", "cispo_clip_ratio", *clips]
+        return ["vespo/phi_seq_mean", *of_ratios * (self.loss_config.ratio_level == "sequence")]
+
     def _refresh_reference(self) -> None:
         every = self.config.reference_refresh
         if every is not None and self.steps > 1 and (self.steps - 1) % every == 0:
@@ -192,25 +223,26 @@ class Learner:
             self.reference = self.policy.reference()
 
 
-def combine(updates: list[list[Metrics]]) -> dict[str, float]:
+def combine(updates: list[list[Metrics]], sequence_means: Collection[str] = ()) -> dict[str, float]:
     """The metrics of a step from those of the parts of its updates; nothing where there was none.
 
     policy_loss is already divided by the denominator of its update, and a mean over updates; others
-    are means over tokens, or extremes.
+    are means over tokens, or over sequences where `sequence_means` names them, or extremes.
     """
     parts = [part for update in updates for part in update]
     if not parts:
         return {}
-    weights = torch.stack([part["num_tokens"] for part in parts])
+    values = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    tokens, sequences = values.pop("num_tokens"), values.pop("num_sequences")
     combined = {}
-    for name in parts[0]:
-        values = torch.stack([part[name] for part in parts])
+    for name, each in values.items():
         if name == "policy_loss":
-            combined[name] = values.sum().item() / len(updates)
+            combined[name] = each.sum().item() / len(updates)
         elif name.endswith(("/max", "_max")):
-            combined[name] = values.max().item()
-        elif name.endswith("/min"):
-            combined[name] = values.min().item()
-        elif name != "num_tokens":
-            combined[name] = ((values * weights).sum() / weights.sum().clamp(min=1)).item()
+            combined[name] = each.max().item()
+        elif name.endswith(("/min", "_min")):
+            combined[name] = each.min().item()
+        else:
+            weights = sequences if name in sequence_means else tokens
+            combined[name] = ((each * weights).sum() / weights.sum().clamp(min=1)).item()
     return combined

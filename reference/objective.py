@@ -1,30 +1,17 @@
 """The policy objective on per-token tensors, written to be checked against its formula by eye."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The objective's settings, unchecked; `policy_loss` says what each one does."""
-
-    surrogate: str = "clip"
-    ratio_level: str = "token"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    aggregation: str = "sequence_mean"
-    max_completion_length: int | None = None
-    importance_cap: float = 2.0
+from reference.loss_config import LossConfig
+from reference.metrics import objective_metrics
+from reference.ratios import importance_weight
+from reference.sampled_kl import sampled_kl
+from reference.sequences import Tokens, row_maker
+from reference.surrogates import SURROGATES
+from reference.token_filters import high_entropy, kept_tokens, kl_cov_term
 
 
 class LossOutput(NamedTuple):
@@ -51,13 +38,13 @@ def policy_loss(
 ) -> LossOutput:
     """GRPO's loss and its relatives, from per-token log-probabilities.
 
-        r      = exp(logprob - old), or exp(mean of that over the sequence)
-        policy = -min(min(r, delta)·A, clip(r, 1 - epsilon_low, 1 + epsilon_high)·A)
-                 where A < 0: at most dual_clip·|A|;  times min(exp(old - sampling), cap)
+        policy = surrogate, 0 on the tokens that a filter drops, times the importance weight
+                 (which vespo takes into its own weight instead), plus KL-Cov's term
         loss   = aggregate(policy + beta·KL) - entropy_coef · mean over tokens of the entropy
 
-    Log-ratios saturate at ±20 before exp (k3's at -20 only). Only `logprob`, `entropy` and `kl`
-    are differentiated.
+    surrogates.py, ratios.py and token_filters.py state these parts. With `top_entropy` the
+    entropy's mean is over the tokens that it keeps. Log-ratios saturate at ±20 before exp (k3's at
+    -20 only). Only `logprob`, `entropy` and `kl` are differentiated.
 
     Args:
         logprob: [B, T], or packed [N]; every other per-token tensor has its shape.
@@ -65,123 +52,87 @@ def policy_loss(
         mask: bool or 0/1; a masked token has no effect, whatever it holds.
         old_logprob: None stands for logprob.detach().
         ref_logprob: for the KL estimators on sampled tokens.
+        entropy: per token, for the bonus and for `top_entropy`.
         kl: per-token KL over the vocabulary, for kl_estimator "forward" and "reverse".
         sampling_logprob: the sampler's log-probabilities.
         normalizer: replaces the denominator of the aggregation.
         entropy_normalizer: replaces the token count in the entropy's mean.
-        cu_seqlens: [sequences + 1] boundaries of packed sequences.
+        cu_seqlens: [sequences + 1] boundaries of packed sequences; without them packed tokens serve
+            where no sequence matters.
     """
     _check_inputs(logprob, ref_logprob, entropy, kl, config, cu_seqlens)
     _check_entropy_normalizer(normalizer, entropy_normalizer, config)
+    tokens = _lay_out(
+        logprob,
+        advantages,
+        mask=mask,
+        old=logprob if old_logprob is None else old_logprob,
+        ref=ref_logprob,
+        sampling=sampling_logprob,
+        entropy=entropy,
+        kl=kl,
+        cu_seqlens=cu_seqlens,
+    )
+    kept = kept_tokens(tokens, config)
+    policy = _policy_term(tokens, kept, config)
+    kl_per_token = tokens.kl
+    if tokens.ref is not None:
+        kl_per_token = sampled_kl(tokens.logprob, tokens.old, tokens.ref, config.kl_estimator)
+    per_token = policy if config.beta == 0 else policy + config.beta * kl_per_token
+    loss = _aggregate(per_token, tokens.keep, config, normalizer)
+    if config.entropy_coef != 0:
+        count = normalizer if entropy_normalizer is None else entropy_normalizer
+        loss = loss - config.entropy_coef * _mean_entropy(tokens, config, count)
+    metrics = objective_metrics(
+        tokens,
+        config,
+        policy_loss=_aggregate(policy, tokens.keep, config, normalizer),
+        kl=kl_per_token,
+        kept=kept,
+        sequences_known=logprob.dim() == 2 or cu_seqlens is not None,
+    )
+    return LossOutput(loss, metrics)
+
+
+def _lay_out(logprob, advantages, *, mask, old, ref, sampling, entropy, kl, cu_seqlens) -> Tokens:
+    """Bring every input to [sequences, longest], fp32 or fp64, with 0 under the mask."""
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    rows = _row_maker(logprob, cu_seqlens)
+    rows = row_maker(logprob, cu_seqlens)
     keep = rows(torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool())
 
-    def select(x: Tensor) -> Tensor:
-        return torch.where(keep, rows(x).to(dtype), 0.0)
+    def select(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(keep, rows(x).to(dtype), 0.0)
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else select(x.detach())
 
     if advantages.shape == logprob.shape:
-        advantage = select(advantages.detach())
+        advantage = constant(advantages)
     else:  # one per sequence
         advantage = torch.where(keep, advantages.detach().to(dtype).unsqueeze(-1), 0.0)
-    old = select((logprob if old_logprob is None else old_logprob).detach())
-    logprob = select(logprob)
-
-    token_log_ratio = logprob - old
-    log_ratio = token_log_ratio
-    if config.ratio_level == "sequence":
-        mean = log_ratio.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(logprob)
-    ratio = log_ratio.clamp(-20, 20).exp()
-    policy = _clipped_surrogate(ratio, advantage, config)
-    if sampling_logprob is not None:
-        weight = (old - select(sampling_logprob.detach())).clamp(-20, 20).exp()
-        weight = weight.clamp(max=config.importance_cap)
-        policy = policy * weight
-
-    per_token = policy
-    if ref_logprob is not None:
-        ref = select(ref_logprob.detach())
-        kl_per_token = sampled_kl(logprob, old, ref, config.kl_estimator)
-    else:
-        kl_per_token = None if kl is None else select(kl)
-    if config.beta != 0:
-        per_token = per_token + config.beta * kl_per_token
-    loss = _aggregate(per_token, keep, config, normalizer)
-    if config.entropy_coef != 0:
-        count = entropy_normalizer
-        if count is None:
-            count = keep.sum() if normalizer is None else normalizer
-        loss = loss - config.entropy_coef * select(entropy).sum() / _nonzero(count)
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(keep, x, 0.0).sum() / keep.sum().clamp(min=1)
-
-    low = (ratio < 1 - config.epsilon_low) & (advantage < 0)
-    high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
-    log_ratio = token_log_ratio.clamp(-20, 20)
-    metrics = {
-        "policy_loss": _aggregate(policy, keep, config, normalizer),
-        "clip_ratio/low_mean": mean(low.to(dtype)),
-        "clip_ratio/high_mean": mean(high.to(dtype)),
-        "clip_ratio/region_mean": mean((low | high).to(dtype)),
-        "approx_kl": mean(log_ratio.expm1() - log_ratio),
-        "ratio_mean": mean(ratio),
-        "ratio_max": ratio[keep].max() if keep.any() else ratio.new_zeros(()),
-        "num_tokens": keep.sum().to(dtype),
-    }
-    if kl_per_token is not None:
-        metrics["kl"] = mean(kl_per_token)
-    if entropy is not None:
-        metrics["entropy"] = mean(select(entropy))
-    if sampling_logprob is not None:
-        difference = (old - select(sampling_logprob.detach())).abs()
-        kept = [x[keep] if keep.any() else x.new_zeros(1) for x in (difference, weight)]
-        metrics |= {
-            "sampling/sampling_logp_difference/mean": mean(difference),
-            "sampling/sampling_logp_difference/max": kept[0].max(),
-            "sampling/importance_sampling_ratio/min": kept[1].min(),
-            "sampling/importance_sampling_ratio/mean": mean(weight),
-            "sampling/importance_sampling_ratio/max": kept[1].max(),
-        }
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+    return Tokens(
+        keep=keep,
+        logprob=select(logprob),
+        old=constant(old),
+        advantage=advantage,
+        ref=constant(ref),
+        sampling=constant(sampling),
+        entropy=select(entropy),
+        kl=select(kl),
+    )
 
 
-def sampled_kl(logprob: Tensor, old: Tensor, ref: Tensor, estimator: str) -> Tensor:
-    """Estimate KL(policy‖ref) on sampled tokens from d = logprob - ref.
-
-    k1 = d, k2 = d²/2, k3 = e^(-d) - 1 + d, abs = |d|; k3_corrected = exp(logprob - old)·k3;
-    k3+ has k3's value and k2's gradient.
-    """
-    d = logprob - ref
-    k2 = d * d / 2
-    bounded = d.clamp(min=-20)  # e^(-d) overflows on this side only
-    k3 = torch.expm1(-bounded) + bounded
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return k2
-    if estimator == "k3":
-        return k3
-    if estimator == "k3+":
-        return k3.detach() + (k2 - k2.detach())
-    if estimator == "k3_corrected":
-        return (logprob - old).clamp(-20, 20).exp() * k3
-    if estimator == "abs":
-        return d.abs()
-    raise ValueError(f"no such kl_estimator on sampled tokens: {estimator!r}")
-
-
-def _clipped_surrogate(ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    if config.surrogate != "clip":
+def _policy_term(tokens: Tokens, kept: Tensor, config: LossConfig) -> Tensor:
+    if config.surrogate not in SURROGATES:
         raise ValueError(f"no such surrogate: {config.surrogate!r}")
-    capped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-    loss = -torch.minimum(capped * advantage, clipped * advantage)
-    if config.dual_clip is not None:
-        ceiling = config.dual_clip * advantage.abs()
-        loss = torch.where((advantage < 0) & (loss > ceiling), ceiling, loss)
-    return loss
+    policy = SURROGATES[config.surrogate](tokens, config)
+    policy = torch.where(kept, policy, 0.0)
+    weight = importance_weight(tokens, config)
+    if weight is not None and config.surrogate != "vespo":
+        policy = policy * weight
+    if config.kl_cov is not None:
+        policy = policy + kl_cov_term(tokens, config)
+    return policy
 
 
 def _aggregate(
@@ -203,19 +154,21 @@ def _aggregate(
     return total / _nonzero(denominator if normalizer is None else normalizer)
 
 
+def _mean_entropy(tokens: Tokens, config: LossConfig, count: float | Tensor | None) -> Tensor:
+    """The mean over the tokens that the bonus acts on, times these tokens' share of `count`.
+
+    `count` is the number of unmasked tokens of the whole batch, of which these may be a part.
+    """
+    chosen = tokens.keep
+    if config.top_entropy is not None:
+        chosen = high_entropy(tokens, config.top_entropy)
+    mean = torch.where(chosen, tokens.entropy, 0.0).sum() / chosen.sum().clamp(min=1)
+    return mean if count is None else mean * tokens.keep.sum() / _nonzero(count)
+
+
 def _nonzero(count: float | Tensor) -> float | Tensor:
     """A count to divide by: where nothing was counted, the sum above it is 0 already."""
     return torch.where(count == 0, 1, count) if torch.is_tensor(count) else count
-
-
-def _row_maker(logprob: Tensor, cu_seqlens: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function that brings a per-token tensor to [sequences, longest], padded with zeros."""
-    if cu_seqlens is None:  # a packed tensor without boundaries is one long row
-        return lambda x: x if x.dim() == 2 else x.unsqueeze(0)
-    lengths = cu_seqlens.diff().tolist()
-    if not lengths:
-        return lambda x: x.reshape(1, 0)
-    return lambda x: pad_sequence(x.split(lengths), batch_first=True)
 
 
 def _check_inputs(logprob, ref_logprob, entropy, kl, config, cu_seqlens) -> None:
@@ -225,11 +178,24 @@ def _check_inputs(logprob, ref_logprob, entropy, kl, config, cu_seqlens) -> None
         raise ValueError(f"beta != 0 with kl_estimator={config.kl_estimator!r} needs {wanted}")
     if (ref_logprob if over_vocabulary else kl) is not None:
         raise ValueError(f"kl_estimator={config.kl_estimator!r} takes {wanted} only")
-    if config.entropy_coef != 0 and entropy is None:
-        raise ValueError("entropy_coef != 0 needs entropy")
-    token_level = config.ratio_level == "token" and config.aggregation == "token_mean"
-    if logprob.dim() == 1 and cu_seqlens is None and not token_level:
+    for name, setting, off in (
+        ("entropy_coef", config.entropy_coef, 0),
+        ("top_entropy", config.top_entropy, None),
+    ):
+        if setting != off and entropy is None:
+            raise ValueError(f"{name}={setting} needs entropy")
+    if logprob.dim() == 1 and cu_seqlens is None and _reads_sequences(config):
         raise ValueError("a packed logprob needs cu_seqlens wherever sequences matter")
+
+
+def _reads_sequences(config: LossConfig) -> bool:
+    return (
+        config.aggregation != "token_mean"
+        or config.ratio_level != "token"
+        or config.surrogate in ("vespo", "gmpo")
+        or config.off_policy_threshold is not None
+        or config.importance_level == "sequence"
+    )
 
 
 def _check_entropy_normalizer(normalizer, entropy_normalizer, config) -> None:

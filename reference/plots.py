@@ -65,7 +65,7 @@ PANELS = (
     Panel("reward", "band: ± std in a group", {"reward": ""}, spread="reward_std"),
     Panel("accuracy", "lines: sampled, marks: held-out", ACCURACY, "share"),
     Panel("completion length", "tokens", {"completions/mean_length": ""}),
-    Panel("entropy", "nats per token", {"entropy": ""}),
+    Panel("entropy", "nats per token", {"entropy": ""}, told="entropy_coef"),
     Panel("KL to the reference", "nats per token", {"kl": ""}, empty="no KL: beta 0"),
     Panel("clipped ratios", "share of tokens", CLIPPED, "small share"),
     Panel("no signal / cut off", "of groups / completions", LOST, "share"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+from dataclasses import field, fields, make_dataclass
+from typing import Annotated, Any, get_type_hints
 
-from reference.config import TrainConfig
+from reference.config import SECTIONS, TrainConfig
 
 PRESETS = {
     "smollm2-135m": TrainConfig(),
@@ -46,5 +49,27 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
-    preset = first.parse_known_args(arguments)[0].preset
-    return tyro.cli(TrainConfig, args=arguments, default=PRESETS[preset])
+    defaults = PRESETS[first.parse_known_args(arguments)[0].preset]
+    panels = _flags(TrainConfig, ["preset"], defaults)
+    for name, kind in SECTIONS.items():
+        flags = _flags(kind, [each.name for each in fields(kind)], defaults)
+        panel = make_dataclass(kind.__name__, flags, namespace={"__doc__": kind.__doc__})
+        panels.append((name, tyro.conf.OmitArgPrefixes[panel], field(default_factory=panel)))
+    about = inspect.getdoc(TrainConfig)
+    found = vars(tyro.cli(make_dataclass("Flags", panels), args=arguments, description=about))
+    chosen = {name: value for panel in SECTIONS for name, value in vars(found[panel]).items()}
+    return TrainConfig(preset=found["preset"], **chosen)
+
+
+def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Fields of a class for a panel of --help, their texts on one line: tyro keeps line breaks."""
+    import docstring_parser
+    import tyro
+
+    types = get_type_hints(kind)
+    texts = {x.arg_name: x.description for x in docstring_parser.parse_from_object(kind).params}
+    flags = []
+    for name in names:
+        text = tyro.conf.arg(help=" ".join(texts[name].split()))
+        flags.append((name, Annotated[types[name], text], field(default=getattr(defaults, name))))
+    return flags

@@ -8,10 +8,11 @@
 
 Each step asks the model questions, samples a group of answers to each, rewards the right ones, and
 makes the answers that beat their group's mean more likely. Left out: more than one GPU, resuming.
-The rooms beside this file, in the order in which they act: config (settings), tasks and rewards,
-models and adapters (where weights come from), policy (asking a model), samplers, rollout and server
-(how it answers), supervised (the warm start of --preset tiny), evaluate, experience (groups of
-rewarded answers), credit (advantages), learner (the update), checkpoint, runlog, plots.
+The rooms beside this file, in the order in which they act: presets, config, settings and losses
+(the command line), tasks and rewards, models and adapters (where weights come from), policy (asking
+a model), samplers, rollout and server (how it answers), supervised (the warm start of --preset
+tiny), evaluate, experience (groups of rewarded answers), credit (advantages), learner (the update),
+checkpoint, runlog, plots.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from reference import checkpoint
+import grpo_kernels
+import reference
+from grpo_kernels.integrations import causal_lm as fused_causal_lm
+from reference import causal_lm, checkpoint
 from reference.config import TrainConfig
 from reference.credit import StepReward, advantages_of
 from reference.errors import UserError
@@ -58,6 +62,8 @@ unequal length leave of it, since the ratio of new to old policy is 1 and the ad
 add up to 0. Its gradient is not 0. Watch the reward.
 """
 CHAT_TOKENS = 256
+# --loss-impl: the losses, and how a model runs up to them. Each pair has the same functions.
+LOSS_IMPLS = {"fused": (grpo_kernels, fused_causal_lm), "reference": (reference, causal_lm)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,7 +85,8 @@ def run(config: TrainConfig) -> dict[str, float]:
     transformers_logging.disable_progress_bar()
 
     # What can be wrong with the settings is found here, before any model is loaded.
-    losses, causal_lm = pick_losses(config.loss_impl)
+    losses, causal_lm = LOSS_IMPLS[config.loss_impl]
+    config.check_loss(grpo_kernels.LossConfig)  # whose twin takes anything
     loss_config = losses.LossConfig(**config.loss_fields())
     device = pick_device(config.device)
     sampler = pick_sampler(config.sampler)
@@ -106,17 +113,6 @@ def run(config: TrainConfig) -> dict[str, float]:
             return train(task, sampler, step_reward, learner, order, log)
     finally:
         checkpoint.remove_if_empty(directory)
-
-
-def pick_losses(name: str):
-    """The losses, and how a model runs up to them; both modules have the same functions."""
-    if name == "fused":
-        import grpo_kernels as losses
-        from grpo_kernels.integrations import causal_lm
-    else:
-        import reference as losses
-        from reference import causal_lm
-    return losses, causal_lm
 
 
 def task_of(config: TrainConfig) -> Task:
@@ -194,7 +190,9 @@ def train(
             began = time.perf_counter()
             found = gather(policy, task, sampler, order, config)
             gathered = time.perf_counter()
-            advantages = advantages_of(found, config, learner.losses, step_reward, decode)
+            advantages = advantages_of(
+                found, config, learner.losses, task.rewards, step_reward, decode
+            )
             learned = learner.step(found.answers, advantages)
             ended = time.perf_counter()
 

@@ -1,90 +1,204 @@
-"""group_normalised_advantage: against mini-GRPO's formula, and where that formula breaks."""
+"""Advantages of groups: the laws that all obey, the twin, wrong arguments."""
 
-import statistics
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grpo_kernels
 import reference
-from grpo_kernels.advantages import group_normalised_advantage
 
-both = pytest.mark.parametrize(
-    "advantage", [group_normalised_advantage, reference.group_normalised_advantage]
-)
+SIDES = [grpo_kernels, reference]
+both = pytest.mark.parametrize("losses", SIDES)
+sizes = {"seed": st.integers(0, 2**31), "prompts": st.integers(1, 4), "group": st.integers(2, 8)}
+property_test = settings(max_examples=40, deadline=None)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 8), st.sampled_from([0.0, 1e4]))
-def test_equals_the_reference_and_mini_grpo(seed, prompts, group, offset):
+def functions(losses):
+    return {
+        **losses.ADVANTAGES,
+        "pass_at_k": partial(losses.pass_at_k_advantage, k=2),
+        "summed": lambda rewards: losses.summed_advantage(rewards[None]),
+    }
+
+
+NAMES = list(functions(reference))
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def random_rewards(seed, prompts, group):
     generator = torch.Generator().manual_seed(seed)
-    rewards = offset + torch.randn(prompts, group, generator=generator, dtype=torch.float64)
-    ours = group_normalised_advantage(rewards)
-    torch.testing.assert_close(ours, reference.group_normalised_advantage(rewards))
-    mean = rewards.mean(dim=-1, keepdim=True)
-    std = rewards.std(dim=-1, keepdim=True).clamp_min(1e-6)
-    torch.testing.assert_close(ours, (rewards - mean) / std, rtol=1e-9, atol=1e-9)
+    return torch.rand(prompts, group, generator=generator, dtype=torch.float64)
 
 
-@both
-def test_by_hand_with_one_degree_of_freedom_less(advantage):
-    rewards = [0.0, 1.0, 3.0, 4.0]
-    expected = [(r - 2.0) / statistics.stdev(rewards) for r in rewards]
-    torch.testing.assert_close(advantage(torch.tensor([rewards])), torch.tensor([expected]))
+@every
+@property_test
+@given(**sizes)
+def test_equals_the_reference(name, seed, prompts, group):
+    rewards = 10 * random_rewards(seed, prompts, group)
+    ours, theirs = (functions(losses)[name](rewards) for losses in SIDES)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    single = functions(grpo_kernels)[name](rewards.float())
+    torch.testing.assert_close(single.double(), theirs, rtol=1e-3, atol=1e-4)
 
 
-@both
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-8, 4.0, 12345.678])
-@pytest.mark.parametrize("group", [2, 3, 7, 8])
-def test_equal_rewards_give_exactly_zero(advantage, value, group):
-    assert (advantage(torch.full((2, group), value)) == 0).all()
+@every
+@property_test
+@given(**sizes)
+def test_depends_neither_on_the_order_in_a_group_nor_on_that_of_groups(name, seed, prompts, group):
+    advantage = functions(grpo_kernels)[name]
+    rewards = random_rewards(seed, prompts, group)
+    order = torch.randperm(group, generator=torch.Generator().manual_seed(seed))
+    expected = advantage(rewards)
+    torch.testing.assert_close(advantage(rewards[:, order]), expected[:, order])
+    torch.testing.assert_close(advantage(rewards.flip(0)), expected.flip(0))
 
 
-@both
-def test_rewards_that_differ_by_rounding_stay_small(advantage):
-    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3]]).nextafter(torch.tensor([[1.0, 0, 0, 0]]))
-    assert rewards.unique().numel() > 1
-    assert advantage(rewards).abs().max() < 0.1
-
-
-@both
-def test_a_large_common_offset_does_not_cancel(advantage):
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
-    torch.testing.assert_close(advantage(rewards + 1e6), advantage(rewards))
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32, torch.float64])
-def test_every_real_dtype_is_computed_in_fp32_or_fp64(advantage, dtype):
-    result = advantage(torch.tensor([[0, 1, 1]], dtype=dtype))
-    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = torch.tensor([[-2.0, 1.0, 1.0]], dtype=result.dtype) / 3**0.5
-    torch.testing.assert_close(result, expected)
-
-
-@both
-def test_the_result_is_not_differentiable(advantage):
-    assert not advantage(torch.randn(2, 3, requires_grad=True)).requires_grad
-
-
-def test_compiles_to_one_graph():
-    compiled = torch.compile(group_normalised_advantage, fullgraph=True, backend="eager")
-    rewards = torch.randn(3, 4)
-    torch.testing.assert_close(compiled(rewards), group_normalised_advantage(rewards))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "max_rl"])
+@property_test
+@given(**sizes, offset=st.sampled_from([-1e4, -3.0, 0.5, 1e4]))
+def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
+    advantage = functions(grpo_kernels)[name]
+    rewards = random_rewards(seed, prompts, group)
+    torch.testing.assert_close(
+        advantage(rewards + offset), advantage(rewards), rtol=1e-7, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
+    ("name", "degree"),
+    [
+        *((name, 0) for name in ("group", "batch", "max_rl", "summed")),
+        *((name, 1) for name in ("none", "leave_one_out", "pass_at_k")),
+    ],
+)
+@property_test
+@given(**sizes, scale=st.sampled_from([0.5, 3.0, 1e4]))
+def test_a_scale_divides_out_or_stays(name, degree, seed, prompts, group, scale):
+    advantage = functions(grpo_kernels)[name]
+    rewards = 1 + random_rewards(seed, prompts, group)
+    expected = scale**degree * advantage(rewards)
+    torch.testing.assert_close(advantage(scale * rewards), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pass_at_k"])
+@property_test
+@given(**sizes)
+def test_the_advantages_of_a_group_add_up_to_zero(name, seed, prompts, group):
+    sums = functions(grpo_kernels)[name](random_rewards(seed, prompts, group)).sum(-1)
+    torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-12)
+
+
+@both
+@every
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-8, 4.0, 12345.678])
+@pytest.mark.parametrize("group", [2, 3, 7, 8])
+def test_equal_rewards_give_exactly_zero_beside_others_that_differ(losses, name, value, group):
+    equal = torch.full((1, group), value)
+    assert (functions(losses)[name](equal) == 0).all()
+    beside = torch.cat([torch.arange(float(group))[None], equal])
+    found = functions(losses)[name](beside)
+    assert (found[1] == 0).all() and (found[0] != 0).any()
+
+
+@both
+@every
+@pytest.mark.parametrize("value", [1e-3, 0.3, 1.0, 77.7, 1e6, 1e20])
+@pytest.mark.parametrize("group", [2, 8])
+def test_rewards_that_differ_by_a_rounding_stay_small(losses, name, value, group):
+    rewards = torch.full((2, group), value)
+    rewards[:, 0] = rewards[:, 0].nextafter(torch.tensor(torch.inf))
+    assert (rewards[:, 0] != rewards[:, 1]).all()
+    largest = functions(losses)[name](rewards).abs().max()
+    has_the_unit_of_the_reward = name in ("none", "leave_one_out", "pass_at_k")
+    assert largest <= (2**-22 * value if has_the_unit_of_the_reward else 1 / 16)
+
+
+@property_test
+@given(**sizes, dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_ordinary_groups_have_mini_grpo_s_advantages_to_the_bit(seed, prompts, group, dtype):
+    rewards = random_rewards(seed, prompts, group).to(dtype)
+    shifted = rewards - rewards[:, :1]
+    std = shifted.std(dim=-1, keepdim=True).clamp_min(1e-6)
+    expected = (shifted - shifted.mean(dim=-1, keepdim=True)) / std
+    for losses in SIDES:
+        assert torch.equal(losses.group_normalised_advantage(rewards), expected)
+
+
+@both
+@every
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32, torch.float64])
+def test_every_real_dtype_is_computed_in_fp32_or_fp64(losses, name, dtype):
+    advantage = functions(losses)[name]
+    result = advantage(torch.tensor([[0, 1, 1], [2, 4, 3]], dtype=dtype))
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = advantage(torch.tensor([[0.0, 1, 1], [2, 4, 3]], dtype=torch.float64))
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@both
+@every
+def test_the_result_is_not_differentiable(losses, name):
+    assert not functions(losses)[name](torch.rand(2, 3, requires_grad=True)).requires_grad
+
+
+@every
+def test_compiles_to_one_graph_and_never_looks_at_values_off_the_cpu(name):
+    advantage, rewards = functions(grpo_kernels)[name], torch.rand(3, 4)
+    compiled = torch.compile(advantage, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(rewards), advantage(rewards))
+    # On a meta device there are no values: a look at one raises, where a GPU would be waited for.
+    assert advantage(rewards.to("meta")).shape == rewards.shape
+
+
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+@every
+def test_no_prompts_have_no_advantages(name):
+    assert functions(grpo_kernels)[name](torch.zeros(0, 4)).shape == (0, 4)
+
+
+@every
+@pytest.mark.parametrize(
     ("error", "rewards", "message"),
     [
-        (TypeError, [[0.0, 1.0]], "rewards must be a tensor, got list"),
         (TypeError, torch.ones(2, 2).bool(), "rewards must hold real numbers, got torch.bool"),
-        (ValueError, torch.ones(4), r"rewards must be \[B, G\], got shape \(4,\)"),
         (ValueError, torch.ones(4, 1), "at least 2 completions per prompt, got shape"),
         (ValueError, torch.tensor([[0.0, float("nan")]]), "rewards must be finite, got NaN"),
         (ValueError, torch.tensor([[0.0, float("inf")]]), "rewards must be finite, got NaN"),
     ],
 )
-def test_a_wrong_argument_is_a_clear_error(error, rewards, message):
+def test_wrong_rewards_are_a_clear_error(name, error, rewards, message):
     with pytest.raises(error, match=message):
-        group_normalised_advantage(rewards)
+        functions(grpo_kernels)[name](rewards)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "summed"])
+def test_rewards_of_another_shape_or_none_at_all_are_a_clear_error(name):
+    advantage = functions(grpo_kernels)[name]
+    with pytest.raises(ValueError, match=r"rewards must be \[B, G\], got shape \(4,\)"):
+        advantage(torch.ones(4))
+    with pytest.raises(TypeError, match="rewards must be a tensor, got list"):
+        advantage([[0.0, 1.0]])
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_mean_gradient_of_pass_at_k_is_that_of_the_expected_best_of_k(k):
+    """Over every group of 4 draws from 3 outcomes; the docstring's 1/k is the only factor."""
+    logits = torch.tensor([0.3, 1.0, -0.4], dtype=torch.float64, requires_grad=True)
+    p, value = logits.softmax(0), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+
+    def over_draws(n, of):
+        return sum(p[list(draw)].prod() * of(list(draw)) for draw in product(range(3), repeat=n))
+
+    (expected,) = torch.autograd.grad(over_draws(k, lambda draw: value[draw].max()), logits)
+    p = p.detach()
+    scores = torch.eye(3, dtype=torch.float64) - p  # gradients of the log-prob of each outcome
+
+    def estimate(draw):
+        advantage = grpo_kernels.pass_at_k_advantage(value[draw][None], k)[0]
+        return (advantage[:, None] * scores[draw]).mean(0)
+
+    torch.testing.assert_close(k * over_draws(4, estimate), expected)

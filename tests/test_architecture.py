@@ -12,7 +12,15 @@ ROOT = Path(__file__).parents[1]
 STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
 
 # A token's terms in the loss; and, for annotations, what a loss is.
-OBJECTIVE = {"grpo_kernels.terms", "grpo_kernels.objective"}
+OBJECTIVE = {"grpo_kernels.terms", "grpo_kernels.loss_config", "grpo_kernels.surrogates"}
+# What a loss is made of: tables of formulas, from the simplest to the sum.
+FORMULAS = {"torch", "grpo_kernels.formulas", "grpo_kernels.sequences", "grpo_kernels.loss_config"}
+TERMS = FORMULAS | {
+    "grpo_kernels.sampled_kl",
+    "grpo_kernels.surrogates",
+    "grpo_kernels.token_filters",
+    "grpo_kernels.terms",
+}
 
 # Room -> what it may import beside the standard library; a room may always import itself.
 ALLOWED = {
@@ -22,7 +30,7 @@ ALLOWED = {
     "grpo_kernels.eager": {"torch", "grpo_kernels.buffers", *OBJECTIVE},
     "grpo_kernels.rows": {"torch", "grpo_kernels.eager", "grpo_kernels.kernels"},
     "grpo_kernels.launch": set(),
-    "grpo_kernels.checks": {"torch"},
+    "grpo_kernels.checks": {"torch", "grpo_kernels.loss_config"},  # for an annotation
     "grpo_kernels.chunks": {"torch"},
     "grpo_kernels.head": {"torch", "grpo_kernels.buffers"},
     "grpo_kernels.linear_rows": {
@@ -39,21 +47,24 @@ ALLOWED = {
         "grpo_kernels.linear_rows",
         "grpo_kernels.checks",
         "grpo_kernels.objective",
-        "grpo_kernels.aggregation",
+        "grpo_kernels.sampled_kl",
+        "grpo_kernels.sequences",
         "grpo_kernels.terms",
     },
     "grpo_kernels.integrations": {"torch", "grpo_kernels.ops", "grpo_kernels.objective"},
-    "grpo_kernels.aggregation": {"torch", "grpo_kernels.objective"},  # for an annotation
-    "grpo_kernels.terms": {"torch", "grpo_kernels.objective"},  # for an annotation
-    "grpo_kernels.objective": {
-        "torch",
-        "grpo_kernels.checks",
-        "grpo_kernels.aggregation",
-        "grpo_kernels.metrics",
-        "grpo_kernels.terms",
-    },
-    "grpo_kernels.metrics": {"torch", "grpo_kernels.terms", "grpo_kernels.objective"},
+    "grpo_kernels.formulas": {"torch"},
+    "grpo_kernels.sequences": {"torch"},
+    "grpo_kernels.sampled_kl": FORMULAS,
+    "grpo_kernels.surrogates": FORMULAS,
+    "grpo_kernels.aggregation": FORMULAS,
+    "grpo_kernels.token_filters": TERMS,
+    "grpo_kernels.terms": TERMS,
+    "grpo_kernels.metrics": TERMS,
+    "grpo_kernels.loss_config": TERMS | {"grpo_kernels.checks", "grpo_kernels.aggregation"},
+    "grpo_kernels.objective": TERMS
+    | {"grpo_kernels.checks", "grpo_kernels.aggregation", "grpo_kernels.metrics"},
     "grpo_kernels.advantages": {"torch", "grpo_kernels.checks"},
+    "grpo_kernels.controllers": {"grpo_kernels.checks"},
     "grpo_kernels.functional": {
         "torch",
         "grpo_kernels.checks",

@@ -51,7 +51,7 @@ def check_no_spills_and_wide_accesses(report: dict) -> None:
 
 
 def test_hopper_kernels_have_no_spills_and_no_barrier_and_move_16_bytes_per_thread(hopper):
-    assert len(hopper) == 21
+    assert len(hopper) == 24
     for report in hopper.values():
         check_no_spills_and_wide_accesses(report)
 

@@ -5,6 +5,7 @@ import torch
 from cases import coin, make_case, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from loss_configs import loss_configs
 
 import reference
 from grpo_kernels import LossConfig, grpo_loss, policy_loss, token_stats
@@ -19,6 +20,20 @@ CONFIGS = {
     "dr_grpo": LossConfig.dr_grpo(max_completion_length=8, entropy_coef=0.01),
     "dapo": LossConfig.dapo(delta=1.5),
     "gspo": LossConfig.gspo(),
+    "gspo_token": LossConfig.gspo_token(epsilon_low=0.1, epsilon_high=0.1),
+    "luspo": LossConfig.luspo(),
+    "gmpo": LossConfig.gmpo(epsilon_low=0.1, epsilon_high=0.1),
+    "cispo": LossConfig.cispo(ratio_cap=1.1),
+    "sapo": LossConfig.sapo(),
+    "vespo": LossConfig.vespo(),
+    "gpg": LossConfig.gpg(),
+    "icepop": LossConfig.icepop(importance_floor=0.8),
+    "sequences importance": LossConfig(importance_level="sequence"),
+    "off-policy": LossConfig(off_policy_threshold=0.0),
+    "top entropy": LossConfig(top_entropy=0.4, entropy_coef=0.1),
+    "clip_covariance": LossConfig.clip_covariance(clip_cov=1.0, clip_cov_low=0.01),
+    "kl_covariance": LossConfig.kl_covariance(kl_cov=0.3),
+    "dppo": LossConfig.dppo(epsilon_low=0.01, epsilon_high=0.01),
     "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
     **{f"beta, {each}": LossConfig(beta=0.2, kl_estimator=each) for each in ESTIMATORS},
     **{f"metric, {each}": LossConfig(kl_estimator=each) for each in ("k3", "forward")},
@@ -111,24 +126,13 @@ def test_optional_inputs_equal_the_reference(room, advantages, optional):
     check_against_reference(logits, tokens, given, config, **keywords)
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    estimator=st.sampled_from(ESTIMATORS),
-    aggregation=st.sampled_from(["sequence_mean", "token_mean", "sequence_sum_mean"]),
-    level=st.sampled_from(["token", "sequence"]),
-    entropy_coef=st.sampled_from([0.0, 0.1]),
-)
-@settings(max_examples=8)
-@example(0, "reverse", "token_mean", "sequence", 0.1)
-def test_any_config_equals_the_reference(room, seed, estimator, aggregation, level, entropy_coef):
+@given(seed=st.integers(0, 2**31), config=loss_configs(), per_token=st.booleans())
+@settings(max_examples=12)
+@example(0, LossConfig.gspo(kl_estimator="reverse", beta=0.2, entropy_coef=0.1), False)
+def test_any_config_equals_the_reference(room, seed, config, per_token):
     logits, tokens, advantages, keywords = make_inputs(seed, B, T)
-    config = LossConfig(
-        beta=0.2,
-        kl_estimator=estimator,
-        aggregation=aggregation,
-        ratio_level=level,
-        entropy_coef=entropy_coef,
-    )
+    if per_token:
+        advantages = normal(seed + 6, B, T, dtype=torch.float64)
     check_against_reference(logits, tokens, advantages, config, **keywords)
 
 

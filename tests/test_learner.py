@@ -1,92 +1,18 @@
-"""The update: advantages, groups without signal, micro-batches, inner iterations, the KL."""
+"""The update: groups without signal, minibatches, inner iterations, the KL, the sampler."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from learner_cases import ADVANTAGES, REWARDS, advantages, make_learner, one_thread
 
-import grpo_kernels
-import reference
-from grpo_kernels.integrations import causal_lm as fused_causal_lm
-from reference import causal_lm
-from reference.config import LOSSES, TrainConfig
-from reference.learner import Learner
 from reference.policy import Policy
-from reference.tasks import make_task
 
 
-def make_learner(forward=causal_lm.forward, **changes):
-    """A learner on a random model in fp64, and answers to four questions, four each."""
-    config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
-    torch.manual_seed(0)
-    policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
-    policy.model.double()
-    loss_config = reference.LossConfig(**config.loss_fields())
-    answers = policy.ask(make_task("reverse", 0).train[:4], 4, 1.0)
-    return Learner(policy, reference, loss_config, config), answers
-
-
-def gradient(learner, answers, rewards):
-    learner.step(answers, advantages(rewards, learner.config.loss))
-    return torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
-
-
-def advantages(rewards, loss="grpo"):
-    if loss == "dr_grpo":
-        return (rewards - rewards.mean(-1, keepdim=True)).flatten()
-    return reference.group_normalised_advantage(rewards).flatten()
-
-
-REWARDS = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1.2], [1, 1, 1, 1]])
-ADVANTAGES = advantages(REWARDS)
-
-
-@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01}])
-def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
-    changes = {"loss": loss, "max_grad_norm": 1e6, **extra}
-    whole = gradient(*make_learner(**changes), REWARDS)
-    pieces = gradient(*make_learner(**changes, micro_batch=1), REWARDS)
-    assert whole.norm() > 1e-3
-    assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(
-    "extra",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"beta": 0.1, "entropy_coef": 0.01, "inner_iterations": 2},
-    ],
-)
-def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(loss, extra):
-    changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
-    learner, answers = make_learner(**changes)
-    expected = learner.step(answers, ADVANTAGES)
-    fused, answers = make_learner(forward=fused_causal_lm.forward, **changes)
-    metrics = fused.step(answers, ADVANTAGES)
-    assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    for ours, plain in zip(
-        fused.policy.model.parameters(), learner.policy.model.parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
-
-
-def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was():
-    learner, answers = make_learner(max_grad_norm=1e6)
-    ours = gradient(learner, answers, REWARDS)
-    learner, answers = make_learner()
-    logits, _ = learner.policy.states(
-        answers.prompts, answers.completions.tokens, answers.completions.mask
-    )
-    reference.grpo_loss(
-        logits,
-        answers.completions.tokens,
-        reference.group_normalised_advantage(REWARDS).flatten(),
-        mask=answers.completions.mask,
-    ).loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
-    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-7)
+@pytest.fixture(autouse=True)
+def quick():
+    with one_thread():
+        yield
 
 
 def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
@@ -126,13 +52,6 @@ def test_the_kl_is_to_the_model_before_training():
     learner, answers = make_learner(beta=0.1, learning_rate=1e-3, warmup_steps=0)
     assert learner.step(answers, ADVANTAGES)["kl"] == pytest.approx(0.0, abs=1e-12)
     assert learner.step(answers, ADVANTAGES)["kl"] > 1e-6
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_named_losses_are_those_of_the_package(loss):
-    ours = grpo_kernels.LossConfig(**TrainConfig(loss=loss).loss_fields())
-    arguments = {"max_completion_length": 12} if loss == "dr_grpo" else {}
-    assert ours == getattr(grpo_kernels.LossConfig, loss)(**arguments)
 
 
 def test_the_learning_rate_warms_up():

@@ -5,29 +5,16 @@ import torch
 from cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_configs import SAMPLED, loss_configs, per_token_configs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from grpo_kernels.objective import AGGREGATIONS, LossConfig, loss_constants, policy_loss
-from grpo_kernels.terms import SAMPLED_KL, loss_slopes
+from grpo_kernels.aggregation import AGGREGATIONS
+from grpo_kernels.checks import objective as checks_of_objective
+from grpo_kernels.objective import LossConfig, loss_constants, policy_loss
+from grpo_kernels.terms import loss_slopes
 
-SAMPLED = list(SAMPLED_KL)
-CONFIGS = st.builds(
-    lambda aggregation, **fields: LossConfig(
-        aggregation=aggregation,
-        max_completion_length=7 if aggregation == "fixed_length" else None,
-        **fields,
-    ),
-    aggregation=st.sampled_from(list(AGGREGATIONS)),
-    ratio_level=st.sampled_from(["token", "sequence"]),
-    epsilon_low=st.sampled_from([0.0, 3e-4, 0.2, 5.0]),
-    epsilon_high=st.sampled_from([4e-4, 0.2, 0.28]),
-    delta=st.sampled_from([None, 1.5, 4.0]),
-    dual_clip=st.sampled_from([None, 1.1, 3.0]),
-    beta=st.sampled_from([0.0, 0.04, 2.0]),
-    kl_estimator=st.sampled_from([*SAMPLED, "forward", "reverse"]),
-    entropy_coef=st.sampled_from([0.0, 0.001, -0.5]),
-    importance_cap=st.sampled_from([0.5, 2.0]),
-)
+CONFIGS = loss_configs()
 SEEDS = st.integers(0, 2**31)
 quick = settings(max_examples=80, deadline=None)
 
@@ -120,7 +107,10 @@ def test_packed_without_boundaries_serves_the_token_mean():
     packed = advantages[:, None].expand_as(logprob)[keep]
     ours = run(policy_loss, logprob[keep], packed, pack(inputs, keep), config=config)
     padded = run(policy_loss, logprob, advantages, inputs, config=config)
-    assert_same(ours[:2], padded[:2])
+    of_sequences = {"clip_ratio/low_min", "clip_ratio/high_max"}
+    assert ours[1].keys() == padded[1].keys() - of_sequences
+    assert_same(ours[0], padded[0])
+    assert_same(ours[1], {name: padded[1][name] for name in ours[1]})
 
 
 # Laws
@@ -176,7 +166,7 @@ def test_what_lies_under_the_mask_has_no_effect(config, seed, garbage):
 
 
 @quick
-@given(CONFIGS, SEEDS)
+@given(loss_configs(filters=("off_policy_threshold",)), SEEDS)  # others look at the whole batch
 def test_micro_batches_with_the_global_normalizers_add_up_to_one_batch(config, seed):
     logprob, advantages, inputs = make_inputs(seed, config, sequences=5)
     loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
@@ -247,6 +237,16 @@ def test_half_precision_input_is_accumulated_in_fp32(dtype):
     assert_same(half, single, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["off_policy_threshold", "top_entropy", "clip_cov"])
+def test_a_broken_log_prob_shows_through_every_filter(name):
+    config = LossConfig(**{name: 0.3})
+    logprob = torch.tensor([[torch.nan, -1.0, -2.0]])
+    entropy = torch.tensor([[0.1, 0.5, 2.0]])
+    for advantage in (-1.0, 1.0):
+        loss, _ = policy_loss(logprob, torch.tensor([advantage]), entropy=entropy, config=config)
+        assert loss.isnan()
+
+
 def test_only_logprob_entropy_and_kl_are_differentiated():
     names = ("old_logprob", "ref_logprob", "sampling_logprob")
     others = {name: torch.zeros(2, 3, requires_grad=True) for name in names}
@@ -257,14 +257,54 @@ def test_only_logprob_entropy_and_kl_are_differentiated():
     assert all(x.grad is None for x in [advantages, *others.values()])
 
 
+class Waits(TorchDispatchMode):
+    """Notes what makes the host wait for a GPU: a number or a shape that depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@quick
+@given(CONFIGS, SEEDS, st.booleans())
+def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
+    logprob, advantages, inputs = make_inputs(seed, config)
+    keywords = {}
+    if packed:
+        keep = inputs.pop("mask")
+        logprob, inputs = logprob[keep], pack(inputs, keep)
+        keywords["cu_seqlens"] = torch.nn.functional.pad(keep.sum(-1).cumsum(0), (1, 0))
+    else:
+        inputs["mask"] = inputs["mask"].bool()
+    with pytest.MonkeyPatch.context() as patch, Waits() as waits:
+        # The checks look at what tensors hold, but only on the CPU.
+        patch.setattr(checks_of_objective, "may_look", lambda tensor: False)
+        run(policy_loss, logprob, advantages, inputs, config=config, **keywords)
+    assert waits.found == []
+
+
 # torch.compile
 
 
+COMPILED = [
+    LossConfig(beta=0.1, entropy_coef=0.1, delta=4.0),
+    LossConfig.gspo(beta=0.1, off_policy_threshold=0.1),
+    LossConfig.vespo(top_entropy=0.3, entropy_coef=0.1),
+    LossConfig.gmpo(importance_level="sequence"),
+    LossConfig.dppo(clip_cov=1.0),
+    LossConfig.kl_covariance(),
+]
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiles_to_one_graph_that_serves_every_length(packed):
-    config = LossConfig(
-        ratio_level="sequence" if packed else "token", beta=0.1, entropy_coef=0.1, delta=4.0
-    )
+@pytest.mark.parametrize("config", COMPILED, ids=lambda config: config.surrogate)
+def test_compiles_to_one_graph_that_serves_every_length(packed, config):
     torch._dynamo.reset()
     graphs = []
 
@@ -288,33 +328,32 @@ def test_compiles_to_one_graph_that_serves_every_length(packed):
 
 @given(
     seed=st.integers(0, 2**31),
-    estimator=st.sampled_from(SAMPLED),
-    caps=st.sampled_from([{}, {"delta": 1.5}, {"dual_clip": 1.1}]),
+    config=per_token_configs(),
     given_logprobs=st.sets(st.sampled_from(["old_logprob", "sampling_logprob"])),
     spread=st.sampled_from([0.1, 3.0, 40.0]),
 )
-def test_slopes_are_the_gradient_of_the_loss(seed, estimator, caps, given_logprobs, spread):
+def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, spread):
     """Of every formula in the tables, also where ratios saturate; autograd is the oracle."""
-    logprob = -normal(seed, 30, dtype=torch.float64).abs().requires_grad_()
-    entropy = normal(seed + 1, 30, dtype=torch.float64).abs().requires_grad_()
+    logprob = -normal(seed, 5, 6, dtype=torch.float64).abs().requires_grad_()
+    entropy = normal(seed + 1, 5, 6, dtype=torch.float64).abs().requires_grad_()
+    if config.importance_mode == "mask":
+        given_logprobs = given_logprobs | {"sampling_logprob"}
     others = {
-        name: logprob.detach() + normal(seed + i, 30, dtype=torch.float64, std=spread)
-        for i, name in enumerate((*given_logprobs, "ref_logprob"), 2)
+        name: logprob.detach() + normal(seed + i, 5, 6, dtype=torch.float64, std=spread)
+        for i, name in enumerate((*sorted(given_logprobs), "ref_logprob"), 2)
     }
-    config = LossConfig(
-        beta=0.3, kl_estimator=estimator, entropy_coef=0.1, aggregation="token_mean", **caps
-    )
-    advantages = normal(seed + 9, 30, dtype=torch.float64)
+    advantages = normal(seed + 9, 5, 6, dtype=torch.float64)
     keywords = {"old_logprob": None, "sampling_logprob": None, **others}
     _, constants = loss_constants(
         logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
         entropy_normalizer=None, cu_seqlens=None, **keywords,
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
-    expected = torch.autograd.grad(loss, (logprob, entropy))
+    expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
     slopes = loss_slopes(logprob.detach(), constants, config)
     assert slopes.kl is None
     # Of r·k3 autograd adds two terms of up to e^20, which cancel.
-    cancelled = 1e-7 if estimator == "k3_corrected" else 1e-14
+    cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
     torch.testing.assert_close(slopes.logprob, expected[0], rtol=1e-12, atol=cancelled)
-    torch.testing.assert_close(slopes.entropy, expected[1], rtol=1e-12, atol=1e-14)
+    of_entropy = torch.zeros(()).expand(5, 6) if slopes.entropy is None else slopes.entropy
+    torch.testing.assert_close(of_entropy.double(), expected[1], rtol=1e-12, atol=1e-14)

@@ -22,6 +22,13 @@ def test_named_constructors_are_points_of_the_table_and_keywords_override():
     assert LossConfig.dapo(epsilon_high=0.3).epsilon_high == 0.3
     assert LossConfig.gspo() == point(ratio_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
     assert LossConfig.gspo(aggregation="token_mean").aggregation == "token_mean"
+    tight = {"ratio_level": "sequence", "epsilon_low": 2e-3, "epsilon_high": 2.5e-3}
+    assert LossConfig.luspo() == point(aggregation="sequence_sum_mean", **tight)
+    assert LossConfig.gspo_token() == LossConfig.gspo(ratio_level="sequence_token")
+    of_tokens = {"aggregation": "token_mean"}
+    assert LossConfig.cispo() == point(surrogate="cispo", ratio_cap=5.0, **of_tokens)
+    assert LossConfig.gpg() == point(surrogate="reinforce", **of_tokens)
+    assert LossConfig.vespo() == point(surrogate="vespo", **of_tokens)
 
 
 def test_config_is_frozen_hashable_and_has_the_reference_defaults():
@@ -37,7 +44,7 @@ def test_config_is_frozen_hashable_and_has_the_reference_defaults():
 @pytest.mark.parametrize(
     ("error", "fields", "message"),
     [
-        (ValueError, {"surrogate": "ppo"}, "surrogate must be one of 'clip', got 'ppo'"),
+        (ValueError, {"surrogate": "ppo"}, "surrogate must be one of 'clip', .*, got 'ppo'"),
         (ValueError, {"ratio_level": "word"}, "ratio_level must be one of 'token', 'sequence'"),
         (ValueError, {"kl_estimator": "k4"}, "kl_estimator must be one of 'k1', .*, got 'k4'"),
         (ValueError, {"aggregation": "mean"}, "aggregation must be one of .*, got 'mean'"),
@@ -51,6 +58,45 @@ def test_config_is_frozen_hashable_and_has_the_reference_defaults():
         (ValueError, {"dual_clip": 1}, "dual_clip must be greater than 1, got 1"),
         (ValueError, {"importance_cap": 0}, "importance_cap must be greater than 0, got 0"),
         (ValueError, {"aggregation": "fixed_length"}, "needs max_completion_length, got None"),
+        (ValueError, {"top_entropy": 1.5}, "top_entropy must be at most 1, got 1.5"),
+        (ValueError, {"tau_positive": 0}, "tau_positive must be greater than 0, got 0"),
+        (ValueError, {"tau_positive": 3}, "tau_positive is read by surrogate='sapo' only, got 3"),
+        (ValueError, {"kl_cov_coef": 3}, "kl_cov_coef is read with kl_cov only, got 3 without"),
+        (
+            ValueError,
+            {"surrogate": "cispo", "ratio_cap": 5.0, "epsilon_high": 3.0},  # TRL's name of the cap
+            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' only, got 3.0",
+        ),
+        (TypeError, {"epsilon_low": None}, "epsilon_low must be a number, got NoneType"),
+        (
+            ValueError,
+            {"surrogate": "sapo", "delta": 4.0},
+            "delta is read by surrogate='clip' only, got 4.0 with surrogate='sapo'",
+        ),
+        (ValueError, {"surrogate": "cispo"}, "surrogate='cispo' needs ratio_cap, got None"),
+        (ValueError, {"ratio_cap": 5.0}, "ratio_cap is read by surrogate='cispo' or 'dppo' only"),
+        (
+            ValueError,
+            {"surrogate": "gmpo", "ratio_level": "sequence"},
+            "'gmpo' averages over the sequence itself: ratio_level must be 'token', got 'sequence'",
+        ),
+        (
+            ValueError,
+            {"surrogate": "vespo", "importance_level": "sequence"},
+            "importance_level must be 'token', got 'sequence'",
+        ),
+        (ValueError, {"importance_floor": 2}, "importance_floor must be less than .*=2.0, got 2"),
+        (
+            ValueError,
+            {"importance_mode": "mask", "importance_cap": None},
+            "importance_mode='mask' needs importance_floor or importance_cap",
+        ),
+        (ValueError, {"clip_cov": 0.1, "kl_cov": 0.1}, "clip_cov and kl_cov .*: set only one"),
+        (
+            ValueError,
+            {"clip_cov": 0.1, "clip_cov_low": 5},
+            "must be less than clip_cov_high=5.0, got 5",
+        ),
         (ValueError, {"max_completion_length": 9}, "is read by aggregation='fixed_length' only"),
         (TypeError, {"max_completion_length": 9.5}, "must be an integer, got float"),
         (ValueError, {"max_completion_length": 0}, "must be at least 1, got 0"),
@@ -103,7 +149,14 @@ TOKEN_MEAN = LossConfig(aggregation="token_mean")
             "needs entropy_normalizer, the number of tokens",
         ),
         (ValueError, {"cu_seqlens": torch.tensor([0, 6])}, r"belongs to packed \[N\] input"),
-        (ValueError, PACKED, "needs cu_seqlens with ratio_level='token' and aggregation='seq"),
+        (ValueError, PACKED, "needs cu_seqlens with .* aggregation='sequence_mean', .* got None"),
+        (
+            ValueError,
+            PACKED | {"config": LossConfig(aggregation="token_mean", off_policy_threshold=0.1)},
+            "needs cu_seqlens with .* off_policy_threshold=0.1, got None",
+        ),
+        (ValueError, {"config": LossConfig(top_entropy=0.2)}, "top_entropy=0.2 needs entropy"),
+        (ValueError, {"config": LossConfig.icepop()}, "'mask' needs sampling_logprob, got None"),
         (TypeError, PACKED | {"cu_seqlens": torch.tensor([0.0, 4])}, "must be int32 or int64"),
         (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 4 tokens"),
         (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 5, 4])}, "rise from 0 to 4 tokens"),

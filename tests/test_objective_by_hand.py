@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels.objective import LossConfig, policy_loss
-from grpo_kernels.terms import SAMPLED_KL
+from grpo_kernels.sampled_kl import SAMPLED_KL
 
 
 def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
@@ -155,6 +155,8 @@ def test_metrics_by_hand():
         "clip_ratio/low_mean": 0.2,
         "clip_ratio/high_mean": 0.2,
         "clip_ratio/region_mean": 0.4,
+        "clip_ratio/low_min": 0.2,
+        "clip_ratio/high_max": 0.2,
         "approx_kl": sum(x - 1 - math.log(x) for x in r) / 5,
         "ratio_mean": 1.0,
         "ratio_max": 1.5,

@@ -6,23 +6,13 @@ import torch
 from cases import coin, make_case, normal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_objective import SAMPLED
+from loss_configs import per_token_configs
 
-from grpo_kernels import LossConfig, grpo_loss, policy_loss, token_stats
+from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_stats
 from grpo_kernels.ops import grpo_loss as operators
+from grpo_kernels.surrogates import SURROGATES
 
-CONFIGS = st.builds(
-    LossConfig,
-    epsilon_low=st.sampled_from([0.0, 0.2, 5.0]),
-    epsilon_high=st.sampled_from([4e-4, 0.28]),
-    delta=st.sampled_from([None, 1.5]),
-    dual_clip=st.sampled_from([None, 1.1]),
-    beta=st.sampled_from([0.0, 0.04, 2.0]),
-    kl_estimator=st.sampled_from(SAMPLED),
-    entropy_coef=st.sampled_from([0.0, 0.001, -0.5]),
-    importance_cap=st.sampled_from([0.5, 2.0]),
-    aggregation=st.sampled_from(["sequence_mean", "token_mean", "sequence_sum_mean"]),
-)
+CONFIGS = per_token_configs()
 GIVEN = ["mask", "old_logprob", "sampling_logprob", "ref_logprob"]
 
 
@@ -94,6 +84,7 @@ def check(one_launch, logits, tokens, advantages, config, rows=None, tolerance=1
 @example(2, LossConfig(beta=0.04, kl_estimator="abs", dual_clip=1.1), set(GIVEN), 0.3)
 def test_any_config_equals_the_objective_of_the_statistics(room, seed, config, names, spread):
     names = names | ({"ref_logprob"} if config.beta else set())
+    names = names | ({"sampling_logprob"} if config.importance_mode == "mask" else set())
     logits, tokens, advantages, given = inputs(seed, names, spread=spread)
     tolerance = 1e-10 if config.kl_estimator != "k3_corrected" else 1e-7  # autograd's, of e^20
     with pytest.MonkeyPatch.context() as patch:
@@ -215,3 +206,31 @@ def test_the_dtype_of_a_normaliser_is_not_that_of_the_loss(name):
     config = LossConfig(aggregation="token_mean", entropy_coef=0.1)
     loss, _ = grpo_loss(logits, torch.zeros(1, 3).long(), torch.ones(1), config=config, **given)
     assert loss.dtype == torch.float32
+
+
+def test_the_kernel_has_a_form_of_every_surrogate_of_single_tokens():
+    calls = pytest.importorskip("grpo_kernels.kernels.calls")
+    of_tokens = {name for name, each in SURROGATES.items() if not each.of_sequences}
+    assert calls._KERNEL_FORMS.keys() == of_tokens
+
+
+@pytest.mark.parametrize("loss_of", ["logits", "hidden"])
+def test_a_controller_of_the_entropy_does_not_break_a_compiled_graph(room, loss_of):
+    """dynamo makes a float that changes a symbol, which has no text."""
+    torch._dynamo.reset()
+    logits, tokens, advantages, given = inputs(4, ["mask"], dtype=torch.float32)
+    head = torch.eye(logits.shape[-1])
+
+    def loss(logits, config):
+        if loss_of == "logits":
+            return grpo_loss(logits, tokens, advantages, config=config, **given).loss
+        return linear_grpo_loss(logits, head, tokens, advantages, config=config, **given).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for coefficient in (0.01, 0.02, 0.03):
+        config = LossConfig(entropy_coef=coefficient)
+        leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+        compiled(leaf, config).backward()
+        loss(other, config).backward()
+        torch.testing.assert_close(leaf.grad, other.grad)
+    torch._dynamo.reset()

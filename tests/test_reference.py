@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import grpo_kernels.advantages
+import grpo_kernels
 import grpo_kernels.objective
 import reference
 from reference import LossConfig, grpo_loss, linear_grpo_loss, linear_token_stats, token_stats
@@ -309,16 +309,17 @@ def test_with_every_token_masked_the_functional_results_are_zero():
 
 # The twins agree on how they are called
 
+ADVANTAGES = [name for name in grpo_kernels.__all__ if name.endswith(("_advantage", "_reward"))]
+
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         (grpo_kernels.objective.policy_loss, reference.policy_loss),
         (grpo_kernels.objective.LossConfig, reference.LossConfig),
-        (
-            grpo_kernels.advantages.group_normalised_advantage,
-            reference.group_normalised_advantage,
-        ),
+        (grpo_kernels.AdaptiveEntropy, reference.AdaptiveEntropy),
+        (grpo_kernels.AdaptiveEntropy.update, reference.AdaptiveEntropy.update),
+        *((getattr(grpo_kernels, name), getattr(reference, name)) for name in ADVANTAGES),
     ],
 )
 def test_twins_have_the_same_parameters_order_and_defaults(ours, theirs):

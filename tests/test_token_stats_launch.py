@@ -131,7 +131,7 @@ def jitted_kernels():
     return {name: each for name, each in vars(calls).items() if name.endswith("_kernel")}
 
 
-SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "LOG2_EPS"}
+SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "SURROGATE", "LOG2_EPS"}
 LAUNCH = {"ACC", "PART", "UNROLL", "LANES", "VEC"}
 
 

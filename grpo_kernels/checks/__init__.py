@@ -4,12 +4,21 @@ A shape, a dtype or a setting is always checked. What a tensor holds is checked 
 costs nothing: eagerly on the CPU, never on a GPU, where it would wait for the device.
 """
 
+from .advantages import (
+    check_no_negative_rewards,
+    check_reward_stack,
+    check_rewards,
+    check_steps,
+    check_subset_size,
+)
 from .basics import (
     check_choice,
     check_mask,
     check_number,
     check_per_token,
 )
+from .controllers import check_adaptive_entropy, check_entropy_state
+from .loss_config import check_combination, check_numbers
 from .objective import (
     check_advantages,
     check_cu_seqlens,
@@ -18,7 +27,7 @@ from .objective import (
     check_logprob,
     check_max_completion_length,
     check_normalizers,
-    check_rewards,
+    check_sampling_input,
 )
 from .rows import (
     check_chunk_tokens,
@@ -39,11 +48,14 @@ from .rows import (
 )
 
 __all__ = [
+    "check_adaptive_entropy",
     "check_advantages",
     "check_choice",
     "check_chunk_tokens",
+    "check_combination",
     "check_cu_seqlens",
     "check_entropy_input",
+    "check_entropy_state",
     "check_head",
     "check_hidden",
     "check_kl_arguments",
@@ -54,14 +66,20 @@ __all__ = [
     "check_logprob",
     "check_mask",
     "check_max_completion_length",
+    "check_no_negative_rewards",
     "check_normalizers",
     "check_number",
+    "check_numbers",
     "check_packed_advantages",
     "check_packing",
     "check_pair",
     "check_per_token",
     "check_reference_head",
+    "check_reward_stack",
     "check_rewards",
+    "check_sampling_input",
+    "check_steps",
+    "check_subset_size",
     "check_temperature",
     "check_token_ids",
     "check_tokens",

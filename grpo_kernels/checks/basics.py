@@ -19,6 +19,7 @@ def check_number(
     *,
     at_least: float | None = None,
     above: float | None = None,
+    at_most: float | None = None,
     below: float | None = None,
 ) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -29,6 +30,8 @@ def check_number(
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be greater than {above}, got {value}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}, got {value}")
     if below is not None and value >= below:
         raise ValueError(f"{name} must be less than {below}, got {value}")
 

@@ -1,11 +1,15 @@
 """Checks of the objective's settings and of its per-token arguments."""
 
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .basics import check_floating, check_number, check_tensor, may_look, shape_of
+
+if TYPE_CHECKING:
+    from ..loss_config import LossConfig
 
 
 def check_max_completion_length(value: object, aggregation: str) -> None:
@@ -42,19 +46,19 @@ def check_advantages(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor |
         raise ValueError(f"advantages must have shape {expected}, got {shape_of(advantages)}")
 
 
-def check_cu_seqlens(
-    cu_seqlens: Tensor | None, shape: torch.Size, ratio_level: str, aggregation: str
-) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size, config: "LossConfig") -> None:
     if len(shape) == 2:
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens belongs to packed [N] input, got [B, T] input")
         return
     if cu_seqlens is None:
-        if (ratio_level, aggregation) != ("token", "token_mean"):
-            raise ValueError(
-                f"packed [N] input needs cu_seqlens with ratio_level={ratio_level!r} and "
-                f"aggregation={aggregation!r}, got None"
-            )
+        if config.reads_sequences:
+            settings = (
+                "surrogate", "ratio_level", "aggregation", "importance_level",
+                "off_policy_threshold",
+            )  # fmt: skip
+            given = ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
+            raise ValueError(f"packed [N] input needs cu_seqlens with {given}, got None")
         return
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -111,21 +115,12 @@ def check_kl_input(
         raise ValueError(f"kl_estimator={kl_estimator!r} reads {wanted}, got {unread}")
 
 
-def check_entropy_input(entropy_coef: float, entropy: Tensor | None) -> None:
-    if entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy_coef={entropy_coef} needs entropy, got None")
+def check_entropy_input(config: "LossConfig", entropy: Tensor | None) -> None:
+    for name in ("entropy_coef", "top_entropy"):
+        if getattr(config, name) and entropy is None:
+            raise ValueError(f"{name}={getattr(config, name)} needs entropy, got None")
 
 
-def check_rewards(rewards: Tensor) -> None:
-    check_tensor("rewards", rewards)
-    if rewards.dtype == torch.bool or rewards.is_complex():
-        raise TypeError(f"rewards must hold real numbers, got {rewards.dtype}")
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, G], got {shape_of(rewards)}")
-    if rewards.shape[1] < 2:
-        raise ValueError(
-            f"rewards must hold at least 2 completions per prompt, got {shape_of(rewards)}: "
-            "a group of 1 has no standard deviation"
-        )
-    if may_look(rewards) and not rewards.isfinite().all():
-        raise ValueError("rewards must be finite, got NaN or infinity")
+def check_sampling_input(importance_mode: str, sampling_logprob: Tensor | None) -> None:
+    if importance_mode == "mask" and sampling_logprob is None:
+        raise ValueError("importance_mode='mask' needs sampling_logprob, got None")

@@ -14,7 +14,7 @@ from .softmax import LOG2E, Softmax, clear, row_blocks
 from .token_stats import RowWeights, write_gradient
 
 if TYPE_CHECKING:
-    from ..objective import LossConfig
+    from ..loss_config import LossConfig
 
 
 def grpo_loss(

@@ -1,7 +1,9 @@
 """Host side of the kernels: outputs, strides and grids, behind the same functions as eager/."""
 
 import functools
+import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import RowLaunch, are_few, pick_row_launch
+from ..surrogates import two_sided_cap
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo import _grpo_loss_kernel, _scale_kernel
 from .token_stats import (
@@ -20,7 +23,7 @@ from .token_stats import (
 )
 
 if TYPE_CHECKING:
-    from ..objective import LossConfig
+    from ..loss_config import LossConfig
     from ..terms import Constants
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -168,15 +171,26 @@ def token_stats_backward(
     )
 
 
+# The kernel's form of each surrogate, and what its two bounds and its cap are.
+_KERNEL_FORMS: dict[str, tuple[str, Callable[["LossConfig"], tuple[float, float, float]]]] = {
+    "clip": ("clip", lambda c: (1 - c.epsilon_low, 1 + c.epsilon_high, two_sided_cap(c))),
+    "ratio": ("clip", lambda c: (-math.inf, math.inf, math.inf)),
+    "sapo": ("sapo", lambda c: (c.tau_negative, c.tau_positive, 0.0)),
+    "cispo": ("score", lambda c: (0.0, 0.0, c.ratio_cap)),
+    "reinforce": ("score", lambda c: (1.0, 0.0, 1.0)),
+    "dppo": ("dppo", lambda c: (-c.epsilon_low, c.epsilon_high, c.ratio_cap)),
+}
+
+
 def _settings(config: "LossConfig", like: Tensor) -> Tensor:
     """What the kernel reads of a config, on the device and in the dtype of `like`."""
-    caps = [each for each in (config.delta, config.dual_clip) if each is not None]
+    floor, cap = config.importance_floor, config.importance_cap
     numbers = (
-        1 - config.epsilon_low,
-        1 + config.epsilon_high,
-        min(caps, default=float("inf")),
+        *_KERNEL_FORMS[config.surrogate][1](config),
         config.beta,
-        config.importance_cap,
+        0.0 if floor is None else floor,
+        math.inf if cap is None else cap,
+        1.0 if config.importance_mode == "truncate" else 0.0,
     )
     return _on_device(numbers, like.dtype, like.device)
 
@@ -226,6 +240,7 @@ def grpo_loss(
         *_row_strides(logits),
         *_row_strides(d_logits),
         temperature.stride(-1),
+        SURROGATE=_KERNEL_FORMS[config.surrogate][0],
         ESTIMATOR=config.kl_estimator,
         SOFTCAP=softcap,
     )

@@ -18,12 +18,12 @@ import triton.language as tl
 from .row_math import (
     LN2,
     LOG2E,
-    at_most,
-    clipped_slope,
+    importance_weight,
     kl_slope,
     ratio_of,
     row_offset,
     store_zeros,
+    surrogate_slope,
     tile_offsets,
 )
 from .row_walks import row_statistics, walk_gradient, walk_statistics
@@ -33,22 +33,26 @@ from .token_stats import row_counts, token_logit
 @triton.jit
 def _log_prob_gradient(
     row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-    ESTIMATOR: tl.constexpr
+    SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
 ):  # fmt: skip
     """d loss / d logprob of a token."""
     lowest = tl.load(settings_ptr)
     highest = tl.load(settings_ptr + 1)
     cap = tl.load(settings_ptr + 2)
     beta = tl.load(settings_ptr + 3)
-    importance_cap = tl.load(settings_ptr + 4)
     old = logprob
     if old_ptr is not None:
         old = tl.load(old_ptr + row)
     ratio, d_ratio = ratio_of(logprob - old)
-    slope = clipped_slope(ratio, tl.load(advantage_ptr + row), lowest, highest, cap) * d_ratio
+    advantage = tl.load(advantage_ptr + row)
+    slope = surrogate_slope(
+        logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE
+    )
     if sampling_ptr is not None:
-        importance, _ = ratio_of(old - tl.load(sampling_ptr + row))
-        slope *= at_most(importance, importance_cap)
+        least = tl.load(settings_ptr + 4)
+        most = tl.load(settings_ptr + 5)
+        outside = tl.load(settings_ptr + 6)
+        slope *= importance_weight(old - tl.load(sampling_ptr + row), least, most, outside)
     if ref_ptr is not None:
         d = logprob - tl.load(ref_ptr + row)
         slope += beta * kl_slope(d, ratio, d_ratio, ESTIMATOR)
@@ -67,7 +71,7 @@ def _grpo_loss_kernel(
     old_ptr,  # [N]; None: the policy's own
     ref_ptr,  # [N]; None: no KL in the loss
     sampling_ptr,  # [N]; None: no importance weight
-    settings_ptr,  # [5]: bounds of the ratio, its cap, beta, the importance weight's cap
+    settings_ptr,  # [7]: three of the surrogate, beta; two bounds of the importance, if it masks
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]
     d_logits_ptr,  # [B, T, V], strided rows; may be logits_ptr
@@ -78,6 +82,7 @@ def _grpo_loss_kernel(
     stride_d_logits_b,
     stride_d_logits_t,
     stride_temperature,
+    SURROGATE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
@@ -111,7 +116,7 @@ def _grpo_loss_kernel(
 
     d_logprob = inverse * _log_prob_gradient(
         row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-        ESTIMATOR,
+        SURROGATE, ESTIMATOR,
     )  # fmt: skip
     weight = -d_logprob
     weight_log = inverse * 0.0

@@ -154,20 +154,56 @@ def at_most(x, bound):
 
 
 @triton.jit
+def at_least(x, bound):
+    """max(x, bound), NaN where x is."""
+    return tl.maximum(x, bound, propagate_nan=KEEP_NAN)
+
+
+@triton.jit
 def ratio_of(log_ratio):
     """(e^log_ratio, its derivative), saturated at a log-ratio of ±20."""
     # Not tl.clamp: it drops a NaN, and for fp64 it does not compile.
-    bounded = at_most(tl.maximum(log_ratio, -MAX_LOG_RATIO, propagate_nan=KEEP_NAN), MAX_LOG_RATIO)
+    bounded = at_most(at_least(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
     ratio = tl.exp2(bounded * LOG2E)
     return ratio, tl.where(tl.abs(log_ratio) <= MAX_LOG_RATIO, ratio, 0.0)
 
 
 @triton.jit
-def clipped_slope(ratio, advantage, lowest, highest, cap):
-    """d/dr of -min(r A, clip(r, lowest, highest) A) with r capped where A < 0."""
-    falling = (ratio >= lowest) & (ratio <= cap)
-    rising = ratio <= highest
-    return tl.where(tl.where(advantage < 0, falling, rising), -advantage, 0.0)
+def importance_weight(log_weight, floor, cap, outside):
+    """e^log_weight, saturated; beyond [floor, cap] the bound times `outside`: 1, or 0 to mask."""
+    weight, _ = ratio_of(log_weight)
+    bounded = at_most(at_least(weight, floor), cap)
+    return tl.where(weight == bounded, weight, bounded * outside)
+
+
+@triton.jit
+def surrogate_slope(
+    logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE: tl.constexpr
+):
+    """d/d(logprob) of a policy term.
+
+    clip: -min(r A, clip(r, lowest, highest) A), with r capped where A < 0
+    sapo: -A (4/τ) σ(τ (r - 1)), τ = highest where A > 0, else lowest
+    score: -s(r within [lowest, cap]) A logprob
+    dppo: -s(min(r, cap)) A logprob where the change of probability is within [lowest, highest]
+    """
+    if SURROGATE == "clip":
+        falling = (ratio >= lowest) & (ratio <= cap)
+        rising = ratio <= highest
+        inside = tl.where(advantage < 0, falling, rising)
+        slope = tl.where(inside, -advantage, 0.0) * d_ratio
+    elif SURROGATE == "sapo":
+        odds = tl.exp2(tl.where(advantage > 0, highest, lowest) * (1.0 - ratio) * LOG2E)
+        gate = 1.0 / (1.0 + odds)
+        slope = -advantage * 4.0 * gate * (1.0 - gate) * d_ratio
+    elif SURROGATE == "score":
+        slope = -advantage * at_most(at_least(ratio, lowest), cap)
+    else:
+        tl.static_assert(SURROGATE == "dppo")
+        shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
+        inside = tl.where(advantage > 0, shift <= highest, shift >= lowest)
+        slope = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
+    return slope
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import checks
 from ..objective import LossConfig, LossOutput, loss_constants, loss_of, policy_loss
 from ..rows import room
-from ..terms import VOCABULARY_KL, Constants
+from ..sampled_kl import VOCABULARY_KL
+from ..terms import Constants, is_per_token
 from .ready_gradient import config_as_text, config_of, with_gradient
 from .token_stats import _token_stats, as_rows, row_inputs, token_stats
 
@@ -73,11 +74,11 @@ def grpo_loss(
     `ref_logprob` or, where that is None, from the log-probabilities under `ref_logits`. With
     beta = 0 the KL is only a metric, and computed when its input is given.
 
-    With token-level ratios the gradient is made together with the loss, in one read and one write
-    of the logits, and backward hands it out; a KL over the vocabulary, fp16 logits, whose gradient
-    needs the scale that comes with backward, and ratios of whole sequences take a second read
-    then. Tokens without a gradient (masked, or advantage 0 with neither KL nor entropy in the loss)
-    are not read for it.
+    Where a token's loss follows from the token alone, its gradient is made together with the loss,
+    in one read and one write of the logits, and backward hands it out. Terms of whole sequences,
+    filters that look at other tokens, a KL over the vocabulary, and fp16 logits, whose gradient
+    needs the scale that comes with backward, take a second read then. Tokens without a
+    gradient (masked, or advantage 0 with neither KL nor entropy in the loss) are not read for it.
 
     Args:
         logits: [B, T, V] or packed [N, V]; logits[:, t] predict tokens[:, t].
@@ -115,7 +116,7 @@ def grpo_loss(
     if kl is None and ref_logprob is None and ref_logits is not None:
         with torch.no_grad():
             ref_logprob = token_stats(ref_logits, tokens, entropy=False, **settings).logprob
-    if kl is None and _gradient_comes_with_the_loss(config, logits):
+    if kl is None and _gradient_comes_with_the_loss(config, logits, sampling_logprob):
         return _in_one_launch(
             logits, tokens, advantages, ref_logprob, objective, inplace, **settings
         )
@@ -135,13 +136,16 @@ def grpo_loss(
     )
 
 
-def _gradient_comes_with_the_loss(config: LossConfig, logits: Tensor) -> bool:
+def _gradient_comes_with_the_loss(
+    config: LossConfig, logits: Tensor, sampling_logprob: Tensor | None
+) -> bool:
     """Whether a gradient is wanted, and can be made before backward says how it is scaled.
 
     In fp16 it would underflow: a GradScaler's factor of 65,536 arrives in backward only.
     """
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    return wanted and config.ratio_level == "token" and logits.dtype != torch.float16
+    alone = is_per_token(config, has_sampling=sampling_logprob is not None)
+    return wanted and alone and logits.dtype != torch.float16
 
 
 def _in_one_launch(

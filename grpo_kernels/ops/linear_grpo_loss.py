@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import checks
 from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, done_dtype
 from ..objective import LossConfig, LossOutput, loss_constants, loss_of
-from ..terms import VOCABULARY_KL, Constants
+from ..sampled_kl import VOCABULARY_KL
+from ..terms import Constants, is_per_token, may_skip_inert
 from .linear_inputs import operator_inputs
 from .linear_token_stats import (
     _linear_token_stats,
@@ -116,8 +117,9 @@ def linear_grpo_loss(
 
     A token-level objective computes its gradient with the loss: 6·n·V·H floating-point operations
     for n tokens, three matrix products, and a backward that only scales by the gradient that comes
-    in. A sequence-level ratio needs a sequence's log-probs before the first gradient, so its
-    logits are made twice: 8·n·V·H. Under torch.no_grad it is 2·n·V·H.
+    in. Where a token's loss depends on other tokens (a ratio of the sequence, a filter of the
+    batch), the log-probs come before the first gradient, so that the logits are made twice:
+    8·n·V·H. Under torch.no_grad it is 2·n·V·H.
 
     Masked tokens are in no product. Tokens without a learning signal (advantage 0, with neither KL
     nor entropy in the loss: every group whose rewards are all equal) are in that of the statistics,
@@ -191,10 +193,9 @@ def linear_grpo_loss(
         constants = constants._replace(ref_logprob=ref_logprob)
 
     wanted = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
-    # A ratio of whole sequences hands the gradient of one token's term to all of its sequence.
-    alone = config.ratio_level == "token" or advantages.shape != tokens.shape
-    skip_inert = alone and config.beta == 0 and config.entropy_coef == 0
-    if not _gradient_comes_with_the_loss(config, wanted):
+    skip_inert = may_skip_inert(config, per_sequence=advantages.shape != tokens.shape)
+    alone = is_per_token(config, has_sampling=sampling_logprob is not None)
+    if not (alone and torch.is_grad_enabled() and any(wanted)):
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
@@ -217,8 +218,3 @@ def linear_grpo_loss(
     leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
     pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
     return LossOutput(with_gradient(loss, *zip(*pairs, strict=True)), metrics)
-
-
-def _gradient_comes_with_the_loss(config: LossConfig, wanted: list[bool]) -> bool:
-    """Whether a gradient is wanted, and every token's loss is known when its logits are."""
-    return config.ratio_level == "token" and torch.is_grad_enabled() and any(wanted)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..aggregation import spread_to_tokens
+from ..sequences import spread_to_tokens
 
 
 class TokenPacking(NamedTuple):
@@ -47,8 +47,9 @@ def pack_tokens(
     Args:
         mask: [B, T] or packed [N], bool or 0/1, the mask that the loss gets.
         advantages: the advantages that the loss gets, [B], [B, T], [N] or, with `cu_seqlens`,
-            [sequences]. Tokens of advantage 0 then have no gradient computed by a loss without a
-            KL and an entropy bonus; other losses treat them as the rest.
+            [sequences]. Tokens of advantage 0 then have no gradient computed by a loss in which
+            nothing else moves them: neither a KL, a bonus or a penalty, nor the rest of their
+            sequence.
 
     Returns:
         TokenPacking(order [B·T] or [N], counts [2]).

@@ -13,7 +13,11 @@ from torch import Tensor
 from ..objective import LossConfig
 from ..rows import room
 
-FIELDS = tuple(field.name for field in dataclasses.fields(LossConfig))
+# But for the entropy's coefficient: it comes as a tensor, the weight of the sum. A controller
+# changes it in every step, and torch.compile cannot trace a changing number into a text.
+FIELDS = tuple(
+    field.name for field in dataclasses.fields(LossConfig) if field.name != "entropy_coef"
+)
 
 
 def config_as_text(config: LossConfig) -> str:
@@ -21,7 +25,7 @@ def config_as_text(config: LossConfig) -> str:
     return "(" + ", ".join([repr(getattr(config, name)) for name in FIELDS]) + ")"
 
 
-@functools.lru_cache(maxsize=256)  # bounded: a controller may change a coefficient in every step
+@functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
 def config_of(text: str) -> LossConfig:
     return LossConfig(**dict(zip(FIELDS, ast.literal_eval(text), strict=True)))
 
