@@ -18,10 +18,12 @@ TRAIN = [
 # For --task gsm8k from the hub, reasoning-gym/<generator>, and answers that are mathematics.
 TASKS = ["datasets>=4", "math-verify>=0.8", "reasoning-gym>=0.1.20"]
 MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
-# The peers run beside us in the benchmarks only; the training step there needs transformers.
-PEERS = ["trl>=1.16,<2", "liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26"]
+# The tests compare the losses with TRL's own. The other peers run beside us in the benchmarks only;
+# the training step there needs transformers.
+TRL = "trl>=1.16,<2"
+PEERS = [TRL, "liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26"]
 BENCH = [*MEASURE, *PEERS, "transformers>=5.17", "matplotlib>=3.8"]
-TEST = [*TRAIN, *TASKS, *MEASURE, "hypothesis>=6.100", "pytest-xdist>=3.6", "ruff>=0.12"]
+TEST = [*TRAIN, *TASKS, *MEASURE, TRL, "hypothesis>=6.100", "pytest-xdist>=3.6", "ruff>=0.12"]
 
 setup(
     name="grpo_kernels",
