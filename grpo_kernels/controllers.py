@@ -8,7 +8,7 @@ from .checks import check_adaptive_entropy, check_entropy_state, check_number
 class AdaptiveEntropy:
     """An entropy coefficient that grows while the policy's entropy is at or below a target.
 
-        c <- min(c + step, maximum)    where entropy <= target, after each optimiser step
+        c <- min(c + step, maximum)    where entropy <= target, after each step
         c <- max(c - step, minimum)    where entropy > target
         coef = c where the last entropy <= target, else 0
 

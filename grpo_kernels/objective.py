@@ -85,7 +85,8 @@ def policy_loss(
             ("sequence_mean", "sequence_sum_mean"), of tokens ("token_mean"), or of sequences ·
             max_completion_length. With the whole batch's, micro-batches and ranks add up to
             exactly one big batch, unless a filter ranks the tokens of the call. A 0-dim tensor
-            holding 0 divides by 1.
+            holding 0 divides by 1. Where gradients are averaged over ranks, as DDP and FSDP do, it
+            is the count of all ranks divided by their number.
         entropy_normalizer: likewise the number of tokens that the mean entropy divides by, all of
             them also where `config.top_entropy` averages over some. None follows `normalizer` under
             "token_mean"; elsewhere the two must be given together.

@@ -107,6 +107,19 @@ class TrainConfig(  # whose fields are those of the last base first
                 "--advantage max_rl needs rewards of at least 0: not with --overlong-buffer",
             ),
             (
+                self.overlong_buffer > 0 and each_reward,
+                "--normalise-each-reward would make a full reward of the small penalty: not with "
+                "--overlong-buffer",
+            ),
+            (
+                self.loss == "dr_grpo" and each_reward,
+                "--loss dr_grpo divides by no standard deviation: not with --normalise-each-reward",
+            ),
+            (
+                self.kl_estimator != "k3" and self.beta == 0,
+                "--kl-estimator estimates a KL that counts nothing: set --beta above 0",
+            ),
+            (
                 scratch and self.task != "reverse",
                 "--model scratch learns --task reverse only: it can spell no other",
             ),
@@ -143,10 +156,16 @@ class TrainConfig(  # whose fields are those of the last base first
 
     def check_loss(self, loss_config: Callable[..., Any]) -> None:
         """Raise a UserError where a LossConfig that checks its arguments does not take these."""
+        fields = self.loss_fields()
         try:
-            loss_config(**self.loss_fields())
+            loss_config(**fields)
         except (TypeError, ValueError) as error:
             raise UserError(f"--loss {self.loss}: {in_flags(one_line(error))}") from error
+        if fields.get("kl_cov") is not None and self.inner_iterations * self.minibatches == 1:
+            raise UserError(
+                f"--loss {self.loss}: --kl-cov acts from a batch's second optimiser step on: set "
+                "--inner-iterations or --minibatches above 1"
+            )
 
 
 _POSITIVE = (

@@ -66,7 +66,8 @@ class Learner:
     def step(self, answers: Answers, advantages: Tensor) -> dict[str, float]:
         """Learn from answers and their advantages [B·G] or [B·G, T]; returns metrics.
 
-        Where no group has a learning signal there is no forward, no backward and no optimiser step.
+        Where no group has a learning signal, and nothing else reads them, there is no forward, no
+        backward and no optimiser step.
         """
         self.steps += 1
         self._refresh_reference()

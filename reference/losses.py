@@ -126,7 +126,8 @@ class LossSettings:
     importance_cap: float | None = None
     """Largest w: 2 but for icepop; no w is above 5e8."""
     off_policy_threshold: float | None = None
-    """Answers of A < 0 teach nothing where their mean of sampler - trainer is above this."""
+    """Answers of A < 0 teach nothing where the mean of the sampler's log-probs less the
+    trainer's is above this."""
     top_entropy: float | None = None
     """Only this fraction of the tokens teaches, those of the highest entropy (2506.01939); of each
     micro-batch by itself."""
@@ -138,8 +139,8 @@ class LossSettings:
     clip_cov_high: float | None = None
     """They are drawn where it is below this."""
     kl_cov: float | None = None
-    """This fraction of the tokens, where it is largest, is held back by |ln r|; of each micro-batch
-    by itself, from the second optimiser step on."""
+    """This fraction of the tokens, where (A - mean)·(logprob - mean) is largest, pays |ln r|; of
+    each micro-batch by itself, from the second optimiser step on."""
     kl_cov_coef: float | None = None
     """Weight of |ln r| there."""
 

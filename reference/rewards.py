@@ -153,7 +153,7 @@ def chosen(
         path, equals, weight = each.rpartition("=")
         path, weight = (path, weight) if equals else (each, "1")
         name = path.rpartition(":" if ":" in path else ".")[2]
-        if name in rewards:
+        if name in rewards or name == "overlong":  # the penalty's
             raise UserError(f"--reward {each}: there is already a reward named {name!r}")
         rewards[name] = WeightedReward(load(path), _weight("--reward", each, weight))
     return rewards

@@ -57,9 +57,10 @@ from reference.supervised import warm_start
 from reference.tasks import Task, make_task
 
 ABOUT_THE_LOSS = """\
-A note on the loss: with one optimiser step per batch its VALUE is about 0, or what answers of
-unequal length leave of it, since the ratio of new to old policy is 1 and the advantages of a group
-add up to 0. Its gradient is not 0. Watch the reward.
+A note on the loss: its VALUE says nothing about progress. With one optimiser step per batch the
+ratio of new to old policy is 1 and the advantages of a group add up to 0, so that a loss of clipped
+ratios is about 0, or what answers of unequal length leave of it. Its gradient is not. Watch the
+reward.
 """
 CHAT_TOKENS = 256
 # --loss-impl: the losses, and how a model runs up to them. Each pair has the same functions.

@@ -77,7 +77,7 @@ SET = {
     "k_negative": (1.0, ["--loss", "vespo"]),
     "lambda_negative": (1.0, ["--loss", "vespo"]),
     "beta": (0.1, []),
-    "kl_estimator": ("k3+", []),
+    "kl_estimator": ("k3+", ["--beta", "0.1"]),
     "entropy_coef": (0.1, ["--loss", "one_shot"]),
     "aggregation": ("sequence_sum_mean", ["--loss", "dr_grpo"]),
     "max_completion_length": (5, ["--loss", "dr_grpo"]),
@@ -90,8 +90,8 @@ SET = {
     "clip_cov": (0.1, ["--loss", "clip_covariance"]),
     "clip_cov_low": (0.5, ["--loss", "clip_covariance"]),
     "clip_cov_high": (2.0, ["--loss", "clip_covariance"]),
-    "kl_cov": (0.1, []),
-    "kl_cov_coef": (0.5, ["--loss", "kl_covariance"]),
+    "kl_cov": (0.1, ["--minibatches", "2"]),
+    "kl_cov_coef": (0.5, ["--loss", "kl_covariance", "--minibatches", "2"]),
 }
 
 
@@ -125,6 +125,11 @@ def test_a_fixed_length_is_the_longest_completion_unless_it_is_given():
             "--surrogate 'clip'",
         ),
         ({"delta": 1.1}, "--loss grpo: --delta must be greater than 1.2, got 1.1"),
+        (
+            {"loss": "kl_covariance"},
+            "--loss kl_covariance: --kl-cov acts from a batch's second optimiser step on: set "
+            "--inner-iterations or --minibatches above 1",
+        ),
         (
             {"clip_cov": 0.1, "kl_cov": 0.1},
             "--loss grpo: --clip-cov and --kl-cov are two cures of one thing: set only one",

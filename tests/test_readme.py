@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo_kernels import LossConfig
+from reference.losses import LOSSES
 from reference.presets import parse_command_line
 from reference.tasks import TASKS
 
@@ -23,7 +25,8 @@ def test_every_python_block_shows_its_output():
     assert len(snippets()) == README.read_text().count("```python") > 0
 
 
-def test_snippets_print_what_stands_beside_them():
+@pytest.mark.parametrize("room", ["eager"], indirect=True)  # as on a reader's machine
+def test_snippets_print_what_stands_beside_them(room):
     namespace = {}
     for code, output in snippets():
         printed = io.StringIO()
@@ -43,5 +46,13 @@ def test_every_command_of_the_training_script_is_one_that_it_takes():
     assert len(commands) >= 10
     for command in commands:
         config = parse_command_line(shlex.split(command, comments=True))
-        config.loss_fields(), config.task_settings()
+        config.check_loss(LossConfig)
+        config.task_settings()
         assert config.task in TASKS or config.task.startswith("reasoning-gym/")
+
+
+def test_the_table_of_objectives_names_each_of_them():
+    (table,) = re.findall(r"\| name \| per token.*?\n\n", README.read_text(), re.S)
+    first_column = re.findall(r"^\|([^|]*)\|", table, re.M)
+    named = set(re.findall(r"`(\w+)`", " ".join(first_column))) - {"dual_clip"}
+    assert named == set(LOSSES)

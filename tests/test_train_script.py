@@ -78,7 +78,11 @@ def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, we
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     printed = capsys.readouterr().out
-    assert "VALUE is about 0" in printed and "before" in printed and "after" in printed
+    assert (
+        "VALUE says nothing about progress" in printed
+        and "before" in printed
+        and "after" in printed
+    )
 
 
 @pytest.mark.parametrize("room", ["eager"], indirect=True)
@@ -174,7 +178,7 @@ def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, mon
         ["--gradient-checkpointing"],
         ["--advantage", "pass_at_k", "--entropy-target", "1", "--micro-batch", "8"],
         ["--advantage", "none", "--loss", "cispo", "--top-entropy", "0.2"],
-        ["--normalise-each-reward", "--overlong-buffer", "3", "--loss", "dr_grpo"],
+        ["--normalise-each-reward", "--loss", "luspo"],
     ],
     ids=" ".join,
 )
