@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import coin
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -164,3 +165,16 @@ def test_a_model_with_gradient_checkpointing():
     ours, gradients = stats_and_gradients(causal_lm, model)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(gradients, exact)
+
+
+def test_the_first_call_runs_under_ddp_that_looks_for_unused_parameters():
+    """DDP walks the graph of the model's output, which the probe must not cut."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)  # fmt: skip
+    try:
+        ids, _ = make_batch()
+        wrapped = DistributedDataParallel(make_model("llama"), find_unused_parameters=True)
+        causal_lm.causal_lm_token_stats(wrapped, ids, entropy=False).logprob.sum().backward()
+        assert all(each.grad is not None for each in wrapped.parameters())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -200,7 +200,9 @@ def _head_taken_out(layer: nn.Linear, *, probed: bool):
         if not probed:
             return output
         probe = torch.tensor(_PROBE, dtype=torch.float64, device=output.device)
-        return probe[None, :, None].expand(1, -1, output.shape[-1]).clone()
+        # The sum of nothing keeps the graph whole: DistributedDataParallel looks through it for
+        # parameters without a gradient.
+        return probe[None, :, None].expand(1, -1, output.shape[-1]) + output.sum()
 
     handles = layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
     try:
