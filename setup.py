@@ -43,5 +43,5 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
     ],
-    extras_require={"train": TRAIN, "tasks": TASKS, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "tasks": TASKS, "trl": [TRL], "test": TEST, "bench": BENCH},
 )

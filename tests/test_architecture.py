@@ -51,7 +51,7 @@ ALLOWED = {
         "grpo_kernels.sequences",
         "grpo_kernels.terms",
     },
-    "grpo_kernels.integrations": {"torch", "grpo_kernels.ops", "grpo_kernels.objective"},
+    "grpo_kernels.integrations": {"torch", "trl", "grpo_kernels.ops", "grpo_kernels.objective"},
     "grpo_kernels.formulas": {"torch"},
     "grpo_kernels.sequences": {"torch"},
     "grpo_kernels.sampled_kl": FORMULAS,
