@@ -17,27 +17,29 @@ if TYPE_CHECKING:
 class _Over:
     """Means and extremes over the tokens that count; 0 where none does."""
 
-    def __init__(self, keep: Tensor) -> None:
-        self._keep, self.count = keep, keep.sum()
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences, self.count = sequences, sequences.keep.sum()
+
+    def _kept(self, x: Tensor, otherwise: float = 0.0) -> Tensor:
+        return x.masked_fill(self._sequences.drop, otherwise)
 
     def mean(self, x: Tensor) -> Tensor:
-        return torch.where(self._keep, x, 0).sum() / self.count.clamp(min=1)
+        return self._kept(x).sum() / self.count.clamp(min=1)
 
-    def sequence_mean(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def sequence_mean(self, x: Tensor) -> Tensor:
         """The mean over the sequences that have a token of their means."""
-        share = torch.where(self._keep, 1 / sequences.lengths(x.dtype), 0)
-        return torch.where(self._keep, share * x, 0).sum() / share.sum().round().clamp(min=1)
+        share = self._kept(1 / self._sequences.lengths(x.dtype))
+        return self._kept(share * x).sum() / share.sum().round().clamp(min=1)
 
     def max(self, x: Tensor) -> Tensor:
         """Of numbers that are not negative."""
-        kept = torch.where(self._keep, x, 0)
-        return torch.nn.functional.pad(kept.flatten(), (0, 1)).amax()
+        return torch.nn.functional.pad(self._kept(x).flatten(), (0, 1)).amax()
 
     def min(self, x: Tensor) -> Tensor:
         """Of numbers that are not negative."""
-        kept = torch.where(self._keep, x, torch.inf)
-        least = torch.nn.functional.pad(kept.flatten(), (0, 1), value=torch.inf).amin()
-        return torch.where(self.count > 0, least, 0)
+        kept = self._kept(x, torch.inf).flatten()
+        least = torch.nn.functional.pad(kept, (0, 1), value=torch.inf).amin()
+        return least.masked_fill(self.count == 0, 0)
 
 
 def token_metrics(
@@ -45,7 +47,7 @@ def token_metrics(
 ) -> dict[str, Tensor]:
     """Those of `policy_loss` but the loss's own, with their graph."""
     moved = terms.moved
-    over = _Over(moved.sequences.keep)
+    over = _Over(moved.sequences)
     log_ratio = moved.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics = _clip_metrics(moved, over, config) | {
         "approx_kl": over.mean(torch.expm1(log_ratio) - log_ratio),
@@ -53,9 +55,7 @@ def token_metrics(
         "num_tokens": over.count.to(moved.ratio.dtype),
     }
     if config.surrogate == "vespo":
-        metrics["vespo/phi_seq_mean"] = over.sequence_mean(
-            sequence_gamma(moved, config), moved.sequences
-        )
+        metrics["vespo/phi_seq_mean"] = over.sequence_mean(sequence_gamma(moved, config))
     if terms.kept is not None:
         metrics["filters/kept_mean"] = over.mean(terms.kept.to(moved.ratio.dtype))
     if terms.kl is not None:
@@ -81,18 +81,16 @@ def _clip_metrics(moved: Moved, over: _Over, config: "LossConfig") -> dict[str, 
         flag.to(moved.ratio.dtype) for flag in SURROGATES[config.surrogate].clipped(moved, config)
     )
 
-    def mean(x: Tensor) -> Tensor:
-        whole = config.ratio_level == "sequence"
-        return over.sequence_mean(x, sequences) if whole else over.mean(x)
-
+    mean = over.sequence_mean if config.ratio_level == "sequence" else over.mean
+    low_mean, high_mean = mean(low), mean(high)
     metrics = {
         "ratio_mean": mean(moved.ratio),
-        "clip_ratio/low_mean": mean(low),
-        "clip_ratio/high_mean": mean(high),
-        "clip_ratio/region_mean": mean(low + high),
+        "clip_ratio/low_mean": low_mean,
+        "clip_ratio/high_mean": high_mean,
+        "clip_ratio/region_mean": low_mean + high_mean,  # no token is clipped on both sides
     }
     if config.surrogate == "cispo":
-        metrics["cispo_clip_ratio"] = metrics["clip_ratio/high_mean"]
+        metrics["cispo_clip_ratio"] = high_mean
     if sequences.known:
         metrics["clip_ratio/low_min"] = over.min(sequences.mean(low))
         metrics["clip_ratio/high_max"] = over.max(sequences.mean(high))

@@ -146,8 +146,9 @@ def loss_of(
 ) -> LossOutput:
     """`policy_loss` after `loss_constants` has checked and prepared all but the statistics."""
     dtype = constants.weight.dtype
-    logprob, entropy, kl = (_select(keep, each, dtype) for each in (logprob, entropy, kl))
-    constants, sequences = constants.with_old(logprob), Sequences(keep, cu_seqlens)
+    sequences = Sequences(keep, cu_seqlens)
+    logprob, entropy, kl = (_select(sequences, x, dtype) for x in (logprob, entropy, kl))
+    constants = constants.with_old(logprob)
     terms = token_terms(logprob, entropy, kl, constants, config, sequences)
     loss = weighted_sum(terms, constants, config)
     metrics = {"policy_loss": (constants.weight * terms.policy).sum()}
@@ -188,24 +189,25 @@ def loss_constants(
         keep = torch.ones(shape, dtype=torch.bool, device=advantages.device)
     else:
         keep = mask.bool()
-    weight = token_weights(Sequences(keep, cu_seqlens), config, normalizer, dtype)
+    sequences = Sequences(keep, cu_seqlens)
+    weight = token_weights(sequences, config, normalizer, dtype)
     entropy_weight = None
     if config.entropy_coef != 0:
         divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
         entropy_weight = (weight.new_full((), config.entropy_coef) / divisor).to(dtype)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
     return keep, Constants(
-        _select(keep, advantage, dtype),
+        _select(sequences, advantage, dtype),
         weight,
         entropy_weight,
-        **{name: _select(keep, each, dtype, detach=True) for name, each in logprobs.items()},
+        **{name: _select(sequences, each, dtype, detach=True) for name, each in logprobs.items()},
     )
 
 
 def _select(
-    keep: Tensor, x: Tensor | None, dtype: torch.dtype, *, detach: bool = False
+    sequences: Sequences, x: Tensor | None, dtype: torch.dtype, *, detach: bool = False
 ) -> Tensor | None:
     """x where kept, else 0. Before any arithmetic: NaN times a mask is NaN, in the gradient too."""
     if x is None:
         return None
-    return torch.where(keep, (x.detach() if detach else x).to(dtype), 0.0)
+    return (x.detach() if detach else x).to(dtype).masked_fill(sequences.drop, 0.0)

@@ -12,7 +12,8 @@ class Sequences:
     """
 
     def __init__(self, keep: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.keep, self._cu_seqlens = keep, cu_seqlens
+        self.keep, self.drop, self._cu_seqlens = keep, ~keep, cu_seqlens
+        self._lengths: Tensor | None = None
 
     @property
     def known(self) -> bool:
@@ -25,7 +26,7 @@ class Sequences:
 
     def sum(self, x: Tensor) -> Tensor:
         """At every token the sum of x over its sequence."""
-        x = torch.where(self.keep, x, 0)
+        x = x.masked_fill(self.drop, 0)
         if self._cu_seqlens is None:
             return x.sum(-1, keepdim=True).expand_as(x)
         # Not index_add: its atomics on a GPU would change the last bits from run to run.
@@ -34,7 +35,9 @@ class Sequences:
 
     def lengths(self, dtype: torch.dtype) -> Tensor:
         """At every token the number of kept tokens of its sequence, at least 1."""
-        return self.sum(self.keep.to(dtype)).clamp(min=1)
+        if self._lengths is None:
+            self._lengths = self.sum(self.keep.to(dtype)).clamp(min=1)
+        return self._lengths.to(dtype)
 
     def mean(self, x: Tensor) -> Tensor:
         """At every token the mean of x over its sequence."""

@@ -53,8 +53,7 @@ def _outcome_advantage(
     """[B, G], the advantage that the rewards of whole answers give."""
     if config.normalise_each_reward:
         each = torch.stack([values.view_as(found.rewards) for values in found.by_name.values()])
-        # What is not a reward of the task, the penalty of overlong answers, has weight 1.
-        weights = [rewards[name].weight if name in rewards else 1.0 for name in found.by_name]
+        weights = [rewards[name].weight for name in found.by_name]
         return losses.summed_advantage(each, weights)
     name = config.advantage or ("none" if config.loss == "dr_grpo" else "group")
     if name == "pass_at_k":

@@ -73,14 +73,15 @@ def test_max_rl_of_a_negative_reward_is_the_user_s_error():
         credit(found, advantage="max_rl")
 
 
-def test_each_reward_normalised_counts_by_its_weight_and_the_penalty_by_one():
+def test_each_reward_normalised_counts_by_its_weight():
     found = experience([[0.0, 0.0], [0.0, 0.0]], [[1]] * 4)
     by_name = {
         "right": torch.tensor([8.0, 0.0, 1.0, 1.0]),
         "short": torch.tensor([0.0, 0.1, 0.2, 0.1]),
-        "overlong": torch.tensor([0.0, 0.0, -1.0, 0.0]),
+        "brief": torch.tensor([0.0, 0.0, -1.0, 0.0]),
     }
-    rewards = {"right": WeightedReward(None, 3.0), "short": WeightedReward(None, 2.0)}
+    weights = {"right": 3.0, "short": 2.0, "brief": 1.0}
+    rewards = {name: WeightedReward(None, weight) for name, weight in weights.items()}
     ours = credit(replace(found, by_name=by_name), rewards=rewards, normalise_each_reward=True)
     # In each group the two answers are ±√½ apart: 3 - 2, then 2 - 1. Over the batch, std √(4/3)·√½.
     expected = torch.tensor([1.0, -1.0, 1.0, -1.0]) / (4 / 3) ** 0.5
