@@ -27,11 +27,11 @@ from benchmarks.trl_options import (
     PLAIN,
     Options,
     combinations,
-    fields_of,
     keywords_of,
     settings_of,
 )
 from benchmarks.trl_oracle import Batch, Result, trl_loss
+from grpo_kernels.integrations.trl_loss import loss_fields
 
 RESULTS = DIRECTORY / "trl_parity.md"
 SIDES = {"grpo_kernels": grpo_kernels, "reference": reference}
@@ -98,7 +98,7 @@ def our_loss(side: str, settings: Mapping[str, Any], batch: Batch) -> Result:
         logprob,
         batch.advantages,
         entropy=entropy,
-        config=SIDES[side].LossConfig(**fields_of(settings)),
+        config=SIDES[side].LossConfig(**loss_fields(settings)),
         **keywords_of(settings, batch),
     )
     gradients = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)

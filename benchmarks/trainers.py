@@ -1,11 +1,11 @@
-"""The training script beside TRL's GRPOTrainer: seconds a step, peak memory, accuracy reached.
+"""The training script, TRL's GRPOTrainer, and the latter with our loss: time, memory, rewards.
 
     python -m benchmarks.trainers [--steps N] [--results FILE]
 
 Same model, questions, rewards, group size, learning rate, steps and seed; fp32 on a CPU, one after
 the other, each in a process of its own, so that its peak resident memory is its own. The numbers
-drawn while sampling differ. Accuracy is greedy, on held-out questions, before the first and after
-the last step.
+drawn while sampling are the same for TRL's trainer and for ours in TRL, and others in the script.
+Accuracy is greedy, on held-out questions, before the first and after the last step.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import torch
 from benchmarks.results import Record, ResultFile
 
 TASK = "grpo_training"
-TRAINERS = ("grpo_kernels", "TRL")
+OURS, IN_TRL, TRL = "grpo_kernels", "grpo_kernels in TRL", "TRL"
+TRAINERS = (OURS, IN_TRL, TRL)
 
 
 def run_ours(steps: int, directory: Path) -> dict:
@@ -31,15 +32,22 @@ def run_ours(steps: int, directory: Path) -> dict:
     config = replace(_config(steps), output_dir=directory / "run", tensorboard=False)
     summary = train.run(config)
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").open()]
-    times = [row["step_time"] for row in rows if "step_time" in row]
-    return {"before": summary["before"], "after": summary["after"], "step_times": times}
+    trained = [row for row in rows if "step_time" in row]
+    return {
+        "before": summary["before"],
+        "after": summary["after"],
+        "step_times": [row["step_time"] for row in trained],
+        "rewards": [row["reward"] for row in trained],
+    }
 
 
-def run_trl(steps: int, directory: Path) -> dict:
+def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
+    """TRL's trainer; fused: its log-probs, entropies and loss by us."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from grpo_kernels.integrations.trl import fuse_trainer
     from reference import causal_lm, train
     from reference.evaluate import accuracy
     from reference.samplers import shared_prompt
@@ -80,12 +88,14 @@ def run_trl(steps: int, directory: Path) -> dict:
         disable_tqdm=True,
     )
     times: list[float] = []
+    rewards: list[float] = []
 
     class Clock(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **keywords):
             if "step_time" in (logs or {}):
                 times.append(logs["step_time"])
-                print(f"TRL step {state.global_step}: {times[-1]:.1f} s", flush=True)
+                rewards.append(logs["reward"])
+                print(f"step {state.global_step}: {times[-1]:.1f} s", flush=True)
 
     trainer = GRPOTrainer(
         policy.model,
@@ -95,9 +105,12 @@ def run_trl(steps: int, directory: Path) -> dict:
         processing_class=policy.tokenizer,
         callbacks=[Clock()],
     )
+    if fused:
+        fuse_trainer(trainer, fuse_loss=True)
     trainer.train()
     policy.model.eval()
-    return {"before": before, "after": accuracy(policy, task, task.held_out), "step_times": times}
+    after = accuracy(policy, task, task.held_out)
+    return {"before": before, "after": after, "step_times": times, "rewards": rewards}
 
 
 def _config(steps: int):
@@ -123,14 +136,16 @@ def child(trainer: str, steps: int, out: Path) -> None:
     import resource
 
     with tempfile.TemporaryDirectory() as directory:
-        run = run_ours if trainer == TRAINERS[0] else run_trl
-        found = run(steps, Path(directory))
+        if trainer == OURS:
+            found = run_ours(steps, Path(directory))
+        else:
+            found = run_trl(steps, Path(directory), fused=trainer == IN_TRL)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out.write_text(json.dumps({**found, "peak_bytes": peak}))
 
 
 def record_of(trainer: str, found: dict) -> Record:
-    """Seconds of a step; extra_bytes is the peak of the process, reason the accuracy."""
+    """Seconds of a step; extra_bytes is the peak of the process, reason accuracy and reward."""
     lower, median, upper = statistics.quantiles(found["step_times"], n=4)
     config, steps = _config(1), len(found["step_times"])
     tokens = config.prompts * config.group_size * config.max_new_tokens
@@ -142,7 +157,7 @@ def record_of(trainer: str, found: dict) -> Record:
         rounds=steps,
         extra_bytes=found["peak_bytes"],
         reason=f"{found['before']['lenient']:.1%} → {found['after']['lenient']:.1%} "
-        f"after {steps} steps",
+        f"after {steps} steps, mean reward {statistics.mean(found['rewards']):.3f}",
     )
 
 
@@ -157,16 +172,18 @@ def main() -> None:
         child(arguments.child, arguments.steps, arguments.out)
         return
     results = ResultFile(arguments.results, torch.device("cpu"), roofs={})
-    print(f"{'':14}{'s a step':>10}{'peak GiB':>10}  held-out accuracy")
+    print(f"{'':22}{'s a step':>10}{'peak GiB':>10}  held-out accuracy")
     for trainer in TRAINERS:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "benchmarks.trainers", "--child", trainer]
             command += ["--steps", str(arguments.steps), "--out", file.name]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            record = record_of(trainer, json.load(file))
+            found = json.load(file)
+        record = record_of(trainer, found)
         results.add(record)
         peak = record.extra_bytes / 2**30
-        print(f"{trainer:14}{record.seconds:10.2f}{peak:10.2f}  {record.reason}", flush=True)
+        print(f"{trainer:22}{record.seconds:10.2f}{peak:10.2f}  {record.reason}")
+        print(" rewards:", *(f"{each:.3f}" for each in found["rewards"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.trl_options import GMPO_READS, PLAIN, WINDOW, Options
+from benchmarks.trl_options import GMPO_READS, PLAIN, Options
 from benchmarks.trl_oracle import GMPO
+from grpo_kernels.integrations.trl_loss import WINDOW
 
 
 class Difference(NamedTuple):

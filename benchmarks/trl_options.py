@@ -1,7 +1,6 @@
-"""TRL's settings of the loss, and how they read in ours.
+"""TRL's settings of the loss, all of them together: OPTIONS is what `parity` combines.
 
-`fields_of` and `keywords_of` are the dictionary: from the settings of a GRPOConfig to a LossConfig
-and the keywords of `policy_loss`. OPTIONS is what `parity` combines.
+How they read in ours is in `grpo_kernels.integrations.trl_loss`.
 """
 
 import itertools
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.trl_oracle import GMPO, Batch
+from grpo_kernels.integrations.trl_loss import WINDOW, loss_denominators
 
 Options = Mapping[str, Any]
 
@@ -41,32 +41,7 @@ FIXED = {
     "vllm_importance_sampling_clip_max": 3.0,
 }
 EPSILONS = {"cispo": {"epsilon_high": 5.0}, GMPO: {"epsilon": 0.4, "epsilon_high": 0.3}}
-OBJECTIVES = {
-    "grpo": {"aggregation": "sequence_mean"},
-    "bnpo": {"aggregation": "token_mean"},
-    "dr_grpo": {"aggregation": "fixed_length"},
-    "dapo": {"aggregation": "token_mean"},
-    "luspo": {"aggregation": "sequence_sum_mean"},
-    "cispo": {"surrogate": "cispo", "aggregation": "token_mean"},
-    "sapo": {"surrogate": "sapo", "aggregation": "sequence_mean"},
-    "vespo": {"surrogate": "vespo", "aggregation": "token_mean"},
-    GMPO: {"surrogate": "gmpo", "aggregation": "sequence_mean"},
-}
-# What TRL calls the numbers that a surrogate reads, and what they are called here.
-NUMBERS = {
-    "clip": {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high", "delta": "delta"},
-    "cispo": {"epsilon_high": "ratio_cap"},
-    "sapo": {"sapo_temperature_pos": "tau_positive", "sapo_temperature_neg": "tau_negative"},
-    "vespo": {
-        "vespo_k_pos": "k_positive",
-        "vespo_lambda_pos": "lambda_positive",
-        "vespo_k_neg": "k_negative",
-        "vespo_lambda_neg": "lambda_negative",
-    },
-    "gmpo": {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high"},
-}
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-WINDOW = ("dapo", "cispo", "vespo")  # divided by the tokens of all that was generated at once
 GMPO_READS = ("loss_type", "beta", "top_entropy_quantile", "gradient_accumulation_steps", "batch")
 
 
@@ -74,6 +49,7 @@ def settings_of(options: Options) -> dict[str, Any]:
     """The settings of a GRPOConfig."""
     settings = FIXED | EPSILONS.get(options["loss_type"], {})
     settings |= {"use_vllm": options["vllm_importance_sampling_mode"] is not None}
+    settings |= {"vllm_importance_sampling_correction": True}
     return settings | {name: value for name, value in options.items() if name != "batch"}
 
 
@@ -102,31 +78,6 @@ def _exists(options: Options) -> bool:
     return True
 
 
-def fields_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the LossConfig that means what these settings of a GRPOConfig do."""
-    loss_type, quantile = settings["loss_type"], settings["top_entropy_quantile"]
-    corrected = settings["use_bias_correction_kl"] and loss_type != GMPO
-    fields = OBJECTIVES[loss_type] | {
-        "beta": settings["beta"],
-        "kl_estimator": "k3_corrected" if corrected else "k3",
-        "entropy_coef": settings["entropy_coef"],
-        "top_entropy": None if quantile == 1 else quantile,
-        "off_policy_threshold": settings["off_policy_mask_threshold"],
-    }
-    if loss_type not in ("vespo", GMPO):  # whose ratios are of whole sequences anyway
-        fields["ratio_level"] = settings["importance_sampling_level"]
-    names = NUMBERS[fields.get("surrogate", "clip")]
-    fields |= {ours: settings[name] for name, ours in names.items() if name in settings}
-    if loss_type == "dr_grpo":
-        fields["max_completion_length"] = settings["max_completion_length"]
-    if settings["use_vllm"]:
-        level, mode = settings["vllm_importance_sampling_mode"].split("_")
-        fields |= {"importance_level": level, "importance_mode": mode}
-        fields["importance_floor"] = settings["vllm_importance_sampling_clip_min"]
-        fields["importance_cap"] = settings["vllm_importance_sampling_clip_max"]
-    return fields
-
-
 def keywords_of(settings: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """The keywords of `policy_loss` beside the config: tensors and denominators."""
     keywords = {"mask": batch.mask, "old_logprob": batch.old_logprob}
@@ -135,17 +86,12 @@ def keywords_of(settings: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     if settings["use_vllm"]:
         keywords["sampling_logprob"] = batch.sampling_logprob
     steps = settings["gradient_accumulation_steps"]
-    sequences, tokens = len(batch.mask), int(batch.mask.sum())
-    denominators = {
-        "sequence_mean": sequences,
-        "token_mean": tokens,
-        "fixed_length": sequences * settings["max_completion_length"],
-        "sequence_sum_mean": sequences,
-    }
-    if settings["loss_type"] in WINDOW:
-        denominator = batch.generated_tokens / settings["steps_per_generation"]
-    elif steps > 1:
-        denominator = denominators[OBJECTIVES[settings["loss_type"]]["aggregation"]]
-    else:
+    if steps == 1 and settings["loss_type"] not in WINDOW:
         return keywords  # the aggregation's own denominator
-    return keywords | {"normalizer": denominator * steps, "entropy_normalizer": tokens * steps}
+    return keywords | loss_denominators(
+        settings,
+        batch.mask,
+        generated_tokens=batch.generated_tokens,
+        batches=settings["steps_per_generation"],
+        accumulated=steps,
+    )

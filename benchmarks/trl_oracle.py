@@ -67,7 +67,7 @@ def trl_loss(settings: Mapping[str, Any], batch: Batch) -> Result:
         TrlHasMoved: TRL is another one.
     """
     logprob, entropy = (x.detach().requires_grad_() for x in (batch.logprob, batch.entropy))
-    with _told_where_trl_has_moved(), _in_double():
+    with _told_where_trl_has_moved(), in_double():
         trainer, config = _classes(settings)
         stand_in = _stand_in(trainer, config, settings)
         stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (logprob, entropy, None)
@@ -89,7 +89,7 @@ def _told_where_trl_has_moved() -> Iterator[None]:
 
 
 @contextmanager
-def _in_double() -> Iterator[None]:
+def in_double() -> Iterator[None]:
     """TRL makes its flags, quantiles and coefficients in fp32; here in fp64."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -178,18 +178,24 @@ def _inputs(stand_in: SimpleNamespace, batch: Batch) -> dict[str, Tensor]:
         inputs["ref_per_token_logps"] = batch.ref_logprob
     if stand_in.use_vllm:
         inputs["sampling_per_token_logps"] = batch.sampling_logprob
-        names = {
-            "self": stand_in,
-            "mode": "train",
-            "device": mask.device,
-            "old_per_token_logps": batch.old_logprob,
-            "sampling_per_token_logps": batch.sampling_logprob,
-            "completion_mask": mask,
-            "tool_mask": None,
-            "output": inputs,
-        }
-        exec(_sampler_statements(), vars(_generation_module()), names)
+        add_sampler(stand_in, inputs)
     return inputs
+
+
+def add_sampler(trainer: Any, inputs: dict[str, Tensor]) -> None:
+    """What TRL's generation makes of the sampler's log-probs: their weights, and metrics."""
+    mask = inputs["completion_mask"]
+    names = {
+        "self": trainer,
+        "mode": "train",
+        "device": mask.device,
+        "old_per_token_logps": inputs.get("old_per_token_logps"),
+        "sampling_per_token_logps": inputs["sampling_per_token_logps"],
+        "completion_mask": mask,
+        "tool_mask": inputs.get("tool_mask"),
+        "output": inputs,
+    }
+    exec(_sampler_statements(), vars(_generation_module()), names)
 
 
 @cache

@@ -37,6 +37,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
     Returns:
         0-dim, nats, fp32 (fp64 for fp64 logits); differentiable in `logits` if not detached.
     """
+    checks.check_floating("logits", logits)
     stats = _statistics(logits.detach() if detach else logits, mask, entropy=True)
     return _mean(stats.entropy, mask)
 
@@ -102,12 +103,14 @@ def approximate_kl_divergence(
     checks.check_pair("ref_logits", ref_logits, "new_logits", new_logits)
     checks.check_mask(mask, new_logits.shape[:-1])
     checks.check_number("eps", eps, above=0, below=1)
+    ref_rows, new_rows = _rows(ref_logits), _rows(new_logits)
+    checks.check_logits("ref_logits", ref_rows)
+    checks.check_logits("new_logits", new_rows)
     keep = new_logits.new_ones(new_logits.shape[:-1], dtype=torch.bool)
     if mask is not None:
         keep = mask != 0
     if reduction == "none":
         return _approximate_kl_entries(ref_logits, new_logits, keep, eps)
-    ref_rows, new_rows = _rows(ref_logits), _rows(new_logits)
     total = approximate_kl_sums(ref_rows, new_rows, keep.reshape(new_rows.shape[:2]), eps).sum()
     return total if reduction == "sum" else total / max(1, new_logits.numel())
 
@@ -129,9 +132,9 @@ def _rows(logits: Tensor) -> Tensor:
 def _statistics(
     logits: Tensor, mask: Tensor | None, *, entropy: bool, ref_logits: Tensor | None = None
 ) -> TokenStats:
-    checks.check_mask(mask, logits.shape[:-1])
     if ref_logits is not None:
         checks.check_pair("ref_logits", ref_logits, "new_logits", logits)
+    checks.check_mask(mask, logits.shape[:-1])
     rows = _rows(logits)
     return token_stats(
         rows,

@@ -20,6 +20,7 @@ from .chunks import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .head import add_weight_gradient, gradient_dtype, write_hidden_gradient, write_logits
 from .rows import room
 from .terms import Constants, Slopes, loss_slopes
+from .vocab_shards import merge_over, smallest, total
 
 if TYPE_CHECKING:
     from .loss_config import LossConfig
@@ -29,9 +30,9 @@ class Inputs(NamedTuple):
     """Hidden states, the head that reads them, and what is asked of each token."""
 
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
+    weight: Tensor  # [V, H], with a vocab_group this rank's rows
     bias: Tensor | None  # [V]
-    tokens: Tensor  # [N], int64
+    tokens: Tensor  # [N], int64; with a vocab_group `local_ids`
     temperature: Tensor  # [N], in the accumulation dtype
     ref_hidden: Tensor | None  # [N, H of the reference]; None without kl
     ref_weight: Tensor | None
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     entropy: bool
     kl: str | None
     dtype: torch.dtype  # of the operands of the matrix products
+    vocab_group: str | None  # the name of the group whose ranks have the vocabulary in shards
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -98,6 +100,8 @@ class LinearRows:
         )
         if inputs.kl:
             self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.dtype))
+        if inputs.vocab_group and not self.filled:  # each chunk is a collective of all ranks
+            self.size = smallest(self.size, inputs.vocab_group, device)
         self.buffers = Buffers(device)
         self.hidden: Tensor | None = None  # of the chunk whose logits were written last
         # Without a chunk there is nothing to work on, and no workspace.
@@ -143,7 +147,11 @@ class LinearRows:
         outputs = room(logits).token_stats_forward(
             logits, tokens, temperature, None, ref_logits, of.softcap, of.entropy, of.kl
         )
-        return Stats(*(each if each is None else each.squeeze(0) for each in outputs))
+        outputs = tuple(each if each is None else each.squeeze(0) for each in outputs)
+        if of.vocab_group:
+            rows = tokens.squeeze(0), temperature.squeeze(0)
+            outputs = merge_over(of.vocab_group, outputs, *rows, of.kl)
+        return Stats(*outputs)
 
     def backward(self, at: Tensor, stats: Stats, upstream: Slopes) -> Tensor:
         """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
@@ -177,9 +185,9 @@ class LinearRows:
     ) -> tuple[Stats, Tensor]:
         """The statistics of a chunk, and what `backward` makes of a token-level loss of them.
 
-        In one launch but for a KL over the vocabulary.
+        In one launch but for a KL over the vocabulary, and for a vocabulary in shards.
         """
-        if self.inputs.kl is not None:
+        if self.inputs.kl is not None or self.inputs.vocab_group:
             stats = self.forward(at)
             return stats, self.backward(at, stats, loss_slopes(stats.logprob, constants, config))
         logits, _, tokens, temperature = self._rows(at)
@@ -251,13 +259,18 @@ class HeadGradient:
             self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
         self._first = False
 
-    def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight, d_bias), the first two in `done_dtype`, d_bias accumulated."""
-        if self.weight is None:
-            return self.hidden, None, self.bias
-        if self._first:
-            self.weight.zero_()
-        return self.hidden, self.weight.to(self._done), self.bias
+    def total(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight, d_bias), the first two in `done_dtype`, d_bias accumulated.
+
+        d_hidden is summed over the ranks of the group, by one collective, before it is rounded.
+        """
+        hidden, weight = self.hidden, self.weight
+        if hidden is not None and vocab_group:
+            acc = self._rows.inputs.temperature.dtype
+            hidden = total(hidden.to(acc), vocab_group).to(self._done)
+        if weight is not None:
+            weight = (weight.zero_() if self._first else weight).to(self._done)
+        return hidden, weight, self.bias
 
 
 def done_dtype(inputs: Inputs) -> torch.dtype:

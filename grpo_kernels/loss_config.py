@@ -107,6 +107,9 @@ class LossConfig:
                 object.__setattr__(self, name, int(value))
             elif isinstance(value, numbers.Real):
                 object.__setattr__(self, name, float(value))
+        # Made here and not where it is read: torch.compile cannot write a symbolic float.
+        settings = {name: value for name, value in vars(self).items() if name != "entropy_coef"}
+        object.__setattr__(self, "text", repr(settings))
 
     @property
     def reads_sequences(self) -> bool:

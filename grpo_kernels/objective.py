@@ -112,6 +112,7 @@ def policy_loss(
 
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """
+    checks.check_type("config", config, LossConfig)
     checks.check_logprob(logprob)
     checks.check_per_token("entropy", entropy, logprob.shape)
     checks.check_per_token("kl", kl, logprob.shape)

@@ -1,7 +1,8 @@
 """Row functions: the one place that picks Triton or chunked PyTorch for a tensor.
 
 Both rooms offer the same functions over the rows of [B, T, V]. The normaliser that a forward
-returns is private to the room that made it, and goes back into the same room's backward.
+returns goes back into the same room's backward: the row's maximum, and log2 of its sum. In between
+only vocab_shards.py reads it, to make that of a row from those of its shards.
 """
 
 import os

@@ -34,13 +34,18 @@ def _k3_corrected_slope(d: Tensor, log_ratio: Tensor) -> Tensor:
     return torch.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
 
 
+def _k3_corrected(d: Tensor, log_ratio: Tensor) -> Tensor:
+    """r·k3 with the slope above: in fp32 autograd's two terms cancel to 24% off at d = -19."""
+    value, slope = saturated_exp(log_ratio) * _k3(d), _k3_corrected_slope(d, log_ratio)
+    finite = d.clamp(min=torch.finfo(d.dtype).min)  # of -inf there is no difference
+    return value.detach() + slope.detach() * (finite - finite.detach())
+
+
 SAMPLED_KL: dict[str, Formula] = {
     "k1": Formula(lambda d, log_ratio: d, lambda d, log_ratio: torch.ones_like(d)),
     "k2": Formula(lambda d, log_ratio: d * d / 2, lambda d, log_ratio: d),
     "k3": Formula(lambda d, log_ratio: _k3(d), lambda d, log_ratio: _k3_slope(d)),
     "k3+": Formula(lambda d, log_ratio: _k3_plus(d), lambda d, log_ratio: d),
-    "k3_corrected": Formula(
-        lambda d, log_ratio: saturated_exp(log_ratio) * _k3(d), _k3_corrected_slope
-    ),
+    "k3_corrected": Formula(_k3_corrected, _k3_corrected_slope),
     "abs": Formula(lambda d, log_ratio: d.abs(), lambda d, log_ratio: d.sign()),
 }

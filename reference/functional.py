@@ -81,7 +81,7 @@ def approximate_kl_divergence(
     if mask is not None:
         entries = torch.where(mask.bool().unsqueeze(-1), entries, 0.0)
     if reduction == "mean":
-        return entries.mean()
+        return entries.sum() / max(1, entries.numel())
     return entries.sum() if reduction == "sum" else entries
 
 
@@ -96,6 +96,6 @@ def _times_log(p: Tensor, logq: Tensor) -> Tensor:
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return x.mean()
+        return x.sum() / max(1, x.numel())
     mask = mask.bool()
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)

@@ -25,6 +25,10 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining costs minutes interpreted
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the room outlives an example
 )
+# Other cases in every run, and many: for tests/test_fuzz.py, which says how.
+settings.register_profile(
+    "long", settings.get_profile("grpo_kernels"), derandomize=False, max_examples=1000
+)
 settings.load_profile("grpo_kernels")
 
 

@@ -33,25 +33,31 @@ ALLOWED = {
     "grpo_kernels.checks": {"torch", "grpo_kernels.loss_config"},  # for an annotation
     "grpo_kernels.chunks": {"torch"},
     "grpo_kernels.head": {"torch", "grpo_kernels.buffers"},
+    "grpo_kernels.vocab_shards": {"torch"},
     "grpo_kernels.linear_rows": {
         "torch",
         "grpo_kernels.rows",
         "grpo_kernels.buffers",
         "grpo_kernels.chunks",
         "grpo_kernels.head",
+        "grpo_kernels.vocab_shards",
         *OBJECTIVE,
     },
     "grpo_kernels.ops": {
         "torch",
         "grpo_kernels.rows",
         "grpo_kernels.linear_rows",
+        "grpo_kernels.vocab_shards",
         "grpo_kernels.checks",
         "grpo_kernels.objective",
         "grpo_kernels.sampled_kl",
         "grpo_kernels.sequences",
         "grpo_kernels.terms",
     },
-    "grpo_kernels.integrations": {"torch", "trl", "grpo_kernels.ops", "grpo_kernels.objective"},
+    "grpo_kernels.integrations": {
+        *("torch", "transformers", "trl", "verl", "prime_rl"),
+        *("grpo_kernels.ops", "grpo_kernels.objective"),
+    },
     "grpo_kernels.formulas": {"torch"},
     "grpo_kernels.sequences": {"torch"},
     "grpo_kernels.sampled_kl": FORMULAS,
@@ -95,7 +101,8 @@ SCRIPT |= {
     "supervised",
     "evaluate",
 }
-SCRIPT |= {"experience", "credit", "learner", "checkpoint", "runlog", "plots"}
+SCRIPT |= {"experience", "credit", "learner", "parts", "guards", "runlog", "plots"}
+SCRIPT |= {"run_directory", "training_state", "checkpoint", "resume", "stopping"}
 
 
 def imports(source: str, module: str, is_package: bool) -> set[str]:

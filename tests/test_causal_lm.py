@@ -130,6 +130,13 @@ class Offset(LlamaForCausalLM):
         return output
 
 
+class Sliced(LlamaForCausalLM):
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = output.logits[..., : V - 1]
+        return output
+
+
 class Hidden(LlamaForCausalLM):
     def get_output_embeddings(self):
         return torch.nn.Identity()
@@ -139,6 +146,7 @@ class Hidden(LlamaForCausalLM):
     ("family", "error", "message"),
     [
         (Offset, NotImplementedError, "Offset does more to its logits than a scale and a softcap"),
+        (Sliced, NotImplementedError, "Sliced does more to its logits than a scale and a softcap"),
         (Hidden, TypeError, "the head of Hidden must be a linear layer, got Identity"),
     ],
 )

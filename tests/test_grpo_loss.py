@@ -1,5 +1,7 @@
 """grpo_loss against its reference: value, gradient and metrics over configs; the in-place mode."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from cases import coin, make_case, normal
@@ -66,7 +68,7 @@ def run(function, logits, tokens, advantages, scale=1.0, **keywords):
 def check_against_reference(logits, tokens, advantages, config, **keywords):
     case = (logits, tokens, advantages, 1.7)
     loss, metrics, gradient = run(grpo_loss, *case, config=config, **keywords)
-    twin = reference.LossConfig(**vars(config))
+    twin = reference.LossConfig(**asdict(config))
     exact_loss, exact_metrics, exact = run(reference.grpo_loss, *case, config=twin, **keywords)
     tight = {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(loss, exact_loss, **tight)

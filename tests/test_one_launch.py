@@ -215,10 +215,10 @@ def test_the_kernel_has_a_form_of_every_surrogate_of_single_tokens():
 
 
 @pytest.mark.parametrize("loss_of", ["logits", "hidden"])
-def test_a_controller_of_the_entropy_does_not_break_a_compiled_graph(room, loss_of):
+def test_coefficients_that_change_do_not_break_a_compiled_graph(loss_of):
     """dynamo makes a float that changes a symbol, which has no text."""
     torch._dynamo.reset()
-    logits, tokens, advantages, given = inputs(4, ["mask"], dtype=torch.float32)
+    logits, tokens, advantages, given = inputs(4, ["mask", "ref_logprob"], dtype=torch.float32)
     head = torch.eye(logits.shape[-1])
 
     def loss(logits, config):
@@ -226,9 +226,9 @@ def test_a_controller_of_the_entropy_does_not_break_a_compiled_graph(room, loss_
             return grpo_loss(logits, tokens, advantages, config=config, **given).loss
         return linear_grpo_loss(logits, head, tokens, advantages, config=config, **given).loss
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for coefficient in (0.01, 0.02, 0.03):
-        config = LossConfig(entropy_coef=coefficient)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for coefficient in (0.01, 0.02):
+        config = LossConfig(entropy_coef=coefficient, beta=coefficient)
         leaf, other = (logits.clone().requires_grad_() for _ in range(2))
         compiled(leaf, config).backward()
         loss(other, config).backward()

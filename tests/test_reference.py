@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -326,7 +327,7 @@ def test_twins_have_the_same_parameters_order_and_defaults(ours, theirs):
     def parameters(function):
         listed = inspect.signature(function).parameters.values()
         return [
-            (p.name, p.kind, vars(p.default) if p.name == "config" else p.default) for p in listed
+            (p.name, p.kind, asdict(p.default) if p.name == "config" else p.default) for p in listed
         ]
 
     assert parameters(ours) == parameters(theirs)

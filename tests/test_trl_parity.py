@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from benchmarks import parity, trl_oracle
 from benchmarks.parity import SIDES, from_trl, make_batch, our_loss, unmeant
 from benchmarks.trl_differences import DIFFERS, left_out
-from benchmarks.trl_options import NUMBERS, OPTIONS, PLAIN, combinations, settings_of
+from benchmarks.trl_options import OPTIONS, PLAIN, combinations, settings_of
 from benchmarks.trl_oracle import GMPO, TrlHasMoved, trl_loss
 from grpo_kernels import LossConfig
+from grpo_kernels.integrations.trl_loss import NUMBERS
 
 pytest.importorskip("trl")
 

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,17 @@ pytest.importorskip("trl")
 
 from peft import LoraConfig
 from trl import GRPOTrainer
-from trl_cases import CASES, REUSE, VESPO, make_llama, make_trainer, model_directory, train
+from trl_cases import (
+    CASES,
+    REUSE,
+    VESPO,
+    check_same,
+    make_llama,
+    make_trainer,
+    model_directory,
+    train,
+    trained_by_trl,
+)
 
 from grpo_kernels import rows
 from grpo_kernels.integrations import causal_lm
@@ -19,6 +30,15 @@ from grpo_kernels.integrations import trl as ours
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+def covering_pairs():
+    """Every pair of values of loss_type, level, beta and reuse, in a quarter of their product."""
+    values = [("token", "sequence"), (0.0, 0.04), tuple(REUSE)]
+    for number, loss_type in enumerate(LOSS_TYPES):
+        one = number & 1, number >> 1 & 1, 0
+        for each in (one, [1 - index for index in one]):
+            yield loss_type, *(of[index] for of, index in zip(values, each, strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -35,27 +55,14 @@ def eager(monkeypatch):
     monkeypatch.setattr(rows, "HAS_TRITON", False)
 
 
-def compare(settings, kind=FusedGRPOTrainer):
-    """Both trainers' logs and weights, which must agree; what TRL logged, a list by name."""
-    (expected, far), (logged, weights) = (
-        train(make_trainer(each, **settings)) for each in (GRPOTrainer, kind)
-    )
-    assert [each.keys() for each in logged] == [each.keys() for each in expected]
-    # VESPO's loss is a sum of large terms that cancel: either trainer is 3e-6 from one in fp64.
-    floor = 1e-5 if settings.get("loss_type") == "vespo" else 1e-6
-    for one, other in zip(logged, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=floor)
-    torch.testing.assert_close(weights, far, rtol=1e-5, atol=5e-7)
-    found = {name: [each[name] for each in expected if name in each] for name in expected[0]}
-    return found | {"far": max(each.abs().max().item() for each in far.values())}
-
-
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", CASES)
 def test_logs_and_weights_are_those_of_trl(name):
-    settings = CASES[name]
-    found = compare(settings)
-    assert found["far"] > 1e-3, "something is learned"
+    settings, (logged, far) = CASES[name], trained_by_trl(name)
+    trained = train(make_trainer(FusedGRPOTrainer, **settings))
+    check_same(trained, (logged, far), loss_type=settings.get("loss_type"))
+    assert max(each.abs().max() for each in far.values()) > 1e-3, "something is learned"
+    found = {key: [each[key] for each in logged if key in each] for key in logged[0]}
     lengths = zip(*(found[f"completions/{each}_length"] for each in ("min", "max")), strict=True)
     assert any(shortest < longest for shortest, longest in lengths), "there is padding"
     if name == "experts":
@@ -68,14 +75,15 @@ def test_logs_and_weights_are_those_of_trl(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("reuse", REUSE)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_every_loss_of_trl_at_either_level(loss_type, reuse, level, beta):
+@pytest.mark.parametrize(("loss_type", "level", "beta", "reuse"), covering_pairs())
+def test_every_loss_of_trl_with_the_loss_left_to_it_and_not(loss_type, level, beta, reuse):
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+    settings |= {"use_bias_correction_kl": level == "token", **REUSE[reuse]}
     settings |= VESPO if loss_type == "vespo" else {}
-    compare(settings | REUSE[reuse])
+    expected = train(make_trainer(GRPOTrainer, **settings))
+    for fuse_loss in (False, True):
+        kind = partial(FusedGRPOTrainer, fuse_loss=fuse_loss)
+        check_same(train(make_trainer(kind, **settings)), expected, loss_type=loss_type)
 
 
 class Longer(GRPOTrainer):

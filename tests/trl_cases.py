@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
@@ -14,7 +15,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from reference.models import from_scratch
 
@@ -94,7 +95,13 @@ def train(trainer) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
         {name: x for name, x in each.items() if not any(clock in name for clock in CLOCKS)}
         for each in trainer.state.log_history
     ]
-    return logged, {name: x.detach() - before[name] for name, x in trainer.model.named_parameters()}
+    after = {name: whole(x.detach()) for name, x in trainer.model.named_parameters()}
+    return logged, {name: x - before[name] for name, x in after.items()}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A weight, gathered where FSDP has it in parts."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
@@ -131,3 +138,20 @@ CASES = {
     "experts": {"make_model": make_experts, "router_aux_loss_coef": 0.5, "temperature": 2.0},
     "head in fp32": {"cast_lm_head_to_fp32": True, "beta": 0.04, **REUSED},
 }
+
+
+@cache
+def trained_by_trl(name: str):
+    """What TRL's trainer makes of a case."""
+    return train(make_trainer(GRPOTrainer, **CASES[name]))
+
+
+def check_same(found, expected, *, loss_type=None):
+    """The logs and the weights of two trainings agree."""
+    (logged, weights), (told, far) = found, expected
+    assert [each.keys() for each in logged] == [each.keys() for each in told]
+    # VESPO's loss is a sum of large terms that cancel: either trainer is 3e-6 from one in fp64.
+    floor = 1e-5 if loss_type == "vespo" else 1e-6
+    for one, other in zip(logged, told, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=floor)
+    torch.testing.assert_close(weights, far, rtol=1e-5, atol=5e-7)

@@ -13,9 +13,11 @@ from .advantages import (
 )
 from .basics import (
     check_choice,
+    check_floating,
     check_mask,
     check_number,
     check_per_token,
+    check_type,
 )
 from .controllers import check_adaptive_entropy, check_entropy_state
 from .loss_config import check_combination, check_numbers
@@ -41,9 +43,11 @@ from .rows import (
     check_packing,
     check_pair,
     check_reference_head,
+    check_same_tokens,
     check_temperature,
     check_token_ids,
     check_tokens,
+    check_vocab_group,
     mark_consumed,
 )
 
@@ -56,6 +60,7 @@ __all__ = [
     "check_cu_seqlens",
     "check_entropy_input",
     "check_entropy_state",
+    "check_floating",
     "check_head",
     "check_hidden",
     "check_kl_arguments",
@@ -77,11 +82,14 @@ __all__ = [
     "check_reference_head",
     "check_reward_stack",
     "check_rewards",
+    "check_same_tokens",
     "check_sampling_input",
     "check_steps",
     "check_subset_size",
     "check_temperature",
     "check_token_ids",
     "check_tokens",
+    "check_type",
+    "check_vocab_group",
     "mark_consumed",
 ]

@@ -24,7 +24,7 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} must be [B, T, V] or packed [N, V], got {shape_of(logits)}")
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} must have a vocabulary of at least 1, got {shape_of(logits)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:
         raise ValueError(
             f"{name} must be contiguous in the last dimension, got strides {logits.stride()}"
         )
@@ -34,7 +34,8 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def mark_consumed(logits: Tensor) -> None:
     """From now on `check_logits` refuses these logits: their backward puts a gradient there."""
-    if any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+    overlaps = any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True))
+    if overlaps and logits.numel() > 0:
         raise ValueError(
             f"logits must not be expanded with inplace=True, got strides {logits.stride()}"
         )
@@ -232,3 +233,27 @@ def check_linear_kl_input(
     if beta != 0 and not has_reference and ref_logprob is None:
         needed = "ref_hidden and ref_weight" if over_vocabulary else "ref_logprob or ref_hidden"
         raise ValueError(f"beta={beta} with kl_estimator={kl_estimator!r} needs {needed}, got None")
+
+
+def check_vocab_group(vocab_group: object, head: dict[str, Tensor | None]) -> None:
+    """A group of ranks, each with its own rows of the head."""
+    if not isinstance(vocab_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "vocab_group must be a torch.distributed.ProcessGroup that this rank is in, "
+            f"got {type(vocab_group).__name__}"
+        )
+    for name, part in head.items():
+        if hasattr(part, "to_local"):
+            raise TypeError(
+                f"{name} must be this rank's rows with vocab_group, as {name}.to_local() has them, "
+                "got a DTensor"
+            )
+
+
+def check_same_tokens(counts: Tensor) -> None:
+    """The ranks of a vocab_group have as many tokens, each of which is one row of all shards."""
+    if may_look(counts) and (counts != counts[0]).any():
+        raise ValueError(
+            "tokens must be the same on every rank of vocab_group, "
+            f"got {', '.join(map(str, counts.tolist()))} of them"
+        )

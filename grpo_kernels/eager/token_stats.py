@@ -92,7 +92,8 @@ def row_gradient(
     They are normalised by way of the weights: p · (plain + log2p · log2 p) is
     e · ((plain - log2p · log_sum) / total + log2p / total · z), which saves two passes.
     """
-    plain, V = weights.plain, p.z.shape[-1]
+    plain, V, token = weights.plain, p.z.shape[-1], tokens.unsqueeze(-1)
+    included = (token >= 0) & (token < V) & (p.z.gather(-1, token.clamp(0, V - 1)) > FLOOR)
     if weights.log2p is not None:
         plain = plain - weights.log2p * p.log_sum
     if weights.log2q is not None:
@@ -108,9 +109,7 @@ def row_gradient(
     if weights.q is not None:
         dx.add_(q.e)
     if weights.one_hot is not None:
-        token = tokens.unsqueeze(-1)
-        in_range = (token >= 0) & (token < V)
-        dx.scatter_add_(-1, token.clamp(0, V - 1), torch.where(in_range, weights.one_hot, 0.0))
+        dx.scatter_add_(-1, token.clamp(0, V - 1), torch.where(included, weights.one_hot, 0.0))
     return dx
 
 

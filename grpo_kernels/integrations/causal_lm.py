@@ -9,6 +9,7 @@ head is taken out, by hooks: it is given no positions, so that no logits are mad
 
 import math
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import LossOutput
-from ..ops.linear_grpo_loss import linear_grpo_loss
+from ..ops.linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_and_stats
 from ..ops.linear_token_stats import linear_token_stats
 from ..ops.packing import TokenPacking
 from ..ops.token_stats import TokenStats
@@ -69,6 +70,21 @@ class Head:
         settings = self._settings(temperature) | self._reference(ref_head)
         return linear_grpo_loss(hidden, self.weight, tokens, advantages, **settings, **keywords)
 
+    def grpo_loss_and_stats(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        advantages: Tensor,
+        *,
+        temperature: float | Tensor = 1.0,
+        **keywords: Any,
+    ) -> tuple[LossOutput, TokenStats]:
+        """`grpo_loss`, and the detached log-probs and entropies of its tokens, 0 where masked."""
+        settings = self._settings(temperature)
+        return linear_grpo_loss_and_stats(
+            hidden, self.weight, tokens, advantages, **settings, **keywords
+        )
+
     def _settings(self, temperature: float | Tensor) -> dict[str, Any]:
         """The scale goes into the temperature, and out of the softcap."""
         softcap = None if self.softcap is None else self.softcap / self.scale
@@ -112,17 +128,31 @@ def forward(model: nn.Module, **inputs: Any) -> Forward:
         TypeError: the model has no head, or it is no plain linear layer (a LoRA on it, say).
         NotImplementedError: its logits are more than scaled and capped.
     """
-    unwrapped = getattr(model, "module", model)  # of DistributedDataParallel
-    layer = unwrapped.get_output_embeddings()
-    name = type(unwrapped).__name__
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(f"the head of {name} must be a linear layer, got {type(layer).__name__}")
+    return forward_by(model, getattr(model, "module", model), inputs)  # of DistributedDataParallel
+
+
+def forward_by(call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> Forward:
+    """`forward` of a model that nothing wraps, by what runs it: itself, a wrapper, its method."""
+    layer, name = linear_head(model), type(model).__name__
     unknown = layer not in _MEASURED
     with _head_taken_out(layer, probed=unknown) as seen:
-        output = model(**inputs)
+        output = call(**inputs)
     if unknown:
-        _MEASURED[layer] = _measure(output.logits, name)
+        _MEASURED[layer] = _measure(output.logits, layer.out_features, name)
     return Forward(seen[0], Head(layer.weight, layer.bias, *_MEASURED[layer]), output)
+
+
+def linear_head(model: nn.Module) -> nn.Linear:
+    """The layer that makes a model's logits.
+
+    Raises:
+        TypeError: there is none, or it is no plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        name = type(model).__name__
+        raise TypeError(f"the head of {name} must be a linear layer, got {type(layer).__name__}")
+    return layer
 
 
 def causal_lm_token_stats(
@@ -212,9 +242,10 @@ def _head_taken_out(layer: nn.Linear, *, probed: bool):
             handle.remove()
 
 
-def _measure(logits: Tensor, name: str) -> tuple[float, float | None]:
+def _measure(logits: Tensor, V: int, name: str) -> tuple[float, float | None]:
     """(scale, softcap) from what became of the probe [1, 3, V]."""
-    one_function = logits.shape[1] == len(_PROBE) and bool((logits == logits[..., :1]).all())
+    whole = logits.shape == (1, len(_PROBE), V)
+    one_function = whole and bool((logits == logits[..., :1]).all())
     offset, at_one, largest = logits[0, :, 0].tolist() if one_function else (math.nan,) * 3
     if largest == at_one * _PROBE[2]:
         scale, softcap = at_one, None

@@ -1,7 +1,9 @@
 """TRL's GRPO trainer, with log-probs and entropies from hidden states: no logits are made.
 
 The policy's, the old and the reference log-probs, and the entropy with its gradient, come from
-`linear_token_stats`; the rest of the trainer, its losses, metrics and options, is TRL's.
+`linear_token_stats`; the rest of the trainer, its losses, metrics and options, is TRL's. With
+`fuse_loss=True` the loss's gradient comes from `linear_grpo_loss`: three products of the head where
+a token's loss is its own, not four, and two of them left out for a group without a signal.
 
     from datasets import Dataset
     from trl import GRPOConfig
@@ -27,6 +29,7 @@ The policy's, the old and the reference log-probs, and the entropy with its grad
         digits,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [f"{n}+{n}=" for n in range(10)]}),
+        fuse_loss=True,
     )
     trainer.train()
 
@@ -35,25 +38,42 @@ The model's own forward runs, so PEFT, gradient checkpointing and accelerate wor
 Liger's layers, images, an adapter or a copy on the head, DeepSpeed ZeRO-3, and FSDP 1: each raises.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from . import causal_lm
+from .trl_loss import SCORES, check_loss, fused_loss
+from .trl_scores import check_inputs, score
+
+LOSS = "_compute_loss"
 
 
 class FusedGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer`, same arguments, whose per-token log-probs and entropies are fused.
 
+    Args:
+        fuse_loss: make the gradient of the policy's loss together with it. Its value, the metrics
+            and the entropy's controller stay TRL's. Where the ratio is the sequence's, or a filter
+            ranks tokens, it saves only the groups without a signal.
+
     Raises:
-        ValueError, TypeError: a setting that the fused head cannot honour.
+        ValueError, TypeError: a setting that the fused head, or the fused loss, cannot honour.
     """
 
-    def __init__(self, *args: Any, **keywords: Any):
+    def __init__(self, *args: Any, fuse_loss: bool = False, **keywords: Any):
         super().__init__(*args, **keywords)
         _check_trainer(self)
+        if fuse_loss:
+            _check_leaves_to(FusedGRPOTrainer, self, SCORES)
+            check_loss(self)
+        self._fuse_loss = fuse_loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        plain = super()._compute_loss
+        return fused_loss(self, plain, model, inputs) if self._fuse_loss else plain(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -72,11 +92,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             input_ids, attention_mask: [B, L]; batch_size: how many of the B run at a time.
             inputs: those of images, which must be None.
         """
-        _check_inputs(inputs)
+        check_inputs(inputs)
         wanted = {"entropy": compute_entropy, "aux_loss": compute_aux_loss}
         step = batch_size or len(input_ids)
         batches = zip(input_ids.split(step), attention_mask.split(step), strict=True)
-        parts = [_score(self, model, *each, logits_to_keep, **wanted) for each in batches]
+        parts = [score(self, model, *each, logits_to_keep, **wanted) for each in batches]
         logprobs, entropies, aux_losses = zip(*parts, strict=True)
         return (
             torch.cat(logprobs),
@@ -85,82 +105,30 @@ class FusedGRPOTrainer(GRPOTrainer):
         )
 
 
-def fuse_trainer(trainer: GRPOTrainer) -> GRPOTrainer:
+def fuse_trainer(trainer: GRPOTrainer, *, fuse_loss: bool = False) -> GRPOTrainer:
     """Make a trainer that exists score its tokens as a FusedGRPOTrainer does.
 
     Args:
         trainer: a GRPOTrainer, or of a class below it that leaves the scoring to it.
+        fuse_loss: as in FusedGRPOTrainer; the class must leave `_compute_loss` to it too.
 
     Returns:
         The same trainer.
 
     Raises:
-        ValueError, TypeError: a setting that the fused head cannot honour.
+        ValueError, TypeError: a setting that the fused head or loss cannot honour.
     """
     if not isinstance(trainer, GRPOTrainer):
         raise TypeError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
-    name = "_get_per_token_logps_and_entropies"
-    fused = getattr(FusedGRPOTrainer, name)
-    if getattr(type(trainer), name) not in (getattr(GRPOTrainer, name), fused):
-        raise TypeError(
-            f"trainer must leave {name} to GRPOTrainer, got {type(trainer).__name__} with its own, "
-            "which would be lost"
-        )
+    _check_leaves_to(GRPOTrainer, trainer, SCORES)
     _check_trainer(trainer)
-    setattr(trainer, name, fused.__get__(trainer))
+    if fuse_loss:
+        _check_leaves_to(GRPOTrainer, trainer, LOSS)
+        check_loss(trainer)
+        plain = getattr(GRPOTrainer, LOSS).__get__(trainer)
+        setattr(trainer, LOSS, partial(fused_loss, trainer, plain))
+    setattr(trainer, SCORES, getattr(FusedGRPOTrainer, SCORES).__get__(trainer))
     return trainer
-
-
-def _score(
-    trainer: GRPOTrainer,
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    T: int,
-    *,
-    entropy: bool,
-    aux_loss: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Those of one micro-batch [B, L], of which the last T tokens are the completion."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if aux_loss:
-        inputs["output_router_logits"] = True
-    with trainer.accelerator.autocast():
-        hidden, head, output = causal_lm.forward(model, **inputs)
-    # As in TRL, where the head is: a model may be spread over devices.
-    hidden = hidden[:, -T - 1 : -1].to(head.weight.device)
-    precision = trainer.accelerator.autocast()
-    if trainer.args.cast_lm_head_to_fp32:
-        hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-    with precision:
-        stats = head.token_stats(
-            hidden,
-            input_ids[:, -T:].to(hidden.device),
-            mask=(attention_mask[:, -T:] != 0).to(hidden.device),
-            temperature=trainer.temperature,
-            entropy=entropy,
-        )
-    return stats.logprob, stats.entropy, _aux_loss_of(output, model) if aux_loss else None
-
-
-def _aux_loss_of(output: Any, model: nn.Module) -> Tensor:
-    found = getattr(output, "aux_loss", None)
-    if found is None:
-        raise ValueError(
-            "router_aux_loss_coef needs a model whose output has an aux_loss, got none from "
-            f"{type(model).__name__}: set it to 0"
-        )
-    return found
-
-
-def _check_inputs(inputs: dict[str, Any]) -> None:
-    """Of what the trainer passes besides text, nothing is known here."""
-    for name, value in inputs.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} must be None, got {type(value).__name__}: the fused log-probs are those "
-                "of text alone, so train on images with trl.GRPOTrainer"
-            )
 
 
 def _check_trainer(trainer: GRPOTrainer) -> None:
@@ -186,4 +154,14 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
         raise TypeError(
             f"the head of the model must be a linear layer, got {type(head).__name__}: take it out "
             "of the adapter's target_modules and modules_to_save"
+        )
+
+
+def _check_leaves_to(base: type, trainer: GRPOTrainer, name: str) -> None:
+    """A method of the trainer's own would be lost."""
+    known = (getattr(GRPOTrainer, name), getattr(FusedGRPOTrainer, name))
+    if getattr(type(trainer), name) not in known:
+        raise TypeError(
+            f"trainer must leave {name} to {base.__name__}, got {type(trainer).__name__} with its "
+            "own, which would be lost"
         )

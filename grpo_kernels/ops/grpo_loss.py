@@ -12,7 +12,7 @@ from ..objective import LossConfig, LossOutput, loss_constants, loss_of, policy_
 from ..rows import room
 from ..sampled_kl import VOCABULARY_KL
 from ..terms import Constants, is_per_token
-from .ready_gradient import config_as_text, config_of, with_gradient
+from .ready_gradient import config_of, with_gradient
 from .token_stats import _token_stats, as_rows, row_inputs, token_stats
 
 
@@ -101,6 +101,10 @@ def grpo_loss(
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
+    checks.check_type("config", config, LossConfig)
+    checks.check_logits("logits", logits)
+    if ref_logits is not None:
+        checks.check_logits("ref_logits", ref_logits)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     settings = {"temperature": temperature, "softcap": softcap, "mask": mask}
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
@@ -179,7 +183,7 @@ def _in_one_launch(
     with torch.no_grad():
         stats = _rows_(
             rows, row_tokens, row_temperature, row_mask, softcap, *of_token,
-            config_as_text(config), d_logits,
+            config.text, d_logits,
         )  # fmt: skip
         logprob, entropy = (each.view(tokens.shape) for each in stats)
         cu_seqlens = objective["cu_seqlens"]

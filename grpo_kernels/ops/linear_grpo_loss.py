@@ -5,6 +5,8 @@ gradient of its tokens' loss, which goes back through the logits at once, while 
 matrix products, nothing computed twice. Backward only scales.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,11 @@ from .linear_token_stats import (
     token_stats_of,
 )
 from .packing import TokenPacking, pack_tokens
-from .ready_gradient import config_as_text, config_of, with_gradient
+from .ready_gradient import config_of, with_gradient
+from .token_stats import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.library.custom_op("grpo_kernels::linear_grpo_loss_forward", mutates_args=())
@@ -38,6 +44,7 @@ def _forward(
     entropy: bool,
     kl: str | None,
     dtype: torch.dtype,
+    vocab_group: str | None,
     order: Tensor,
     counts: Tensor,
     chunk_tokens: int | None,
@@ -53,14 +60,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy, kl, dtype,
+        softcap, entropy, kl, dtype, vocab_group,
     )  # fmt: skip
     constants = Constants(
         advantage, token_weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
     )
     live, inert = counts.tolist()
     order = order[: live + inert]
-    checks.check_token_ids(tokens[order], None, weight.shape[0])
+    if vocab_group is None:
+        checks.check_token_ids(tokens[order], None, weight.shape[0])
     stats = Stats.zeros(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
@@ -74,7 +82,7 @@ def _forward(
         for at in rows.chunks(order[with_gradient:]):
             rows.write_logits(at)
             stats.write(at, rows.forward(at))
-    found = (stats.logprob, stats.entropy, stats.kl, *gradient.total())
+    found = (stats.logprob, stats.entropy, stats.kl, *gradient.total(vocab_group))
     return tuple(temperature.new_empty(0) if each is None else each for each in found)
 
 
@@ -112,6 +120,7 @@ def linear_grpo_loss(
     softcap: float | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
+    vocab_group: "ProcessGroup | None" = None,
 ) -> LossOutput:
     """`grpo_loss` of logits = hidden @ weight.T + bias, which never exist but for a chunk.
 
@@ -134,7 +143,9 @@ def linear_grpo_loss(
             in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
         packing: `pack_tokens(mask, advantages)`, made in advance, so that nothing waits for the
             device.
-        chunk_tokens, temperature, softcap: as in `linear_token_stats`.
+        chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. In shards of
+            the vocabulary too a token-level objective takes three products; the statistics of a
+            chunk are merged over the ranks before its gradient is made.
         Others: as in `policy_loss`.
 
     Returns:
@@ -146,6 +157,58 @@ def linear_grpo_loss(
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
+    output, _ = linear_grpo_loss_and_stats(
+        hidden,
+        weight,
+        tokens,
+        advantages,
+        bias=bias,
+        mask=mask,
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        sampling_logprob=sampling_logprob,
+        config=config,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        cu_seqlens=cu_seqlens,
+        temperature=temperature,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
+        packing=packing,
+        vocab_group=vocab_group,
+    )
+    return output
+
+
+def linear_grpo_loss_and_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    sampling_logprob: Tensor | None = None,
+    config: LossConfig = LossConfig(),
+    normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    packing: TokenPacking | None = None,
+    vocab_group: "ProcessGroup | None" = None,
+) -> tuple[LossOutput, TokenStats]:
+    """`linear_grpo_loss`, and the detached statistics of its tokens, 0 where masked."""
+    checks.check_type("config", config, LossConfig)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     has_reference = any(each is not None for each in reference.values())
@@ -153,6 +216,7 @@ def linear_grpo_loss(
         config.kl_estimator, config.beta, over_vocabulary, ref_logprob, has_reference
     )
     checks.check_hidden(hidden)
+    checks.check_floating("weight", weight)
     checks.check_tokens(tokens, hidden, "hidden")
     checks.check_chunk_tokens(chunk_tokens)
     asked = {
@@ -162,6 +226,7 @@ def linear_grpo_loss(
         "mask": mask,
         "entropy": True,
         "kl": config.kl_estimator if over_vocabulary and has_reference else None,
+        "vocab_group": vocab_group,
         **(reference if over_vocabulary else dict.fromkeys(reference)),
     }
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -188,7 +253,7 @@ def linear_grpo_loss(
         with torch.no_grad():
             ref_logprob = linear_token_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
-                softcap=softcap, entropy=False, mask=mask, **chunking,
+                softcap=softcap, entropy=False, mask=mask, vocab_group=vocab_group, **chunking,
             ).logprob  # fmt: skip
         constants = constants._replace(ref_logprob=ref_logprob)
 
@@ -199,7 +264,8 @@ def linear_grpo_loss(
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
-        return loss_of(*stats, keep, constants, config, cu_seqlens)
+        detached = TokenStats(*(each if each is None else each.detach() for each in stats))
+        return loss_of(*stats, keep, constants, config, cu_seqlens), detached
 
     inputs = operator_inputs(hidden, weight, tokens, **asked)
     with torch.no_grad():
@@ -209,7 +275,7 @@ def linear_grpo_loss(
             chunk_tokens,
             skip_inert,
             *(each if each is None or each.dim() == 0 else each.flatten() for each in constants),
-            config_as_text(config),
+            config.text,
             wanted,
         )
         d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
@@ -217,4 +283,4 @@ def linear_grpo_loss(
         loss, metrics = loss_of(*stats, keep, constants, config, cu_seqlens)
     leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
     pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
-    return LossOutput(with_gradient(loss, *zip(*pairs, strict=True)), metrics)
+    return LossOutput(with_gradient(loss, *zip(*pairs, strict=True)), metrics), stats

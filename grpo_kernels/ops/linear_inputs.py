@@ -1,14 +1,19 @@
 """How arguments of the hidden level become those of its operators: checked, packed, gathered."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..linear_rows import Inputs
+from ..vocab_shards import gather, local_ids, rank_in
 from .packing import TokenPacking, pack_tokens
 from .token_stats import scalar_temperature
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def operator_inputs(
@@ -25,6 +30,7 @@ def operator_inputs(
     ref_bias: Tensor | None,
     kl: str | None,
     mask: Tensor | None,
+    vocab_group: "ProcessGroup | None",
 ) -> Inputs:
     """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
     checks.check_hidden(hidden)
@@ -38,6 +44,9 @@ def operator_inputs(
     checks.check_linear_kl(kl, reference)
     if softcap is not None:
         checks.check_number("softcap", softcap, above=0)
+    if vocab_group is not None:
+        heads = {"weight": weight, "bias": bias, **reference}
+        checks.check_vocab_group(vocab_group, heads)
     weight, bias = gathered(weight), gathered(bias)
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
@@ -53,11 +62,16 @@ def operator_inputs(
         temperature = temperature.detach().to(acc)
     else:
         temperature = scalar_temperature(temperature, acc, hidden.device)
+    tokens_of_rows, group_name = tokens.to(torch.int64).flatten(), None
+    if vocab_group is not None:
+        group_name = vocab_group.group_name
+        keep = None if mask is None else mask.flatten() != 0
+        tokens_of_rows = _local_tokens(tokens_of_rows, keep, weight.shape[0], group_name)
     return Inputs(
         hidden.flatten(0, -2),
         weight,
         bias,
-        tokens.to(torch.int64).flatten(),
+        tokens_of_rows,
         temperature.expand(tokens.shape).reshape(N),
         ref_hidden,
         ref_weight,
@@ -66,7 +80,24 @@ def operator_inputs(
         entropy,
         kl,
         hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
+        group_name,
     )
+
+
+@torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
+def _local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
+    """`local_ids` of tokens [N] in this rank's shard, of that many rows: one small collective."""
+    mine = torch.tensor([rows, len(tokens)], device=tokens.device)
+    sizes, counts = gather(mine, vocab_group).unbind(1)
+    checks.check_same_tokens(counts)
+    if tokens.device.type == "cpu":
+        checks.check_token_ids(tokens, mask, int(sizes.sum()))
+    return local_ids(tokens, sizes, rank_in(vocab_group))
+
+
+@_local_tokens.register_fake
+def _(tokens, mask, rows, vocab_group):
+    return torch.empty_like(tokens)
 
 
 def checked_packing(
@@ -107,4 +138,6 @@ class _Gather(torch.autograd.Function):
 
         mesh = ctx.mesh
         total = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
-        return total.redistribute(mesh, ctx.placements)
+        # Shards first: what replicas of them (HSDP) then have to reduce is a shard, not the whole.
+        shards = [each if each.is_shard() else Partial() for each in ctx.placements]
+        return total.redistribute(mesh, shards).redistribute(mesh, ctx.placements)

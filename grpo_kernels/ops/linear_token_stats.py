@@ -4,6 +4,8 @@ Top to bottom: the forward operator, the backward operator, the autograd formula
 public function.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from ..terms import Slopes
 from .linear_inputs import checked_packing, operator_inputs
 from .packing import TokenPacking
 from .token_stats import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.library.custom_op("grpo_kernels::linear_token_stats_forward", mutates_args=())
@@ -29,6 +34,7 @@ def _forward(
     entropy: bool,
     kl: str | None,
     dtype: torch.dtype,
+    vocab_group: str | None,
     order: Tensor,
     counts: Tensor,
     chunk_tokens: int | None,
@@ -36,10 +42,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy, kl, dtype,
+        softcap, entropy, kl, dtype, vocab_group,
     )  # fmt: skip
     order = order[: sum(counts.tolist())]
-    checks.check_token_ids(tokens[order], None, weight.shape[0])
+    if vocab_group is None:
+        checks.check_token_ids(tokens[order], None, weight.shape[0])
     stats = Stats.zeros(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = LinearRows(inputs, len(order), chunk_tokens, gradient=False)
@@ -77,6 +84,7 @@ def _backward(
     softcap: float | None,
     kl: str | None,
     dtype: torch.dtype,
+    vocab_group: str | None,
     order: Tensor,
     counts: Tensor,
     chunk_tokens: int | None,
@@ -92,8 +100,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy_value is not None, kl, dtype,
-    )  # fmt: skip
+        softcap, entropy_value is not None, kl, dtype, None,
+    )  # fmt: skip  # the statistics are known: no chunk waits for another rank
     stats = Stats(normaliser[:, 0], entropy_value, kl_value, normaliser, ref_normaliser)
     upstream = [d_logprob, d_entropy, d_kl]
     order = _with_gradient(order, counts.tolist(), upstream, skip_inert)
@@ -107,7 +115,7 @@ def _backward(
     leaves = (hidden, weight, weight if bias is None else bias)
     return tuple(
         leaf.new_empty(0) if each is None else each.to(leaf.dtype)
-        for each, leaf in zip(gradient.total(), leaves, strict=True)
+        for each, leaf in zip(gradient.total(vocab_group), leaves, strict=True)
     )
 
 
@@ -136,24 +144,26 @@ def _with_gradient(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, softcap, entropy, kl, dtype, order, counts, chunk_tokens, skip_inert = inputs
+    (
+        *tensors, softcap, entropy, kl, dtype, vocab_group, order, counts, chunk_tokens, skip_inert,
+    ) = inputs  # fmt: skip
     _, entropy_value, kl_value, normaliser, ref_normaliser = output
     ctx.save_for_backward(
         *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value
     )
-    ctx.settings = softcap, entropy, kl, dtype, chunk_tokens, skip_inert
+    ctx.settings = softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
     *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value = ctx.saved_tensors
-    softcap, entropy, kl, dtype, chunk_tokens, skip_inert = ctx.settings
+    softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert = ctx.settings
     # An output that was not asked for is empty, and tracing may hand it an empty gradient.
     d_entropy = d_entropy if entropy else None
     d_kl = d_kl if kl is not None else None
     wanted = list(ctx.needs_input_grad[:3])
     if (d_logprob is None and d_entropy is None and d_kl is None) or not any(wanted):
-        return (None,) * 16
+        return (None,) * 17
     hidden, weight, bias, tokens, temperature, *reference = tensors
     gradients = _backward(
         hidden,
@@ -165,6 +175,7 @@ def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
         softcap,
         None if d_kl is None else kl,
         dtype,
+        vocab_group,
         order,
         counts,
         chunk_tokens,
@@ -177,7 +188,7 @@ def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
         wanted,
     )
     found = (each if want else None for each, want in zip(gradients, wanted, strict=True))
-    return (*found, *(None,) * 13)
+    return (*found, *(None,) * 14)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -199,6 +210,7 @@ def linear_token_stats(
     mask: Tensor | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
+    vocab_group: "ProcessGroup | None" = None,
 ) -> TokenStats:
     """`token_stats` of logits = hidden @ weight.T + bias, which never exist but for a chunk.
 
@@ -213,12 +225,20 @@ def linear_token_stats(
             tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
         weight: [V, H], that of the head, in the dtype of `hidden` (under autocast, any); bias:
             [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
-            is gathered once, and gets the mean over ranks of its gradient.
+            is gathered once, and gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference's, for `kl`, never differentiated; its
             hidden size may be another.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. A given size makes the bits of a
             token's results independent of the batch around it: the last chunk is filled up.
         packing: `pack_tokens` of this very mask, made in advance.
+        vocab_group: the ranks of a tensor-parallel head; None: weight has the whole vocabulary.
+            `weight`, `bias`, `ref_weight` and `ref_bias` are then this rank's rows, in rank order
+            and of any number from 1 (of a DTensor, `weight.to_local()`); everything else is the
+            same on all ranks, the token ids being those of the whole vocabulary. So are the
+            results and the gradient of `hidden`, bit by bit: it is complete, and must not be
+            reduced again. Rows that only pad the vocabulary are left out, as in `weight[:n]`, or
+            have a bias of -inf. Every rank calls, and calls backward, in the same order. See
+            vocab_shards.py for what the ranks tell each other.
         tokens, temperature, softcap, entropy, kl, mask: as in `token_stats`. Masked tokens are in
             no product.
 
@@ -244,6 +264,7 @@ def linear_token_stats(
         mask=mask,
         chunk_tokens=chunk_tokens,
         packing=packing,
+        vocab_group=vocab_group,
         skip_inert=False,
     )
 

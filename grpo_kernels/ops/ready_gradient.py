@@ -1,10 +1,9 @@
 """Losses whose gradient is made together with them: how it waits for backward, and how it leaves.
 
-Also here: how a config gets into an operator that computes such a loss.
+Also here: how such an operator gets its config.
 """
 
 import ast
-import dataclasses
 import functools
 
 import torch
@@ -13,21 +12,11 @@ from torch import Tensor
 from ..objective import LossConfig
 from ..rows import room
 
-# But for the entropy's coefficient: it comes as a tensor, the weight of the sum. A controller
-# changes it in every step, and torch.compile cannot trace a changing number into a text.
-FIELDS = tuple(
-    field.name for field in dataclasses.fields(LossConfig) if field.name != "entropy_coef"
-)
-
-
-def config_as_text(config: LossConfig) -> str:
-    """An operator takes no objects, and torch.compile traces no serialisers."""
-    return "(" + ", ".join([repr(getattr(config, name)) for name in FIELDS]) + ")"
-
 
 @functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
 def config_of(text: str) -> LossConfig:
-    return LossConfig(**dict(zip(FIELDS, ast.literal_eval(text), strict=True)))
+    """The config whose `text` an operator got: it takes no objects."""
+    return LossConfig(**ast.literal_eval(text))
 
 
 @torch.library.custom_op("grpo_kernels::scale_", mutates_args={"x"})
