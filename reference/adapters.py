@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,21 +37,27 @@ def add_lora(model: Any, rank: int, alpha: float, targets: str | Sequence[str] =
     Raises:
         UserError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError(
-            '--lora-rank needs the package peft: pip install "grpo_kernels[train]"'
-        ) from None
+    peft = load_peft()
     if not isinstance(targets, str):
         targets = list(targets)
-    settings = LoraConfig(
+    settings = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         # peft asks for a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(model, settings)
+        return peft.get_peft_model(model, settings)
+
+
+def load_peft() -> ModuleType:
+    """The package, or a UserError: called before a model is loaded, it fails early."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            '--lora-rank needs the package peft: pip install "grpo_kernels[train]"'
+        ) from None
+    return peft
 
 
 def has_adapter(model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from reference.errors import UserError, one_line
@@ -91,6 +91,18 @@ class TrainConfig(  # whose fields are those of the last base first
         return [
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
             (
+                self.resume is not None and (self.chat or self.eval_only),
+                "--resume goes on with training: for --chat and --eval-only name --model",
+            ),
+            (
+                self.resume is not None and self.overwrite,
+                "--resume goes on with a run, and --overwrite removes it: choose one",
+            ),
+            (
+                self.overwrite and self.output_dir is None,
+                "--overwrite replaces the run in --output-dir: name one",
+            ),
+            (
                 self.dynamic_sampling > 0 and self.step_reward is not None,
                 "--dynamic-sampling looks at whole answers: not with --step-reward",
             ),
@@ -129,10 +141,24 @@ class TrainConfig(  # whose fields are those of the last base first
                 "--reference-refresh needs a reference: set --beta above 0",
             ),
             (
+                self.parallel == "fsdp" and lora,
+                "--lora-rank trains too little for shards: not with --parallel fsdp",
+            ),
+            (
+                self.parallel == "fsdp" and refresh,
+                "--reference-refresh copies the whole model: not with --parallel fsdp",
+            ),
+            (
                 refresh and lora,
                 "--reference-refresh: with --lora-rank the reference is the base model",
             ),
         ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON has them, paths as texts, and as if the run were begun and ended in
+        one go."""
+        settings = asdict(self) | {"resume": None, "overwrite": False}
+        return json.loads(json.dumps(settings, default=str))
 
     def task_settings(self) -> dict[str, Any]:
         """The task options by name; what is not JSON is text."""
@@ -194,6 +220,8 @@ _LEAST = {
     "pass_at": 1,
     "reference_refresh": 1,
     "micro_batch": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
     "threads": 1,
     "lora_rank": 1,
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import comb
 
 from reference.policy import Policy
+from reference.ranks import ALONE
 from reference.tasks import Question, Task
 
 BATCH = 64  # answers at a time
@@ -38,7 +40,18 @@ def pass_at(
 def right_answers(
     policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
 ) -> dict[str, list[int]]:
-    """How many of the samples of each question are right."""
+    """How many of the samples of each question are right; each rank asks its share."""
+    ranks = policy.ranks
+    if ranks.size > 1:  # each goes through its share at its own pace
+        policy = replace(policy, ranks=ALONE)
+    with ranks.whole(policy.model):
+        found = ranks.gathered(_right(policy, task, ranks.share(questions), samples, temperature))
+    return {name: [n for each in found for n in each[name]] for name in found[0]}
+
+
+def _right(
+    policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
+) -> dict[str, list[int]]:
     counts = {"strict": [], "lenient": []}
     size = max(1, BATCH // samples)
     for start in range(0, len(questions), size):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from reference.config import TrainConfig
 from reference.policy import Answers, Policy
+from reference.ranks import ALONE
 from reference.rewards import score
 from reference.rollout import Completions, Prompts
 from reference.samplers import Sampler
@@ -62,6 +64,13 @@ def gather(
     until all have a signal or the rounds are over; the ones without one then fill up the batch, so
     that every batch has the same size.
     """
+    with policy.ranks.whole(policy.model):
+        return _gather(policy, task, sampler, order, config)
+
+
+def _gather(
+    policy: Policy, task: Task, sampler: Sampler, order: random.Random, config: TrainConfig
+) -> Experience:
     asked = draw(task.train, config.prompts, order)
     found = answer(policy, task, sampler, asked, config)
     for _ in range(config.dynamic_sampling):
@@ -83,7 +92,21 @@ def draw(questions: list[Question], n: int, order: random.Random) -> list[Questi
 def answer(
     policy: Policy, task: Task, sampler: Sampler, questions: list[Question], config: TrainConfig
 ) -> Experience:
-    """Sample and reward `config.group_size` answers to each question."""
+    """Sample and reward `config.group_size` answers to each question.
+
+    Each rank answers its share; where there are fewer questions than ranks, everyone answers all.
+    """
+    ranks = policy.ranks
+    if len(questions) < ranks.size:
+        return _answer(replace(policy, ranks=ALONE), task, sampler, questions, config)
+    own = _answer(policy, task, sampler, ranks.share(questions), config)
+    join = partial(joined, pad_id=policy.tokenizer.pad_token_id)
+    return reduce(join, ranks.gathered(own, policy.device))
+
+
+def _answer(
+    policy: Policy, task: Task, sampler: Sampler, questions: list[Question], config: TrainConfig
+) -> Experience:
     G = config.group_size
     answers = policy.ask(questions, G, config.temperature, sampler)
     repeated = [question for question in questions for _ in range(G)]

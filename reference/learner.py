@@ -6,40 +6,24 @@ Sizes: B questions, G answers to each, T tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from reference.config import TrainConfig
 from reference.errors import UserError
+from reference.guards import enough_memory, where_not_finite
+from reference.parts import MicroBatch, Minibatch, Part
 from reference.policy import Answers, Policy
-from reference.rollout import Prompts
+from reference.ranks import whole_tensor, without_sync
 
+T = TypeVar("T")
 Metrics = dict[str, Tensor]
-
-
-@dataclass
-class Part:
-    """What one forward and backward pass works on: B questions and B·G answers."""
-
-    prompts: Prompts
-    tokens: Tensor  # [B·G, T]
-    mask: Tensor  # [B·G, T], the tokens that the model was fed
-    counted: Tensor  # [B·G, T], those of them that are in the loss
-    advantages: Tensor  # [B·G] or [B·G, T]
-    sampling_logprob: Tensor  # [B·G, T]
-    old_logprob: Tensor | None = None  # [B·G, T], where there is more than one optimiser step
-    ref_logprob: Tensor | None = None  # [B·G, T], where beta asks for a KL
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """What one optimiser step works on; left-out groups are in the denominators."""
-
-    parts: list[Part]
-    denominators: dict[str, int]
 
 
 class Learner:
@@ -48,7 +32,9 @@ class Learner:
     def __init__(self, policy: Policy, losses, loss_config, config: TrainConfig) -> None:
         self.policy, self.losses = policy, losses
         self.loss_config, self.config = loss_config, config
-        self.reference = policy.reference() if config.beta > 0 else None
+        self.reference = self._frozen_policy() if config.beta > 0 else None
+        # Called with gradient; sampling calls the model itself.
+        self.learning = replace(policy, model=policy.ranks.wrapped(policy.model, config.parallel))
         self.entropy_control = None
         if config.entropy_target is not None:
             self.entropy_control = losses.AdaptiveEntropy(
@@ -62,6 +48,22 @@ class Learner:
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
         self.steps = 0
+        self.micro_batch = MicroBatch(config.micro_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a learner knows beside its tensors; the learning rate follows from `steps`."""
+        control = self.entropy_control
+        return {
+            "steps": self.steps,
+            "micro_batch": self.micro_batch.state_dict(),
+            "entropy_control": None if control is None else control.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.micro_batch.load_state_dict(state["micro_batch"])
+        if self.entropy_control is not None:
+            self.entropy_control.load_state_dict(state["entropy_control"])
 
     def step(self, answers: Answers, advantages: Tensor) -> dict[str, float]:
         """Learn from answers and their advantages [B·G] or [B·G, T]; returns metrics.
@@ -80,8 +82,7 @@ class Learner:
         minibatches = list(self.minibatches(answers, advantages.to(self.policy.device)))
         if len(minibatches) > 1:  # the policy will have moved when the second one comes
             for minibatch in minibatches:
-                for part in minibatch.parts:
-                    part.old_logprob = self.logprob(self.policy, part)
+                self._within_memory(minibatch, self._note_old_logprob)
         updates, norms = [], []
         for _ in range(config.inner_iterations):
             for minibatch in minibatches:
@@ -90,7 +91,7 @@ class Learner:
                     updates.append(metrics)
                     norms.append(norm)
         found = {"learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms))}
-        found |= combine(updates, self._sequence_means())
+        found |= combine(self._of_all_ranks(updates), self._sequence_means())
         if control is not None:
             found["entropy_coef"] = self.loss_config.entropy_coef
             if "entropy" in found:
@@ -98,24 +99,56 @@ class Learner:
         return found
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
-        """One optimiser step; the metrics of each part, and the norm of the gradient."""
-        self.optimizer.zero_grad()
-        metrics = []
-        for part in minibatch.parts:
-            output = self.loss(part, minibatch.denominators)
-            output.loss.backward()
-            metrics.append(output.metrics | {"num_sequences": part.counted.any(dim=-1).sum()})
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        if not norm.isfinite():
+        """One optimiser step; the metrics of each part, and the norm of the gradient.
+
+        Raises:
+            UserError: a loss or the gradient is NaN or infinite, before the weights are touched; or
+                memory does not suffice for half a micro-batch either.
+        """
+        losses, metrics = self._within_memory(minibatch, self._backward)
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        length = whole_tensor(norm)
+        if not torch.stack([each.isfinite() for each in (length, *losses)]).all():
+            found = where_not_finite(losses, metrics, self.policy.model.named_parameters())
+            self.optimizer.zero_grad()
             raise UserError(
-                f"the gradient of step {self.steps} is not finite: lower --learning-rate"
+                f"step {self.steps}: {found}. The weights are as the optimiser step before left "
+                "them; lower --learning-rate"
             )
-        self.optimizer.step()
-        return metrics, norm.item()
+        clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
+        with enough_memory("the optimiser stepped", "--lora-rank trains less"):
+            self.optimizer.step()
+        return metrics, length.item()
+
+    def _backward(self, minibatch: Minibatch) -> tuple[list[Tensor], list[Metrics]]:
+        """The gradient of a minibatch; the loss and the metrics of each part."""
+        self.optimizer.zero_grad()
+        losses, metrics = [], []
+        for number, part in enumerate(minibatch.parts, 1):
+            is_last = number == len(minibatch.parts)
+            with nullcontext() if is_last else without_sync(self.learning.model):
+                output = self.loss(part, minibatch.denominators)
+                # Ranks average their gradients; the denominators are those of all of them.
+                (output.loss * self.policy.ranks.size).backward()
+            losses.append(output.loss.detach())
+            metrics.append(output.metrics | {"num_sequences": part.counted.any(dim=-1).sum()})
+        return losses, metrics
+
+    def _note_old_logprob(self, minibatch: Minibatch) -> None:
+        for part in minibatch.parts:
+            part.old_logprob = self.logprob(self.policy, part)
+
+    def _within_memory(self, minibatch: Minibatch, work: Callable[[Minibatch], T]) -> T:
+        # Halving would make more passes than the other ranks.
+        may_halve = not self._ranks_tokens() and self.policy.ranks.size == 1
+        return self.micro_batch.run(minibatch, work, f"step {self.steps}", may_halve=may_halve)
 
     def minibatches(self, answers: Answers, advantages: Tensor) -> Iterator[Minibatch]:
-        """--minibatches shares of the groups, each with the parts that have something to learn."""
-        done, B = answers.completions, len(answers.prompts.ids)
+        """--minibatches shares of the groups, each with the parts that have something to learn.
+
+        The parts are this rank's, the denominators those of all ranks.
+        """
+        done, B, ranks = answers.completions, len(answers.prompts.ids), self.policy.ranks
         counted = done.mask
         if self.config.mask_truncated:
             counted = counted & done.finished[:, None]
@@ -125,13 +158,14 @@ class Learner:
         if not self._may_leave_out():
             live = counted.view(B, -1).any(dim=-1)
         for groups in torch.arange(B, device=live.device).tensor_split(self.config.minibatches):
-            kept = groups[live[groups]]
-            size = self.config.micro_batch or B
-            parts = [
-                self._part(answers, advantages, counted, at, G)
-                for at in kept.split(size)
-                if len(at)
-            ]
+            kept, size = groups[live[groups]], self.micro_batch.size or B
+            own = [at for at in kept[ranks.rank :: ranks.size].split(size) if len(at)]
+            parts = [self._part(answers, advantages, counted, at, G) for at in own]
+            # As many as the first rank, which has most: all take part in each pass.
+            missing = -(-len(kept[:: ranks.size]) // size) - len(parts)
+            if missing:
+                idle = self._part(answers, advantages, counted, kept[:1], G)
+                parts += [replace(idle, counted=torch.zeros_like(idle.counted))] * missing
             rows = counted.view(B, G, -1)[groups]
             yield Minibatch(parts, self._denominators(len(groups) * G, int(rows.sum())))
 
@@ -161,8 +195,12 @@ class Learner:
         """
         loss = self.loss_config
         no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
-        no_ranks = loss.top_entropy is loss.clip_cov is loss.kl_cov is None
-        return loss.beta == 0 and no_bonus and no_ranks
+        return loss.beta == 0 and no_bonus and not self._ranks_tokens()
+
+    def _ranks_tokens(self) -> bool:
+        """Whether a filter compares the tokens of a micro-batch with each other."""
+        loss = self.loss_config
+        return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
 
     def _denominators(self, sequences: int, tokens: int) -> dict[str, int]:
         """What the loss of a whole minibatch divides by: parts add up to it."""
@@ -178,7 +216,7 @@ class Learner:
 
     def loss(self, part: Part, denominators: dict[str, int]):
         """The loss of one part; fills in the log-probs that the part still lacks."""
-        states, head = self.policy.states(part.prompts, part.tokens, part.mask)
+        states, head = self.learning.states(part.prompts, part.tokens, part.mask)
         if self.config.inner_iterations > 1 and part.old_logprob is None:
             part.old_logprob = self._logprob_of(self.policy, states, head, part)
         if self.reference is not None and part.ref_logprob is None:
@@ -211,6 +249,23 @@ class Learner:
                 states, part.tokens, mask=part.counted, temperature=temperature, entropy=False
             ).logprob
 
+    def _frozen_policy(self):
+        """The reference, in shards where the policy will be."""
+        reference = self.policy.reference()
+        if self.config.parallel == "fsdp":
+            self.policy.ranks.wrapped(reference.model, "fsdp")
+        return reference
+
+    def _of_all_ranks(self, updates: list[list[Metrics]]) -> list[list[Metrics]]:
+        """The parts of each update on all ranks, without those of a rank that was idle."""
+        if self.policy.ranks.size == 1:
+            return updates
+        found = self.policy.ranks.gathered(updates)
+        return [
+            [part for rank in found for part in rank[n] if part["num_sequences"] > 0]
+            for n in range(len(updates))
+        ]
+
     def _sequence_means(self) -> list[str]:
         """The metrics that are means over sequences."""
         clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
@@ -221,7 +276,7 @@ class Learner:
         every = self.config.reference_refresh
         if every is not None and self.steps > 1 and (self.steps - 1) % every == 0:
             self.reference = None  # freed before its successor is made
-            self.reference = self.policy.reference()
+            self.reference = self._frozen_policy()
 
 
 def combine(updates: list[list[Metrics]], sequence_means: Collection[str] = ()) -> dict[str, float]:

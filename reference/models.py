@@ -79,24 +79,44 @@ def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = prin
 
 
 def load(directory: Path | None):
-    """(model, tokenizer) in fp32, from a directory; from scratch for None."""
+    """(model, tokenizer) in fp32, from a directory; from scratch for None.
+
+    Weights are read from safetensors alone, and code that comes with a model is not run.
+
+    Raises:
+        UserError: one of the two cannot be loaded or used, or they do not fit each other; what is
+            wrong with the tokenizer is found before the weights are read.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if directory is None:
         return from_scratch()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _check_tokenizer(tokenizer, config.get_text_config().vocab_size, directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _check_tokenizer(tokenizer, vocab_size: int, directory: Path) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer in {directory} has no chat template: take an instruction-tuned model"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} is not the model's: it has the token {largest}, and the "
+            f"model {vocab_size} tokens from 0 on"
+        )
 
 
 def end_of_sequence_ids(model, tokenizer) -> list[int]:

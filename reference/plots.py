@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from reference.errors import UserError
+from reference.run_directory import writing
 from reference.runlog import duration, finite, percent, short, tenths
 
 # 1500 pixels wide; shown 900 wide, as in a README, the letters are still 10 pixels high.
@@ -77,6 +78,14 @@ PANELS = (
 )
 
 
+def load_matplotlib() -> None:
+    """Raise a UserError where it is not installed: early, if called before a model is loaded."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError('the curves need matplotlib: pip install "grpo_kernels[train]"') from None
+
+
 def plot_dashboard(
     path: Path, history: Sequence[Mapping], evaluations: Sequence[Mapping], title: str
 ) -> None:
@@ -89,14 +98,13 @@ def plot_dashboard(
         title: model and task; steps, tokens, time and held-out accuracies are added below it.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the disk is full.
     """
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise UserError('the curves need matplotlib: pip install "grpo_kernels[train]"') from None
+    load_matplotlib()
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     with style.context(["default", STYLE]):
         figure = Figure(SIZE, DPI)
         axes = figure.subplots(4, 3, sharex=True, gridspec_kw=MARGINS)
@@ -111,8 +119,9 @@ def plot_dashboard(
         axes[0, 0].set_xlim(0, max(1, last))
         axes[0, 0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         partial = path.with_name("partial-" + path.name)
-        figure.savefig(partial)
-    partial.rename(path)
+        with writing(path):
+            figure.savefig(partial)
+            partial.rename(path)
 
 
 def _subtitle(history: Sequence[Mapping], evaluations: Sequence[Mapping]) -> str:

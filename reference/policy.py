@@ -13,6 +13,8 @@ from torch import Tensor
 
 from reference import adapters, causal_lm, models
 from reference.errors import UserError
+from reference.guards import enough_memory
+from reference.ranks import ALONE, Ranks
 from reference.rollout import (
     Completions,
     Prompts,
@@ -49,6 +51,7 @@ class Policy:
     precision: Precision = "auto"  # of `autocast`
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt  # who answers where nobody else is named
+    ranks: Ranks = ALONE  # who ask at the same time, each its share
 
     @classmethod
     def load(
@@ -81,6 +84,8 @@ class Policy:
         Raises:
             UserError: of the models or the adapters; there are no layers to recompute.
         """
+        if lora_rank is not None:
+            adapters.load_peft()
         if random_weights:
             net, tokenizer = models.random_weights(str(model), device)
         else:
@@ -107,7 +112,9 @@ class Policy:
         """Sample `group_size` answers to each question; temperature 0 is greedy."""
         texts = [question.text for question in questions]
         prompts = encode(self.tokenizer, texts, self.device, system=self.system)
-        completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
+        remedy = "lower --prompts, --group-size or --max-new-tokens"
+        with enough_memory("answers were sampled", remedy):
+            completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
         return Answers(prompts, completions, self._texts(completions))
 
     def reply(self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from reference.config import SECTIONS, TrainConfig
+from reference.resume import settings_of
 
 PRESETS = {
     "smollm2-135m": TrainConfig(),
@@ -22,6 +24,7 @@ PRESETS = {
         warmup_steps=0,
         print_every=50,
         dashboard_every=100,
+        checkpoint_every=100,
         threads=1,  # matrices this small lose up to 20 times when shared between threads
     ),
     "llama-3.2-1b": TrainConfig(
@@ -44,12 +47,14 @@ PRESETS = {
 
 
 def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
-    """The preset named in the arguments, overridden by the other flags."""
+    """The preset named in the arguments, or the run to resume, overridden by the other flags."""
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
-    defaults = PRESETS[first.parse_known_args(arguments)[0].preset]
+    first.add_argument("--resume", type=Path)
+    early = first.parse_known_args(arguments)[0]
+    defaults = PRESETS[early.preset] if early.resume is None else settings_of(early.resume)
     panels = _flags(TrainConfig, ["preset"], defaults)
     for name, kind in SECTIONS.items():
         flags = _flags(kind, [each.name for each in fields(kind)], defaults)

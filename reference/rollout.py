@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,11 +106,15 @@ def generate(
     eos_ids: Sequence[int],
     pad_id: int,
     temperature: float = 1.0,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Completions:
     """Sample `group_size` completions per prompt; temperature 0 decodes greedily.
 
     A completion that has ended leaves the batch. Stops as soon as every one has. Returns
     completions as long as the longest of them.
+
+    Args:
+        draw: gives a random number of [0, 1) per completion; None: torch.rand.
     """
     logits, cache = _prefill(model, prompts, group_size)
     R, device = len(logits), logits.device
@@ -119,12 +124,12 @@ def generate(
     mask = torch.zeros((R, max_new_tokens), dtype=torch.bool, device=device)
     finished = torch.zeros(R, dtype=torch.bool, device=device)
     rows = torch.arange(R, device=device)  # those that have not ended
+    draw = draw or partial(torch.rand, R, device=device)
     attention = prompts.mask.repeat_interleave(group_size, dim=0)
     position = attention.sum(-1, keepdim=True)
     for step in range(max_new_tokens):
         # Drawn for all rows, so that the draw of one does not depend on which others have ended.
-        uniform = torch.rand(R, device=device)[rows]
-        token, logprob[rows, step] = _choose(logits.float(), temperature, uniform)
+        token, logprob[rows, step] = _choose(logits.float(), temperature, draw()[rows])
         tokens[rows, step], mask[rows, step] = token, True
         ended = torch.isin(token, eos)
         finished[rows] = ended
@@ -204,7 +209,7 @@ def completion_states(
         mask: [B·G, T] True on completion tokens, with which each row begins.
     """
     G, P, T = len(tokens) // len(prompts.ids), prompts.ids.shape[1], tokens.shape[1]
-    per_row = most_per_row(model, G, P, T)
+    per_row = most_per_row(getattr(model, "module", model), G, P, T)
     packed = pack(prompts.ids, prompts.mask, tokens, mask, per_row)
     states, head, _ = forward(
         model,

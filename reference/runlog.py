@@ -1,6 +1,6 @@
 """What a run leaves behind while it goes on: numbers for programs, completions for people.
 
-    settings.json      the settings, once
+    settings.json      the settings
     metrics.jsonl      a line per step; an evaluation is a line of its own with names eval/...
     completions.txt    sampled completions with their rewards and advantages
     events.out.*       the numbers again for TensorBoard, and where asked for to Weights & Biases
@@ -10,8 +10,10 @@ A line or a step's completions go out in one write, so that a reader never sees 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -20,8 +22,8 @@ from types import ModuleType
 
 import numpy as np
 
-from reference import checkpoint
 from reference.errors import UserError
+from reference.run_directory import save_json, writing
 
 # A long completion keeps its start and, because answers stand there, its end.
 KEPT_START, KEPT_END = 900, 300
@@ -32,18 +34,28 @@ class RunLog:
 
     Without the package tensorboard one printed line says what to install, and the run goes on.
 
+    Args:
+        after: the step from which a resumed run goes on; TensorBoard hides later ones of before.
+
     Raises:
-        UserError: `wandb` is asked for and not installed, or does not start.
+        UserError: `wandb` is asked for and not installed, or does not start; or a file cannot be
+            written, which every method may find.
     """
 
     def __init__(
-        self, directory: Path, settings: dict, *, tensorboard: bool = True, wandb: bool = False
+        self,
+        directory: Path,
+        settings: dict,
+        *,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        after: int | None = None,
     ) -> None:
         settings = json.loads(json.dumps(settings, default=str))  # paths become strings
         self.directory = directory
         self.wandb_run = start_wandb(directory, settings) if wandb else None
-        self.writer = tensorboard_writer(directory) if tensorboard else None
-        checkpoint.save_json(directory / "settings.json", settings)
+        self.writer = tensorboard_writer(directory, after) if tensorboard else None
+        save_json(directory / "settings.json", settings)
 
     def step(self, row: Mapping[str, float]) -> None:
         """The metrics of the training step row["step"]."""
@@ -96,7 +108,7 @@ def start_wandb(directory: Path, settings: dict):
         raise UserError(f"--wandb: {reason} (WANDB_MODE=offline needs no account)") from None
 
 
-def tensorboard_writer(directory: Path):
+def tensorboard_writer(directory: Path, after: int | None = None):
     """The writer of event files, or None where the package is missing."""
     # TensorBoard imports TensorFlow for its file functions if it can: seconds, and a second CUDA
     # context. A module of this name is its own switch against that.
@@ -107,7 +119,18 @@ def tensorboard_writer(directory: Path):
     except ImportError:
         print("no TensorBoard files without the package: pip install tensorboard")
         return None
-    return SummaryWriter(str(directory), flush_secs=10)
+    purged = None if after is None else after + 1
+    return SummaryWriter(str(directory), flush_secs=10, purge_step=purged)
+
+
+def read_metrics(directory: Path) -> tuple[list[dict], list[dict]]:
+    """The rows of the steps of metrics.jsonl, and those of the evaluations, as they were logged."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps, evaluations = [], []
+    for row in map(json.loads, lines):
+        named = {name.removeprefix("eval/"): value for name, value in row.items()}
+        (steps if named.keys() == row.keys() else evaluations).append(named)
+    return steps, evaluations
 
 
 def describe_completions(step: int, samples: Sequence[Mapping]) -> str:
@@ -152,8 +175,10 @@ def _number(value: float) -> float | None:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode("utf-8", errors="backslashreplace"))
+    data = text.encode("utf-8", errors="backslashreplace")
+    with writing(path), path.open("ab", buffering=0) as file:
+        if file.write(data) < len(data):  # the room that was left
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -> str:

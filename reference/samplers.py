@@ -45,7 +45,8 @@ def is_server(name: str) -> bool:
 
 def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
     """`rollout.generate`: the prompt of a group is computed once."""
-    with policy.autocast():
+    rows, device = len(prompts.ids) * group_size, prompts.ids.device
+    with policy.autocast(), policy.ranks.draws(rows, device) as draw:
         return generate(
             policy.model,
             prompts,
@@ -54,6 +55,7 @@ def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float)
             eos_ids=policy.eos_ids,
             pad_id=policy.tokenizer.pad_token_id,
             temperature=temperature,
+            draw=draw,
         )
 
 

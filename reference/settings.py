@@ -119,6 +119,9 @@ class UpdateSettings:
     micro_batch: int | None = None
     """Questions per forward and backward pass, for less memory; the gradient is the same, but where
     a filter of the loss looks at the micro-batch. None: all at once."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp, each process has the whole model; fsdp, the weights, their gradients and
+    AdamW's moments are in shards (FSDP2)."""
     reference_refresh: int | None = None
     """Every so many steps the reference becomes the policy (DeepSeekMath's iterative GRPO)."""
     entropy_target: float | None = None
@@ -168,6 +171,16 @@ class RunSettings:
     """CPU threads of PyTorch. None: PyTorch's choice."""
     output_dir: Path | None = None
     """Where everything of the run goes: a new or empty directory. None: a fresh one in runs/."""
+    overwrite: bool = False
+    """Replace the run that --output-dir holds."""
+    checkpoint_every: int | None = 50
+    """Every so many steps, and after the last, all that --resume needs is saved: of a model trained
+    whole three times its weights. None: only at SIGTERM."""
+    keep_checkpoints: int = 2
+    """How many of them are kept, the newest; at the end of the run one."""
+    resume: Path | None = None
+    """The directory of a run that was stopped: it goes on from its last checkpoint, with its
+    settings, of which --steps and what is printed or saved may change."""
     cache_dir: Path | None = None
     """Where a downloaded model is kept. None: $GRPO_KERNELS_CACHE, else
     $XDG_CACHE_HOME/grpo_kernels, else ~/.cache/grpo_kernels."""

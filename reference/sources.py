@@ -62,8 +62,10 @@ def with_weights(directory: Path) -> Path:
         raise UserError(
             f"{directory} is not a model directory: it has no config.json; expected are {LAYOUT}"
         )
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
-        raise UserError(f"{directory} has a config.json but no weights (*.safetensors)")
+    if not any(directory.glob("*.safetensors")):
+        pickled = any(directory.glob("pytorch_model*.bin"))
+        more = "; *.bin is not read, since it could run code" if pickled else ""
+        raise UserError(f"{directory} has a config.json but no weights (*.safetensors){more}")
     return directory
 
 

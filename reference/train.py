@@ -1,18 +1,21 @@
-"""Train a language model with GRPO, on one machine, in a file that reads straight down.
+"""Train a language model with GRPO, in a file that reads straight down.
 
     python reference/train.py                             SmolLM2-135M learns to add, on a laptop
     python reference/train.py --preset tiny               75k parameters learn to reverse digits
     python reference/train.py --preset llama-3.2-1b       Llama 3.2 1B Instruct on GSM8K, on a GPU
     python reference/train.py --task capital-of-brazil --prompts 1 --max-new-tokens 64
+    python reference/train.py --resume runs/...           goes on with a run that was stopped
+    torchrun --nproc-per-node=8 reference/train.py ...    the same run on eight GPUs
     python reference/train.py --help                      every setting
 
 Each step asks the model questions, samples a group of answers to each, rewards the right ones, and
-makes the answers that beat their group's mean more likely. Left out: more than one GPU, resuming.
+makes the answers that beat their group's mean more likely.
 The rooms beside this file, in the order in which they act: presets, config, settings and losses
 (the command line), tasks and rewards, models and adapters (where weights come from), policy (asking
 a model), samplers, rollout and server (how it answers), supervised (the warm start of --preset
-tiny), evaluate, experience (groups of rewarded answers), credit (advantages), learner (the update),
-checkpoint, runlog, plots.
+tiny), evaluate, experience (groups of rewarded answers), credit (advantages), learner, parts and
+guards (the update), ranks (several processes), run_directory, runlog and plots (what a run leaves),
+training_state, checkpoint, resume and stopping (how it ends before its end and goes on).
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 import torch
 from tqdm import tqdm
@@ -39,22 +43,27 @@ from transformers.utils import logging as transformers_logging
 import grpo_kernels
 import reference
 from grpo_kernels.integrations import causal_lm as fused_causal_lm
-from reference import causal_lm, checkpoint
+from reference import causal_lm, run_directory
+from reference.checkpoint import Checkpoints
 from reference.config import TrainConfig
 from reference.credit import StepReward, advantages_of
 from reference.errors import UserError
 from reference.evaluate import accuracy, chat, pass_at
 from reference.experience import describe, gather, samples
 from reference.learner import Learner
-from reference.plots import plot_dashboard
+from reference.plots import load_matplotlib, plot_dashboard
 from reference.policy import Policy, pick_device
 from reference.presets import parse_command_line
+from reference.ranks import ALONE, Ranks, finish, full_state, is_lost, is_sharded, start
+from reference.resume import after_restart, checkpoint_of, command
 from reference.rewards import chosen
 from reference.rewards import load as load_function
-from reference.runlog import RunLog, load_wandb, summary_table
+from reference.runlog import RunLog, load_wandb, read_metrics, summary_table
 from reference.samplers import Sampler, is_server, pick_sampler
+from reference.stopping import Stop, Stopped
 from reference.supervised import warm_start
 from reference.tasks import Task, make_task
+from reference.training_state import TrainingState
 
 ABOUT_THE_LOSS = """\
 A note on the loss: its VALUE says nothing about progress. With one optimiser step per batch the
@@ -63,21 +72,31 @@ ratios is about 0, or what answers of unequal length leave of it. Its gradient i
 reward.
 """
 CHAT_TOKENS = 256
+TRACKERS = ("tensorboard", "wandb")
 # --loss-impl: the losses, and how a model runs up to them. Each pair has the same functions.
 LOSS_IMPLS = {"fused": (grpo_kernels, fused_causal_lm), "reference": (reference, causal_lm)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, 2 after an error of the user, 130 after Ctrl-C."""
+    """Run the command line; the exit code is 0, also after SIGTERM, 2 after an error of the user,
+    and 130 after Ctrl-C."""
     sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows what happens
     try:
-        run(parse_command_line(arguments))
+        run(after_restart(parse_command_line(arguments)))
+        finish()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped before the end", file=sys.stderr)
         return 130
+    except Stopped:
+        print("\nstopped by SIGTERM", file=sys.stderr)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        print("stopped because another rank has", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -89,8 +108,9 @@ def run(config: TrainConfig) -> dict[str, float]:
     losses, causal_lm = LOSS_IMPLS[config.loss_impl]
     config.check_loss(grpo_kernels.LossConfig)  # whose twin takes anything
     loss_config = losses.LossConfig(**config.loss_fields())
-    device = pick_device(config.device)
     sampler = pick_sampler(config.sampler)
+    ranks, device = start(pick_device(config.device))
+    ranks.check(config.prompts, config.sampler)
     if config.chat:
         policy, _ = make_policy(config, device, causal_lm.forward, sampler, config.system)
         chat(policy, config.temperature, CHAT_TOKENS, input)
@@ -100,20 +120,39 @@ def run(config: TrainConfig) -> dict[str, float]:
     if config.wandb:
         load_wandb()
     if config.eval_only:
-        policy, _ = make_policy(config, device, causal_lm.forward, sampler, task.system)
-        return evaluate(policy, task, config)
+        policy, _ = make_policy(config, device, causal_lm.forward, sampler, task.system, ranks)
+        with ranks.quiet():
+            return evaluate(policy, task, config)
 
-    directory = checkpoint.make_run_directory(config)
-    try:
-        policy, order = make_policy(config, device, causal_lm.forward, sampler, task.system)
-        if config.model == "scratch":
-            print(f"warm start: {warm_start(policy, task, order)} supervised steps")
+    load_matplotlib()
+    with ranks.quiet(), run_directory.taken(config, ranks) as directory, Stop(ranks) as stop:
+        checkpoints = Checkpoints(ranks.told(directory), config.keep_checkpoints)
+        found = checkpoint_of(config, checkpoints)
+        policy, order = make_policy(config, device, causal_lm.forward, sampler, task.system, ranks)
+        if config.model == "scratch" and found is None:
+            alone = replace(policy, ranks=ALONE)  # all ranks alike
+            print(f"warm start: {warm_start(alone, task, order)} supervised steps")
         learner = Learner(policy, losses, loss_config, config)
-        log = RunLog(directory, asdict(config), tensorboard=config.tensorboard, wandb=config.wandb)
-        with closing(log):
-            return train(task, sampler, step_reward, learner, order, log)
-    finally:
-        checkpoint.remove_if_empty(directory)
+        state = TrainingState(learner, order, config.as_json())
+        if found is not None:
+            state.load(found)
+        if config.resume is not None:
+            print(f"{directory} goes on after step {state.step}")
+            if ranks.is_first:
+                checkpoints.cut_lines(found)
+        if config.overwrite:
+            run_directory.clear(directory)
+        outside = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
+        after = None if config.resume is None else state.step
+        log = RunLog(directory, config.as_json(), **outside, after=after)
+        try:
+            with closing(log):
+                return train(task, sampler, step_reward, state, checkpoints, stop, log)
+        except (Stopped, KeyboardInterrupt, UserError):
+            if state.saved and ranks.is_first:
+                line = command(config, directory)
+                print(f"\nto go on after step {state.saved}: {line}", file=sys.stderr)
+            raise
 
 
 def task_of(config: TrainConfig) -> Task:
@@ -131,6 +170,7 @@ def make_policy(
     forward: Callable,
     sampler: Sampler,
     system: str | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Policy, random.Random]:
     """The model before GRPO, and the source of the order of questions; seeds everything."""
     if config.threads is not None:
@@ -151,6 +191,7 @@ def make_policy(
         system=system,
         **own,
     )
+    policy = replace(policy, ranks=ranks)
     return policy, random.Random(config.seed)
 
 
@@ -170,35 +211,40 @@ def train(
     task: Task,
     sampler: Sampler,
     step_reward: StepReward | None,
-    learner: Learner,
-    order: random.Random,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    stop: Stop,
     log: RunLog,
 ) -> dict[str, float]:
     """The run: ask, score, learn, tell, and save; also where it is stopped before its end."""
-    config, policy, directory = learner.config, learner.policy, log.directory
-    started = time.perf_counter()
-    before = evaluate(policy, task, config)
-    evaluations, history, tokens_seen = [{"step": 0, **before}], [], 0
-    log.evaluation(0, before)
+    learner, order, directory = state.learner, state.order, log.directory
+    config, policy = learner.config, learner.policy
+    goes_on = state.step > 0 and policy.ranks.is_first
+    history, evaluations = policy.ranks.told(read_metrics(directory) if goes_on else ([], []))
+    if state.step == 0:
+        evaluations.append({"step": 0, **evaluate(policy, task, config)})
+        log.evaluation(0, evaluations[0])
     title = f"{Path(config.model).name} on {config.task}"
     draw = partial(plot_dashboard, directory / "curves.png", history, evaluations, title)
-    draw()  # now, so that what is missing for it is not missed after the last step
+    draw()
     print(ABOUT_THE_LOSS)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
     try:
-        for step in (bar := progress_bar(config.steps)):
+        for step in (bar := progress_bar(state.step, config.steps, policy.ranks)):
+            state.mark()
             began = time.perf_counter()
             found = gather(policy, task, sampler, order, config)
             gathered = time.perf_counter()
+            stop.hold()
             advantages = advantages_of(
                 found, config, learner.losses, task.rewards, step_reward, decode
             )
             learned = learner.step(found.answers, advantages)
             ended = time.perf_counter()
 
-            tokens_seen += found.seen
-            row = {"step": step, **describe(found), **learned, "num_tokens": tokens_seen}
+            state.advance(found.seen)
+            row = {"step": step, **describe(found), **learned, "num_tokens": state.tokens_seen}
             row |= {"step_time": ended - began, "rollout_time": gathered - began}
             row |= {"tokens_per_second": found.sampled / (ended - began)}
             row |= {"memory_gib": memory_gib(policy.device)}
@@ -215,27 +261,52 @@ def train(
                 log.evaluation(step, evaluations[-1])
             if step % config.dashboard_every == 0:
                 draw()
+            every = config.checkpoint_every
+            if every and (step % every == 0 or step == config.steps):
+                state.try_save(checkpoints)
+            stop.release()
+    except (Stopped, KeyboardInterrupt):
+        if not stop.holds and state.step > state.saved:
+            state.save(checkpoints)
+        raise
     finally:
-        if history:
-            saved = checkpoint.save_model(directory, policy.to_save(), policy.tokenizer)
-            print(f"\nthe model after {len(history)} steps: {saved}")
+        if history and together(policy.ranks):
+            save_model(policy, directory, len(history))
 
     after = evaluate(policy, task, config)
     evaluations.append({"step": config.steps, **after})
     log.evaluation(config.steps, after)
     draw()
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = round(state.elapsed, 1)
+    before = {name: value for name, value in evaluations[0].items() if name != "step"}
     summary = {"before": before, "after": after, "seconds": seconds}
-    checkpoint.save_json(directory / "summary.json", summary)
+    run_directory.save_json(directory / "summary.json", summary)
+    if policy.ranks.is_first:
+        checkpoints.prune(state.step, keep=1)
     print(summary_table(before, after, history))
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
     return summary
 
 
-def progress_bar(steps: int) -> tqdm:
+def together(ranks: Ranks) -> bool:
+    """Whether all ranks are at this place: after the last step, or where all have been stopped."""
+    return ranks.size == 1 or isinstance(sys.exception(), Stopped | NoneType)
+
+
+def save_model(policy: Policy, directory: Path, steps: int) -> None:
+    weights = full_state(policy.model) if is_sharded(policy.model) else None
+    if policy.ranks.is_first:
+        saved = run_directory.save_model(directory, policy.to_save(), policy.tokenizer, weights)
+        print(f"\nthe model after {steps} steps: {saved}")
+
+
+def progress_bar(done: int, steps: int, ranks: Ranks) -> tqdm:
     pace = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
-    return tqdm(range(1, steps + 1), "GRPO", unit="step", dynamic_ncols=True, mininterval=pace)
+    left = range(done + 1, steps + 1)
+    settings = {"unit": "step", "dynamic_ncols": True, "mininterval": pace}
+    settings["disable"] = not ranks.is_first
+    return tqdm(left, "GRPO", initial=done, total=steps, **settings)
 
 
 def spoken(sample: dict) -> str:

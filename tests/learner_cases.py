@@ -4,7 +4,9 @@ from contextlib import contextmanager
 
 import torch
 
+import grpo_kernels
 import reference
+from grpo_kernels.integrations import causal_lm as fused_causal_lm
 from reference import causal_lm
 from reference.config import TrainConfig
 from reference.learner import Learner
@@ -24,14 +26,18 @@ def one_thread():
 
 
 def make_learner(forward=causal_lm.forward, **changes):
-    """A learner on a random model in fp64, and answers to four questions, four each."""
+    """A learner on a random model in fp64, and answers to four questions, four each.
+
+    Its losses are of the package that `forward` is of.
+    """
+    losses = grpo_kernels if forward is fused_causal_lm.forward else reference
     config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
     torch.manual_seed(0)
     policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
     policy.model.double()
-    loss_config = reference.LossConfig(**config.loss_fields())
+    loss_config = losses.LossConfig(**config.loss_fields())
     answers = policy.ask(QUESTIONS, 4, 1.0)
-    return Learner(policy, reference, loss_config, config), answers
+    return Learner(policy, losses, loss_config, config), answers
 
 
 def gradient(learner, answers, rewards):

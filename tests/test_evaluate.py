@@ -6,13 +6,14 @@ import pytest
 
 from reference import evaluate
 from reference.policy import Answers
+from reference.ranks import ALONE
 from reference.tasks import Question, Task
 
 
 class Scripted:
     """Answers question n rightly in the first n of its samples."""
 
-    system = "Be brief."
+    model, ranks, system = None, ALONE, "Be brief."
 
     def __init__(self):
         self.batches = []

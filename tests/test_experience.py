@@ -9,6 +9,7 @@ import torch
 from reference import experience
 from reference.config import TrainConfig
 from reference.policy import Answers
+from reference.ranks import ALONE
 from reference.rewards import WeightedReward
 from reference.rollout import Completions, Prompts
 from reference.tasks import Question, Task
@@ -18,6 +19,8 @@ G = 2
 
 class Scripted:
     """Stands for a policy: answers to question k are k and, where k is odd, 0; widths vary."""
+
+    model, ranks, device = None, ALONE, torch.device("cpu")
 
     class tokenizer:
         pad_token_id = 99

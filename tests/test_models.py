@@ -1,5 +1,6 @@
 """Where weights come from, and that a saved model is the model."""
 
+import json
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Offl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reference import checkpoint, models, sources
+from reference import models, run_directory, sources
 from reference.errors import UserError
 from reference.policy import Policy
 from reference.rollout import encode, generate
@@ -34,7 +35,7 @@ def offline(monkeypatch):
 def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = models.from_scratch()
-    checkpoint.save_model(tmp_path, model, tokenizer)
+    run_directory.save_model(tmp_path, model, tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     retokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     questions = ["123456=", "7=", "90+12="]
@@ -53,8 +54,8 @@ def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_
 def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     model, tokenizer = models.from_scratch()
     monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
-    with pytest.raises(OSError):
-        checkpoint.save_model(tmp_path, model, tokenizer)
+    with pytest.raises(UserError, match=r"^cannot write .*model: no route to host$"):
+        run_directory.save_model(tmp_path, model, tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,18 +86,52 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         models.locate(str(tmp_path), None)
 
 
-def test_damaged_weights_are_one_line(tmp_path):
-    checkpoint.save_model(tmp_path, *models.from_scratch())
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut short")
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no weights .*\*\.bin is not read, since it could run code"
+    ):
+        models.locate(str(tmp_path), None)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    directory = tmp_path / "model"
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     with pytest.raises(UserError, match="cannot load the model in"):
+        models.load(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["no tokenizer", "another's", "no template"])
+def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(tmp_path, change, monkeypatch):
+    model, tokenizer = models.from_scratch()
+    message = "cannot load the model in"
+    if change == "another's":
+        tokenizer.add_tokens(["<more>"])
+        message = "is not the model's: it has the token 16, and the model 16 tokens from 0 on"
+    if change == "no template":
+        tokenizer.chat_template = None
+        message = "no chat template"
+    run_directory.save_model(tmp_path, model, tokenizer)
+    if change == "no tokenizer":
+        for path in (tmp_path / "model").glob("tokenizer*"):
+            path.unlink()
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
+    with pytest.raises(UserError, match=message):
         models.load(tmp_path / "model")
 
 
-def test_a_model_without_chat_template_is_refused(tmp_path):
-    model, tokenizer = models.from_scratch()
-    tokenizer.chat_template = None
-    checkpoint.save_model(tmp_path, model, tokenizer)
-    with pytest.raises(UserError, match="no chat template"):
+def test_damaged_weights_are_one_line(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="cannot load the model in"):
         models.load(tmp_path / "model")
 
 
@@ -162,7 +197,7 @@ def test_without_llama_one_line_says_how_to_log_in_and_what_a_directory_holds(
 
 
 def test_llama_comes_from_its_repository_on_the_hub(monkeypatch, tmp_path):
-    checkpoint.save_model(tmp_path, *models.from_scratch())
+    run_directory.save_model(tmp_path, *models.from_scratch())
     asked = []
 
     def download(hub_id, **kwargs):
@@ -227,7 +262,7 @@ def test_a_file_with_the_wrong_checksum_is_refused_and_removed(offline, tmp_path
 
 def test_a_cached_model_is_used_without_any_download(offline, tmp_path):
     model, tokenizer = models.from_scratch()
-    checkpoint.save_model(tmp_path, model, tokenizer)
+    run_directory.save_model(tmp_path, model, tokenizer)
     (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
     found = models.locate("smollm2-135m", tmp_path, lambda line: None)
     assert found == tmp_path / "SmolLM2-135M-Instruct"

@@ -112,10 +112,11 @@ def test_a_shape_reads_as_words():
 
 def test_the_training_script_stands_beside_trl_s_trainer(tmp_path):
     runs = {"grpo_kernels": [2.0, 3.0, 4.0], "TRL": [20.0, 30.0, 40.0]}
-    accuracy = {"before": {"lenient": 0.25}, "after": {"lenient": 0.5}, "peak_bytes": 3 << 30}
-    records = [trainers.record_of(name, {"step_times": x, **accuracy}) for name, x in runs.items()]
+    rest = {"before": {"lenient": 0.25}, "after": {"lenient": 0.5}, "peak_bytes": 3 << 30}
+    rest["rewards"] = [0.25, 0.5, 0.75]
+    records = [trainers.record_of(name, {"step_times": x, **rest}) for name, x in runs.items()]
     file(tmp_path, "cpu", record())
     file(tmp_path, "trainers", *records)
     text = report.section("cpu", report.load(tmp_path))
-    assert "| grpo_kernels | 3 s | 3 GiB | 25.0% → 50.0% after 3 steps |" in text
-    assert "| TRL | 30 s | 3 GiB | 25.0% → 50.0% after 3 steps |" in text
+    assert "| grpo_kernels | 3 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text
+    assert "| TRL | 30 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text

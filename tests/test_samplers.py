@@ -9,6 +9,7 @@ import torch
 from reference import causal_lm
 from reference.errors import UserError
 from reference.models import from_scratch
+from reference.ranks import ALONE
 from reference.rollout import completion_states, encode
 from reference.samplers import SAMPLERS, pick_sampler
 
@@ -35,6 +36,7 @@ def policy():
         device=torch.device("cpu"),
         max_new_tokens=6,
         autocast=nullcontext,
+        ranks=ALONE,
     )
     torch.set_num_threads(threads)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from reference import checkpoint, models, supervised, train
+from reference import models, run_directory, supervised, train
 from reference.learner import Learner
 from reference.losses import LOSSES
 from reference.presets import PRESETS
@@ -64,7 +64,8 @@ def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, we
     assert tiny(tmp_path, "--steps", "3") == 0
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
-        "settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json", "model"
+        "settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json", "model",
+        "checkpoints",
     }  # fmt: skip
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -161,7 +162,7 @@ def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        directory = checkpoint.make_run_directory(PRESETS["tiny"])
+        directory = run_directory.make_run_directory(PRESETS["tiny"])
         (directory / "metrics.jsonl").touch()
         names.append(directory.as_posix())
     stem = "runs/tiny-reverse-seed0"

@@ -1,0 +1,325 @@
+"""A run that was stopped, by whatever, goes on as if it had not been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_cases import left_by, tiny
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaForCausalLM
+
+from reference import checkpoint, supervised, train
+from reference.learner import Learner
+from reference.parts import MicroBatch
+from reference.resume import settings_of
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["--minibatches", "2", "--inner-iterations", "2", "--entropy-target", "1", "--beta", "0.1"]
+FLAGS += ["--reference-refresh", "3", "--print-every", "2", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """These tests are not about the curves."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def resume(directory, *flags):
+    return train.main(["--resume", str(directory), *flags])
+
+
+def steps(directory):
+    return checkpoint.Checkpoints(directory, 1).steps()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model that was trained a little: without a warm start a run is short."""
+    directory = tmp_path_factory.mktemp("model") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "TARGET", 0.02)
+        assert tiny(directory, "--steps", "1") == 0
+    return str(directory / "model")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, model):
+    """A run of two steps."""
+    directory = tmp_path_factory.mktemp("started") / "run"
+    assert tiny(directory, "--model", model, "--steps", "2") == 0
+    return directory
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, model):
+    flags = ["--model", model, *FLAGS]
+    assert tiny(tmp_path / "whole", *flags, "--steps", "5") == 0
+    assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
+    assert resume(tmp_path / "parts", "--steps", "5") == 0
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+    for kind in checkpoint.KINDS:
+        whole, parts = (
+            load_file(tmp_path / each / "checkpoints" / "step-000005" / f"{kind}.safetensors")
+            for each in ("whole", "parts")
+        )
+        assert whole.keys() == parts.keys() and whole
+        assert all(torch.equal(whole[name], parts[name]) for name in whole), kind
+    settings = [
+        json.loads((tmp_path / x / "settings.json").read_text()) for x in ("whole", "parts")
+    ]
+    assert settings[0] | {"output_dir": settings[1]["output_dir"]} == settings[1]
+
+
+def test_adapters_alone_are_saved_and_go_on(tmp_path, model):
+    flags = ["--model", model, "--lora-rank", "4", "--beta", "0.1"]
+    flags += ["--learning-rate", "0.01"]
+    assert tiny(tmp_path / "whole", *flags, "--steps", "4") == 0
+    assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
+    saved = tmp_path / "parts" / "checkpoints" / "step-000002"
+    assert all("lora_" in name for name in load_file(saved / "model.safetensors"))
+    assert not (saved / "reference.safetensors").exists()
+    assert resume(tmp_path / "parts", "--steps", "4") == 0
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """What a run of four steps leaves."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert tiny(directory, "--model", model, "--steps", "4") == 0
+    return left_by(directory)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(train, "gather"), (Learner, "step")])
+def test_sigterm_saves_and_exits_0(tmp_path, model, whole, owner, name, monkeypatch, capsys):
+    """Where it comes while answers are sampled the step is dropped, while it learns it is done."""
+    original, calls = getattr(owner, name), []
+
+    def terminated(*arguments):
+        found = original(*arguments)
+        calls.append(name)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, terminated)
+        flags = ["--model", model, "--steps", "4", "--checkpoint-every", "None"]
+        assert tiny(tmp_path / "run", *flags) == 0
+    saved = {"gather": 2, "step": 3}[name]
+    assert steps(tmp_path / "run") == [saved]
+    said = capsys.readouterr().err
+    line = f"python reference/train.py --resume {tmp_path / 'run'}"
+    assert f"to go on after step {saved}: {line}\n" in said and "stopped by SIGTERM\n" in said
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert resume(tmp_path / "run") == 0
+    assert left_by(tmp_path / "run") == whole
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "warm_start", terminated)
+    assert tiny(tmp_path / "run") == 0
+    assert not (tmp_path / "run").exists()
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, model, monkeypatch, capsys):
+    original = train.gather
+
+    def interrupted(policy, task, sampler, order, config):
+        found = original(policy, task, sampler, order, config)
+        if steps(tmp_path):
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(train, "gather", interrupted)
+    assert tiny(tmp_path, "--model", model, "--steps", "4", "--checkpoint-every", "1") == 130
+    said = capsys.readouterr().err
+    assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+    tmp_path, model, whole, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    flags = ["--model", model, "--checkpoint-every", "1", "--keep-checkpoints", "9"]
+    with monkeypatch.context() as patch:  # as if killed before the end, which leaves one
+        patch.setattr(checkpoint.Checkpoints, "prune", lambda self, last, keep: None)
+        assert tiny(run, *flags, "--steps", "3") == 0
+    damaged = run / "checkpoints" / "step-000003"
+    (damaged / "rng.safetensors").write_bytes(b"")
+    original = Learner.step
+
+    def terminated(learner, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(learner, *arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", terminated)
+        assert resume(run, "--steps", "4", "--checkpoint-every", "None") == 0
+    said = capsys.readouterr()
+    assert f"checkpoint {damaged} cannot be used: rng.safetensors is not what was" in said.err
+    assert f"{run} goes on after step 2\n" in said.out and "to go on after step 3" in said.err
+    assert resume(run) == 0
+    assert "cannot be used" not in capsys.readouterr().err
+    assert left_by(run) == whole
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, model, started):
+    run = tmp_path / "run"
+    assert tiny(run, "--model", model, "--steps", "2", "--checkpoint-every", "None") == 0
+    assert steps(run) == []
+    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert resume(run) == 0
+    assert left_by(run) == left_by(started)
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_said_and_training_goes_on(
+    tmp_path, model, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny(tmp_path, "--model", model, "--steps", "2") == 0
+    path = tmp_path / "checkpoints" / "step-000002"
+    said = f"no checkpoint of step 2: cannot write {path}: No space left on device; there is none\n"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_sigterm_on_a_full_disk_is_no_success(tmp_path, model, monkeypatch, capsys):
+    original = Learner.step
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def terminated(learner, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(learner, *arguments)
+
+    monkeypatch.setattr(Learner, "step", terminated)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny(tmp_path, "--model", model) == 2
+    path = tmp_path / "checkpoints" / "step-000001"
+    assert f"error: cannot write {path}: No space left on device\n" in capsys.readouterr().err
+
+
+WRONG = {
+    "--learning-rate 1": "--learning-rate was 0.0003, not 1.0: these would make another run",
+    "--prompts 4 --seed 1": "--prompts was 16, not 4, --seed was 0, not 1: these would make",
+    "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
+    "--steps 1": "has 2 steps behind it; got --steps 1",
+    "--chat": "--resume goes on with training: for --chat and --eval-only name --model",
+    "--overwrite --output-dir x": "--resume goes on with a run, and --overwrite removes it",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_settings_that_would_make_another_run_are_named(started, flags, monkeypatch, capsys):
+    monkeypatch.setattr(train, "make_policy", lambda *_: pytest.fail("a model was loaded"))
+    assert resume(started, *flags.split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ") and WRONG[flags] in said
+
+
+def test_settings_that_change_no_number_may_change(started):
+    config = settings_of(started)
+    assert config.output_dir == started and config.steps == 2 and config.reward == ()
+
+
+def test_code_that_a_run_names_is_run_only_where_the_command_line_does(tmp_path, model, capsys):
+    source = tmp_path / "own.py"
+    source.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "def short(prompts, completions, answers):\n    return [0.5] * len(answers)\n"
+    )
+    reward = ["--reward", f"{source}:short"]
+    assert tiny(tmp_path / "run", "--model", model, "--steps", "1", *reward) == 0
+    (tmp_path / "ran").unlink()
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--steps", "2") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: --resume {tmp_path / 'run'}: code is run only where the command line names it; "
+        f"if you trust it, add --reward {source}:short"
+    )
+    assert not (tmp_path / "ran").exists()
+    assert resume(tmp_path / "run", "--steps", "2", *reward) == 0
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not the directory of a run: settings.json: No such file or directory"),
+        ("{", "settings.json is not JSON"),
+        ("[]", "settings.json holds no settings"),
+        ('{"steps": 3}', "its settings are of another version: advantage"),
+    ],
+)
+def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys):
+    if text is not None:
+        (tmp_path / "settings.json").write_text(text)
+    assert resume(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: --resume {tmp_path}") and message in said
+
+
+def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
+    found = json.loads((started / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(found | {"steps": "many"}))
+    assert resume(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "settings.json is damaged" in said
+
+
+def test_weights_of_another_shape_are_named(tmp_path, model, capsys):
+    """The directory of --model holds another model by now."""
+    shutil.copytree(model, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--steps", "1"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    config = AutoConfig.from_pretrained(model)
+    config.intermediate_size = 96
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "is of another model: model.layers.0.mlp.gate_proj.weight is [128, 64] in" in error
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_micro_batch_that_was_halved_stays_so():
+    half = MicroBatch(None)
+    half.size, half.halved = 4, True
+    for given, expected in ((None, 4), (8, 4), (2, 2)):
+        later = MicroBatch(given)
+        later.load_state_dict(half.state_dict())
+        assert later.size == expected and later.halved
+    later = MicroBatch(8)
+    later.load_state_dict(MicroBatch(16).state_dict())
+    assert later.size == 8 and not later.halved
+
+
+@pytest.mark.slow
+def test_runs_killed_at_any_moment_and_resumed_end_as_the_one_that_was_not(tmp_path):
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "killed_runs.py"), str(tmp_path), "5", "3"]
+    subprocess.run(command, check=True, cwd=ROOT, env=alone)
+    whole = left_by(tmp_path / "whole")
+    assert {row["step"] for row in whole["metrics"]} == set(range(8))
+    for number in range(5):
+        assert left_by(tmp_path / f"killed-{number}") == whole
