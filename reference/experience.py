@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reference.config import TrainConfig
 from reference.policy import Answers, Policy
-from reference.ranks import ALONE
+from reference.ranks import ALONE, moved
 from reference.rewards import score
 from reference.rollout import Completions, Prompts
 from reference.samplers import Sampler
@@ -98,10 +98,13 @@ def answer(
     """
     ranks = policy.ranks
     if len(questions) < ranks.size:
-        return _answer(replace(policy, ranks=ALONE), task, sampler, questions, config)
-    own = _answer(policy, task, sampler, ranks.share(questions), config)
-    join = partial(joined, pad_id=policy.tokenizer.pad_token_id)
-    return reduce(join, ranks.gathered(own, policy.device))
+        alone = replace(policy, ranks=ALONE)
+        found = ranks.told(_answer(alone, task, sampler, questions, config))
+    else:
+        own = _answer(policy, task, sampler, ranks.share(questions), config)
+        join = partial(joined, pad_id=policy.tokenizer.pad_token_id)
+        found = reduce(join, ranks.gathered(own))
+    return replace(found, answers=moved(found.answers, policy.device))
 
 
 def _answer(

@@ -25,7 +25,7 @@ from reference.errors import UserError
 Value = TypeVar("Value")
 Parallel = Literal["ddp", "fsdp"]
 
-PATIENCE = timedelta(minutes=10)  # for a rank that is behind; one that has died is seen at once
+PATIENCE = timedelta(hours=1)  # while the first rank saves; a rank that has died is seen at once
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
@@ -62,13 +62,19 @@ class Ranks:
         at = [len(items) * n // self.size for n in (self.rank, self.rank + 1)]
         return items[slice(*at)]
 
-    def gathered(self, value: Value, device: torch.device | None = None) -> list[Value]:
-        """The values of all ranks, in their order; tensors come to `device`."""
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order; from several, tensors are on the CPU."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, moved(value, torch.device("cpu")))
-        return [moved(each, device) for each in found] if device else found
+        return found
+
+    def seeds(self, rows: int) -> list[int]:
+        """A seed for each row of this rank, out of those of all ranks' rows."""
+        counts = self.gathered(rows)
+        first = sum(counts[: self.rank])
+        return torch.randint(2**31, (sum(counts),))[first : first + rows].tolist()
 
     @contextmanager
     def draws(self, rows: int, device: torch.device) -> Iterator[Draws]:
@@ -125,8 +131,9 @@ def start(device: torch.device) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    # torchrun keeps its store over a restart: gloo would look for the addresses of the dead.
-    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one node torchrun keeps its store over a restart: gloo would look for the dead there.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, get_type_hints
 from reference.checkpoint import Checkpoint, Checkpoints
 from reference.config import TrainConfig
 from reference.errors import UserError
+from reference.ranks import Ranks
+
+RESTARTS = "torchrun"  # in the directory of a run: who may go on with it unasked
 
 # Where a run ends, what it prints and keeps, and how it fits into memory: not what it computes.
 MAY_CHANGE = {
@@ -122,19 +126,32 @@ def check_same(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None
         )
 
 
-def after_restart(config: TrainConfig) -> TrainConfig:
+def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Where torchrun has started all ranks anew, because one died: go on with their run.
 
     Raises:
-        UserError: nothing says where that is.
+        UserError: nothing would say where that is.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or config.resume is not None:
+    if config.resume is not None or ranks.size == 1:
         return config
     if config.output_dir is None:
-        raise UserError("torchrun --max-restarts needs --output-dir: a restart goes on there")
-    if not (config.output_dir / "settings.json").exists():
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError("torchrun --max-restarts needs --output-dir: a restart goes on there")
+        return config
+    note = config.output_dir / RESTARTS
+    if not ranks.told(note.is_file() and note.read_text() == _torchrun()):
         return config
     return replace(config, resume=config.output_dir, overwrite=False)
+
+
+def note_torchrun(run: Path) -> None:
+    """The run in this directory is of this torchrun, whose restarts go on with it."""
+    (run / RESTARTS).write_text(_torchrun())
+
+
+def _torchrun() -> str:
+    """Its name, and the process that has started this one."""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"
 
 
 def command(config: TrainConfig, directory: Path) -> str:

@@ -29,8 +29,8 @@ from reference.ranks import ALONE, Ranks
 
 # What a run leaves: --overwrite removes nothing else.
 FILES = ("settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json")
-FILES += ("events.out.tfevents.*", "*.partial", "partial-*")
-FOLDERS = ("checkpoints", "model", "model.partial", "wandb")
+FILES += ("torchrun", "events.out.tfevents.*", "*.partial", "partial-*")
+FOLDERS = ("checkpoints", "model", "model.partial", "model.before.partial", "wandb")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -173,9 +173,12 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            before = directory / "model.before.partial"
+            shutil.rmtree(before, ignore_errors=True)
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(before)
             partial.rename(target)
+            shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -185,5 +188,8 @@ def save_json(path: Path, content: dict) -> None:
     """Raises a UserError where the disk does not take it."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave it empty
         partial.rename(path)

@@ -20,8 +20,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from reference.errors import UserError
 from reference.rollout import Completions, Prompts
 
@@ -53,7 +51,7 @@ class ServerSampler:
                 ids are not of the policy's tokenizer.
         """
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-        seeds = torch.randint(2**31, (len(rows),)).tolist()  # from the seed of the run
+        seeds = policy.ranks.seeds(len(rows))  # from the seed of the run
         requests = [
             self._request(policy, row, group_size, temperature, seed)
             for row, seed in zip(rows, seeds, strict=True)

@@ -55,7 +55,7 @@ from reference.plots import load_matplotlib, plot_dashboard
 from reference.policy import Policy, pick_device
 from reference.presets import parse_command_line
 from reference.ranks import ALONE, Ranks, finish, full_state, is_lost, is_sharded, start
-from reference.resume import after_restart, checkpoint_of, command
+from reference.resume import after_restart, checkpoint_of, command, note_torchrun
 from reference.rewards import chosen
 from reference.rewards import load as load_function
 from reference.runlog import RunLog, load_wandb, read_metrics, summary_table
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     and 130 after Ctrl-C."""
     sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows what happens
     try:
-        run(after_restart(parse_command_line(arguments)))
+        run(parse_command_line(arguments))
         finish()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,6 +111,7 @@ def run(config: TrainConfig) -> dict[str, float]:
     sampler = pick_sampler(config.sampler)
     ranks, device = start(pick_device(config.device))
     ranks.check(config.prompts, config.sampler)
+    config = after_restart(config, ranks)
     if config.chat:
         policy, _ = make_policy(config, device, causal_lm.forward, sampler, config.system)
         chat(policy, config.temperature, CHAT_TOKENS, input)
@@ -142,6 +143,8 @@ def run(config: TrainConfig) -> dict[str, float]:
                 checkpoints.cut_lines(found)
         if config.overwrite:
             run_directory.clear(directory)
+        if ranks.size > 1:
+            note_torchrun(directory)
         outside = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         after = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **outside, after=after)
@@ -237,8 +240,8 @@ def train(
             found = gather(policy, task, sampler, order, config)
             gathered = time.perf_counter()
             stop.hold()
-            advantages = advantages_of(
-                found, config, learner.losses, task.rewards, step_reward, decode
+            advantages = policy.ranks.told(
+                advantages_of(found, config, learner.losses, task.rewards, step_reward, decode)
             )
             learned = learner.step(found.answers, advantages)
             ended = time.perf_counter()

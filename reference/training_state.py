@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,15 @@ class TrainingState:
         Raises:
             UserError: the disk does not take it.
         """
-        tensors = self.tensors()
-        if self.learner.policy.ranks.is_first:
-            checkpoints.save(self.step, self.state_dict(), tensors)
+        ranks, tensors, failed = self.learner.policy.ranks, self.tensors(), None
+        if ranks.is_first:
+            try:
+                checkpoints.save(self.step, self.state_dict(), tensors)
+            except UserError as error:
+                failed = error
+        failed = ranks.told(failed)
+        if failed is not None:
+            raise failed
         self.saved = self.step
 
     def try_save(self, checkpoints: Checkpoints) -> None:
@@ -101,13 +108,14 @@ class TrainingState:
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What it cannot, by kind and name, on the CPU."""
+        """What it cannot, by kind and name, on the CPU; to the first rank, but all must call it."""
         learner = self.learner
         reference = learner.reference.model if isinstance(learner.reference, Policy) else None
+        keep = partial(_on_cpu, kept=learner.policy.ranks.is_first)
         return {
-            "model": _on_cpu(trained(learner.policy.model)),
-            "optimizer": _on_cpu(_moments(learner)),
-            "reference": {} if reference is None else _on_cpu(dict(reference.named_parameters())),
+            "model": keep(trained(learner.policy.model)),
+            "optimizer": keep(_moments(learner)),
+            "reference": {} if reference is None else keep(dict(reference.named_parameters())),
             "rng": self._rng,
         }
 
@@ -185,8 +193,14 @@ def _load_moments(learner: Learner, moments: Mapping[str, Tensor]) -> None:
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state})
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole_tensor(each.detach()).cpu().contiguous() for name, each in tensors.items()}
+def _on_cpu(tensors: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
+    """The tensors whole, one after the other; a rank that keeps none of them only takes part."""
+    found = {}
+    for name, each in tensors.items():
+        whole = whole_tensor(each.detach())
+        if kept:
+            found[name] = whole.cpu().contiguous()
+    return found
 
 
 @torch.no_grad()

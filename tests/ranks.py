@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_rows, linear_token_stats, pack_tokens
+from grpo_kernels.integrations.verl import linear_cross_entropy
 
 SIZES = {2: (5, 18), 4: (1, 9, 2, 11)}  # of the shards
 V = 23
@@ -285,6 +286,23 @@ def a_group_within_the_world():
     torch.testing.assert_close(ours["d_weight"], expected["d_weight"][at], rtol=1e-12, atol=1e-12)
 
 
+def megatron_adds_up_the_gradients_of_verl():
+    """Outside of verl's function, whose own kernel leaves each rank its share."""
+    case = make_case(23, kl=False)
+    hidden, weight, tokens = (case[name] for name in ("hidden", "weight", "tokens"))
+    whole = hidden.clone().requires_grad_()
+    expected = linear_cross_entropy(whole, weight, tokens)
+    mine = hidden.clone().requires_grad_()
+    found = linear_cross_entropy(
+        mine, weight[my_rows()].contiguous(), tokens, dist_process_group=group()
+    )
+    for each in (found, expected):
+        (each[0].sum() + each[1].square().sum()).backward()
+    dist.all_reduce(mine.grad)
+    torch.testing.assert_close(mine.grad, whole.grad)
+    torch.testing.assert_close(found, expected)
+
+
 def errors_rise_on_every_rank():
     case = sharded(make_case(19, kl=False))
     hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
@@ -446,6 +464,7 @@ CASES = (
     ranks_that_would_plan_other_chunks_agree,
     compiled_whole,
     a_group_within_the_world,
+    megatron_adds_up_the_gradients_of_verl,
     errors_rise_on_every_rank,
     sharded_weights_are_gathered_once_and_get_the_mean_in_shards,
     replicas_of_shards_are_reduced_in_shards,

@@ -10,12 +10,13 @@ import torch
 
 from reference import server
 from reference.errors import UserError
+from reference.ranks import ALONE
 from reference.rollout import Prompts
 from reference.samplers import pick_sampler
 
 END, PAD, VOCABULARY = 1, 0, 16
 TOKENIZER = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: VOCABULARY})()
-POLICY = SimpleNamespace(tokenizer=TOKENIZER, eos_ids=[END], max_new_tokens=4)
+POLICY = SimpleNamespace(tokenizer=TOKENIZER, eos_ids=[END], max_new_tokens=4, ranks=ALONE)
 PROMPTS = Prompts(
     torch.tensor([[PAD, 5, 6], [7, 8, 9]]), torch.tensor([[False, True, True], [True, True, True]])
 )

@@ -206,6 +206,22 @@ def test_loss_gradients_and_metrics_of_a_batch_are_those_of_trl(loss_type):
             assert logged[name] == pytest.approx(values, rel=1e-8, abs=1e-9, nan_ok=True), options
 
 
+def test_the_old_policy_s_doubts_about_a_tool_s_tokens_are_not_in_the_loss():
+    options = next(options_of("grpo"))
+    options |= {"tools": True, "old": True, "training": True, "sampler": None}
+    trainer = trainer_of(fused=True)
+    configure(trainer, options)
+    fuse_trainer(trainer, fuse_loss=True)
+    inputs = make_inputs(options, seed=0)
+    loss, gradients, _ = computed(trainer, inputs)
+    of_tools = (inputs["completion_mask"] == 1) & (inputs["tool_mask"] == 0)
+    assert of_tools.any()
+    inputs["old_per_token_logps"][of_tools] = -800  # exp(800) is infinite
+    far, same, _ = computed(trainer, inputs)
+    assert far == loss
+    torch.testing.assert_close(same, gradients, rtol=0, atol=0)
+
+
 def products(call):
     """Multiplications and additions of the matrix products that the call issues."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:

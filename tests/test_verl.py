@@ -182,6 +182,14 @@ def test_settings_of_verl_reach_the_objective():
     assert verl.OBJECTIVES["vespo"](actor) == LossConfig.vespo()
 
 
+def test_a_config_s_own_length_goes_with_its_own_aggregation():
+    of_length, plain = (
+        verl.policy_loss(config)(**make_inputs(), loss_agg_mode="token-mean", config=make_actor())
+        for config in (LossConfig.dr_grpo(1024), LossConfig.grpo())
+    )
+    torch.testing.assert_close(of_length, plain)
+
+
 def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
     inputs = make_inputs()
     own = verl.policy_loss(LossConfig.two_sided(epsilon_low=0.05, delta=2.0))
@@ -326,16 +334,3 @@ def test_linear_cross_entropy_is_log_probs_reduced_and_entropies(reduction, temp
         for each in (found, expected)
     ]
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("given", [None, object()])
-def test_a_process_group_is_that_of_the_vocabulary(monkeypatch, given):
-    seen = {}
-
-    def linear_token_stats(*arguments, **keywords):
-        seen.update(keywords)
-        return SimpleNamespace(logprob=None, entropy=None)
-
-    monkeypatch.setattr(verl, "linear_token_stats", linear_token_stats)
-    verl.linear_cross_entropy(*make_head(), 1.0, "none", given)
-    assert seen.get("vocab_group") is given

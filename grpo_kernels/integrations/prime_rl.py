@@ -53,7 +53,7 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
                 "what they add, and change which tokens they choose"
             )
         # A term is as large as its advantage, of which only the sign decides on clips.
-        advantages = advantages * inputs.loss_weights
+        advantages = advantages * inputs.loss_weights.clamp(min=1e-30)
     ref_logprob = None if config.beta == 0 else inputs.ref_logprobs
     total, metrics = policy_loss(
         inputs.trainer_logprobs[None],
@@ -74,7 +74,8 @@ class FusedOutputLinear(torch.nn.Linear):
     """prime-rl's head that returns log-probs and entropies, with the entropy's gradient.
 
     Put in the place of `prime_rl.trainer.models.layers.lm_head.FusedOutputLinear` before the model
-    is set up; `chunk_size` is then the number of tokens per chunk.
+    is set up. `chunk_size`, in tokens, is not read: there a chunk is tiled over the vocabulary
+    too, and here it would be so many tokens wide; about 1 GiB of workspace is planned for instead.
     """
 
     def __init__(self, in_features: int, out_features: int, chunk_size: int | None) -> None:
@@ -105,7 +106,6 @@ class FusedOutputLinear(torch.nn.Linear):
             self.weight,
             labels,
             temperature=temperature,
-            chunk_tokens=self.chunk_size,
         )
         return {"logprobs": stats.logprob, "entropy": stats.entropy}
 

@@ -137,7 +137,11 @@ def fused_loss(
                 ran.hidden, ran.tokens, temperature=trainer.temperature, **keywords
             )
         losses.append(output.loss)
-        return stats.logprob, stats.entropy, ran.aux_loss
+        logprob = stats.logprob
+        if keywords["old_logprob"] is not None:  # under the tool mask too: a ratio of 1
+            counts = keywords["mask"] != 0
+            logprob = torch.where(counts, logprob, keywords["old_logprob"])
+        return logprob, stats.entropy, ran.aux_loss
 
     with _replaced(trainer, SCORES, scores):
         value = compute_loss(model, inputs)

@@ -45,7 +45,8 @@ def linear_cross_entropy(
 
     Returns:
         (log-probs [N], or 0-dim if reduced; entropies [N], never reduced), in nats, fp32 (fp64 of
-        fp64), differentiable in `hidden` and `weight`.
+        fp64), differentiable in `hidden` and `weight`. With `dist_process_group` the gradients of
+        `hidden` add up over its ranks to the whole, which verl leaves to Megatron.
 
     Raises:
         ValueError, TypeError: as `linear_token_stats`, and for an unknown reduction.
@@ -54,11 +55,27 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
-    ranks = {} if dist_process_group is None else {"vocab_group": dist_process_group}
+    ranks = {}
+    if dist_process_group is not None:
+        ranks = {"vocab_group": dist_process_group}
+        hidden = _Share.apply(hidden, dist_process_group.size())
     stats = linear_token_stats(
         hidden.flatten(0, -2), weight, labels.flatten(), temperature=temperature, **ranks
     )
     return _REDUCTIONS[reduction](stats.logprob), stats.entropy
+
+
+class _Share(torch.autograd.Function):
+    """Hidden states whose gradient is this rank's share: Megatron adds up those of all ranks."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
 
 
 def policy_loss(config: LossConfig | str) -> PolicyLoss:
@@ -210,7 +227,10 @@ def _aggregation(
     loss_scale_factor: int | None = None,
 ) -> tuple[dict[str, Any], float | Tensor]:
     """(fields of LossConfig, normalizer): in verl a sequence that is all masked does not count."""
-    settings: dict[str, Any] = {"aggregation": _AGGREGATIONS.get(mode)}
+    settings: dict[str, Any] = {
+        "aggregation": _AGGREGATIONS.get(mode),
+        "max_completion_length": None,  # of the config's own aggregation
+    }
     if mode == "token-sum":
         return settings, 1 / dp_size
     given = batch_num_tokens if mode == "token-mean" else global_batch_size

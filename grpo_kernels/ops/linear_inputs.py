@@ -87,7 +87,8 @@ def operator_inputs(
 @torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
 def _local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
     """`local_ids` of tokens [N] in this rank's shard, of that many rows: one small collective."""
-    mine = torch.tensor([rows, len(tokens)], device=tokens.device)
+    kept = tokens.new_tensor(len(tokens)) if mask is None else (mask != 0).sum()
+    mine = torch.stack([tokens.new_tensor(rows), kept])
     sizes, counts = gather(mine, vocab_group).unbind(1)
     checks.check_same_tokens(counts)
     if tokens.device.type == "cpu":
