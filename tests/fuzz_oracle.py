@@ -8,7 +8,7 @@ MARGIN roundings of itself on top. A common offset of a row is no part of a logi
 must cost nothing. A threshold that lies within a rounding moves the result of the moved inputs too.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from fuzz_cases import LOGITS, OBJECTIVES, Call, Numbers, laid_out, log_size
@@ -67,7 +67,7 @@ def exact_results(call: Call, numbers: Numbers | None = None, eps: float = 0.0) 
         for name, value in call.arguments.items()
     }
     if "config" in arguments:
-        arguments["config"] = reference.LossConfig(**vars(arguments["config"]))
+        arguments["config"] = reference.LossConfig(**asdict(arguments["config"]))
     leaves = {name: arguments[name].clone().requires_grad_() for name in call.leaves}
     arguments |= leaves
     if arguments.get("softcap") is None:  # else a common offset would cost the oracle digits

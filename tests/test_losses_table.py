@@ -1,6 +1,6 @@
 """The losses on the command line: the names are the package's, and every setting is a flag."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -31,7 +31,7 @@ def test_a_named_loss_is_the_package_s_and_its_twin_s(loss):
     arguments = {"max_completion_length": 12} if loss == "dr_grpo" else {}
     expected = getattr(grpo_kernels.LossConfig, loss)(**arguments)
     assert grpo_kernels.LossConfig(**given) == expected
-    assert vars(reference.LossConfig(**given)) == vars(expected)
+    assert asdict(reference.LossConfig(**given)) == asdict(expected)
 
 
 @pytest.mark.parametrize("losses", [grpo_kernels, reference])

@@ -15,9 +15,8 @@ from trl_cases import CASES, check_same, make_trainer, train, trained_by_trl
 
 from benchmarks.trl_oracle import add_sampler, in_double
 from grpo_kernels import rows
-from grpo_kernels.integrations import causal_lm
+from grpo_kernels.integrations import causal_lm, trl_loss
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
-from grpo_kernels.ops import linear_grpo_loss
 
 FusedLoss = partial(FusedGRPOTrainer, fuse_loss=True)
 V, H = 16, 64
@@ -279,14 +278,16 @@ def test_a_group_without_a_signal_costs_no_gradient(level):
 
 
 def test_a_coefficient_of_the_entropy_that_changes_makes_no_other_operator(monkeypatch):
-    trainer, texts = trainer_of(fused=True), []
+    trainer, texts, plain = trainer_of(fused=True), [], trl_loss.LossConfig
     configure(trainer, PLAIN | {"entropy": "adaptive"})
-    plain = linear_grpo_loss.config_as_text
-    monkeypatch.setattr(
-        linear_grpo_loss, "config_as_text", lambda config: texts.append(plain(config)) or texts[-1]
-    )
-    coefficients = []
+
+    def noted(**fields):
+        texts.append(plain(**fields).text)  # what the operator gets
+        return plain(**fields)
+
     fuse_trainer(trainer, fuse_loss=True)
+    monkeypatch.setattr(trl_loss, "LossConfig", noted)
+    coefficients = []
     for _ in range(3):
         computed(trainer, make_inputs(PLAIN, seed=0))
         coefficients.append(trainer.entropy_coef)

@@ -180,7 +180,6 @@ def walk_gradient(
     # Its logits are read before any thread of the loop, working in place, overwrites them.
     here = (token >= begin) & (token < end)
     x_token = tl.load(logits_row + token, mask=here, other=0.0).to(ACC)
-    one_hot = tl.where(x_token == -float("inf"), 0.0, one_hot)  # outside the vocabulary
     y_token = tl.load(ref_row + token, mask=here, other=0.0).to(ACC)
     tl.debug_barrier()
 
@@ -202,6 +201,7 @@ def walk_gradient(
             else:
                 tl.store(d_row + at, dx)
 
+    one_hot = tl.where(x_token == -float("inf"), 0.0, one_hot)  # outside the vocabulary
     if SOFTCAP is not None:
         one_hot *= softcapped_derivative(x_token, SOFTCAP)
     dx_token = one_hot + entry_gradient(x_token, y_token, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
