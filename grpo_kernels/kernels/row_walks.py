@@ -201,9 +201,9 @@ def walk_gradient(
             else:
                 tl.store(d_row + at, dx)
 
-    one_hot = tl.where(x_token == -float("inf"), 0.0, one_hot)  # outside the vocabulary
     if SOFTCAP is not None:
         one_hot *= softcapped_derivative(x_token, SOFTCAP)
     dx_token = one_hot + entry_gradient(x_token, y_token, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
+    dx_token = tl.where(x_token == -float("inf"), 0.0, dx_token)  # outside the vocabulary
     tl.debug_barrier()  # the loop's store to this entry comes from another thread
     tl.store(d_row + token, dx_token, mask=here)
