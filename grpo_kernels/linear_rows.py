@@ -262,7 +262,8 @@ class HeadGradient:
     def total(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d_hidden, d_weight, d_bias), the first two in `done_dtype`, d_bias accumulated.
 
-        d_hidden is summed over the ranks of the group, by one collective, before it is rounded.
+        d_hidden is summed over the ranks of the group in fp32, by one collective: unrounded on a
+        GPU, of products in its own dtype on a CPU.
         """
         hidden, weight = self.hidden, self.weight
         if hidden is not None and vocab_group:

@@ -50,12 +50,21 @@ class Ranks:
             )
 
     def told(self, value: Value) -> Value:
-        """What the first rank says."""
-        return self.gathered(value)[0]
+        """What the first rank says; from another, tensors are on the CPU."""
+        if self.size == 1:
+            return value
+        said = [moved(value, torch.device("cpu")) if self.is_first else None]
+        dist.broadcast_object_list(said)
+        return said[0]
 
-    def quiet(self) -> AbstractContextManager:
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
         """While this lasts only the first rank prints."""
-        return nullcontext() if self.is_first else redirect_stdout(open(os.devnull, "w"))
+        if self.is_first:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
 
     def share(self, items: Sequence) -> Sequence:
         """Those of consecutive items that are this rank's; `gathered` has them in order again."""
@@ -135,7 +144,7 @@ def start(device: torch.device) -> tuple[Ranks, torch.device]:
         # On one node torchrun keeps its store over a restart: gloo would look for the dead there.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
+    return Ranks(rank, size), device
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -132,7 +132,7 @@ def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     Raises:
         UserError: nothing would say where that is.
     """
-    if config.resume is not None or ranks.size == 1:
+    if config.resume is not None or _torchrun() is None:
         return config
     if config.output_dir is None:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -145,12 +145,16 @@ def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def note_torchrun(run: Path) -> None:
-    """The run in this directory is of this torchrun, whose restarts go on with it."""
-    (run / RESTARTS).write_text(_torchrun())
+    """The run in this directory is of this torchrun, if any, whose restarts go on with it."""
+    name = _torchrun()
+    if name is not None:
+        (run / RESTARTS).write_text(name)
 
 
-def _torchrun() -> str:
+def _torchrun() -> str | None:
     """Its name, and the process that has started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"
 
 

@@ -45,10 +45,10 @@ class Stop:
 
     def release(self) -> None:
         """Raises Stopped where SIGTERM came in the meantime, to any rank."""
-        self.holds = False
+        self.holds = self._ranks.size > 1  # they end together, or not at all
         if any(self._ranks.gathered(self.asked)):
+            self.asked, self.holds = True, False
             raise Stopped
-        self.holds = self._ranks.size > 1
 
     def _receive(self, *_) -> None:
         if self.asked:  # the first one is being obeyed

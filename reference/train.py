@@ -111,7 +111,6 @@ def run(config: TrainConfig) -> dict[str, float]:
     sampler = pick_sampler(config.sampler)
     ranks, device = start(pick_device(config.device))
     ranks.check(config.prompts, config.sampler)
-    config = after_restart(config, ranks)
     if config.chat:
         policy, _ = make_policy(config, device, causal_lm.forward, sampler, config.system)
         chat(policy, config.temperature, CHAT_TOKENS, input)
@@ -126,6 +125,7 @@ def run(config: TrainConfig) -> dict[str, float]:
             return evaluate(policy, task, config)
 
     load_matplotlib()
+    config = after_restart(config, ranks)
     with ranks.quiet(), run_directory.taken(config, ranks) as directory, Stop(ranks) as stop:
         checkpoints = Checkpoints(ranks.told(directory), config.keep_checkpoints)
         found = checkpoint_of(config, checkpoints)
@@ -143,8 +143,7 @@ def run(config: TrainConfig) -> dict[str, float]:
                 checkpoints.cut_lines(found)
         if config.overwrite:
             run_directory.clear(directory)
-        if ranks.size > 1:
-            note_torchrun(directory)
+        note_torchrun(directory)
         outside = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         after = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **outside, after=after)

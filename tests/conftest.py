@@ -68,3 +68,17 @@ def scratch():
     torch.manual_seed(0)
     model, tokenizer = from_scratch()
     return model.double().eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """The directory of a model that was trained a little: a run from it needs no warm start."""
+    from run_cases import tiny
+
+    from reference import supervised
+
+    directory = tmp_path_factory.mktemp("tiny") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "TARGET", 0.02)
+        assert tiny(directory, "--steps", "1") == 0
+    return str(directory / "model")

@@ -4,27 +4,12 @@ import pytest
 import torch
 from cases import coin, normal
 from linear_cases import make_linear_case, without_reference
-from torch.profiler import ProfilerActivity, profile
+from products import issued
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens, rows
 
 N, V, H = 64, 96, 16
 PRODUCT = 2 * V * H  # operations of one product, for one token
-OPERANDS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0}  # where the first of the two stands
-
-
-def issued(call):
-    """2·m·k·n of every matrix product that the call issues."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        call()
-    total = 0
-    for event in profiler.events():
-        if event.name in OPERANDS:
-            first = OPERANDS[event.name]
-            (m, k), (k_too, n) = event.input_shapes[first : first + 2]
-            assert k == k_too
-            total += 2 * m * k * n
-    return total
 
 
 def make_inputs(dtype):

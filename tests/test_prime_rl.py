@@ -125,6 +125,23 @@ def test_a_kl_to_the_reference():
     check(inputs, clipped(inputs)[inputs.loss_mask].sum(), "grpo")  # there, and not read
 
 
+def test_a_weight_of_0_leaves_the_clip_of_its_token_to_the_others():
+    """In GMPO a sequence's ratio is a mean over its tokens, each clipped on one side."""
+    gradients = []
+    for weight in (0.0, 1e-20):
+        inputs = make_inputs(
+            advantages=torch.ones(N, dtype=torch.float64),
+            loss_mask=torch.ones(N, dtype=torch.bool),
+            loss_weights=torch.ones(N, dtype=torch.float64).index_fill(
+                0, torch.tensor([2]), weight
+            ),
+        )
+        inputs.trainer_logprobs.data[2] = inputs.inference_logprobs[2] + 3  # far beyond the bound
+        prime_rl.loss(inputs, objective="gmpo").loss.backward()
+        gradients.append(inputs.trainer_logprobs.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_metrics_have_no_dimension_and_prime_rl_s_names():
     inputs = make_inputs()
     metrics = prime_rl.loss(inputs, objective="dppo").metrics

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from reference.errors import UserError
 from reference.ranks import ALONE, Ranks, moved
+from reference.stopping import Stop, Stopped
 
 SCRIPT = Path(__file__).parent.parent / "reference" / "train.py"
 TINY = (
@@ -127,6 +128,24 @@ def test_sigterm_stops_all_ranks_after_a_step(alone, tmp_path):
     assert "stopped by SIGTERM" in done.stderr
     assert [row["step"] for row in metrics(tmp_path / "run") if "reward" in row] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+
+
+def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
+    class Pair:
+        """Another rank was asked to stop; this one is while they tell each other."""
+
+        size, told = 2, 0
+
+        def gathered(self, value):
+            stop._receive()  # in the midst of a collective
+            self.told += 1
+            return [True, value]
+
+    stop = Stop(ranks := Pair())
+    with pytest.raises(Stopped):
+        stop.release()
+    assert ranks.told == 1
+    stop._receive()  # they save, together
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -14,7 +14,7 @@ from run_cases import left_by, tiny
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from reference import checkpoint, supervised, train
+from reference import checkpoint, train
 from reference.learner import Learner
 from reference.parts import MicroBatch
 from reference.resume import settings_of
@@ -42,25 +42,15 @@ def steps(directory):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model that was trained a little: without a warm start a run is short."""
-    directory = tmp_path_factory.mktemp("model") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "TARGET", 0.02)
-        assert tiny(directory, "--steps", "1") == 0
-    return str(directory / "model")
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory, model):
+def started(tmp_path_factory, tiny_model):
     """A run of two steps."""
     directory = tmp_path_factory.mktemp("started") / "run"
-    assert tiny(directory, "--model", model, "--steps", "2") == 0
+    assert tiny(directory, "--model", tiny_model, "--steps", "2") == 0
     return directory
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, model):
-    flags = ["--model", model, *FLAGS]
+def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, tiny_model):
+    flags = ["--model", tiny_model, *FLAGS]
     assert tiny(tmp_path / "whole", *flags, "--steps", "5") == 0
     assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
     assert resume(tmp_path / "parts", "--steps", "5") == 0
@@ -78,8 +68,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, model):
     assert settings[0] | {"output_dir": settings[1]["output_dir"]} == settings[1]
 
 
-def test_adapters_alone_are_saved_and_go_on(tmp_path, model):
-    flags = ["--model", model, "--lora-rank", "4", "--beta", "0.1"]
+def test_adapters_alone_are_saved_and_go_on(tmp_path, tiny_model):
+    flags = ["--model", tiny_model, "--lora-rank", "4", "--beta", "0.1"]
     flags += ["--learning-rate", "0.01"]
     assert tiny(tmp_path / "whole", *flags, "--steps", "4") == 0
     assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
@@ -91,15 +81,15 @@ def test_adapters_alone_are_saved_and_go_on(tmp_path, model):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, model):
+def whole(tmp_path_factory, tiny_model):
     """What a run of four steps leaves."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    assert tiny(directory, "--model", model, "--steps", "4") == 0
+    assert tiny(directory, "--model", tiny_model, "--steps", "4") == 0
     return left_by(directory)
 
 
 @pytest.mark.parametrize(("owner", "name"), [(train, "gather"), (Learner, "step")])
-def test_sigterm_saves_and_exits_0(tmp_path, model, whole, owner, name, monkeypatch, capsys):
+def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, monkeypatch, capsys):
     """Where it comes while answers are sampled the step is dropped, while it learns it is done."""
     original, calls = getattr(owner, name), []
 
@@ -112,7 +102,7 @@ def test_sigterm_saves_and_exits_0(tmp_path, model, whole, owner, name, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, terminated)
-        flags = ["--model", model, "--steps", "4", "--checkpoint-every", "None"]
+        flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
         assert tiny(tmp_path / "run", *flags) == 0
     saved = {"gather": 2, "step": 3}[name]
     assert steps(tmp_path / "run") == [saved]
@@ -135,7 +125,7 @@ def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, cap
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, model, monkeypatch, capsys):
+def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, capsys):
     original = train.gather
 
     def interrupted(policy, task, sampler, order, config):
@@ -145,16 +135,16 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, model, monkeypatch, capsy
         return found
 
     monkeypatch.setattr(train, "gather", interrupted)
-    assert tiny(tmp_path, "--model", model, "--steps", "4", "--checkpoint-every", "1") == 130
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "1") == 130
     said = capsys.readouterr().err
     assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_replaced(
-    tmp_path, model, whole, capsys, monkeypatch
+    tmp_path, tiny_model, whole, capsys, monkeypatch
 ):
     run = tmp_path / "run"
-    flags = ["--model", model, "--checkpoint-every", "1", "--keep-checkpoints", "9"]
+    flags = ["--model", tiny_model, "--checkpoint-every", "1", "--keep-checkpoints", "9"]
     with monkeypatch.context() as patch:  # as if killed before the end, which leaves one
         patch.setattr(checkpoint.Checkpoints, "prune", lambda self, last, keep: None)
         assert tiny(run, *flags, "--steps", "3") == 0
@@ -178,9 +168,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert left_by(run) == whole
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, model, started):
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_model, started):
     run = tmp_path / "run"
-    assert tiny(run, "--model", model, "--steps", "2", "--checkpoint-every", "None") == 0
+    assert tiny(run, "--model", tiny_model, "--steps", "2", "--checkpoint-every", "None") == 0
     assert steps(run) == []
     (run / "metrics.jsonl").write_text('{"step": 9}\n')
     assert resume(run) == 0
@@ -188,20 +178,20 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, model, s
 
 
 def test_a_disk_too_full_for_a_checkpoint_is_said_and_training_goes_on(
-    tmp_path, model, monkeypatch, capsys
+    tmp_path, tiny_model, monkeypatch, capsys
 ):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    assert tiny(tmp_path, "--model", model, "--steps", "2") == 0
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "2") == 0
     path = tmp_path / "checkpoints" / "step-000002"
     said = f"no checkpoint of step 2: cannot write {path}: No space left on device; there is none\n"
     assert said in capsys.readouterr().err
     assert (tmp_path / "summary.json").exists()
 
 
-def test_sigterm_on_a_full_disk_is_no_success(tmp_path, model, monkeypatch, capsys):
+def test_sigterm_on_a_full_disk_is_no_success(tmp_path, tiny_model, monkeypatch, capsys):
     original = Learner.step
 
     def full(*_):
@@ -213,7 +203,7 @@ def test_sigterm_on_a_full_disk_is_no_success(tmp_path, model, monkeypatch, caps
 
     monkeypatch.setattr(Learner, "step", terminated)
     monkeypatch.setattr(checkpoint, "save_file", full)
-    assert tiny(tmp_path, "--model", model) == 2
+    assert tiny(tmp_path, "--model", tiny_model) == 2
     path = tmp_path / "checkpoints" / "step-000001"
     assert f"error: cannot write {path}: No space left on device\n" in capsys.readouterr().err
 
@@ -241,14 +231,16 @@ def test_settings_that_change_no_number_may_change(started):
     assert config.output_dir == started and config.steps == 2 and config.reward == ()
 
 
-def test_code_that_a_run_names_is_run_only_where_the_command_line_does(tmp_path, model, capsys):
+def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
+    tmp_path, tiny_model, capsys
+):
     source = tmp_path / "own.py"
     source.write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "def short(prompts, completions, answers):\n    return [0.5] * len(answers)\n"
     )
     reward = ["--reward", f"{source}:short"]
-    assert tiny(tmp_path / "run", "--model", model, "--steps", "1", *reward) == 0
+    assert tiny(tmp_path / "run", "--model", tiny_model, "--steps", "1", *reward) == 0
     (tmp_path / "ran").unlink()
     capsys.readouterr()
     assert resume(tmp_path / "run", "--steps", "2") == 2
@@ -287,12 +279,12 @@ def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
     assert "settings.json is damaged" in said
 
 
-def test_weights_of_another_shape_are_named(tmp_path, model, capsys):
+def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
     """The directory of --model holds another model by now."""
-    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(tiny_model, tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--steps", "1"]
     assert tiny(tmp_path / "run", *flags) == 0
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(tiny_model)
     config.intermediate_size = 96
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     capsys.readouterr()

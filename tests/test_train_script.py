@@ -191,22 +191,12 @@ def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
     assert ("pass@4" in summary["after"]) == ("--pass-at" in flags)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A trained model: without a warm start a run is short."""
-    directory = tmp_path_factory.mktemp("tiny") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "TARGET", 0.02)
-        assert tiny(directory, "--steps", "1") == 0
-    return directory / "model"
-
-
 @pytest.mark.parametrize("room", ["eager"], indirect=True)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(room, loss, impl, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
-    flags = ["--model", str(tiny_model), "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
+    flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
     flags += ["--no-tensorboard", "--inner-iterations", "2", "--loss", loss]
     assert tiny(tmp_path, *flags, impl=impl) == 0
     (row,) = rows_of(tmp_path)

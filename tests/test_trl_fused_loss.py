@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from products import issued
 
 pytest.importorskip("trl")
 
@@ -221,20 +221,6 @@ def test_the_old_policy_s_doubts_about_a_tool_s_tokens_are_not_in_the_loss():
     torch.testing.assert_close(same, gradients, rtol=0, atol=0)
 
 
-def products(call):
-    """Multiplications and additions of the matrix products that the call issues."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        call()
-    total = 0
-    for event in profiler.events():
-        if event.name in OPERANDS:
-            first = OPERANDS[event.name]
-            (*_, m, k), (*_, n) = event.input_shapes[first : first + 2]
-            total += 2 * m * k * n
-    return total
-
-
-OPERANDS = {"aten::mm": 0, "aten::addmm": 1}  # where the first of the two stands
 PLAIN = {name: values[0] for name, values in (MAIN | OTHERS).items()}
 
 
@@ -258,8 +244,8 @@ def head_products(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
         hidden.sum().backward()
 
     body()  # the first call looks at the head
-    step = products(lambda: trainer._compute_loss(trainer.model, inputs).backward())
-    return (step - products(body)) / (2 * V * H), inputs["completion_mask"].sum(1).tolist()
+    step = issued(lambda: trainer._compute_loss(trainer.model, inputs).backward())
+    return (step - issued(body)) / (2 * V * H), inputs["completion_mask"].sum(1).tolist()
 
 
 def test_a_step_takes_three_products_where_the_plain_hook_takes_four():

@@ -228,8 +228,9 @@ def linear_token_stats(
             is gathered once, and gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference's, for `kl`, never differentiated; its
             hidden size may be another.
-        chunk_tokens: tokens per chunk; None plans for about 1 GiB. A given size makes the bits of a
-            token's results independent of the batch around it: the last chunk is filled up.
+        chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
+            is filled up, so that the bits of a token's results do not depend on how many tokens
+            there are, nor on the others; on a CPU they may on its place in its chunk.
         packing: `pack_tokens` of this very mask, made in advance.
         vocab_group: the ranks of a tensor-parallel head; None: weight has the whole vocabulary.
             `weight`, `bias`, `ref_weight` and `ref_bias` are then this rank's rows, in rank order
