@@ -175,14 +175,18 @@ def _only(model, settings) -> Iterator[None]:
 
 
 def _paging(policy, inputs: list[list[int]]):
-    """A cache for these completions; left to itself transformers takes most of the memory."""
+    """A cache for these completions; left to itself transformers takes most of the memory.
+
+    For no more at once than a step has tokens: without flash attention it makes a mask of a step's
+    tokens by all that the cache has room for, which were 4 GiB of 2,000 completions. Others wait.
+    """
     from transformers.generation import ContinuousBatchingConfig
 
     page = 256  # its default, under a name that changes with the version
+    step = max(1024, *map(len, inputs))  # tokens
+    pages = sorted((-(-(len(row) + policy.max_new_tokens) // page) for row in inputs), reverse=True)
     config = ContinuousBatchingConfig(
-        num_blocks=1 + sum(-(-(len(row) + policy.max_new_tokens) // page) for row in inputs),
-        max_batch_tokens=max(len(inputs), max(map(len, inputs)), 1024),
-        return_logprobs=True,
+        num_blocks=1 + sum(pages[:step]), max_batch_tokens=step, return_logprobs=True
     )
     config.auto_switch_to_flash = False  # flash attention refuses fp32 weights
     return config

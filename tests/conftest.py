@@ -1,6 +1,7 @@
 """Where the tests run: Triton's interpreter stands in for a GPU, and both rooms are visited."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the package, and with it Triton, is imported
 
 from grpo_kernels import rows
+
+if rows.INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # Each call of a device function makes the language interpreted anew, which takes half the time
+    # of a small launch. Here a launch does so once, for its device functions too.
+    patch_language, everywhere = interpreter._patch_lang, SimpleNamespace()
+    everywhere.__globals__ = {"tl": tl, "core": tl.core}
+    interpreter._patch_lang = lambda fn: patch_language(everywhere)
+    interpreter.InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
 
 IN_PARALLEL = "PYTEST_XDIST_WORKER_COUNT" in os.environ  # pytest -n: processors are shared
 if IN_PARALLEL:

@@ -10,6 +10,7 @@ from grpo_kernels.eager import softmax
 
 V, H, CHUNK = 4096, 512, 128
 LARGE = CHUNK * H * 2  # bytes: the hidden states of a chunk in bf16, the smallest of its tensors
+PRODUCTS = ("aten::mm", "aten::addmm")
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +22,20 @@ def small_blocks(monkeypatch):
 
 
 def large_allocations(call) -> int:
-    """How often the call asks the allocator for LARGE or more."""
+    """How often the call asks the allocator for LARGE or more.
+
+    Not what a product works in, which is the library's: for bf16 oneDNN takes 300 KiB on an EPYC
+    with AVX-512, and nothing on others.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    events = profiler.profiler.kineto_results.events()
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    events, sizes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        if event.name == "[memory]":
+            sizes.append(event.extra_fields.alloc_size)
+        if event.name not in PRODUCTS:
+            events += event.children
     assert max(sizes) >= CHUNK * V * 4, "the workspace was not seen"
     return sum(size >= LARGE for size in sizes)
 
