@@ -48,6 +48,14 @@ class Inputs(NamedTuple):
         """Of the gradient's operands: gradients of a mean over many tokens underflow in fp16."""
         return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
 
+    @property
+    def ref_dtype(self) -> torch.dtype:
+        """Of the operands of the reference's products: none of its digits is lost."""
+        under_autocast = self.hidden.dtype != self.dtype
+        if under_autocast or self.ref_hidden.dtype == self.dtype:
+            return self.dtype
+        return self.temperature.dtype
+
 
 class Stats(NamedTuple):
     """Results of the rows, [N] each, the normalisers [N, 2]; None where not asked for."""
@@ -99,7 +107,7 @@ class LinearRows:
             count, V, H, inputs.dtype, memory_of(device), kl=bool(inputs.kl), gradient=gradient
         )
         if inputs.kl:
-            self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.dtype))
+            self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_dtype))
         if inputs.vocab_group and not self.filled:  # each chunk is a collective of all ranks
             self.size = smallest(self.size, inputs.vocab_group, device)
         self.buffers = Buffers(device)
@@ -116,13 +124,13 @@ class LinearRows:
         """The index tensor, [n] at a time; none if it is empty."""
         return iter(order.split(self.size)) if len(order) else iter(())
 
-    def gather(self, name: str, states: Tensor, at: Tensor) -> Tensor:
+    def gather(self, name: str, states: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
         """The states [N, H] of a chunk as operands, filled up where chunks have a fixed size."""
         shape = (self.size if self.filled else len(at), states.shape[1])
         rows = self.buffers(name, *shape, dtype=states.dtype)
         torch.index_select(states, 0, at, out=rows[: len(at)])
         rows[len(at) :].zero_()
-        return self.cast(name, rows, self.inputs.dtype)
+        return self.cast(name, rows, dtype)
 
     def cast(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Gathered rows in another dtype."""
@@ -133,10 +141,10 @@ class LinearRows:
     def write_logits(self, at: Tensor) -> None:
         """Fill the workspace with the logits of a chunk."""
         of, buffers = self.inputs, self.buffers
-        self.hidden = hidden = self.gather("states", of.hidden, at)
+        self.hidden = hidden = self.gather("states", of.hidden, at, of.dtype)
         write_logits(self._logits[: len(hidden)], hidden, of.weight, of.bias, buffers)
         if of.kl:
-            hidden = self.gather("reference's states", of.ref_hidden, at)
+            hidden = self.gather("reference's states", of.ref_hidden, at, of.ref_dtype)
             logits = self._ref_logits[: len(hidden)]
             write_logits(logits, hidden, of.ref_weight, of.ref_bias, buffers)
 

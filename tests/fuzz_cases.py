@@ -125,7 +125,7 @@ def _shapes(most: tuple[int, int]) -> st.SearchStrategy:
 
 
 def _dtype_beside(draw, dtype: torch.dtype) -> torch.dtype:
-    """Of reference logits: as the policy's, or fp32; beside fp64 they would set the precision."""
+    """Of a reference: as the policy's, or fp32; beside fp64 they would set the precision."""
     return dtype if dtype == torch.float64 else draw(st.sampled_from([dtype, torch.float32]))
 
 
@@ -315,10 +315,11 @@ def _reference(draw, name: str, numbers, arguments, logits: Tensor, over_vocabul
         if draw(st.booleans()):
             return found
     if name.startswith("linear"):
-        found |= _head(draw, "ref_", numbers, shape, V, arguments["hidden"].dtype)
+        dtype = _dtype_beside(draw, arguments["hidden"].dtype)
+        found |= _head(draw, "ref_", numbers, shape, V, dtype)
         bias = torch.where(logits.reshape(-1, V).isinf().any(0), -torch.inf, 0.0)
         if bias.isinf().any():  # else the divergence may be infinite
-            found["ref_bias"] = bias.to(arguments["hidden"].dtype)
+            found["ref_bias"] = bias.to(dtype)
         elif found["ref_bias"] is not None:
             found["ref_bias"] = found["ref_bias"].clamp_min(-20)
         return found

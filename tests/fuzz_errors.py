@@ -51,7 +51,7 @@ def _wrong_tensors(call: Call, name: str, value: Tensor) -> list[object]:
     if name in unread and call.arguments.get("ref_logprob") is not None:
         return []
     found: list[object] = [*NO_TENSOR, None] if name not in OPTIONAL else [*NO_TENSOR]
-    if call.name != "entropy_from_logits" or call.mask is not None:  # whose shape is free
+    if call.name != "entropy_from_logits" or name == "mask":  # whose shape is free
         found += [value.new_zeros((*value.shape, 1, 1, 1))]
     if name in FLOATING:
         found += [value.nan_to_num(0).to(torch.int64), value.to(torch.complex64)]

@@ -90,13 +90,17 @@ def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[s
         return x + (eps * _noise(x, numbers) * size).detach()
 
     name, arguments = call.name, dict(arguments)
+    summed = dict.fromkeys(LOGITS, torch.zeros(()))
     if name.startswith("linear"):
         name = name.removeprefix("linear_")
-        arguments.pop("chunk_tokens")
+        chosen = arguments.pop("chunk_tokens") is not None
         for prefix, logits in (("", "logits"), ("ref_", "ref_logits")):
             parts = [arguments.pop(prefix + n, None) for n in ("hidden", "weight", "bias")]
             if parts[0] is not None:
-                arguments[logits] = shake(*_product(*parts))
+                product, size = _product(*parts)
+                arguments[logits] = shake(product, size)
+                # The backward may repeat it in another shape, and so with other roundings.
+                summed[logits] = summed[logits] if chosen else size.amax(-1, keepdim=True)
         half = call.arguments["hidden"].dtype in (torch.bfloat16, torch.float16)
         if half and arguments["logits"].requires_grad:  # the gradient's products are of bf16
             arguments["logits"].register_hook(lambda g: g * (1 + _noise(g, numbers) * 2**-8))
@@ -109,7 +113,8 @@ def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[s
             if softcap is not None:
                 x = _capped(x, softcap, shake)
             x = shake(x, _size(x, temperature, softcap is not None))
-            arguments[each] = _with_rest(x, temperature, eps, numbers)
+            rest = log_size(x.shape[-1]) + summed[each] / temperature
+            arguments[each] = _with_rest(x, temperature, eps * rest, numbers)
     if softcap is not None:
         arguments["softcap"] = None
     if arguments.get("reduction") == "mean":
@@ -123,9 +128,11 @@ def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[s
     if "config" in arguments:
         config = arguments["config"]
         exponents = torch.tensor([getattr(config, n) for n in EXPONENTS], dtype=torch.float64)
-        rounded = shake(exponents, exponents).tolist()
-        arguments["config"] = replace(config, **dict(zip(EXPONENTS, rounded, strict=True)))
-        if "logits" in arguments and _has_rounded_entropies(call, arguments, eps):
+        rounded = dict(zip(EXPONENTS, shake(exponents, exponents).tolist(), strict=True))
+        for each in ("epsilon_low", "epsilon_high"):  # of probabilities, which underflow, in "dppo"
+            rounded[each] = getattr(config, each) + _accumulation(call).tiny * numbers.coin().item()
+        arguments["config"] = replace(config, **rounded)
+        if "logits" in arguments and _has_tied_entropies(call, arguments, eps):
             top = numbers.coin().item()
             arguments["config"] = replace(
                 arguments["config"], **{"top_entropy": 1.0} if top else {}
@@ -171,7 +178,7 @@ def _size(x: Tensor, temperature: float | Tensor, capped: bool) -> Tensor:
 
 
 def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
-    exact, eps = exact_results(call), _accumulation_eps(call)
+    exact, eps = exact_results(call), _accumulation(call).eps
     assert ours.keys() == exact.keys(), f"{sorted(ours)}, not {sorted(exact)}"
     for name, value in ours.items():
         assert value.shape == exact[name].shape, f"{name}: {tuple(value.shape)}"
@@ -192,8 +199,8 @@ def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
     raise AssertionError("; ".join(f"{name}: {message}" for name, message in wrong.items()))
 
 
-def _has_rounded_entropies(call: Call, arguments: dict, eps: float) -> bool:
-    """Whether the top fraction may be of entropies that round to one number, and so be of all."""
+def _has_tied_entropies(call: Call, arguments: dict, eps: float) -> bool:
+    """Whether two entropies may round to one number, and the top fraction be of more, or all."""
     if arguments["config"].top_entropy is None:
         return False
     x, temperature = arguments["logits"].detach(), arguments.get("temperature", 1.0)
@@ -201,7 +208,7 @@ def _has_rounded_entropies(call: Call, arguments: dict, eps: float) -> bool:
     entropy = reference.token_stats(x, tokens, temperature=temperature, mask=call.mask).entropy
     if call.mask is not None:
         entropy = entropy[call.mask != 0]
-    return bool((entropy < 64 * eps * log_size(x.shape[-1])).any())
+    return bool((entropy.flatten().sort().values.diff() < 64 * eps * log_size(x.shape[-1])).any())
 
 
 def _gate_size(call: Call) -> float:
@@ -215,11 +222,14 @@ def _gate_size(call: Call) -> float:
     return 4 * 86 * float(advantages.abs().max() * call.upstream["loss"].abs())
 
 
-def _with_rest(x: Tensor, temperature: float | Tensor, eps: float, numbers: Numbers) -> Tensor:
-    """A further entry that holds the rounding of the row's sum, so that no log p is exact."""
+def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Numbers) -> Tensor:
+    """A further entry that holds the rounding of the row's sum, so that no log p is exact.
+
+    Its probability is at most `most`.
+    """
     share = torch.rand((*x.shape[:-1], 1), generator=numbers.generator, dtype=x.dtype)
     total = (x.detach() / temperature).logsumexp(dim=-1, keepdim=True)
-    rest = temperature * (total + (eps * log_size(x.shape[-1]) * share).log())
+    rest = temperature * (total + (most.detach() * share).log())
     return torch.cat((x, rest), dim=-1)
 
 
@@ -231,9 +241,9 @@ def _without_rest(output: Tensor, call: Call) -> Tensor:
     return output / numel if call.arguments["reduction"] == "mean" else output
 
 
-def _accumulation_eps(call: Call) -> float:
+def _accumulation(call: Call) -> torch.finfo:
     dtypes = [x.dtype for x in call.arguments.values() if isinstance(x, Tensor)]
-    return torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32).eps
+    return torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
 def _too_far(name: str, ours: Tensor, exact: Tensor, spread: Tensor, eps: float) -> str | None:

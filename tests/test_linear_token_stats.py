@@ -32,6 +32,17 @@ def test_every_output_and_gradient_is_as_accurate_as_pytorch(room, device, dtype
     check_linear(linear_token_stats, case, upstream, kl=kl, mask=mask, chunk_tokens=chunk_tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_reference_in_another_dtype_keeps_its_digits(room, device, dtype):
+    """Rounded to bf16 its states and weight cost the KL 2e-3."""
+    case = make_linear_case(3, 2, 5, dtype=dtype, device=device)
+    wide = make_linear_case(3, 2, 5, device=device)
+    case |= {name: wide[name] for name in wide if name.startswith("ref_")}
+    ours = linear_results(linear_token_stats, case, {}, kl="forward")["kl"]
+    exact = exact_linear_results(case, {}, kl="forward")["kl"]
+    assert relative_error(ours, exact) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(2, 5), (7,)])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_temperature_softcap_and_packed_input(room, shape, per_token):

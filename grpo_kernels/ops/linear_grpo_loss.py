@@ -15,7 +15,7 @@ from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, done_dtype
 from ..objective import LossConfig, LossOutput, loss_constants, loss_of
 from ..sampled_kl import VOCABULARY_KL
 from ..terms import Constants, is_per_token, may_skip_inert
-from .linear_inputs import operator_inputs
+from .linear_inputs import check_reference, operator_inputs
 from .linear_token_stats import (
     _linear_token_stats,
     linear_token_stats,
@@ -249,7 +249,7 @@ def linear_grpo_loss_and_stats(
     checks.check_packed_advantages(packing, constants.advantage)
     chunking = {"chunk_tokens": chunk_tokens, "packing": packing}
     if has_reference and not over_vocabulary and ref_logprob is None:
-        checks.check_reference_head(hidden, weight, reference)
+        check_reference(hidden, weight, reference)
         with torch.no_grad():
             ref_logprob = linear_token_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
@@ -257,7 +257,7 @@ def linear_grpo_loss_and_stats(
             ).logprob  # fmt: skip
         constants = constants._replace(ref_logprob=ref_logprob)
 
-    wanted = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
+    wanted = [isinstance(each, Tensor) and each.requires_grad for each in (hidden, weight, bias)]
     skip_inert = may_skip_inert(config, per_sequence=advantages.shape != tokens.shape)
     alone = is_per_token(config, has_sampling=sampling_logprob is not None)
     if not (alone and torch.is_grad_enabled() and any(wanted)):

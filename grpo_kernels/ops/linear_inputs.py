@@ -34,8 +34,7 @@ def operator_inputs(
 ) -> Inputs:
     """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
     checks.check_hidden(hidden)
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = _autocast_dtype(hidden)
     checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
     checks.check_tokens(tokens, hidden, "hidden")
     checks.check_mask(mask, tokens.shape)
@@ -51,8 +50,7 @@ def operator_inputs(
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
     else:
-        checks.check_reference_head(hidden, weight, reference)
-        checks.check_head("ref_", ref_hidden, ref_weight, ref_bias, same_dtype=autocast is None)
+        check_reference(hidden, weight, reference)
         ref_hidden = ref_hidden.detach().flatten(0, -2)
         ref_weight, ref_bias = (
             None if each is None else gathered(each.detach()) for each in (ref_weight, ref_bias)
@@ -82,6 +80,22 @@ def operator_inputs(
         hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
         group_name,
     )
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def check_reference(hidden: Tensor, weight: Tensor, reference: dict[str, Tensor | None]) -> None:
+    """ref_hidden, ref_weight and ref_bias: a whole head, of the tokens and vocabulary of the other.
+
+    Raises:
+        ValueError, TypeError: naming which of them, what was expected and what came.
+    """
+    checks.check_reference_head(hidden, weight, reference)
+    same_dtype = _autocast_dtype(hidden) is None
+    checks.check_head("ref_", *reference.values(), same_dtype=same_dtype)
 
 
 @torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
