@@ -132,16 +132,13 @@ def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[s
         for each in ("epsilon_low", "epsilon_high"):  # of probabilities, which underflow, in "dppo"
             rounded[each] = getattr(config, each) + _accumulation(call).tiny * numbers.coin().item()
         arguments["config"] = replace(config, **rounded)
-        if "logits" in arguments and _has_tied_entropies(call, arguments, eps):
-            top = numbers.coin().item()
-            arguments["config"] = replace(
-                arguments["config"], **{"top_entropy": 1.0} if top else {}
-            )
+        if "logits" in arguments and numbers.coin().item():
+            arguments["config"] = replace(arguments["config"], **_with_ties(call, arguments, eps))
     for each in REWARDS:
         if each in arguments:
             x = arguments[each]
             largest = x.abs().amax() if each != "advantages" and x.numel() else x.abs()
-            moved = shake(x, largest)
+            moved = shake(x, largest * (1 + _exponent_size(call)))  # of the weight beside it
             arguments[each] = moved.clamp_min(0) if each == "rewards" and (x >= 0).all() else moved
     return name, arguments
 
@@ -183,7 +180,11 @@ def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
     for name, value in ours.items():
         assert value.shape == exact[name].shape, f"{name}: {tuple(value.shape)}"
     numbers, spread = Numbers(seed), {name: torch.zeros_like(x) for name, x in exact.items()}
-    wrong, floor = {}, eps * _gate_size(call) + eps**2
+    floor = eps * _gate_size(call) + torch.finfo(torch.float64).eps * _kl_size(call, exact) + eps**2
+    for name, x in exact.items():
+        if name.startswith("vespo/"):
+            spread[name] += eps * _exponent_size(call) * x.abs()
+    wrong: dict[str, str] = {}
     for count in (FEW, MANY):
         for _ in range(count):
             for name, x in exact_results(call, numbers, eps).items():
@@ -199,16 +200,22 @@ def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
     raise AssertionError("; ".join(f"{name}: {message}" for name, message in wrong.items()))
 
 
-def _has_tied_entropies(call: Call, arguments: dict, eps: float) -> bool:
-    """Whether two entropies may round to one number, and the top fraction be of more, or all."""
-    if arguments["config"].top_entropy is None:
-        return False
+def _with_ties(call: Call, arguments: dict, eps: float) -> dict[str, float]:
+    """The fractions that rank tokens, of all where numbers that they rank may round to one."""
+    config = arguments["config"]
+    if config.top_entropy is None and config.kl_cov is None:
+        return {}
     x, temperature = arguments["logits"].detach(), arguments.get("temperature", 1.0)
-    tokens = torch.zeros_like(arguments["tokens"])
-    entropy = reference.token_stats(x, tokens, temperature=temperature, mask=call.mask).entropy
-    if call.mask is not None:
-        entropy = entropy[call.mask != 0]
-    return bool((entropy.flatten().sort().values.diff() < 64 * eps * log_size(x.shape[-1])).any())
+    keep = torch.ones(call.shape, dtype=torch.bool) if call.mask is None else call.mask != 0
+    tokens = torch.where(keep, arguments["tokens"], 0)
+    stats = reference.token_stats(x, tokens, temperature=temperature)
+    entropy, logprob = (each[keep].sort().values for each in (stats.entropy, stats.logprob))
+    rounding, found = 64 * eps * log_size(x.shape[-1]), {}
+    if config.top_entropy is not None and (entropy.diff() < rounding).any():
+        found["top_entropy"] = 1.0
+    if config.kl_cov is not None and (logprob[-1:] - logprob[:1] < rounding).any():
+        found["kl_cov"] = 1.0
+    return found
 
 
 def _gate_size(call: Call) -> float:
@@ -220,6 +227,23 @@ def _gate_size(call: Call) -> float:
     if config is None or config.surrogate != "sapo" or advantages.numel() == 0:
         return 0.0
     return 4 * 86 * float(advantages.abs().max() * call.upstream["loss"].abs())
+
+
+def _kl_size(call: Call, exact: dict[str, Tensor]) -> float:
+    """Of the terms r·e^d of k3_corrected, which cancel in the oracle's gradient, autograd's."""
+    config = call.arguments.get("config")
+    if config is None or config.kl_estimator != "k3_corrected" or "kl" not in exact:
+        return 0.0
+    tokens = torch.Size(call.shape).numel()
+    return float(config.beta * tokens * exact["kl"].abs() * call.upstream["loss"].abs())
+
+
+def _exponent_size(call: Call) -> float:
+    """Of the log of VESPO's weight of a sequence, a sum of log-ratios that are bounded by 20."""
+    config = call.arguments.get("config")
+    if config is None or config.surrogate != "vespo":
+        return 0.0
+    return 20 * max(getattr(config, each) for each in EXPONENTS) * call.shape[-1]
 
 
 def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Numbers) -> Tensor:
