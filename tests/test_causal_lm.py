@@ -99,6 +99,23 @@ def test_scale_and_softcap_are_what_the_config_says():
             assert (head.scale, head.softcap) == found, name
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.25), (torch.bfloat16, 1.0)])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_logits_that_are_cast_are_not_taken_for_capped_ones(dtype, scale, softcap):
+    """1e30 is no number of fp32, nor of bf16."""
+
+    class Cast(LlamaForCausalLM):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            logits = (scale * output.logits).to(dtype)
+            output.logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            return output
+
+    _, head, _ = causal_lm.forward(Cast(LlamaConfig(**SMALL)), input_ids=make_batch()[0])
+    assert head.softcap == softcap
+    assert head.scale == pytest.approx(scale, rel=1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_no_logits_are_made():
     model = make_model("llama")
     for _ in range(2):
@@ -130,6 +147,15 @@ class Offset(LlamaForCausalLM):
         return output
 
 
+class Bounded(LlamaForCausalLM):
+    """A hard bound, which is no softcap of that size."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = output.logits.clamp(-50, 50)
+        return output
+
+
 class Sliced(LlamaForCausalLM):
     def forward(self, **inputs):
         output = super().forward(**inputs)
@@ -145,9 +171,18 @@ class Hidden(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("family", "error", "message"),
     [
-        (Offset, NotImplementedError, "Offset does more to its logits than a scale and a softcap"),
-        (Sliced, NotImplementedError, "Sliced does more to its logits than a scale and a softcap"),
-        (Hidden, TypeError, "the head of Hidden must be a linear layer, got Identity"),
+        (Offset, NotImplementedError, "Offset does more to its logits"),
+        (
+            Bounded,
+            NotImplementedError,
+            "Bounded does more to its logits than a scale",
+        ),
+        (Sliced, NotImplementedError, "Sliced does more .* a scale and a softcap"),
+        (
+            Hidden,
+            TypeError,
+            "Hidden must be a linear layer, got torch.*linear.Identity",
+        ),
     ],
 )
 def test_a_model_that_we_would_get_wrong_is_refused(family, error, message):

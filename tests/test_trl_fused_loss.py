@@ -11,6 +11,7 @@ from products import issued
 pytest.importorskip("trl")
 
 from trl import GRPOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 from trl_cases import CASES, check_same, make_trainer, train, trained_by_trl
 
 from benchmarks.trl_oracle import add_sampler, in_double
@@ -309,6 +310,23 @@ class FusedLonger(Longer, FusedGRPOTrainer):
     pass
 
 
+class LongerBelow(FusedGRPOTrainer, Longer):
+    """Where `_compute_loss` of Longer would be the value's, and the gradient's not."""
+
+
+class LossBelow(FusedGRPOTrainer, GMPOTrainer):
+    pass
+
+
+class OwnMask(GRPOTrainer):
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        return mask.bool()
+
+
+class FusedOwnMask(OwnMask, FusedGRPOTrainer):
+    pass
+
+
 class OwnScores(FusedGRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
         return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
@@ -339,6 +357,30 @@ def test_methods_that_would_be_lost_are_refused():
     with pytest.raises(TypeError, match="to FusedGRPOTrainer, got OwnScores with its own"):
         make_trainer(partial(OwnScores, fuse_loss=True))
     make_trainer(OwnScores)
+    for kind in (OwnMask, partial(FusedOwnMask, fuse_loss=True)):
+        with pytest.raises(TypeError, match="must leave get_high_entropy_mask to "):
+            fuse_trainer(make_trainer(kind), fuse_loss=True)
+    fuse_trainer(make_trainer(OwnMask))
+
+
+@pytest.mark.parametrize(("kind", "below"), [(LongerBelow, "Longer"), (LossBelow, "GMPOTrainer")])
+def test_a_class_that_ours_would_stand_before_is_named(kind, below):
+    with pytest.raises(TypeError, match=f"must come after {below} .*{kind.__name__}: it is in"):
+        make_trainer(partial(kind, fuse_loss=True))
+    make_trainer(kind)
+
+
+def test_a_decay_of_vespo_is_raised_to_what_trl_raises_it_to():
+    options = PLAIN | {"loss_type": "vespo", "old": True}
+    inputs, found = make_inputs(options, seed=0), []
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] - 2  # of sequences e^12
+    for trainer in (trainer_of(fused=False), fuse_trainer(trainer_of(fused=True), fuse_loss=True)):
+        configure(trainer, options)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("vespo_lambda_pos", "vespo_lambda_neg"):
+                patch.setattr(trainer.args, name, 0.0)
+            found.append(computed(trainer, inputs)[1])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

@@ -237,9 +237,21 @@ def test_settings_that_cannot_be_honoured_say_why(monkeypatch, part, name, value
         fuse_trainer(trainer)
 
 
+def test_a_head_in_fp32_is_cast_where_the_model_has_become_bf16():
+    """As it does for an evaluation with bf16_full_eval."""
+    settings = {"cast_lm_head_to_fp32": True, "make_model": lambda: make_llama().bfloat16()}
+    fused, plain = (make_trainer(kind, **settings) for kind in (FusedGRPOTrainer, GRPOTrainer))
+    for trainer in (fused, plain):
+        trainer.model.bfloat16()
+    ids, attention = batch()
+    found, expected = (score(trainer, ids, attention)[0] for trainer in (fused, plain))
+    counts = attention[:, -4:] != 0
+    torch.testing.assert_close(found[counts], expected[counts], rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_with_a_copy_is_refused_at_construction():
     copied = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(TypeError, match="a linear layer, got ModulesToSaveWrapper: take it out"):
+    with pytest.raises(TypeError, match=r"got peft\..*\.ModulesToSaveWrapper: leave it"):
         make_trainer(FusedGRPOTrainer, peft_config=copied)
 
 

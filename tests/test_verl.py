@@ -231,7 +231,15 @@ def test_nothing_to_train_on_is_no_loss():
     ("call", "message"),
     [
         (lambda: verl.policy_loss("ppo"), "config must be one of .*'cispo'.*got 'ppo'"),
-        (lambda: verl.policy_loss(LossConfig(beta=0.1)), "beta must be 0, got 0.1"),
+        (lambda: verl.policy_loss(LossConfig(beta=0.1)), "beta must be 0, got 0.1: verl pass"),
+        (
+            lambda: verl.policy_loss(LossConfig.icepop()),
+            "importance_mode must be truncate",
+        ),
+        (
+            lambda: verl.policy_loss(LossConfig(importance_cap=9.0)),
+            "got 9.0: verl weighs",
+        ),
         (
             lambda: verl.policy_loss("grpo")(
                 **make_inputs(), loss_agg_mode="mean", config=make_actor()

@@ -11,7 +11,8 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,10 @@ class Head:
             hidden, self.weight, tokens, advantages, **settings, **keywords
         )
 
+    def in_fp32(self) -> "Head":
+        bias = None if self.bias is None else self.bias.float()
+        return replace(self, weight=self.weight.float(), bias=bias)
+
     def _settings(self, temperature: float | Tensor) -> dict[str, Any]:
         """The scale goes into the temperature, and out of the softcap."""
         softcap = None if self.softcap is None else self.softcap / self.scale
@@ -151,8 +156,13 @@ def linear_head(model: nn.Module) -> nn.Linear:
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         name = type(model).__name__
-        raise TypeError(f"the head of {name} must be a linear layer, got {type(layer).__name__}")
+        raise TypeError(f"the head of {name} must be a linear layer, got {name_of(layer)}")
     return layer
+
+
+def name_of(layer: nn.Module | None) -> str:
+    """With its module: PEFT has a Linear of its own."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def causal_lm_token_stats(
@@ -213,8 +223,8 @@ def causal_lm_token_stats(
 # (scale, softcap) by head.
 _MEASURED: weakref.WeakKeyDictionary[nn.Linear, tuple[float, float | None]]
 _MEASURED = weakref.WeakKeyDictionary()
-# 0 shows an offset, 1 the scale, an enormous number the cap.
-_PROBE = (0.0, 1.0, 1e30)
+# 0 shows an offset, 1 the scale, an enormous number the cap, 40 the way to it.
+_PROBE = (0.0, 1.0, 40.0, 1e30)
 
 
 @contextmanager
@@ -243,17 +253,20 @@ def _head_taken_out(layer: nn.Linear, *, probed: bool):
 
 
 def _measure(logits: Tensor, V: int, name: str) -> tuple[float, float | None]:
-    """(scale, softcap) from what became of the probe [1, 3, V]."""
+    """(scale, softcap) from what became of the probe [1, 4, V]."""
     whole = logits.shape == (1, len(_PROBE), V)
     one_function = whole and bool((logits == logits[..., :1]).all())
-    offset, at_one, largest = logits[0, :, 0].tolist() if one_function else (math.nan,) * 3
-    if largest == at_one * _PROBE[2]:
-        scale, softcap = at_one, None
+    seen = logits[0, :, 0].tolist() if one_function else (math.nan,) * len(_PROBE)
+    offset, at_one, at_some, largest = seen
+    near = partial(math.isclose, rel_tol=1e-2)  # of a model that rounds its logits to bf16
+    if near(largest, at_one * _PROBE[3]):
+        scale, softcap, expected = at_one, None, at_one * _PROBE[2]
     else:
         softcap = largest
         scale = softcap * math.atanh(at_one / softcap) if 0 < at_one < softcap else math.nan
         scale = round(scale, 12 if logits.dtype == torch.float64 else 6)
-    if offset != 0 or not scale > 0 or not math.isfinite(scale):
+        expected = softcap * math.tanh(scale * _PROBE[2] / softcap)
+    if offset != 0 or not scale > 0 or not near(at_some, expected):
         raise NotImplementedError(
             f"{name} does more to its logits than a scale and a softcap: take its logits, and "
             "token_stats or grpo_loss"

@@ -45,10 +45,13 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from .causal_lm import name_of
 from .trl_loss import SCORES, check_loss, fused_loss
 from .trl_scores import check_inputs, score
 
 LOSS = "_compute_loss"
+# What TRL's loss asks, and the fused one answers itself.
+MASKS = ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -57,7 +60,9 @@ class FusedGRPOTrainer(GRPOTrainer):
     Args:
         fuse_loss: make the gradient of the policy's loss together with it. Its value, the metrics
             and the entropy's controller stay TRL's. Where the ratio is the sequence's, or a filter
-            ranks tokens, it saves only the groups without a signal.
+            ranks tokens, it saves only the groups without a signal. A token whose probability has
+            moved, or lies off the reference's, by more than e^20 gives no gradient there, as in
+            `policy_loss`.
 
     Raises:
         ValueError, TypeError: a setting that the fused head, or the fused loss, cannot honour.
@@ -66,8 +71,14 @@ class FusedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, fuse_loss: bool = False, **keywords: Any):
         super().__init__(*args, **keywords)
         _check_trainer(self)
+        for name in (SCORES, LOSS) if fuse_loss else (SCORES,):
+            if (below := _next_to_define(name, self)) is not GRPOTrainer:
+                raise TypeError(
+                    f"FusedGRPOTrainer must come after {below.__name__} among the bases of "
+                    f"{type(self).__name__}: it is in the place of {below.__name__}'s {name}"
+                )
         if fuse_loss:
-            _check_leaves_to(FusedGRPOTrainer, self, SCORES)
+            _check_leaves_to(FusedGRPOTrainer, self, SCORES, *MASKS)
             check_loss(self)
         self._fuse_loss = fuse_loss
 
@@ -110,7 +121,8 @@ def fuse_trainer(trainer: GRPOTrainer, *, fuse_loss: bool = False) -> GRPOTraine
 
     Args:
         trainer: a GRPOTrainer, or of a class below it that leaves the scoring to it.
-        fuse_loss: as in FusedGRPOTrainer; the class must leave `_compute_loss` to it too.
+        fuse_loss: as in FusedGRPOTrainer; the class must leave `_compute_loss`, and the masks and
+            weights that it reads, to GRPOTrainer too.
 
     Returns:
         The same trainer.
@@ -123,7 +135,7 @@ def fuse_trainer(trainer: GRPOTrainer, *, fuse_loss: bool = False) -> GRPOTraine
     _check_leaves_to(GRPOTrainer, trainer, SCORES)
     _check_trainer(trainer)
     if fuse_loss:
-        _check_leaves_to(GRPOTrainer, trainer, LOSS)
+        _check_leaves_to(GRPOTrainer, trainer, LOSS, *MASKS)
         check_loss(trainer)
         plain = getattr(GRPOTrainer, LOSS).__get__(trainer)
         setattr(trainer, LOSS, partial(fused_loss, trainer, plain))
@@ -152,16 +164,24 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
     head = trainer.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise TypeError(
-            f"the head of the model must be a linear layer, got {type(head).__name__}: take it out "
-            "of the adapter's target_modules and modules_to_save"
+            f"the head of the model must be a linear layer, got {name_of(head)}: leave it out of "
+            "an adapter's target_modules, modules_to_save and trainable_token_indices"
         )
 
 
-def _check_leaves_to(base: type, trainer: GRPOTrainer, name: str) -> None:
+def _next_to_define(name: str, trainer: FusedGRPOTrainer) -> type:
+    """Whose method `super()` finds in FusedGRPOTrainer."""
+    order = type(trainer).__mro__
+    below = order[order.index(FusedGRPOTrainer) + 1 :]
+    return next(each for each in below if name in vars(each))
+
+
+def _check_leaves_to(base: type, trainer: GRPOTrainer, *names: str) -> None:
     """A method of the trainer's own would be lost."""
-    known = (getattr(GRPOTrainer, name), getattr(FusedGRPOTrainer, name))
-    if getattr(type(trainer), name) not in known:
-        raise TypeError(
-            f"trainer must leave {name} to {base.__name__}, got {type(trainer).__name__} with its "
-            "own, which would be lost"
-        )
+    for name in names:
+        known = (getattr(GRPOTrainer, name), getattr(FusedGRPOTrainer, name))
+        if getattr(type(trainer), name) not in known:
+            raise TypeError(
+                f"trainer must leave {name} to {base.__name__}, got {type(trainer).__name__} with "
+                "its own, which would be lost"
+            )

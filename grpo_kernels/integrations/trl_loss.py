@@ -47,6 +47,7 @@ NUMBERS: dict[str, dict[str, str]] = {
     },
     "gmpo": {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high"},
 }
+LEAST_DECAY = 1e-4  # what a lambda of VESPO is raised to in TRL
 OF_SEQUENCES = ("vespo", "gmpo")  # whose ratios are of whole sequences at either level
 WINDOW = ("dapo", "cispo", "vespo")  # divided by the tokens of all that was generated at once
 
@@ -66,6 +67,9 @@ def loss_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         fields["ratio_level"] = settings["importance_sampling_level"]
     names = NUMBERS[fields.get("surrogate", "clip")]
     fields |= {ours: settings[name] for name, ours in names.items() if name in settings}
+    for name in ("lambda_positive", "lambda_negative"):
+        if name in fields:
+            fields[name] = max(fields[name], LEAST_DECAY)
     if loss_type == "dr_grpo":
         fields["max_completion_length"] = settings["max_completion_length"]
     if settings["use_vllm"] and settings["vllm_importance_sampling_correction"]:

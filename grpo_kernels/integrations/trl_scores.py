@@ -43,7 +43,8 @@ def run(
     hidden = hidden[:, -T - 1 : -1].to(head.weight.device)
     precision = trainer.accelerator.autocast()
     if trainer.args.cast_lm_head_to_fp32:
-        hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        hidden, head = hidden.float(), head.in_fp32()
+        precision = torch.autocast(hidden.device.type, enabled=False)
     tokens = input_ids[:, -T:].to(hidden.device)
     return Ran(hidden, tokens, head, precision, _aux_loss_of(output, model) if aux_loss else None)
 

@@ -46,7 +46,8 @@ def linear_cross_entropy(
     Returns:
         (log-probs [N], or 0-dim if reduced; entropies [N], never reduced), in nats, fp32 (fp64 of
         fp64), differentiable in `hidden` and `weight`. With `dist_process_group` the gradients of
-        `hidden` add up over its ranks to the whole, which verl leaves to Megatron.
+        `hidden` add up over its ranks to the whole, which verl leaves to Megatron and its
+        `sequence_parallel`: without that nobody adds them up.
 
     Raises:
         ValueError, TypeError: as `linear_token_stats`, and for an unknown reduction.
@@ -105,14 +106,24 @@ def policy_loss(config: LossConfig | str) -> PolicyLoss:
         if config not in OBJECTIVES:
             raise ValueError(f"config must be one of {sorted(OBJECTIVES)}, got {config!r}")
         return functools.partial(_policy_loss, OBJECTIVES[config])
-    unread = {"beta": 0, "entropy_coef": 0, "top_entropy": None}
-    for name, off in unread.items():
+    for name, (off, reason) in _UNREAD.items():
         if getattr(config, name) != off:
-            raise ValueError(
-                f"{name} must be {off}, got {getattr(config, name)}: verl passes no reference and "
-                "no entropies, and adds both terms itself"
-            )
+            raise ValueError(f"{name} must be {off}, got {getattr(config, name)}: verl {reason}")
     return functools.partial(_policy_loss, lambda actor: config)
+
+
+_TERMS = "passes no reference and no entropies, and adds both terms itself"
+_WEIGHTS = "weighs a sampler's tokens itself, by rollout_is_weights"
+# The fields of a LossConfig that must be as they are by default.
+_UNREAD = {
+    "beta": (0, _TERMS),
+    "entropy_coef": (0, _TERMS),
+    "top_entropy": (None, _TERMS),
+    "importance_mode": ("truncate", _WEIGHTS),
+    "importance_level": ("token", _WEIGHTS),
+    "importance_floor": (None, _WEIGHTS),
+    "importance_cap": (2.0, _WEIGHTS),
+}
 
 
 def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
