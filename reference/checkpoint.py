@@ -30,9 +30,11 @@ from torch import Tensor
 from reference.errors import UserError
 from reference.run_directory import writing
 
-FORMAT = 1
+FORMAT = 2
 LINES = ("metrics.jsonl", "completions.txt")  # which a resumed run cuts back, and writes on
 KINDS = ("model", "optimizer", "reference", "rng")
+# What reading a file of ours raises where it is another's, or damaged.
+NOT_AS_WRITTEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Damaged(Exception):
@@ -63,6 +65,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
         self.directory = run / "checkpoints"
+        self._damaged: set[int] = set()
 
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
@@ -94,6 +97,7 @@ class Checkpoints:
                 _flush(self.directory)
         finally:
             _remove(partial)
+        self._damaged.discard(step)
         self.prune(step, self.keep)
         return target
 
@@ -109,6 +113,7 @@ class Checkpoints:
             try:
                 return self._read(path)
             except Damaged as damage:
+                self._damaged.add(step)
                 print(f"checkpoint {path} cannot be used: {damage}", file=sys.stderr)
         if found:
             raise UserError(
@@ -123,9 +128,12 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def prune(self, last: int, keep: int) -> None:
-        """Leave the newest up to the step `last`; of later ones none was resumed."""
+        """Leave the newest up to the step `last`: of later ones none was resumed.
+
+        Those that `newest` found damaged are in nobody's place.
+        """
         steps = self.steps()
-        kept = [step for step in steps if step <= last][-keep:]
+        kept = [step for step in steps if step <= last and step not in self._damaged][-keep:]
         for step in steps:
             if step not in kept:
                 _remove(self.directory / f"step-{step:06d}")
@@ -150,7 +158,7 @@ class Checkpoints:
             for name in LINES:
                 if sizes[name] < state["lines"][name]:
                     raise Damaged(f"{name} is shorter than it was")
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except NOT_AS_WRITTEN as error:
             raise Damaged(f"{type(error).__name__}: {error}") from None
         return Checkpoint(path, state)
 

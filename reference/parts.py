@@ -119,8 +119,11 @@ class MicroBatch:
         return {"halved_to": self.size if self.halved else None}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
-        """A size below the one it was halved to stays."""
+        """A size below the one it was halved to stays; a line where another does not."""
         size = state["halved_to"]
-        if size is not None:
-            self.size = size if self.size is None else min(self.size, size)
-            self.halved = True
+        if size is None:
+            return
+        if self.size is None or self.size > size:
+            self.size = size
+            print(f"micro-batches of {size} questions, since memory did not suffice for more")
+        self.halved = True

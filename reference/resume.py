@@ -11,6 +11,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import psutil
+
 from reference.checkpoint import Checkpoint, Checkpoints
 from reference.config import TrainConfig
 from reference.errors import UserError
@@ -36,12 +38,15 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
 }
-# What they name is run as code: a directory from elsewhere must not choose it.
+# A directory from elsewhere must choose neither what is run as code nor where a model is written.
 CODE = ("reward", "step_reward")
+NOT_FROM_THERE = (*CODE, "cache_dir")
+# Filters that compare the tokens of a micro-batch with each other.
+RANKING = ("top_entropy", "clip_cov", "kl_cov")
 
 
 def settings_of(run: Path) -> TrainConfig:
-    """Those of the run in that directory, but for the code that it names.
+    """Those of the run in that directory, but for the code and the --cache-dir that it names.
 
     Raises:
         UserError: there is no run, or what it says is not of this version.
@@ -53,7 +58,7 @@ def settings_of(run: Path) -> TrainConfig:
             f"--resume {run}: its settings are of another version: {', '.join(odd)} not in both"
         )
     defaults = {each.name: each.default for each in fields(TrainConfig)}
-    found |= {name: defaults[name] for name in CODE}
+    found |= {name: defaults[name] for name in NOT_FROM_THERE}
     try:
         return TrainConfig(**{name: _typed(value, types[name]) for name, value in found.items()})
     except (TypeError, ValueError) as error:
@@ -68,7 +73,7 @@ def _read(run: Path) -> dict[str, Any]:
         raise UserError(
             f"--resume {run} is not the directory of a run: {path.name}: {error.strerror}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--resume {run}: {path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"--resume {run}: {path} holds no settings")
@@ -106,12 +111,15 @@ def check_same(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None
     now = config.as_json()
     named = [name for name in CODE if saved.get(name) and not now[name]]
     if named:
-        again = " ".join(_flags({name: saved[name] for name in named}))
+        again = shlex.join(_flags({name: saved[name] for name in named}))
         raise UserError(
             f"--resume {config.resume}: code is run only where the command line names it; if you "
             f"trust it, add {again}"
         )
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != saved.get(name)]
+    loss = config.loss_fields()
+    ranks_tokens = any(loss.get(name) is not None for name in RANKING)
+    may_change = MAY_CHANGE - {"micro_batch"} if ranks_tokens else MAY_CHANGE
+    changed = [name for name in now if name not in may_change and now[name] != saved.get(name)]
     if changed:
         told = ", ".join(
             f"--{_flag(name)} was {saved.get(name)}, not {now[name]}" for name in changed
@@ -129,6 +137,10 @@ def check_same(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None
 def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Where torchrun has started all ranks anew, because one died: go on with their run.
 
+    The run left a note of the torchrun process that had started its first rank. That one outlives
+    a restart; any rank may know it, since the first may be on another node by now. On one node a
+    count of 0 restarts is a first start all the same; of several each counts its own failures only.
+
     Raises:
         UserError: nothing would say where that is.
     """
@@ -139,7 +151,10 @@ def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             raise UserError("torchrun --max-restarts needs --output-dir: a restart goes on there")
         return config
     note = config.output_dir / RESTARTS
-    if not ranks.told(note.is_file() and note.read_text() == _torchrun()):
+    on_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    is_first = on_one_node and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    known = not is_first and note.is_file() and note.read_text() == _torchrun()
+    if not any(ranks.gathered(known)):
         return config
     return replace(config, resume=config.output_dir, overwrite=False)
 
@@ -152,17 +167,18 @@ def note_torchrun(run: Path) -> None:
 
 
 def _torchrun() -> str | None:
-    """Its name, and the process that has started this one."""
+    """Its name, and the process that has started this one, whose number alone may come again."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"
+    began = psutil.Process(os.getppid()).create_time()
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()} {began}"
 
 
 def command(config: TrainConfig, directory: Path) -> str:
     """The line that goes on with the run."""
     settings = config.as_json()
-    code = {name: settings[name] for name in CODE if settings[name]}
-    return shlex.join(["python", "reference/train.py", "--resume", str(directory), *_flags(code)])
+    own = {name: settings[name] for name in NOT_FROM_THERE if settings[name]}
+    return shlex.join(["python", "reference/train.py", "--resume", str(directory), *_flags(own)])
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,8 +27,8 @@ from reference.config import TrainConfig
 from reference.errors import UserError, one_line
 from reference.ranks import ALONE, Ranks
 
-# What a run leaves: --overwrite removes nothing else.
-FILES = ("settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json")
+# What a run leaves beside settings.json: --overwrite removes nothing else.
+FILES = ("metrics.jsonl", "completions.txt", "curves.png", "summary.json")
 FILES += ("torchrun", "events.out.tfevents.*", "*.partial", "partial-*")
 FOLDERS = ("checkpoints", "model", "model.partial", "model.before.partial", "wandb")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -38,8 +38,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def taken(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
     """The directory of this run, which no other process takes while this lasts.
 
-    A run that never began takes it back. Only the first rank's is kept: what the others write goes
-    into directories that are removed.
+    A run that never began takes back what was made here. Only the first rank's is kept: what the
+    others write goes into directories that are removed.
 
     Raises:
         UserError: it belongs to another run, cannot be written, or the disk is full.
@@ -48,21 +48,34 @@ def taken(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
+    given = config.resume or config.output_dir
+    is_new = given is None or not given.exists()
     directory = make_run_directory(config)
-    settings = directory / "settings.json"
     try:
-        with _locked(directory):
-            if not settings.exists():  # so that it can be resumed from its first moment on
-                save_json(settings, config.as_json())
+        with _locked(directory), _begun(directory, config, is_new):
             yield directory
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise UserError(f"cannot write to {error.filename or directory}: {_why(error)}") from None
+
+
+@contextmanager
+def _begun(directory: Path, config: TrainConfig, is_new: bool) -> Iterator[None]:
+    """With settings in it, so that the run can be resumed from its first moment on."""
+    settings = directory / "settings.json"
+    if settings.exists():
+        yield
+        return
+    try:
+        save_json(settings, config.as_json())
+        yield
     finally:
         if directory.is_dir() and {path.name for path in directory.iterdir()} <= {settings.name}:
             settings.unlink(missing_ok=True)
-            directory.rmdir()
+            if is_new:
+                with suppress(OSError):  # a mount, or a new file of another
+                    directory.rmdir()
 
 
 def make_run_directory(config: TrainConfig) -> Path:
@@ -70,7 +83,7 @@ def make_run_directory(config: TrainConfig) -> Path:
     the first free runs/<model>-<task>-seed<seed>[-n].
 
     Raises:
-        UserError: the directory has something in it, or cannot be written.
+        UserError: the directory has something in it, or leads out of itself, or cannot be written.
     """
     given = config.resume or config.output_dir
     if given is not None and config.resume is None and given.is_dir() and any(given.iterdir()):
@@ -81,6 +94,9 @@ def make_run_directory(config: TrainConfig) -> Path:
             )
         if not (given / "settings.json").is_file():
             raise UserError(f"--overwrite: {given} is not empty, and not the directory of a run")
+        _check_model_stays(config.model, given)
+    if config.resume or config.overwrite:
+        _check_no_links(given, "--resume" if config.resume else "--overwrite")
     directory = given
     try:
         if given is None:
@@ -93,6 +109,27 @@ def make_run_directory(config: TrainConfig) -> Path:
             f"cannot write to the output directory {directory or 'runs'}: {_why(error)}"
         ) from None
     return directory
+
+
+def _check_model_stays(model: str, directory: Path) -> None:
+    """Raise a UserError where --overwrite might remove what the run starts from."""
+    if Path(model).is_dir() and Path(model).resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"--overwrite removes the run in {directory}, and --model {model} lies in it: move the "
+            "model, or name another --output-dir"
+        )
+
+
+def _check_no_links(directory: Path, flag: str) -> None:
+    """Raise a UserError where a directory from elsewhere would have files outside it written.
+
+    Those in wandb/ are made by that package, which replaces them and does not follow them.
+    """
+    for path in directory.rglob("*"):
+        if path.is_symlink() and directory / "wandb" not in path.parents:
+            raise UserError(
+                f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
+            )
 
 
 def _first_free(config: TrainConfig) -> Path:
@@ -133,13 +170,16 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def clear(directory: Path) -> None:
-    """Remove what a run leaves, and nothing else."""
-    for name in FILES:
-        for path in directory.glob(name):
-            path.unlink()
+def clear(directory: Path, settings: dict) -> None:
+    """Remove what a run leaves, and nothing else; the settings are replaced by its successor's.
+
+    A kill at any moment leaves the directory of a run.
+    """
     for name in FOLDERS:
         shutil.rmtree(directory / name, ignore_errors=True)
+    for path in (path for name in FILES for path in directory.glob(name) if path.is_file()):
+        path.unlink()
+    save_json(directory / "settings.json", settings)
 
 
 @contextmanager
@@ -187,9 +227,12 @@ def save_model(
 def save_json(path: Path, content: dict) -> None:
     """Raises a UserError where the disk does not take it."""
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave it empty
-        partial.rename(path)
+    try:
+        with writing(path):
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave it empty
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

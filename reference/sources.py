@@ -56,8 +56,13 @@ def with_weights(directory: Path) -> Path:
     """The directory itself, if a model is in it.
 
     Raises:
-        UserError: it has no config or no weights.
+        UserError: it has no config or no weights, or holds an adapter.
     """
+    if (directory / "adapter_config.json").exists():  # transformers would put it into the model
+        raise UserError(
+            f"{directory} holds an adapter (adapter_config.json): merge it into the weights and "
+            "save these alone"
+        )
     if not (directory / "config.json").exists():
         raise UserError(
             f"{directory} is not a model directory: it has no config.json; expected are {LAYOUT}"

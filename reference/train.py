@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -142,13 +142,13 @@ def run(config: TrainConfig) -> dict[str, float]:
             if ranks.is_first:
                 checkpoints.cut_lines(found)
         if config.overwrite:
-            run_directory.clear(directory)
+            run_directory.clear(directory, config.as_json())
         note_torchrun(directory)
         outside = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         after = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **outside, after=after)
         try:
-            with closing(log):
+            with closing(log), saved_when_stopped(state, checkpoints, stop):
                 return train(task, sampler, step_reward, state, checkpoints, stop, log)
         except (Stopped, KeyboardInterrupt, UserError):
             if state.saved and ranks.is_first:
@@ -200,7 +200,10 @@ def make_policy(
 def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
     """Accuracy on the held-out questions, greedy, and pass@k where it is asked for."""
     questions = task.held_out[: config.eval_questions]
-    with torch.random.fork_rng():  # asking more often leaves the training as it is
+    device = policy.device
+    devices = [] if device.type == "cpu" else [device]
+    # Asking more often leaves the training as it is.
+    with torch.random.fork_rng(devices, device_type=device.type):
         found = accuracy(policy, task, questions)
         if config.pass_at is not None:
             found |= pass_at(policy, task, questions, config.pass_at, config.temperature)
@@ -233,49 +236,47 @@ def train(
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
     try:
-        for step in (bar := progress_bar(state.step, config.steps, policy.ranks)):
-            state.mark()
-            began = time.perf_counter()
-            found = gather(policy, task, sampler, order, config)
-            gathered = time.perf_counter()
-            stop.hold()
-            advantages = policy.ranks.told(
-                advantages_of(found, config, learner.losses, task.rewards, step_reward, decode)
-            )
-            learned = learner.step(found.answers, advantages)
-            ended = time.perf_counter()
+        with saved_when_stopped(state, checkpoints, stop):  # before the model is
+            for step in (bar := progress_bar(state.step, config.steps, policy.ranks)):
+                state.mark()
+                began = time.perf_counter()
+                found = gather(policy, task, sampler, order, config)
+                gathered = time.perf_counter()
+                stop.hold()
+                advantages = policy.ranks.told(
+                    advantages_of(found, config, learner.losses, task.rewards, step_reward, decode)
+                )
+                learned = learner.step(found.answers, advantages)
+                ended = time.perf_counter()
 
-            state.advance(found.seen)
-            row = {"step": step, **describe(found), **learned, "num_tokens": state.tokens_seen}
-            row |= {"step_time": ended - began, "rollout_time": gathered - began}
-            row |= {"tokens_per_second": found.sampled / (ended - began)}
-            row |= {"memory_gib": memory_gib(policy.device)}
-            history.append(row)
-            log.step(row)
-            shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
-            bar.set_postfix(shown, refresh=False)
-            if (step - 1) % config.print_every == 0:
-                examples = samples(found, advantages)
-                log.completions(step, examples)
-                tqdm.write(f"step {step}: {spoken(examples[0])}", file=sys.stdout)
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                evaluations.append({"step": step, **evaluate(policy, task, config)})
-                log.evaluation(step, evaluations[-1])
-            if step % config.dashboard_every == 0:
-                draw()
-            every = config.checkpoint_every
-            if every and (step % every == 0 or step == config.steps):
-                state.try_save(checkpoints)
-            stop.release()
-    except (Stopped, KeyboardInterrupt):
-        if not stop.holds and state.step > state.saved:
-            state.save(checkpoints)
-        raise
+                state.advance(found.seen)
+                row = {"step": step, **describe(found), **learned, "num_tokens": state.tokens_seen}
+                row |= {"step_time": ended - began, "rollout_time": gathered - began}
+                row |= {"tokens_per_second": found.sampled / (ended - began)}
+                row |= {"memory_gib": memory_gib(policy.device)}
+                history.append(row)
+                log.step(row)
+                shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
+                bar.set_postfix(shown, refresh=False)
+                if (step - 1) % config.print_every == 0:
+                    examples = samples(found, advantages)
+                    log.completions(step, examples)
+                    tqdm.write(f"step {step}: {spoken(examples[0])}", file=sys.stdout)
+                if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                    evaluations.append({"step": step, **evaluate(policy, task, config)})
+                    log.evaluation(step, evaluations[-1])
+                if step % config.dashboard_every == 0:
+                    draw()
+                every = config.checkpoint_every
+                if every and (step % every == 0 or step == config.steps):
+                    state.try_save(checkpoints)
+                stop.release()
     finally:
         if history and together(policy.ranks):
             save_model(policy, directory, len(history))
 
     after = evaluate(policy, task, config)
+    stop.hold()  # what is left takes no longer than a step
     evaluations.append({"step": config.steps, **after})
     log.evaluation(config.steps, after)
     draw()
@@ -289,6 +290,19 @@ def train(
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
     return summary
+
+
+@contextmanager
+def saved_when_stopped(
+    state: TrainingState, checkpoints: Checkpoints, stop: Stop
+) -> Iterator[None]:
+    """Where this is stopped between two steps, the last one is saved unless it has been."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        if not stop.holds and state.step > state.saved:
+            state.save(checkpoints)
+        raise
 
 
 def together(ranks: Ranks) -> bool:

@@ -6,6 +6,7 @@ follows from the number of steps. A sampler keeps nothing from step to step.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import random
 import sys
@@ -42,6 +43,7 @@ class TrainingState:
         self.learner, self.order, self.settings = learner, order, settings
         self.step, self.saved, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
         self._since = time.perf_counter()
+        self._frozen = _digest_of_frozen(learner.policy.model)
         self.mark()
 
     @property
@@ -103,6 +105,7 @@ class TrainingState:
             "learner": self.learner.state_dict(),
             "random": self._random | {"numpy": numpy | {"state": numpy["state"] | {"key": key}}},
             "settings": self.settings,
+            "frozen": self._frozen,
             "device": self.learner.policy.device.type,
             "versions": versions(),
         }
@@ -123,13 +126,19 @@ class TrainingState:
         """Stand where the checkpoint was made.
 
         Raises:
-            UserError: its tensors are not of this model, or it was made on another device.
+            UserError: its tensors are not of this model, or it was made on another device or for
+                the adapter of another model.
         """
         state, learner = checkpoint.state, self.learner
         device = learner.policy.device
         if state["device"] != device.type:
             raise UserError(
                 f"{checkpoint.path} was made on {state['device']}: it cannot go on on {device.type}"
+            )
+        if state["frozen"] != self._frozen:
+            raise UserError(
+                f"{checkpoint.path} adapts another model: the frozen weights of --model "
+                f"{self.settings['model']} are not those that it was trained on"
             )
         if state["versions"] != versions():
             before = ", ".join(f"{name} {number}" for name, number in state["versions"].items())
@@ -169,6 +178,21 @@ def versions() -> dict[str, str]:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What moves, by name; of an adapted model the adapter alone, and tied weights once."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _digest_of_frozen(model: nn.Module) -> str | None:
+    """SHA-256 of the weights under an adapter, which no checkpoint holds; None without one.
+
+    They are whole on every rank: adapters do not train in shards.
+    """
+    weights = {name: each for name, each in model.named_parameters() if not each.requires_grad}
+    if not weights:
+        return None
+    found = hashlib.sha256()
+    for name, each in weights.items():
+        found.update(f"{name} {each.dtype} {list(each.shape)}\n".encode())
+        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _moments(learner: Learner) -> dict[str, Tensor]:

@@ -69,6 +69,8 @@ DAMAGE = {
     "more.pt is not in the manifest": lambda at: (at / "more.pt").write_bytes(pickle.dumps(0)),
     "FileNotFoundError": lambda at: (at / "manifest.json").unlink(),
     "JSONDecodeError": lambda at: (at / "manifest.json").write_text("{"),
+    "AttributeError": lambda at: (at / "manifest.json").write_text("[]"),
+    "RecursionError": lambda at: (at / "manifest.json").write_text("[" * 100_000),
     "metrics.jsonl is shorter than it was": lambda at: os.truncate(
         at.parents[1] / "metrics.jsonl", 12
     ),
@@ -90,16 +92,38 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path, message, da
 
 
 def test_another_format_is_not_guessed_at(two, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
     with pytest.raises(UserError, match="none of its 2 checkpoints can be used"):
         two.newest()
-    assert "its format is 1, and not this version's 2" in capsys.readouterr().err
+    assert "its format is 2, and not this version's 3" in capsys.readouterr().err
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(two):
     flip_a_bit(two.directory / "step-000004" / "model.safetensors")
     save(two, 4)
     assert two.newest().state["step"] == 4
+
+
+def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(two):
+    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
+    assert two.newest().state["step"] == 2
+    save(two, 6)
+    assert two.steps() == [2, 6]
+
+
+def test_where_the_last_one_could_not_be_saved_the_end_of_a_run_leaves_a_whole_one(two):
+    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
+    two.newest()
+    two.prune(5, keep=1)
+    assert two.newest().state["step"] == 2
+
+
+def test_one_that_was_replaced_is_damaged_no_more(two):
+    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
+    two.newest()
+    save(two, 4)
+    save(two, 6)
+    assert two.steps() == [4, 6]
 
 
 def full(*_, **__):

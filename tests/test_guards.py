@@ -1,7 +1,9 @@
 """What stops a run before it does harm, and what it says."""
 
 import fcntl
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,25 +234,167 @@ def test_missing_matplotlib_is_found_before_a_model_is_loaded(
     assert capsys.readouterr().err == "error: the curves need matplotlib\n"
 
 
-def test_a_directory_that_another_process_trains_in_is_left_alone(tmp_path, no_model, capsys):
+@pytest.mark.parametrize("left", [[], ["settings.json"]], ids=["empty", "in its first phase"])
+def test_a_directory_that_another_process_trains_in_is_left_alone(tmp_path, left, no_model, capsys):
+    for name in left:
+        (tmp_path / name).write_text("{}")
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        assert tiny(tmp_path) == 2
+        assert tiny(tmp_path, "--overwrite") == 2
     finally:
         os.close(handle)
     (said,) = capsys.readouterr().err.splitlines()
     assert said == f"error: another process trains in {tmp_path}: wait for it or end it"
+    assert [path.name for path in tmp_path.iterdir()] == left
 
 
-def test_overwrite_removes_what_a_run_leaves_and_nothing_else(tmp_path):
-    names = ["settings.json", "metrics.jsonl", "events.out.tfevents.1", "notes.txt"]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    for name in ("checkpoints/step-000002", "model", "mine"):
+def no_such_model(*_, **__):
+    raise UserError("no model")
+
+
+def test_a_run_that_never_began_takes_back_what_it_made_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(Policy, "load", no_such_model)
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        assert tiny(tmp_path / name) == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_a_disk_without_room_for_settings_leaves_nothing(tmp_path, no_model, monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_directory.os, "fsync", full)
+    assert tiny(tmp_path / "run") == 2
+    path = tmp_path / "run" / "settings.json"
+    assert capsys.readouterr().err == f"error: cannot write {path}: No space left on device\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mount_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch, capsys):
+    def busy(_):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Policy, "load", no_such_model)
+    monkeypatch.setattr(run_directory.Path, "rmdir", busy)
+    assert tiny(tmp_path / "run") == 2
+    assert capsys.readouterr().err == "error: no model\n"
+
+
+def test_a_refused_resume_leaves_a_run_that_was_killed_in_its_warm_start(tmp_path, no_model):
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path)])
+    run_directory.save_json(tmp_path / "settings.json", config.as_json())
+    assert train.main(["--resume", str(tmp_path), "--seed", "1"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """What runs leave, also those that were killed, beside what is not theirs."""
+    for name in ("metrics.jsonl", "settings.json", "events.out.tfevents.1", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    folders = ["checkpoints/step-000002", "model", "model.partial", "model.before.partial"]
+    for name in (*folders, "mine", "mine.partial"):
         (tmp_path / name).mkdir(parents=True)
-    run_directory.clear(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "notes.txt"]
+        (tmp_path / name / "file").write_text(name)
+    return tmp_path
+
+
+def test_overwrite_removes_what_a_run_leaves_and_nothing_else(old_run):
+    run_directory.clear(old_run, {"seed": 7})
+    names = ["mine", "mine.partial", "notes.txt", "settings.json"]
+    assert sorted(path.name for path in old_run.iterdir()) == names
+    assert json.loads((old_run / "settings.json").read_text()) == {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (run_directory.shutil, "rmtree"),
+        (run_directory.Path, "unlink"),
+        (run_directory.Path, "rename"),
+    ],
+)
+def test_an_overwrite_that_was_killed_can_be_done_again(old_run, owner, name, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            run_directory.clear(old_run, {})
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(old_run), "--overwrite"])
+    assert run_directory.make_run_directory(config) == old_run
+    run_directory.clear(old_run, {})
+    assert not (old_run / "metrics.jsonl").exists()
+
+
+def test_overwrite_does_not_remove_the_model_that_it_starts_from(old_run, no_model, capsys):
+    model = old_run / "mine" / ".." / "model"
+    assert tiny(old_run, "--overwrite", "--model", str(model)) == 2
+    assert capsys.readouterr().err == (
+        f"error: --overwrite removes the run in {old_run}, and --model {model} lies in it: move "
+        "the model, or name another --output-dir\n"
+    )
+    assert (old_run / "model" / "file").exists()
+
+
+LINKS = ["completions.txt", "settings.json.partial", "model.partial", "checkpoints"]
+LINKS += ["mine/below", "wandb"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("by", ["--resume", "--overwrite"])
+def test_a_run_directory_that_points_elsewhere_is_refused(by, name, tmp_path, no_model, capsys):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "mine").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("kept")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(run)])
+    run_directory.save_json(run / "settings.json", config.as_json())
+    (run / name).symlink_to(elsewhere)
+    if by == "--resume":
+        assert train.main(["--resume", str(run)]) == 2
+    else:
+        assert tiny(run, "--overwrite") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {by}: {run / name} is a symbolic link, and may lead out of the run: remove it"
+    )
+    assert [path.name for path in elsewhere.iterdir()] == ["file"]
+
+
+def test_the_links_that_wandb_makes_are_its_own(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "latest-run").symlink_to("run-1")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    assert run_directory.make_run_directory(config) == tmp_path
+
+
+def test_a_model_directory_with_an_adapter_beside_the_weights_is_refused(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    model = tmp_path / "model"
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError,
+        match=rf"^{model} holds an adapter \(adapter_config\.json\): merge it into the weights and "
+        r"save these alone$",
+    ):
+        models.locate(str(model), None)
+
+
+def test_an_evaluation_asks_after_no_other_gpu(monkeypatch):
+    monkeypatch.setattr(train, "accuracy", lambda *_: {"strict": torch.rand(1).item()})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("walked through them"))
+    config = parse_command_line(["--preset", "tiny"])
+    policy, before = SimpleNamespace(device=torch.device("cpu")), torch.get_rng_state()
+    train.evaluate(policy, SimpleNamespace(held_out=[]), config)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_run_is_overwritten_once_its_successor_begins(tmp_path, monkeypatch):

@@ -6,17 +6,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from run_cases import left_by, tiny
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from reference import checkpoint, train
+from reference import checkpoint, models, resume, train
+from reference.errors import UserError
 from reference.learner import Learner
 from reference.parts import MicroBatch
+from reference.presets import parse_command_line
+from reference.ranks import ALONE
 from reference.resume import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +38,7 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def resume(directory, *flags):
+def again(directory, *flags):
     return train.main(["--resume", str(directory), *flags])
 
 
@@ -53,7 +58,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, tiny_model):
     flags = ["--model", tiny_model, *FLAGS]
     assert tiny(tmp_path / "whole", *flags, "--steps", "5") == 0
     assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
-    assert resume(tmp_path / "parts", "--steps", "5") == 0
+    assert again(tmp_path / "parts", "--steps", "5") == 0
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
     for kind in checkpoint.KINDS:
         whole, parts = (
@@ -76,8 +81,23 @@ def test_adapters_alone_are_saved_and_go_on(tmp_path, tiny_model):
     saved = tmp_path / "parts" / "checkpoints" / "step-000002"
     assert all("lora_" in name for name in load_file(saved / "model.safetensors"))
     assert not (saved / "reference.safetensors").exists()
-    assert resume(tmp_path / "parts", "--steps", "4") == 0
+    assert again(tmp_path / "parts", "--steps", "4") == 0
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+def test_adapters_do_not_go_on_over_the_weights_of_another_model(tmp_path, tiny_model, capsys):
+    """The directory of --model holds other weights of the same shapes by now."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--steps", "1", "--lora-rank", "4"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    models.from_scratch()[0].save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert again(tmp_path / "run", "--steps", "2") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {tmp_path / 'run' / 'checkpoints' / 'step-000001'} adapts another model: the "
+        f"frozen weights of --model {tmp_path / 'model'} are not those that it was trained on"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +131,38 @@ def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, mon
     assert f"to go on after step {saved}: {line}\n" in said and "stopped by SIGTERM\n" in said
     assert not (tmp_path / "run" / "summary.json").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert resume(tmp_path / "run") == 0
+    assert again(tmp_path / "run") == 0
     assert left_by(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "save_model"])
+def test_sigterm_after_the_last_step_saves_it(tmp_path, tiny_model, whole, moment, monkeypatch):
+    original = getattr(train, moment)
+
+    def terminated(*arguments):
+        if (tmp_path / "metrics.jsonl").exists():  # the evaluation before the first step is over
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, moment, terminated)
+        flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
+        assert tiny(tmp_path, *flags) == 0
+    assert steps(tmp_path) == [4] and not (tmp_path / "summary.json").exists()
+    assert again(tmp_path) == 0
+    assert left_by(tmp_path) == whole
+
+
+def test_sigterm_after_the_last_evaluation_ends_the_run_whole(
+    tmp_path, tiny_model, whole, monkeypatch
+):
+    def terminated(*_):
+        if (tmp_path / "model").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "plot_dashboard", terminated)
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "None") == 0
+    assert left_by(tmp_path) == whole
 
 
 def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -159,11 +209,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", terminated)
-        assert resume(run, "--steps", "4", "--checkpoint-every", "None") == 0
+        assert again(run, "--steps", "4", "--checkpoint-every", "None") == 0
     said = capsys.readouterr()
     assert f"checkpoint {damaged} cannot be used: rng.safetensors is not what was" in said.err
     assert f"{run} goes on after step 2\n" in said.out and "to go on after step 3" in said.err
-    assert resume(run) == 0
+    assert again(run) == 0
     assert "cannot be used" not in capsys.readouterr().err
     assert left_by(run) == whole
 
@@ -173,7 +223,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_mod
     assert tiny(run, "--model", tiny_model, "--steps", "2", "--checkpoint-every", "None") == 0
     assert steps(run) == []
     (run / "metrics.jsonl").write_text('{"step": 9}\n')
-    assert resume(run) == 0
+    assert again(run) == 0
     assert left_by(run) == left_by(started)
 
 
@@ -221,7 +271,7 @@ WRONG = {
 @pytest.mark.parametrize("flags", WRONG)
 def test_settings_that_would_make_another_run_are_named(started, flags, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_policy", lambda *_: pytest.fail("a model was loaded"))
-    assert resume(started, *flags.split()) == 2
+    assert again(started, *flags.split()) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ") and WRONG[flags] in said
 
@@ -229,6 +279,32 @@ def test_settings_that_would_make_another_run_are_named(started, flags, monkeypa
 def test_settings_that_change_no_number_may_change(started):
     config = settings_of(started)
     assert config.output_dir == started and config.steps == 2 and config.reward == ()
+
+
+def test_a_run_does_not_choose_where_a_model_is_written(tmp_path, started):
+    found = json.loads((started / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
+    assert settings_of(tmp_path).cache_dir is None
+    config = parse_command_line(["--resume", str(tmp_path), "--cache-dir", "mine"])
+    assert resume.command(config, tmp_path).endswith(f"--resume {tmp_path} --cache-dir mine")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--top-entropy", "0.2"], ["--loss", "clip_covariance"], ["--kl-cov", "0.1"]]
+)
+def test_the_micro_batch_of_a_filter_that_ranks_its_tokens_may_not_change(flags, tmp_path):
+    if "--kl-cov" in flags:
+        flags = [*flags, "--inner-iterations", "2"]
+    start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
+    for more, refused in ((flags, True), ([], False)):
+        saved = parse_command_line([*start, *more]).as_json()
+        (tmp_path / "settings.json").write_text(json.dumps(saved))
+        config = parse_command_line(["--resume", str(tmp_path), "--micro-batch", "4"])
+        if refused:
+            with pytest.raises(UserError, match="--micro-batch was None, not 4: these would make"):
+                resume.check_same(config, saved, 0)
+        else:
+            resume.check_same(config, saved, 0)
 
 
 def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
@@ -243,14 +319,14 @@ def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
     assert tiny(tmp_path / "run", "--model", tiny_model, "--steps", "1", *reward) == 0
     (tmp_path / "ran").unlink()
     capsys.readouterr()
-    assert resume(tmp_path / "run", "--steps", "2") == 2
+    assert again(tmp_path / "run", "--steps", "2") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == (
         f"error: --resume {tmp_path / 'run'}: code is run only where the command line names it; "
         f"if you trust it, add --reward {source}:short"
     )
     assert not (tmp_path / "ran").exists()
-    assert resume(tmp_path / "run", "--steps", "2", *reward) == 0
+    assert again(tmp_path / "run", "--steps", "2", *reward) == 0
     assert (tmp_path / "ran").exists()
 
 
@@ -266,7 +342,7 @@ def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
 def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys):
     if text is not None:
         (tmp_path / "settings.json").write_text(text)
-    assert resume(tmp_path) == 2
+    assert again(tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: --resume {tmp_path}") and message in said
 
@@ -274,9 +350,25 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys)
 def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
     found = json.loads((started / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps(found | {"steps": "many"}))
-    assert resume(tmp_path) == 2
+    assert again(tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "settings.json is damaged" in said
+
+
+def test_settings_nested_too_deep_are_one_line(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    assert again(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "settings.json is not JSON" in said
+
+
+def test_the_flags_to_add_are_quoted(tmp_path):
+    start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
+    saved = parse_command_line([*start, "--reward", "my file.py:f;g"]).as_json()
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    config = parse_command_line(["--resume", str(tmp_path)])
+    with pytest.raises(UserError, match=r"if you trust it, add --reward 'my file\.py:f;g'$"):
+        resume.check_same(config, saved, 0)
 
 
 def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
@@ -288,22 +380,79 @@ def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
     config.intermediate_size = 96
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     capsys.readouterr()
-    assert resume(tmp_path / "run", "--steps", "2") == 2
+    assert again(tmp_path / "run", "--steps", "2") == 2
     error = capsys.readouterr().err
     assert "is of another model: model.layers.0.mlp.gate_proj.weight is [128, 64] in" in error
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_micro_batch_that_was_halved_stays_so():
+def test_a_micro_batch_that_was_halved_stays_so(capsys):
     half = MicroBatch(None)
     half.size, half.halved = 4, True
-    for given, expected in ((None, 4), (8, 4), (2, 2)):
+    told = "micro-batches of 4 questions, since memory did not suffice for more\n"
+    for given, expected, said in ((None, 4, told), (8, 4, told), (4, 4, ""), (2, 2, "")):
         later = MicroBatch(given)
         later.load_state_dict(half.state_dict())
         assert later.size == expected and later.halved
+        assert capsys.readouterr().out == said
     later = MicroBatch(8)
     later.load_state_dict(MicroBatch(16).state_dict())
     assert later.size == 8 and not later.halved
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The environment of a worker, as on one node or, by what is set, on several."""
+
+    def setting(**more):
+        found = {"RUN_ID": "none", "RESTART_COUNT": "0", "MAX_RESTARTS": "1"} | more
+        for name, value in found.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    setting()
+    return setting
+
+
+def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
+    tmp_path, torchrun, monkeypatch
+):
+    flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"]
+    config = parse_command_line(flags)
+    goes_on = replace(config, resume=tmp_path, overwrite=False)
+    assert resume.after_restart(config, ALONE) == config
+    resume.note_torchrun(tmp_path)
+    assert resume.after_restart(config, ALONE) == config
+    torchrun(RESTART_COUNT="1")
+    assert resume.after_restart(config, ALONE) == goes_on
+    torchrun(RUN_ID="another")
+    assert resume.after_restart(config, ALONE) == config
+    # Of several nodes each counts its own failures: here another one had it.
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    torchrun()
+    assert resume.after_restart(config, ALONE) == goes_on
+
+
+def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torchrun, monkeypatch):
+    """In a container that was started again both may be what they were."""
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    resume.note_torchrun(tmp_path)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
+    assert resume.after_restart(config, ALONE) == config
+
+
+def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
+    """The first one may be on another node than before."""
+
+    class Pair:
+        def gathered(self, value):
+            return [False, value]
+
+    torchrun(RESTART_COUNT="1")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    resume.note_torchrun(tmp_path)
+    assert resume.after_restart(config, Pair()).resume == tmp_path
 
 
 @pytest.mark.slow
