@@ -40,12 +40,12 @@ def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
     """(rounds, calls in each) for a call of about so many seconds.
 
     A round lasts 10 ms, so that neither the timer nor a launch is what is measured. As many as the
-    budget allows, three at least: a median needs them. A call of over 5 s is clocked once.
+    budget allows, five at least: a median needs them. A call of over 5 s is clocked once.
     """
     if seconds > 5.0:
         return 1, 1
     calls = max(1, min(1000, round(0.01 / max(seconds, 1e-9))))
-    return max(3, min(15, round(budget / (calls * seconds)))), calls
+    return max(5, min(15, round(budget / (calls * seconds)))), calls
 
 
 def rotated(problem: Problem) -> Iterator[Problem]:

@@ -9,6 +9,8 @@ import pytest
 from benchmarks import clock, steps
 from benchmarks.peers import OURS, PEERS
 
+WARM_UP = 12  # steps, before whatever is clocked first
+
 
 @pytest.fixture(scope="module")
 def setup(harness):
@@ -17,7 +19,10 @@ def setup(harness):
 
 @pytest.fixture(scope="module")
 def step(harness, setup):
-    return steps.Step(setup, harness.device)
+    step = steps.Step(setup, harness.device)
+    for _ in range(1 if harness.quick else WARM_UP):
+        step(None)
+    return step
 
 
 @pytest.mark.parametrize("peer", [steps.NO_HEAD, *steps.PEERS_WITH_A_HEAD])
