@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from reference.chat_template import token_ids
 from reference.errors import UserError
@@ -220,4 +221,7 @@ def completion_states(
         logits_to_keep=packed.ids.shape[1] - P + 1,
     )
     rows = torch.arange(len(tokens), device=tokens.device) // per_row
-    return states[rows[:, None], packed.index], head
+    place = rows[:, None] * states.shape[1] + packed.index
+    # states[...] of the last prompt token, which a group shares, has on a CPU a gradient that
+    # threads add up in any order. That of a lookup is added up in that of the tokens.
+    return embedding(place, states.flatten(0, 1)), head

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rollout_cases import END, QUESTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import causal_lm
 from reference.errors import UserError
@@ -113,6 +114,24 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(s
     ):
         # Llama's norms compute in fp32 whatever the model's dtype.
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_is_added_up_in_the_order_in_which_threads_come(scratch):
+    """index_put with accumulate is one on a CPU: a run beside others lost its bits to it."""
+    model, tokenizer = scratch
+    seen = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append((str(function), *arguments[3:4]))
+            return function(*arguments, **(keywords or {}))
+
+    prompts, done = encode(tokenizer, QUESTIONS), sample(scratch)
+    with Operators():
+        logits, _ = completion_states(causal_lm.forward, model, prompts, done.tokens, done.mask)
+        logits.sum().backward()
+    assert "aten.embedding_dense_backward.default" in dict.fromkeys(name for name, *_ in seen)
+    assert not [name for name, *added in seen if "index_put" in name and added == [True]]
 
 
 def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
