@@ -75,7 +75,7 @@ def test_logs_and_weights_are_those_of_trl(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize(("loss_type", "level", "beta", "reuse"), covering_pairs())
+@pytest.mark.parametrize(("loss_type", "level", "beta", "reuse"), list(covering_pairs()))
 def test_every_loss_of_trl_with_the_loss_left_to_it_and_not(loss_type, level, beta, reuse):
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
     settings |= {"use_bias_correction_kl": level == "token", **REUSE[reuse]}
