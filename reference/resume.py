@@ -170,8 +170,9 @@ def _torchrun() -> str | None:
     """Its name, and the process that has started this one, whose number alone may come again."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    began = psutil.Process(os.getppid()).create_time()
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()} {began}"
+    began = psutil.Process(os.getppid()).create_time() - psutil.boot_time()  # no clock in it
+    name = f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"
+    return f"{name} {began:.2f}"
 
 
 def command(config: TrainConfig, directory: Path) -> str:

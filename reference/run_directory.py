@@ -235,4 +235,5 @@ def save_json(path: Path, content: dict) -> None:
                 os.fsync(file.fileno())  # or a power cut may leave it empty
             partial.rename(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # such as on a file system that has become read-only
+            partial.unlink()

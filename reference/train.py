@@ -148,7 +148,7 @@ def run(config: TrainConfig) -> dict[str, float]:
         after = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **outside, after=after)
         try:
-            with closing(log), saved_when_stopped(state, checkpoints, stop):
+            with closing(log):
                 return train(task, sampler, step_reward, state, checkpoints, stop, log)
         except (Stopped, KeyboardInterrupt, UserError):
             if state.saved and ranks.is_first:
@@ -235,8 +235,9 @@ def train(
     print(ABOUT_THE_LOSS)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
+    kept = partial(saved_when_stopped, state, checkpoints, stop)
     try:
-        with saved_when_stopped(state, checkpoints, stop):  # before the model is
+        with kept():  # before the model is
             for step in (bar := progress_bar(state.step, config.steps, policy.ranks)):
                 state.mark()
                 began = time.perf_counter()
@@ -273,10 +274,12 @@ def train(
                 stop.release()
     finally:
         if history and together(policy.ranks):
-            save_model(policy, directory, len(history))
+            with kept():
+                save_model(policy, directory, len(history))
 
-    after = evaluate(policy, task, config)
-    stop.hold()  # what is left takes no longer than a step
+    with kept():
+        after = evaluate(policy, task, config)
+        stop.hold()  # what is left takes no longer than a step
     evaluations.append({"step": config.steps, **after})
     log.evaluation(config.steps, after)
     draw()
@@ -289,6 +292,7 @@ def train(
     print(summary_table(before, after, history))
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
+    stop.release()
     return summary
 
 

@@ -137,7 +137,7 @@ class TrainingState:
             )
         if state["frozen"] != self._frozen:
             raise UserError(
-                f"{checkpoint.path} adapts another model: the frozen weights of --model "
+                f"{checkpoint.path} is of another model: the frozen weights of --model "
                 f"{self.settings['model']} are not those that it was trained on"
             )
         if state["versions"] != versions():
@@ -181,9 +181,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _digest_of_frozen(model: nn.Module) -> str | None:
-    """SHA-256 of the weights under an adapter, which no checkpoint holds; None without one.
+    """SHA-256 of the weights that do not train, which no checkpoint holds; None without any.
 
-    They are whole on every rank: adapters do not train in shards.
+    Those under an adapter, above all. Every rank has to call it: shards are gathered.
     """
     weights = {name: each for name, each in model.named_parameters() if not each.requires_grad}
     if not weights:
@@ -191,7 +191,8 @@ def _digest_of_frozen(model: nn.Module) -> str | None:
     found = hashlib.sha256()
     for name, each in weights.items():
         found.update(f"{name} {each.dtype} {list(each.shape)}\n".encode())
-        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole = whole_tensor(each.detach()).cpu().contiguous()
+        found.update(whole.flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -475,3 +476,16 @@ def test_a_nan_ends_the_run_with_one_line_and_its_checkpoint_stays(tmp_path, mon
     assert "error: step 3: the loss of micro-batch 1 of 1 is nan. The weights are" in said
     assert f"to go on after step 2: python reference/train.py --resume {tmp_path}\n" in said
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_file_system_that_becomes_read_only_is_one_line(tmp_path, monkeypatch):
+    """There even to remove what is not there is refused."""
+
+    def refuse(self, *_, **__):
+        raise OSError(30, "Read-only file system", str(self))
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    path = tmp_path / "summary.json"
+    with pytest.raises(UserError, match=f"^cannot write {path}: Read-only file system"):
+        run_directory.save_json(path, {})

@@ -14,6 +14,9 @@ import pytest
 import torch
 from run_cases import left_by, tiny
 from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, LlamaForCausalLM
 
 from reference import checkpoint, models, resume, train
@@ -23,6 +26,7 @@ from reference.parts import MicroBatch
 from reference.presets import parse_command_line
 from reference.ranks import ALONE
 from reference.resume import settings_of
+from reference.training_state import _digest_of_frozen
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--minibatches", "2", "--inner-iterations", "2", "--entropy-target", "1", "--beta", "0.1"]
@@ -95,9 +99,24 @@ def test_adapters_do_not_go_on_over_the_weights_of_another_model(tmp_path, tiny_
     assert again(tmp_path / "run", "--steps", "2") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == (
-        f"error: {tmp_path / 'run' / 'checkpoints' / 'step-000001'} adapts another model: the "
+        f"error: {tmp_path / 'run' / 'checkpoints' / 'step-000001'} is of another model: the "
         f"frozen weights of --model {tmp_path / 'model'} are not those that it was trained on"
     )
+
+
+def test_frozen_weights_in_shards_have_the_digest_of_the_whole():
+    """Some models freeze weights of their own, which FSDP shards with the rest."""
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    whole = _digest_of_frozen(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert _digest_of_frozen(model) == whole is not None
+        model.bias.data.zero_()
+        assert _digest_of_frozen(model) != whole
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +459,17 @@ def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torch
     resume.note_torchrun(tmp_path)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
     assert resume.after_restart(config, ALONE) == config
+
+
+def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchrun, monkeypatch):
+    """Linux has a process begin so long after the boot, and the boot at a time of the clock."""
+    torchrun(RESTART_COUNT="1")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    resume.note_torchrun(tmp_path)
+    for owner, name in ((psutil.Process, "create_time"), (psutil, "boot_time")):
+        before = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *of, before=before: before(*of) + 60)
+    assert resume.after_restart(config, ALONE).resume == tmp_path
 
 
 def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):

@@ -367,7 +367,8 @@ def test_methods_that_would_be_lost_are_refused():
 def test_a_class_that_ours_would_stand_before_is_named(kind, below):
     with pytest.raises(TypeError, match=f"must come after {below} .*{kind.__name__}: it is in"):
         make_trainer(partial(kind, fuse_loss=True))
-    make_trainer(kind)
+    with pytest.raises(TypeError, match=f"must come after {below} "):
+        fuse_trainer(make_trainer(kind), fuse_loss=True)
 
 
 def test_a_decay_of_vespo_is_raised_to_what_trl_raises_it_to():

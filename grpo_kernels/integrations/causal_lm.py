@@ -239,7 +239,8 @@ def _head_taken_out(layer: nn.Linear, *, probed: bool):
     def after(_, arguments, output):
         if not probed:
             return output
-        probe = torch.tensor(_PROBE, dtype=torch.float64, device=output.device)
+        dtype = torch.float32 if output.is_mps else torch.float64  # of which MPS has none
+        probe = torch.tensor(_PROBE, dtype=dtype, device=output.device)
         # The sum of nothing keeps the graph whole: DistributedDataParallel looks through it for
         # parameters without a gradient.
         return probe[None, :, None].expand(1, -1, output.shape[-1]) + output.sum()

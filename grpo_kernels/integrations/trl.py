@@ -71,12 +71,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, fuse_loss: bool = False, **keywords: Any):
         super().__init__(*args, **keywords)
         _check_trainer(self)
-        for name in (SCORES, LOSS) if fuse_loss else (SCORES,):
-            if (below := _next_to_define(name, self)) is not GRPOTrainer:
-                raise TypeError(
-                    f"FusedGRPOTrainer must come after {below.__name__} among the bases of "
-                    f"{type(self).__name__}: it is in the place of {below.__name__}'s {name}"
-                )
+        _check_bases(self, fuse_loss)
         if fuse_loss:
             _check_leaves_to(FusedGRPOTrainer, self, SCORES, *MASKS)
             check_loss(self)
@@ -134,6 +129,8 @@ def fuse_trainer(trainer: GRPOTrainer, *, fuse_loss: bool = False) -> GRPOTraine
         raise TypeError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
     _check_leaves_to(GRPOTrainer, trainer, SCORES)
     _check_trainer(trainer)
+    if isinstance(trainer, FusedGRPOTrainer):
+        _check_bases(trainer, fuse_loss)
     if fuse_loss:
         _check_leaves_to(GRPOTrainer, trainer, LOSS, *MASKS)
         check_loss(trainer)
@@ -169,11 +166,17 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
         )
 
 
-def _next_to_define(name: str, trainer: FusedGRPOTrainer) -> type:
-    """Whose method `super()` finds in FusedGRPOTrainer."""
+def _check_bases(trainer: FusedGRPOTrainer, fuse_loss: bool) -> None:
+    """A method of a class behind FusedGRPOTrainer would be lost."""
     order = type(trainer).__mro__
-    below = order[order.index(FusedGRPOTrainer) + 1 :]
-    return next(each for each in below if name in vars(each))
+    behind = order[order.index(FusedGRPOTrainer) + 1 :]
+    for name in (SCORES, LOSS) if fuse_loss else (SCORES,):
+        owner = next(each for each in behind if name in vars(each))
+        if owner is not GRPOTrainer:
+            raise TypeError(
+                f"FusedGRPOTrainer must come after {owner.__name__} among the bases of "
+                f"{type(trainer).__name__}: it is in the place of {owner.__name__}'s {name}"
+            )
 
 
 def _check_leaves_to(base: type, trainer: GRPOTrainer, *names: str) -> None:
