@@ -126,8 +126,8 @@ class TrainingState:
         """Stand where the checkpoint was made.
 
         Raises:
-            UserError: its tensors are not of this model, or it was made on another device or for
-                the adapter of another model.
+            UserError: its tensors are not of this model, or were trained beside other frozen
+                weights, or it was made on another device.
         """
         state, learner = checkpoint.state, self.learner
         device = learner.policy.device

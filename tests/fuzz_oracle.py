@@ -16,6 +16,7 @@ from torch import Tensor
 
 import grpo_kernels
 import reference
+from grpo_kernels.formulas import MAX_LOG_RATIO
 from grpo_kernels.sequences import spread_to_tokens
 
 MARGIN = 8
@@ -239,11 +240,33 @@ def _kl_size(call: Call, exact: dict[str, Tensor]) -> float:
 
 
 def _exponent_size(call: Call) -> float:
-    """Of the log of VESPO's weight of a sequence, a sum of log-ratios that are bounded by 20."""
-    config = call.arguments.get("config")
-    if config is None or config.surrogate != "vespo":
+    """Of the exponent of VESPO's weight of a sequence, a sum of bounded log-ratios."""
+    config, old = call.arguments.get("config"), call.arguments.get("old_logprob")
+    if config is None or config.surrogate != "vespo" or old is None:
         return 0.0
-    return 20 * max(getattr(config, each) for each in EXPONENTS) * call.shape[-1]
+    sampling = call.arguments.get("sampling_logprob")
+    log_ratios = [old.double() - _logprob(call)]
+    log_ratios += [] if sampling is None else [old.double() - sampling.double()]
+    size = sum(x.abs().clamp(max=MAX_LOG_RATIO) for x in log_ratios)
+    keep = call.mask is None or call.mask != 0
+    summed = torch.where(torch.as_tensor(keep), size, 0.0).sum(-1)
+    largest = float(summed.max()) if summed.numel() else 0.0
+    return largest * max(getattr(config, each) for each in EXPONENTS)
+
+
+def _logprob(call: Call) -> Tensor:
+    """The policy's log-probs, exactly."""
+    if "logprob" in call.arguments:
+        return call.arguments["logprob"].double()
+    linear = call.name.startswith("linear")
+    name, first = ("linear_token_stats", "hidden") if linear else ("token_stats", "logits")
+    names = (first, "weight", "bias", "tokens", "mask", "temperature", "softcap")
+    given = {each: call.arguments[each] for each in names if each in call.arguments}
+    wide = {
+        each: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for each, x in given.items()
+    }
+    return getattr(reference, name)(**wide).logprob
 
 
 def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Numbers) -> Tensor:
@@ -279,8 +302,9 @@ def _too_far(name: str, ours: Tensor, exact: Tensor, spread: Tensor, eps: float)
     info = torch.finfo(ours.dtype)
     allowed = MARGIN * (spread + eps * size) + info.eps * (exact.abs() + info.tiny)
     error = (ours.double() - exact).abs()
-    overflows = exact.abs() >= info.max * (1 - info.eps)
-    fine = (error <= allowed) | (ours == exact) | (overflows & ~ours.isnan())
+    overflows = exact.abs() + allowed >= info.max * (1 - info.eps)
+    fine = (error <= allowed) | (ours == exact)
+    fine |= overflows & (ours == torch.inf * exact.sign())
     fine |= ~exact.isfinite() & (ours.isnan() if not name.startswith("d_") else True)
     if fine.all():
         return None
