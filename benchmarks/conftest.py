@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import clock, roofs
-from benchmarks.cases import cases
-from benchmarks.harness import Harness
-from benchmarks.results import ResultFile
+from benchmarks.core import clock
+from benchmarks.core import roofline as roofs
+from benchmarks.core.case import cases
+from benchmarks.core.harness import Harness
+from benchmarks.core.results import ResultFile
 
 
 def pytest_addoption(parser):

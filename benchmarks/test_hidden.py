@@ -6,7 +6,7 @@ pytest benchmarks/test_hidden.py --quick     every case once, tiny
 
 import pytest
 
-from benchmarks import clock
+from benchmarks.core import clock
 
 LEVEL = "hidden"
 

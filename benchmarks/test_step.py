@@ -6,7 +6,8 @@ pytest benchmarks/test_step.py --quick     a tiny model, once
 
 import pytest
 
-from benchmarks import clock, steps
+from benchmarks.core import clock
+from benchmarks.core import step as steps
 from benchmarks.peers import OURS, PEERS
 
 WARM_UP = 12  # steps, before whatever is clocked first

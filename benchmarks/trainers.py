@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results import Record, ResultFile
+from benchmarks.core.results import Record, ResultFile
 
 TASK = "grpo_training"
 OURS, IN_TRL, TRL = "grpo_kernels", "grpo_kernels in TRL", "TRL"
@@ -48,9 +48,10 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from grpo_kernels.integrations.trl import fuse_trainer
-    from reference import causal_lm, train
-    from reference.evaluate import accuracy
-    from reference.samplers import shared_prompt
+    from reference import train
+    from reference.training.evaluate import accuracy
+    from reference.training.model import plain_scorer as causal_lm
+    from reference.training.rollout.samplers import shared_prompt
 
     config = _config(steps)
     task = train.task_of(config)
@@ -114,7 +115,7 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
 
 
 def _config(steps: int):
-    from reference.presets import PRESETS
+    from reference.training.command_line import PRESETS
 
     return replace(PRESETS["smollm2-135m"], steps=steps)
 

@@ -12,18 +12,18 @@ from .advantages import (
     summed_advantage,
     weighted_reward,
 )
-from .controllers import AdaptiveEntropy
-from .functional import (
+from .entropy_controller import AdaptiveEntropy
+from .lm_head.token_order import TokenPacking, pack_tokens
+from .mini_grpo import (
     approximate_kl_divergence,
     cross_entropy_from_logits,
     entropy_from_logits,
     kl_divergence,
 )
-from .objective import LossConfig, LossOutput, policy_loss
+from .objective.policy_loss import LossConfig, LossOutput, policy_loss
 from .ops.grpo_loss import grpo_loss
 from .ops.linear_grpo_loss import linear_grpo_loss
 from .ops.linear_token_stats import linear_token_stats
-from .ops.packing import TokenPacking, pack_tokens
 from .ops.token_stats import TokenStats, token_stats
 
 __all__ = [

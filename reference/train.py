@@ -41,29 +41,38 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import grpo_kernels
-import reference
-from grpo_kernels.integrations import causal_lm as fused_causal_lm
-from reference import causal_lm, run_directory
-from reference.checkpoint import Checkpoints
-from reference.config import TrainConfig
-from reference.credit import StepReward, advantages_of
-from reference.errors import UserError
-from reference.evaluate import accuracy, chat, pass_at
-from reference.experience import describe, gather, samples
-from reference.learner import Learner
-from reference.plots import load_matplotlib, plot_dashboard
-from reference.policy import Policy, pick_device
-from reference.presets import parse_command_line
-from reference.ranks import ALONE, Ranks, finish, full_state, is_lost, is_sharded, start
-from reference.resume import after_restart, checkpoint_of, command, note_torchrun
-from reference.rewards import chosen
-from reference.rewards import load as load_function
-from reference.runlog import RunLog, load_wandb, read_metrics, summary_table
-from reference.samplers import Sampler, is_server, pick_sampler
-from reference.stopping import Stop, Stopped
-from reference.supervised import warm_start
-from reference.tasks import Task, make_task
-from reference.training_state import TrainingState
+from grpo_kernels.integrations import transformers as fused_causal_lm
+from reference import losses as reference
+from reference.training.collect import describe, gather, samples
+from reference.training.command_line import parse_command_line
+from reference.training.config import TrainConfig
+from reference.training.credit import StepReward, advantages_of
+from reference.training.distributed import (
+    ALONE,
+    Ranks,
+    finish,
+    full_state,
+    is_lost,
+    is_sharded,
+    start,
+)
+from reference.training.errors import UserError
+from reference.training.evaluate import accuracy, chat, pass_at
+from reference.training.model import plain_scorer as causal_lm
+from reference.training.model.policy import Policy, pick_device
+from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
+from reference.training.run import run_directory
+from reference.training.run.checkpoint import Checkpoints
+from reference.training.run.graceful_shutdown import Stop, Stopped
+from reference.training.run.plots import load_matplotlib, plot_dashboard
+from reference.training.run.resume import after_restart, checkpoint_of, command, note_torchrun
+from reference.training.run.run_log import RunLog, load_wandb, read_metrics, summary_table
+from reference.training.run.training_state import TrainingState
+from reference.training.tasks.rewards import chosen
+from reference.training.tasks.rewards import load as load_function
+from reference.training.tasks.tasks import Task, make_task
+from reference.training.update.learner import Learner
+from reference.training.warm_start import warm_start
 
 ABOUT_THE_LOSS = """\
 A note on the loss: its VALUE says nothing about progress. With one optimiser step per batch the

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the package, and with it Triton, is imported
 
-from grpo_kernels import rows
+from grpo_kernels import backends as rows
 
 if rows.INTERPRETED:
     import triton.language as tl
@@ -75,7 +75,7 @@ def room(request, monkeypatch):
 @pytest.fixture(scope="module")
 def scratch():
     """(model, tokenizer) from random weights, in fp64."""
-    from reference.models import from_scratch
+    from reference.training.model.load import from_scratch
 
     torch.manual_seed(0)
     model, tokenizer = from_scratch()
@@ -85,9 +85,8 @@ def scratch():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """The directory of a model that was trained a little: a run from it needs no warm start."""
-    from run_cases import tiny
-
-    from reference import supervised
+    from reference.training import warm_start as supervised
+    from tests.helpers.training_runs import tiny
 
     directory = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-import reference
+from reference import losses as reference
 
 SIDES = [grpo_kernels, reference]
 both = pytest.mark.parametrize("losses", SIDES)

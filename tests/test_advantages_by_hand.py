@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-import reference
+from reference import losses as reference
 
 both = pytest.mark.parametrize("losses", [grpo_kernels, reference])
 property_test = settings(max_examples=40, deadline=None)

@@ -10,16 +10,16 @@ kernels. Where there is a GPU, `-k cuda` runs both rooms there, on real kernels.
 
 import pytest
 import torch
-from fuzz_cases import Call, calls
-from fuzz_errors import wrong_arguments
-from fuzz_laws import check_laws
-from fuzz_oracle import check_accuracy, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-import reference
 from grpo_kernels import LossConfig, approximate_kl_divergence, kl_divergence, policy_loss
+from reference import losses as reference
+from tests.helpers.fuzz_cases import Call, calls
+from tests.helpers.fuzz_errors import wrong_arguments
+from tests.helpers.fuzz_laws import check_laws
+from tests.helpers.fuzz_oracle import check_accuracy, results
 
 pytestmark = pytest.mark.filterwarnings("ignore:std():UserWarning")  # of no group at all
 MANY = settings(max_examples=10 * settings.default.max_examples)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from grpo_kernels import LossConfig
-from reference.losses import LOSSES
-from reference.presets import parse_command_line
-from reference.tasks import TASKS
+from reference.training.command_line import parse_command_line
+from reference.training.loss_settings import LOSSES
+from reference.training.tasks.tasks import TASKS
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .basics import check_number
 
 if TYPE_CHECKING:
-    from ..loss_config import LossConfig
+    from ..objective.config import LossConfig
 
 _ANY, _NOT_NEGATIVE, _POSITIVE, _FRACTION = (
     MappingProxyType(bounds)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .basics import check_floating, check_number, check_tensor, may_look, shape_of
 
 if TYPE_CHECKING:
-    from ..loss_config import LossConfig
+    from ..objective.config import LossConfig
 
 
 def check_max_completion_length(value: object, aggregation: str) -> None:

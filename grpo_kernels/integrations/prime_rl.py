@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import LossConfig, policy_loss
+from ..objective.policy_loss import LossConfig, policy_loss
 from ..ops.linear_token_stats import linear_token_stats
 
 

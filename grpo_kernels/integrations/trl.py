@@ -45,9 +45,9 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from .causal_lm import name_of
+from .transformers import name_of
+from .trl_logprobs import check_inputs, score
 from .trl_loss import SCORES, check_loss, fused_loss
-from .trl_scores import check_inputs, score
 
 LOSS = "_compute_loss"
 # What TRL's loss asks, and the fused one answers itself.

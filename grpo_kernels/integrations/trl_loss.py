@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..objective import LossConfig
-from .trl_scores import check_inputs, run
+from ..objective.policy_loss import LossConfig
+from .trl_logprobs import check_inputs, run
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import LossConfig
-from ..objective import policy_loss as loss_of_tokens
+from ..objective.policy_loss import LossConfig
+from ..objective.policy_loss import policy_loss as loss_of_tokens
 from ..ops.linear_token_stats import linear_token_stats
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]

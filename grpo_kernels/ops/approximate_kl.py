@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows import room
+from ..backends import room
 
 
 @torch.library.custom_op("grpo_kernels::approximate_kl_forward", mutates_args=())

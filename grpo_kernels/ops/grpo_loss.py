@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objective import LossConfig, LossOutput, loss_constants, loss_of, policy_loss
-from ..rows import room
-from ..sampled_kl import VOCABULARY_KL
-from ..terms import Constants, is_per_token
-from .ready_gradient import config_of, with_gradient
+from ..backends import room
+from ..objective.kl_estimators import VOCABULARY_KL
+from ..objective.policy_loss import LossConfig, LossOutput, loss_constants, loss_of, policy_loss
+from ..objective.token_gradients import Constants, is_per_token
+from .precomputed_gradient import config_of, with_gradient
 from .token_stats import _token_stats, as_rows, row_inputs, token_stats
 
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats, done_dtype
-from ..objective import LossConfig, LossOutput, loss_constants, loss_of
-from ..sampled_kl import VOCABULARY_KL
-from ..terms import Constants, is_per_token, may_skip_inert
-from .linear_inputs import check_reference, operator_inputs
+from ..lm_head.chunk_loop import HeadGradient, Inputs, LinearRows, Stats, done_dtype
+from ..lm_head.inputs import check_reference, operator_inputs
+from ..lm_head.token_order import TokenPacking, pack_tokens
+from ..objective.kl_estimators import VOCABULARY_KL
+from ..objective.policy_loss import LossConfig, LossOutput, loss_constants, loss_of
+from ..objective.token_gradients import Constants, is_per_token, may_skip_inert
 from .linear_token_stats import (
     _linear_token_stats,
     linear_token_stats,
     stats_outputs,
     token_stats_of,
 )
-from .packing import TokenPacking, pack_tokens
-from .ready_gradient import config_of, with_gradient
+from .precomputed_gradient import config_of, with_gradient
 from .token_stats import TokenStats
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..linear_rows import HeadGradient, Inputs, LinearRows, Stats
-from ..terms import Slopes
-from .linear_inputs import checked_packing, operator_inputs
-from .packing import TokenPacking
+from ..lm_head.chunk_loop import HeadGradient, Inputs, LinearRows, Stats
+from ..lm_head.inputs import checked_packing, operator_inputs
+from ..lm_head.token_order import TokenPacking
+from ..objective.token_gradients import Slopes
 from .token_stats import TokenStats
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..rows import room
+from ..backends import room
 
 
 class TokenStats(NamedTuple):

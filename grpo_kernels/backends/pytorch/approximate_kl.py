@@ -1,0 +1,70 @@
+"""mini-GRPO's approximate KL and its gradient, a block of rows at a time.
+
+The quantities are those of kernels/approximate_kl.py: t, the log2 of q / p with both at least eps,
+and W, the sum over a row of w = (1 - 2^t) where p >= eps.
+"""
+
+import torch
+from torch import Tensor
+
+from ...workspace import thread_buffers
+from .softmax import LN2, LOG2E, Softmax, clear, exp2, row_blocks
+
+
+def _log_ratio(p: Softmax, q: Softmax, log2_eps: float) -> Tensor:
+    """t of every entry, in the place of q.z; p.z is kept."""
+    least_p = torch.maximum(p.z, log2_eps + p.log_sum, out=p.product)
+    least_q = torch.maximum(q.z, log2_eps + q.log_sum, out=q.z)
+    return least_q.sub_(least_p).add_(p.log_sum - q.log_sum)
+
+
+def _floored(p: Softmax, log2_eps: float) -> Tensor:
+    """Where p is less than eps."""
+    return p.z < log2_eps + p.log_sum
+
+
+def approximate_kl_forward(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, W, normaliser, ref_normaliser) of every row of [B, T, V]; mask [B, T]."""
+    total = logits.new_zeros(mask.shape, dtype=dtype)
+    weight = torch.zeros_like(total)
+    normaliser = logits.new_zeros((*mask.shape, 2), dtype=dtype)
+    ref_normaliser = torch.zeros_like(normaliser)
+    scale = total.new_full((1, 1), LOG2E)
+    buffers = thread_buffers(logits.device)
+    for at in row_blocks(mask, logits.shape[-1]):
+        p = Softmax.of(logits[at], scale, None, buffers, "policy")
+        q = Softmax.of(ref_logits[at], scale, None, buffers, "reference")
+        normaliser[at], ref_normaliser[at] = p.normaliser, q.normaliser
+        t = _log_ratio(p, q, log2_eps)
+        excess = exp2(t, out=p.e).sub_(1.0)
+        total[at] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
+        weight[at] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
+    return total, weight, normaliser, ref_normaliser
+
+
+def approximate_kl_backward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    normaliser: Tensor,
+    ref_normaliser: Tensor,
+    d_total: Tensor,
+    log2_eps: float,
+    d_logits: Tensor,
+) -> None:
+    """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
+    scale = weight.new_full((1, 1), LOG2E)
+    clear(d_logits, ~mask)
+    buffers = thread_buffers(logits.device)
+    for at in row_blocks(mask, logits.shape[-1]):
+        p = Softmax.again(logits[at], normaliser[at], scale, None, buffers, "policy")
+        again = ref_logits[at], ref_normaliser[at], scale, None, buffers, "reference"
+        q = Softmax.again(*again)
+        t = _log_ratio(p, q, log2_eps)
+        excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_floored(p, log2_eps), 0.0)
+        row_weight = weight[at].unsqueeze(-1) / p.total
+        dx = exp2(p.z, out=p.e).mul_(row_weight).add_(excess)
+        d_logits[at] = dx.mul_(-d_total[at].unsqueeze(-1)).to(d_logits.dtype)

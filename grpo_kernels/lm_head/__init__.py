@@ -1,0 +1,1 @@
+"""Hidden states to chunks of logits to gradients."""

@@ -1,0 +1,1 @@
+"""Per-token tensors to a loss, in plain PyTorch."""

@@ -1,0 +1,101 @@
+"""The functions of mini-GRPO's README, with its values, on fully materialised distributions."""
+
+import torch
+from torch import Tensor
+
+from reference.losses.advantages import group_normalised_advantage
+
+__all__ = [
+    "approximate_kl_divergence",
+    "cross_entropy_from_logits",
+    "entropy_from_logits",
+    "group_normalised_advantage",
+    "kl_divergence",
+]
+
+
+def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool = True) -> Tensor:
+    """Mean over the unmasked tokens of H(p) = -Σ p ln p, p = softmax(logits).
+
+    With detach=True, mini-GRPO's behaviour, an entropy bonus built on the result trains nothing;
+    detach=False gives it its gradient. With every token masked the result is 0.
+
+    Args:
+        logits: [..., V]; mask: [...], bool or 0/1.
+    """
+    if detach:
+        logits = logits.detach()
+    logp = torch.log_softmax(_select(logits, mask), dim=-1)
+    return _mean(-_times_log(logp.exp(), logp).sum(-1), mask)
+
+
+def cross_entropy_from_logits(
+    ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Mean over the unmasked tokens of H(p, q) = -Σ p ln q, p the reference, q the new policy.
+
+    Differentiable in `new_logits` only. `eps` has no effect, as in mini-GRPO. With every token
+    masked the result is 0.
+
+    Args:
+        ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
+    """
+    p = torch.softmax(_select(ref_logits.detach(), mask), dim=-1)
+    logq = torch.log_softmax(_select(new_logits, mask), dim=-1)
+    return _mean(-_times_log(p, logq).sum(-1), mask)
+
+
+def kl_divergence(
+    ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Mean over the unmasked tokens of KL(p‖q) = H(p, q) - H(p): the forward KL.
+
+    Args and gradient as in `cross_entropy_from_logits`.
+    """
+    return cross_entropy_from_logits(ref_logits, new_logits, mask, eps) - entropy_from_logits(
+        ref_logits, mask
+    )
+
+
+def approximate_kl_divergence(
+    ref_logits: Tensor,
+    new_logits: Tensor,
+    mask: Tensor | None = None,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """p/q - ln(p/q) - 1 at every entry of the vocabulary, p and q at least `eps`.
+
+    mini-GRPO's values with their two quirks: entries are averaged as if each were equally likely,
+    an expectation under no policy, so the result estimates no KL; and the mean counts the zeros of
+    masked tokens.
+
+    Args:
+        ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
+        reduction: "mean" or "sum" over everything; anything else returns the entries, [..., V].
+    """
+    p = torch.softmax(_select(ref_logits.detach(), mask), dim=-1).clamp(min=eps)
+    q = torch.softmax(_select(new_logits, mask), dim=-1).clamp(min=eps)
+    ratio = p / q
+    entries = ratio - torch.log(ratio) - 1
+    if mask is not None:
+        entries = torch.where(mask.bool().unsqueeze(-1), entries, 0.0)
+    if reduction == "mean":
+        return entries.sum() / max(1, entries.numel())
+    return entries.sum() if reduction == "sum" else entries
+
+
+def _select(logits: Tensor, mask: Tensor | None) -> Tensor:
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return logits if mask is None else torch.where(mask.bool().unsqueeze(-1), logits, 0.0)
+
+
+def _times_log(p: Tensor, logq: Tensor) -> Tensor:
+    return p * torch.where(p == 0, 0.0, logq)  # 0 · ln 0 = 0
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.sum() / max(1, x.numel())
+    mask = mask.bool()
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)

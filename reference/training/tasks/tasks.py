@@ -1,0 +1,208 @@
+"""Tasks: questions with right answers, the held-out ones apart, and rewards.
+
+To add a task, write a function that returns a Task, call it in `make_task` and name it in TASKS.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from reference.training.errors import UserError
+from reference.training.tasks import answers, data, rewards
+from reference.training.tasks.data import HELD_OUT, Question
+from reference.training.tasks.rewards import Reward, WeightedReward
+
+GYM = "reasoning-gym/"
+THINK_ANSWER = (
+    "Think about the question first, between <think> and </think>. "
+    "Then give the answer and nothing else between <answer> and </answer>."
+)
+HASHES = "Reason step by step. Then end with a line of its own: #### and the number that answers."
+
+# What --task offers.
+TASKS: dict[str, str] = {
+    "arithmetic": "sums of two numbers from 1 to 30",
+    "reverse": "six digits to write backwards",
+    "gsm8k": "grade school word problems, from the model hub or --data",
+    "jsonl": 'lines of {"prompt": ..., "answer": ...} in --data',
+    "capital-of-brazil": "one question, with marks for <think> and <answer> tags",
+    "question": "the same for one --question and its --answer",
+    GYM + "<generator>": "endless questions with a verifier, such as chain_sum",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`train` and `held_out` share no question, but where a task has only one.
+
+    `strict` and `lenient` give 1 to a completion that counts as accurate, else 0: strict asks for
+    the form too, and never counts what lenient does not. The prompts that they and the rewards
+    receive are the texts of the questions.
+    """
+
+    train: list[Question]
+    held_out: list[Question]
+    rewards: dict[str, WeightedReward]
+    strict: Reward
+    lenient: Reward
+    system: str | None = None  # the system prompt
+
+
+def make_task(
+    name: str,
+    seed: int,
+    *,
+    data: Path | None = None,
+    question: str | None = None,
+    answer: str | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Task:
+    """The task that --task names; `settings` are those of a reasoning-gym generator.
+
+    Raises:
+        UserError: there is no such task, it lacks an option or has no use for one, or its
+            questions cannot be had.
+    """
+    _check_options(name, data=data, question=question, answer=answer)
+    if name.startswith(GYM):
+        return reasoning_gym(name.removeprefix(GYM), seed, settings)
+    if settings:
+        raise UserError(f"--task {name} has no use for --task-option")
+    makers: dict[str, Callable[[], Task]] = {
+        "arithmetic": lambda: arithmetic(seed),
+        "reverse": lambda: reverse(seed),
+        "gsm8k": lambda: gsm8k(data, seed),
+        "jsonl": lambda: jsonl(data, seed),
+        "capital-of-brazil": lambda: one_question("What is the capital of Brazil?", "Brasília"),
+        "question": lambda: one_question(question, answer),
+    }
+    return makers[name]()
+
+
+def _check_options(name: str, **options: Path | str | None) -> None:
+    if name not in TASKS and not name.startswith(GYM):
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--task {name}: expected one of {', '.join(TASKS)}{hint}")
+    required = {"jsonl": {"data"}, "question": {"question", "answer"}}.get(name, set())
+    allowed = required | ({"data"} if name == "gsm8k" else set())
+    for option, value in options.items():
+        if value is None and option in required:
+            raise UserError(f"--task {name} needs --{option}")
+        if value is not None and option not in allowed:
+            raise UserError(f"--task {name} has no use for --{option}; got {value}")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{option} is empty")
+
+
+def arithmetic(seed: int) -> Task:
+    """Sums of two numbers from 1 to 30; the last number of the reply counts."""
+    questions = [
+        Question(f"What is {a} + {b}? Answer with just the number.", str(a + b))
+        for a in range(1, 31)
+        for b in range(1, 31)
+    ]
+    train, held_out = data.split(questions, seed)
+    return Task(
+        train,
+        held_out,
+        rewards={
+            "correct": WeightedReward(rewards.last_number_is),
+            "bare_number": WeightedReward(rewards.bare_number_bonus),
+        },
+        strict=rewards.exact_match,
+        lenient=rewards.last_number_is,
+    )
+
+
+def reverse(seed: int) -> Task:
+    """Six digits to write backwards; only the whole answer counts."""
+    numbers = random.Random(seed).sample(range(10**6), HELD_OUT + 50_000)
+    questions = [Question(f"{n:06d}=", f"{n:06d}"[::-1]) for n in numbers]
+    return Task(
+        train=questions[HELD_OUT:],
+        held_out=questions[:HELD_OUT],
+        rewards={"exact": WeightedReward(rewards.exact_match)},
+        strict=rewards.exact_match,
+        lenient=rewards.exact_match,
+    )
+
+
+def gsm8k(path: Path | None, seed: int) -> Task:
+    """Word problems; the right number counts, a fifth more after "####" on the last line."""
+    train, held_out = data.gsm8k(path, seed)
+    return Task(
+        train,
+        held_out,
+        rewards={
+            "correct": WeightedReward(rewards.gsm8k_lenient),
+            "format": WeightedReward(rewards.gsm8k_strict, 0.2),
+        },
+        strict=rewards.gsm8k_strict,
+        lenient=rewards.gsm8k_lenient,
+        system=HASHES,
+    )
+
+
+def jsonl(path: Path, seed: int) -> Task:
+    """Questions and answers of the user; the final answer of the reply counts."""
+    train, held_out = data.read(path, seed)
+    return Task(
+        train,
+        held_out,
+        rewards={"correct": WeightedReward(rewards.math_verify)},
+        strict=rewards.exact_match,
+        lenient=rewards.math_verify,
+    )
+
+
+def one_question(question: str, answer: str) -> Task:
+    """One question with mini-GRPO's reward; the held-out question is the same one."""
+    only = [Question(question.strip(), answer.strip())]
+    return Task(
+        train=only,
+        held_out=only,
+        rewards={"think_answer": WeightedReward(rewards.think_answer)},
+        strict=rewards.full_marks,
+        lenient=rewards.mentioned,
+        system=THINK_ANSWER,
+    )
+
+
+def reasoning_gym(name: str, seed: int, settings: Mapping[str, Any]) -> Task:
+    """Questions of a generator of reasoning-gym, rewarded by its verifier, often with partial
+    credit.
+
+    The answer is what stands in <answer> tags, else the whole reply. Full marks count as accurate,
+    leniently also those of the last line or the last number.
+    """
+    (train, held_out), verify = data.reasoning_gym(name, seed, settings)
+
+    def readings(completion: str) -> list[str]:
+        """The whole reply, then what else might be the answer in it."""
+        parts = (answers.tagged(completion), answers.last_line(completion))
+        number = answers.last_number(completion)
+        return [completion.strip(), *(part for part in (*parts, number) if part is not None)]
+
+    def reward(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
+        inside = [answers.tagged(completion) for completion in completions]
+        given = [
+            c.strip() if tag is None else tag for c, tag in zip(completions, inside, strict=True)
+        ]
+        return [verify(p, each) for p, each in zip(prompts, given, strict=True)]
+
+    def strict(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        return [float(verify(p, readings(c)[0]) == 1) for p, c in pairs]
+
+    def lenient(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        return [float(any(verify(p, each) == 1 for each in readings(c))) for p, c in pairs]
+
+    return Task(train, held_out, {"verifier": WeightedReward(reward)}, strict, lenient)

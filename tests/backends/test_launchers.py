@@ -1,0 +1,273 @@
+"""How token_stats is launched: offsets, memory, what may recompile, and the launch table."""
+
+import inspect
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo_kernels import LossConfig, grpo_loss, token_stats
+from grpo_kernels import backends as rows
+from grpo_kernels import workspace as buffers
+from grpo_kernels.backends.pytorch import softmax
+from grpo_kernels.backends.pytorch import token_stats as eager
+from grpo_kernels.backends.triton.launch_configs import (
+    ACCESS_BYTES,
+    ROWS_PER_MULTIPROCESSOR,
+    TABLE,
+    pick_row_launch,
+)
+from tests.helpers.tensors import (
+    assert_same_bits,
+    check_against_oracle,
+    exact_results,
+    make_case,
+    normal,
+    results,
+    upstream_like,
+)
+
+KERNELS = sorted({entry.kernel for entry in TABLE})
+
+
+class LargestAllocation(TorchDispatchMode):
+    """The bytes of the largest tensor made while it is active; views of `known` are not made."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if not isinstance(each, torch.Tensor):
+                continue
+            storage = each.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.nbytes = max(self.nbytes, storage.nbytes())
+        return made
+
+
+def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
+    """The room's functions on 400 rows in blocks of 16: no temporary is larger than a block."""
+    monkeypatch.setattr(softmax, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(buffers, "_OF_THREAD", threading.local())  # earlier tests' may be larger
+    logits, tokens = make_case(1, 4, 100, 1024)
+    ref_logits = normal(2, 4, 100, 1024)
+    d_logits = torch.empty_like(logits)
+    temperature = torch.ones(4, 100)
+    ones = torch.ones(4, 100)
+    with LargestAllocation(logits, ref_logits, d_logits) as largest:
+        _, entropy, kl, normaliser, ref_normaliser = eager.token_stats_forward(
+            logits, tokens, temperature, None, ref_logits, 30.0, True, "reverse"
+        )
+        eager.token_stats_backward(
+            logits, tokens, temperature, None, ref_logits, normaliser, ref_normaliser,
+            entropy, kl, ones, ones, ones, 30.0, "reverse", d_logits,
+        )  # fmt: skip
+    exact = exact_results(
+        logits,
+        tokens,
+        {"logprob": ones, "entropy": ones, "kl": ones},
+        softcap=30.0,
+        kl="reverse",
+        ref_logits=ref_logits,
+    )
+    torch.testing.assert_close(d_logits.double(), exact["d_logits"], rtol=1e-5, atol=1e-5)
+    assert 0 < largest.nbytes <= 1 << 16
+
+
+def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(room):
+    wide = normal(1, 3, 11, 500)
+    logits, tokens = wide[:, :-1].requires_grad_(), torch.zeros(3, 10, dtype=torch.int64)
+    ref_logits = normal(2, 3, 11, 500)[:, 1:]
+    with LargestAllocation(wide, ref_logits) as largest:
+        stats = token_stats(logits, tokens, kl="forward", ref_logits=ref_logits)
+    assert largest.nbytes <= 30 * 2 * 8, "something larger than the rows' scalars was made"
+    exact = exact_results(logits, tokens, {}, kl="forward", ref_logits=ref_logits)
+    torch.testing.assert_close(stats.kl.detach().double(), exact["kl"], rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_of_rows_pass_2_to_the_31(room):
+    """Three rows 2^30 entries apart; of the 4 GiB between them no page is ever touched."""
+    V = 40
+    stride = 2**30
+    memory = torch.empty(2 * stride + V, dtype=torch.float16)
+    logits = memory.as_strided((1, 3, V), (3 * stride, stride, 1))
+    logits.copy_(normal(1, 1, 3, V, dtype=torch.float16, std=3.0))
+    tokens = torch.tensor([[1, 20, 39]])
+    check_against_oracle(logits, tokens, upstream_like(5, tokens))
+
+
+@pytest.mark.gpu
+def test_a_tensor_of_more_than_2_to_the_31_entries():
+    N, V = 17_000, 128_256
+    logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
+    tokens = torch.randint(0, V, (N,), device="cuda")
+    logits.requires_grad_()
+    stats = token_stats(logits, tokens)
+    (gradient,) = torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), logits)
+    last = results(
+        token_stats,
+        logits[-2:],
+        tokens[-2:],
+        {"logprob": torch.ones(2, device="cuda"), "entropy": torch.ones(2, device="cuda")},
+    )
+    assert torch.equal(stats.logprob[-2:], last["logprob"])
+    assert torch.equal(gradient[-2:], last["d_logits"])
+
+
+@pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)])
+def test_more_than_65535_tokens_in_either_dimension(shape):
+    logits, tokens = make_case(3, *shape, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "HAS_TRITON", False)
+        check_against_oracle(logits, tokens, upstream_like(5, tokens))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)])
+def test_more_than_65535_tokens_in_either_dimension_on_a_gpu(shape):
+    logits, tokens = make_case(3, *shape, 3, device="cuda")
+    check_against_oracle(logits, tokens, upstream_like(5, tokens))
+
+
+def jitted_kernels():
+    """Every kernel of the package, by name."""
+    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    return {name: each for name, each in vars(calls).items() if name.endswith("_kernel")}
+
+
+SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "SURROGATE", "LOG2_EPS"}
+LAUNCH = {"ACC", "PART", "UNROLL", "LANES", "VEC"}
+
+
+def test_only_settings_of_the_model_and_the_launch_are_constexpr():
+    """Never a length, a temperature, a stride: each new value would compile again."""
+    kernels = jitted_kernels()
+    assert len(kernels) == 8
+    for kernel in kernels.values():
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        constant = {each.name for each in parameters if "constexpr" in str(each.annotation)}
+        assert {"ACC", "LANES"} <= constant <= SETTINGS | LAUNCH
+
+
+@pytest.mark.gpu
+def test_new_lengths_and_temperatures_compile_nothing():
+    kernels = jitted_kernels().values()
+
+    def compiled():
+        device = torch.cuda.current_device()
+        return [len(kernel.device_caches[device][0]) for kernel in kernels]
+
+    def step(T, temperature):
+        logits, tokens = make_case(T, 2, T, 4096, device="cuda")
+        results(token_stats, logits, tokens, upstream_like(5, tokens), temperature=temperature)
+        config = LossConfig(beta=0.1 * temperature, epsilon_high=0.1 * T)
+        ref_logprob = torch.zeros(2, T, device="cuda")
+        advantages = torch.ones(2, device="cuda")
+        logits.requires_grad_()
+        loss = grpo_loss(logits, tokens, advantages, ref_logprob=ref_logprob, config=config).loss
+        (temperature * loss).backward()
+
+    step(7, 1.0)
+    before = compiled()
+    for T, temperature in ((1, 0.7), (16, 1.3), (33, 2.0)):
+        step(T, temperature)
+    assert compiled() == before
+
+
+ARCHITECTURES = [None, 80, 90, 100, 120]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("V", [1, 300, 2047, 2048, 128_256, 262_144])
+def test_every_vocabulary_has_a_launch_of_whole_warps_and_full_accesses(kernel, itemsize, V):
+    for architecture in ARCHITECTURES:
+        launch = pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
+        assert launch.vector * itemsize == ACCESS_BYTES
+        assert launch.lanes == 32 * launch.num_warps <= 1024
+        for size in (launch.unroll, launch.lanes, launch.vector):
+            assert size & (size - 1) == 0, "Triton's ranges are powers of two"
+        assert (launch.parts(V) - 1) * launch.part < V <= launch.parts(V) * launch.part
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
+    reached = {
+        pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
+        for V in (1, 2047, 2048, 1 << 20)
+        for itemsize in (2, 4)
+        for architecture in ARCHITECTURES
+    }
+    entries = [entry for entry in TABLE if entry.kernel == kernel]
+    reached = {(each.unroll, each.num_warps) for each in reached}
+    assert len(reached) == len(entries) and all(entry.reason for entry in entries)
+    last = entries[-1]
+    assert (last.below, last.itemsize, last.architecture) == (float("inf"), None, None)
+    again = pick_row_launch(kernel, 300, 2, architecture=90, interpreted=False)
+    assert again == pick_row_launch(kernel, 300, 2, architecture=90, interpreted=False)
+
+
+def test_interpreted_rows_of_a_property_test_have_several_parts_of_several_tiles():
+    launch = pick_row_launch("token_stats_forward", 300, 4, architecture=None, interpreted=True)
+    assert launch.parts(300) >= 3 and launch.part_tiles >= 2
+
+
+def with_few_rows_below(rows, monkeypatch):
+    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    monkeypatch.setattr(calls, "INTERPRETED_MULTIPROCESSORS", rows / ROWS_PER_MULTIPROCESSOR)
+
+
+@pytest.mark.parametrize("kl", [None, "forward", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU has its own number of multiprocessors")
+def test_a_row_that_is_split_has_the_bits_of_one_that_is_not(monkeypatch, kl, dtype):
+    """Two programs' order of additions, with excluded entries, a mask, and V no multiple."""
+    logits, tokens = make_case(3, 2, 3, 333, dtype=dtype)
+    logits[0, 0, :200] = -torch.inf
+    case = {"mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "softcap": 20.0, "temperature": 0.7}
+    names = ["logprob", "entropy"]
+    if kl:
+        case |= {"kl": kl, "ref_logits": normal(9, 2, 3, 333, dtype=dtype)}
+        names.append("kl")
+    upstream = upstream_like(5, tokens, names)
+    found = []
+    for few in (0, 100):
+        with_few_rows_below(few, monkeypatch)
+        found.append(results(token_stats, logits, tokens, upstream, **case))
+    assert_same_bits(*found)
+
+
+@pytest.mark.gpu
+def test_a_row_that_is_split_has_the_bits_of_one_that_is_not_on_a_gpu():
+    logits, tokens = make_case(3, 1, 300, 128_256, dtype=torch.bfloat16, device="cuda")
+    upstream = upstream_like(5, tokens)
+    many = results(token_stats, logits, tokens, upstream)
+    few = results(
+        token_stats, logits[:, :7], tokens[:, :7], {name: g[:, :7] for name, g in upstream.items()}
+    )
+    assert_same_bits(few, {name: value[:, :7] for name, value in many.items()})
+
+
+@pytest.mark.skipif(not rows.INTERPRETED, reason="counts programs in the interpreter")
+def test_few_rows_are_split_over_programs(monkeypatch):
+    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    launched = []
+    launch = calls._launch
+
+    def noted(kernel, *arguments, parts=1, **constants):
+        launched.append((kernel.fn.__name__, parts))
+        launch(kernel, *arguments, parts=parts, **constants)
+
+    monkeypatch.setattr(calls, "_launch", noted)
+    logits, tokens = make_case(3, 1, 2, 300)
+    results(token_stats, logits, tokens, upstream_like(5, tokens))
+    assert launched == [
+        ("_token_stats_part_kernel", 3),
+        ("_token_stats_merge_kernel", 1),
+        ("_token_stats_backward_kernel", 3),
+    ]

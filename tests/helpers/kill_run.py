@@ -1,0 +1,108 @@
+"""Run the training script, kill it with SIGKILL at random moments, and resume it until it ends.
+
+    python -m tests.helpers.kill_run DIRECTORY KILLS SEED
+
+It leaves DIRECTORY/whole, the uninterrupted run, and DIRECTORY/killed-<n>, and prints a line for
+each kill. A child is forked for each run, since importing takes longer than training.
+"""
+
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from reference import train
+from reference.training import warm_start as supervised
+from reference.training.rollout import generate as rollout
+from reference.training.run import checkpoint
+from reference.training.run import run_log as runlog
+
+FLAGS = ["--preset", "tiny", "--loss-impl", "reference", "--eval-questions", "16", "--prompts", "8"]
+FLAGS += ["--steps", "7", "--checkpoint-every", "2", "--eval-every", "3", "--print-every", "2"]
+FLAGS += ["--no-tensorboard", "--minibatches", "2", "--inner-iterations", "2"]
+FLAGS += ["--beta", "0.05", "--reference-refresh", "3", "--entropy-target", "1"]
+FLAGS += ["--dynamic-sampling", "1", "--learning-rate", "1e-3"]
+
+# Where a run can be killed: before the n-th call of one of these.
+PHASES = {
+    "generation": [(rollout, "_choose")],
+    "backward": [(torch.Tensor, "backward")],
+    "optimiser": [(torch.optim.AdamW, "step")],
+    "save": [
+        (checkpoint, "save_file"),
+        (checkpoint, "_digest"),
+        (checkpoint, "_flush"),
+        (checkpoint, "_remove"),
+        (Path, "rename"),
+    ],
+    "log": [(runlog, "_append")],
+}
+
+
+def main(directory: Path, kills: int, seed: int) -> None:
+    chosen = random.Random(seed)
+    counts = run(["--output-dir", str(directory / "whole"), *FLAGS], None)
+    for number in range(kills):
+        # Each phase in turn, and in it any moment of the run.
+        phase = list(PHASES)[number % len(PHASES)]
+        killed = directory / f"killed-{number}"
+        at = chosen.randint(1, counts[phase])
+        run(["--output-dir", str(killed), *FLAGS], (phase, at))
+        found = sorted(path.name for path in (killed / "checkpoints").glob("*"))
+        print(f"{phase} {at}/{counts[phase]} {','.join(found)}", flush=True)
+        run(["--resume", str(killed)], None)
+
+
+def run(arguments: list[str], kill: tuple[str, int] | None) -> Counter:
+    """In a child; how often each phase came, or that it was killed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        counts = watched(kill)
+        supervised.TARGET = 0.02  # the tests are not about the warm start
+        train.plot_dashboard = lambda *_: None
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        status = train.main(arguments)
+        os.write(write, " ".join(f"{name}={n}" for name, n in counts.items()).encode())
+        os._exit(status)
+    os.close(write)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(read) as pipe:
+        counts = Counter({n: int(c) for n, c in (x.split("=") for x in pipe.read().split())})
+    if kill is None:
+        assert status == 0, (arguments, status)
+    else:
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (kill, status)
+    return counts
+
+
+def watched(kill: tuple[str, int] | None) -> Counter:
+    """Count the calls of each phase, and end the process at one of them."""
+    counts = Counter()
+
+    def watch(owner, name: str, phase: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments, **more):
+            counts[phase] += 1
+            if kill == (phase, counts[phase]):
+                if phase == "log":  # in the middle of a line
+                    path, text = arguments
+                    original(path, text[: len(text) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **more)
+
+        setattr(owner, name, counted)
+
+    for phase, functions in PHASES.items():
+        for owner, name in functions:
+            watch(owner, name, phase)
+    return counts
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

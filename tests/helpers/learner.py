@@ -1,0 +1,55 @@
+"""A learner on a random model, answers to learn from, and their advantages."""
+
+from contextlib import contextmanager
+
+import torch
+
+import grpo_kernels
+from grpo_kernels.integrations import transformers as fused_causal_lm
+from reference import losses as reference
+from reference.training.config import TrainConfig
+from reference.training.model import plain_scorer as causal_lm
+from reference.training.model.policy import Policy
+from reference.training.tasks.tasks import make_task
+from reference.training.update.learner import Learner
+
+QUESTIONS = make_task("reverse", 0).train[:4]
+
+
+@contextmanager
+def one_thread():
+    """Matrices this small lose up to 20 times when shared between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_learner(forward=causal_lm.forward, **changes):
+    """A learner on a random model in fp64, and answers to four questions, four each.
+
+    Its losses are of the package that `forward` is of.
+    """
+    losses = grpo_kernels if forward is fused_causal_lm.forward else reference
+    config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
+    torch.manual_seed(0)
+    policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
+    policy.model.double()
+    loss_config = losses.LossConfig(**config.loss_fields())
+    answers = policy.ask(QUESTIONS, 4, 1.0)
+    return Learner(policy, losses, loss_config, config), answers
+
+
+def gradient(learner, answers, rewards):
+    learner.step(answers, advantages(rewards, learner.config.loss))
+    return torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
+
+
+def advantages(rewards, loss="grpo"):
+    if loss == "dr_grpo":
+        return (rewards - rewards.mean(-1, keepdim=True)).flatten()
+    return reference.group_normalised_advantage(rewards).flatten()
+
+
+REWARDS = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1.2], [1, 1, 1, 1]])
+ADVANTAGES = advantages(REWARDS)

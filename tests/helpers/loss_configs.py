@@ -1,0 +1,63 @@
+"""Hypothesis over the space of LossConfig: every setting, in every combination that makes sense."""
+
+from hypothesis import strategies as st
+
+from grpo_kernels.objective.aggregation import AGGREGATIONS
+from grpo_kernels.objective.config import LossConfig
+from grpo_kernels.objective.kl_estimators import SAMPLED_KL
+from grpo_kernels.objective.surrogates import SURROGATES
+from grpo_kernels.objective.token_gradients import is_per_token
+
+SAMPLED = list(SAMPLED_KL)
+# Of Clip-Cov all eligible tokens are taken: which of them is otherwise left to chance.
+FILTERS = {
+    "off_policy_threshold": [0.1, -0.2],
+    "top_entropy": [0.2, 0.5],
+    "clip_cov": [1.0],
+    "kl_cov": [1e-4, 0.4],
+}
+ANY = {
+    "beta": [0.0, 0.04, 2.0],
+    "entropy_coef": [0.0, 0.001, -0.5],
+    "importance_mode": ["truncate", "mask"],
+    "importance_floor": [None, 0.3],
+    "importance_cap": [0.5, 2.0, None],
+}
+BOUNDS = {"epsilon_low": [0.0, 3e-4, 0.2, 5.0], "epsilon_high": [4e-4, 0.2, 0.28]}
+OF_SURROGATE = {
+    "clip": {"delta": [None, 1.5, 4.0], "dual_clip": [None, 1.1, 3.0], **BOUNDS},
+    "cispo": {"ratio_cap": [0.9, 5.0]},
+    "dppo": {"ratio_cap": [1.2, 20.0], **BOUNDS},
+    "gmpo": BOUNDS,
+    "sapo": {"tau_positive": [1.0, 3.0], "tau_negative": [1.05, 0.2]},
+    "vespo": {"k_positive": [2.0, 0.0], "lambda_negative": [2.0, 0.0]},
+}
+ANY_LEVEL = ["clip", "ratio", "cispo", "sapo"]
+
+
+@st.composite
+def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward", "reverse")):
+    """`filters`: the names of those that may be on."""
+    surrogate = draw(st.sampled_from(list(SURROGATES)))
+    choices = ANY | OF_SURROGATE.get(surrogate, {})
+    choices |= {"aggregation": list(AGGREGATIONS), "kl_estimator": list(estimators)}
+    if surrogate in ANY_LEVEL:
+        choices["ratio_level"] = ["token", "token", "sequence", "sequence_token"]
+    if surrogate != "vespo":
+        choices["importance_level"] = ["token", "token", "sequence"]
+    names = draw(st.sets(st.sampled_from(filters), max_size=2)) if filters else set()
+    if names >= {"clip_cov", "kl_cov"}:
+        names.remove("clip_cov")
+    choices |= {name: FILTERS[name] for name in names}
+    fields = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+    if fields["aggregation"] == "fixed_length":
+        fields["max_completion_length"] = 7
+    if fields["importance_cap"] is None and fields["importance_floor"] is None:
+        fields["importance_mode"] = "truncate"
+    return LossConfig(surrogate=surrogate, **fields)
+
+
+def per_token_configs():
+    """Those whose gradient comes with the loss, also where a sampler's log-probs are given."""
+    configs = loss_configs(filters=(), estimators=SAMPLED)
+    return configs.filter(lambda config: is_per_token(config, has_sampling=True))

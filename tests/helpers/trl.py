@@ -1,0 +1,157 @@
+"""A tiny model on disk, and a few steps of TRL's trainer or ours on it."""
+
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from reference.training.model.load import from_scratch
+
+ROOT = Path(mkdtemp(prefix="trl_cases_"))
+CLOCKS = ("time", "runtime", "per_second")
+
+
+@cache
+def model_directory() -> str:
+    """Where a Llama over 16 characters lies: sure enough of itself for entropies to differ."""
+    torch.manual_seed(0)
+    model, tokenizer = from_scratch()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(ROOT / "model")
+    tokenizer.save_pretrained(ROOT / "model")
+    return str(ROOT / "model")
+
+
+def digits(completions, **_):
+    """The number of digits: it differs within a group, and more where completions are longer."""
+    return [float(sum(letter.isdigit() for letter in text)) for text in completions]
+
+
+def make_config(**settings) -> GRPOConfig:
+    plain = {
+        "output_dir": str(ROOT / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "optim": "sgd",  # Adam would enlarge the rounding of small gradients
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return GRPOConfig(**(plain | settings))
+
+
+def make_llama():
+    return AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+
+
+def make_experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    config = MixtralConfig(pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+    return MixtralForCausalLM(config)
+
+
+def make_trainer(kind, *, make_model=make_llama, peft_config=None, **settings):
+    """A trainer of this class, from seed 0."""
+    torch.manual_seed(0)
+    return kind(
+        make_model(),
+        digits,
+        args=make_config(**settings),
+        train_dataset=Dataset.from_dict({"prompt": ["1+2=", "34+5=", "7-", "88+11="] * 8}),
+        processing_class=AutoTokenizer.from_pretrained(model_directory()),
+        peft_config=deepcopy(peft_config),  # it is written to
+    )
+
+
+def train(trainer) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """(what was logged, but for times; how far each weight went)."""
+    before = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
+    trainer.train()
+    logged = [
+        {name: x for name, x in each.items() if not any(clock in name for clock in CLOCKS)}
+        for each in trainer.state.log_history
+    ]
+    after = {name: whole(x.detach()) for name, x in trainer.model.named_parameters()}
+    return logged, {name: x - before[name] for name, x in after.items()}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A weight, gathered where FSDP has it in parts."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
+PROMPT = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
+# Several updates on what one policy sampled, and an old policy that is not the present one.
+REUSED = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+MISALIGNED = {**ACCUMULATED, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 4}
+REUSE = {"reused": REUSED, "misaligned": MISALIGNED}
+# It weighs a sequence steeply by its probability: far from the old policy rounding grows.
+VESPO = {"loss_type": "vespo", "learning_rate": 0.02}
+CASES = {
+    "grpo, reused": {"loss_type": "grpo", "beta": 0.04, "temperature": 0.7, **REUSED},
+    "bnpo, delta": {"loss_type": "bnpo", "delta": 1.5, "entropy_coef": 0.05, **REUSED},
+    "dr_grpo, checkpointing": {
+        **{"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.04},
+        **{"gradient_checkpointing": True, **ACCUMULATED},
+    },
+    "dapo, lora": {**LORA, "beta": 0.04, "entropy_coef": 0.01, "temperature": 0.7, **REUSED},
+    "cispo, batch": {"loss_type": "cispo", "scale_rewards": "batch", **MISALIGNED},
+    "sapo, accumulated": {"loss_type": "sapo", "beta": 0.04, "entropy_coef": -0.01, **ACCUMULATED},
+    "luspo, sequence": {"loss_type": "luspo", "importance_sampling_level": "sequence", **REUSED},
+    "vespo, reused": {**VESPO, "temperature": 0.7, "scale_rewards": "none", **REUSED},
+    "gspo, delta": {
+        **{"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.5},
+        **{"beta": 0.04, "gradient_checkpointing": True, **MISALIGNED},
+    },
+    "lora, checkpointing": {**LORA, "gradient_checkpointing": True, "beta": 0.04, **REUSED},
+    "prompt tuning": {**PROMPT, "beta": 0.04, "learning_rate": 1.0},
+    "top entropies": {"top_entropy_quantile": 0.4, **REUSED},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 3.0, **ACCUMULATED},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01, **REUSED},
+    "truncated masked": {"mask_truncated_completions": True, "max_completion_length": 3},
+    "experts": {"make_model": make_experts, "router_aux_loss_coef": 0.5, "temperature": 2.0},
+    "head in fp32": {"cast_lm_head_to_fp32": True, "beta": 0.04, **REUSED},
+}
+
+
+@cache
+def trained_by_trl(name: str):
+    """What TRL's trainer makes of a case."""
+    return train(make_trainer(GRPOTrainer, **CASES[name]))
+
+
+def check_same(found, expected, *, loss_type=None):
+    """The logs and the weights of two trainings agree."""
+    (logged, weights), (told, far) = found, expected
+    assert [each.keys() for each in logged] == [each.keys() for each in told]
+    # VESPO's loss is a sum of large terms that cancel: either trainer is 3e-6 from one in fp64.
+    floor = 1e-5 if loss_type == "vespo" else 1e-6
+    for one, other in zip(logged, told, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=floor)
+    torch.testing.assert_close(weights, far, rtol=1e-5, atol=5e-7)

@@ -1,0 +1,65 @@
+"""One of two ranks that train with TRL's trainer and with ours; `test_trl_ranks` starts both.
+
+python -m tests.helpers.trl_worker DIRECTORY KIND, with the variables of a rank in its environment.
+"""
+
+import os
+import sys
+from functools import partial
+
+import torch
+from trl import GRPOTrainer
+
+from grpo_kernels import backends as rows
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
+from tests.helpers.trl import make_trainer, train
+
+TRAINERS = {
+    "TRL": GRPOTrainer,
+    "plain": FusedGRPOTrainer,
+    "fuse_loss": partial(FusedGRPOTrainer, fuse_loss=True),
+}
+ENTROPY = {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.05}
+SETTINGS = {
+    "ddp": {"loss_type": "dapo", "beta": 0.04, "gradient_accumulation_steps": 2, **ENTROPY},
+    "fsdp2": {
+        **{"loss_type": "grpo", "beta": 0.04, "entropy_coef": 0.05, "fsdp": True},
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    },
+}
+PLAIN = {"per_device_train_batch_size": 4, "num_iterations": 2}
+
+
+def shard(trainer):
+    """Accelerate takes its FSDP plugin on GPUs and the like only: on CPUs it has to be told."""
+    from accelerate import DistributedType
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def trained(trainer, kind):
+    if kind == "fsdp2":
+        shard(trainer)
+    logged, weights = train(trainer)
+    assert trainer.accelerator.num_processes == 2
+    in_parts = [hasattr(each, "full_tensor") for each in trainer.model.parameters()]
+    assert set(in_parts) == {kind == "fsdp2"}
+    return logged, weights
+
+
+def main(directory, kind):
+    rows.HAS_TRITON = False  # interpreted kernels would take seconds a step
+    torch.set_num_threads(1)
+    settings = PLAIN | SETTINGS[kind]
+    found = {name: trained(make_trainer(each, **settings), kind) for name, each in TRAINERS.items()}
+    torch.save(found, f"{directory}/{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # tearing gloo's threads down sometimes aborts, long after what is tested here

@@ -1,0 +1,211 @@
+"""The adapters for prime-rl, against its contract and formulas by hand."""
+
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_kernels import backends as rows
+from grpo_kernels.integrations import prime_rl
+from tests.helpers.tensors import coin, normal, token_ids
+
+N = 9
+
+
+@dataclass
+class LossInputs:
+    trainer_logprobs: Tensor
+    inference_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    loss_weights: Tensor | None = None
+
+
+@dataclass
+class LossOutputs:
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.rl.loss"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["prime_rl.trainer.rl.loss"].LossOutputs = LossOutputs
+
+
+def make_inputs(seed=0, **changes):
+    inference = -normal(seed, N, dtype=torch.float64).abs()
+    trainer = inference + normal(seed + 1, N, dtype=torch.float64, std=0.5)
+    given = {
+        "trainer_logprobs": trainer.requires_grad_(),
+        "inference_logprobs": inference,
+        "ref_logprobs": None,
+        "advantages": normal(seed + 2, N, dtype=torch.float64),
+        "loss_mask": coin(seed + 3, N, p=0.7),
+    }
+    return LossInputs(**given | changes)
+
+
+def clipped(inputs, low=0.2, high=0.2):
+    r, A = (inputs.trainer_logprobs - inputs.inference_logprobs).exp(), inputs.advantages
+    return torch.maximum(-A * r, -A * r.clamp(1 - low, 1 + high))
+
+
+def trusted(inputs):
+    """prime-rl's own default but for the KL: 0 where the probability moved too far."""
+    new, old, A = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages
+    gap = new.exp() - old.exp()
+    inside = torch.where(A > 0, gap <= 0.2, gap >= -0.2)
+    return -A * (new - old).exp().clamp(max=20).detach() * new * inside
+
+
+def capped(inputs):
+    new, old = inputs.trainer_logprobs, inputs.inference_logprobs
+    return -(new - old).exp().clamp(max=1.2).detach() * inputs.advantages * new
+
+
+def of_the_sequence(inputs):
+    d = inputs.trainer_logprobs - inputs.inference_logprobs
+    r = d[inputs.loss_mask].mean().exp()
+    A = inputs.advantages
+    return torch.maximum(-A * r, -A * r.clamp(0.97, 1.04))
+
+
+CASES = {
+    "grpo": ({}, clipped),
+    "dapo": ({}, lambda inputs: clipped(inputs, high=0.28)),
+    "dppo": ({"epsilon_low": 0.2, "epsilon_high": 0.2}, trusted),
+    "cispo": ({"ratio_cap": 1.2}, capped),
+    "gspo": ({"epsilon_low": 0.03, "epsilon_high": 0.04}, of_the_sequence),
+}
+
+
+def check(inputs, expected, objective, **settings):
+    found = prime_rl.loss(inputs, objective=objective, **settings)
+    assert isinstance(found, LossOutputs)
+    torch.testing.assert_close(found.loss, expected)
+    gradients = [
+        torch.autograd.grad(each, inputs.trainer_logprobs) for each in (found.loss, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+    return found
+
+
+@pytest.mark.parametrize("objective", CASES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_the_weighted_sum_over_tokens(objective, weighted):
+    weights = normal(7, N, dtype=torch.float64).abs() if weighted else None
+    inputs = make_inputs(loss_weights=weights)
+    settings, term = CASES[objective]
+    terms = term(inputs) * (1.0 if weights is None else weights)
+    check(inputs, terms[inputs.loss_mask].sum(), objective, **settings)
+
+
+def test_samples_over_the_count_of_all_tokens_are_the_mean_over_the_batch():
+    """As prime-rl's compute_loss has it."""
+    samples = [make_inputs(seed) for seed in (0, 10, 20)]
+    scale = sum(each.loss_mask.sum() for each in samples)
+    found = sum(prime_rl.loss(each, objective="dapo").loss for each in samples) / scale
+    terms = torch.cat([clipped(each, high=0.28)[each.loss_mask] for each in samples])
+    torch.testing.assert_close(found, terms.mean())
+
+
+def test_a_kl_to_the_reference():
+    ref = -normal(5, N, dtype=torch.float64).abs()
+    inputs = make_inputs(ref_logprobs=ref)
+    d = inputs.trainer_logprobs - ref
+    terms = clipped(inputs) + 0.1 * (torch.exp(-d) - 1 + d)
+    check(inputs, terms[inputs.loss_mask].sum(), "grpo", beta=0.1)
+    check(inputs, clipped(inputs)[inputs.loss_mask].sum(), "grpo")  # there, and not read
+
+
+def test_a_weight_of_0_leaves_the_clip_of_its_token_to_the_others():
+    """In GMPO a sequence's ratio is a mean over its tokens, each clipped on one side."""
+    gradients = []
+    for weight in (0.0, 1e-20):
+        inputs = make_inputs(
+            advantages=torch.ones(N, dtype=torch.float64),
+            loss_mask=torch.ones(N, dtype=torch.bool),
+            loss_weights=torch.ones(N, dtype=torch.float64).index_fill(
+                0, torch.tensor([2]), weight
+            ),
+        )
+        inputs.trainer_logprobs.data[2] = inputs.inference_logprobs[2] + 3  # far beyond the bound
+        prime_rl.loss(inputs, objective="gmpo").loss.backward()
+        gradients.append(inputs.trainer_logprobs.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_metrics_have_no_dimension_and_prime_rl_s_names():
+    inputs = make_inputs()
+    metrics = prime_rl.loss(inputs, objective="dppo").metrics
+    gap = (inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()).detach()
+    high = (inputs.advantages > 0) & (gap > 0.15)
+    low = (inputs.advantages < 0) & (gap < -0.15)
+    expected = {"is_masked_high": high, "is_masked_low": low, "is_masked": high | low}
+    for name, flags in expected.items():
+        torch.testing.assert_close(metrics[name], flags[inputs.loss_mask].double().mean())
+    assert metrics["is_masked"] > 0
+    assert all(each.dim() == 0 and not each.requires_grad for each in metrics.values())
+
+
+def test_a_sample_without_a_token_is_no_loss():
+    inputs = make_inputs(loss_mask=torch.zeros(N, dtype=torch.bool))
+    found = prime_rl.loss(inputs)
+    found.loss.backward()
+    assert found.loss == 0 and not inputs.trainer_logprobs.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "ppo"}, "objective must be a named constructor of LossConfig, got 'ppo'"),
+        ({"objective": "reads_sequences"}, "objective must be a named constructor"),
+        ({"objective": "__init__"}, "objective must be a named constructor"),
+        ({"aggregation": "sequence_mean"}, "aggregation must be 'token_mean', got 'sequence_mean'"),
+        ({"beta": 0.1}, "ref_logprob"),
+        ({"entropy_coef": 0.1}, "entropy"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        prime_rl.loss(make_inputs(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"kl_cov": 0.1}, {"clip_cov": 0.1}])
+def test_weights_scale_the_policy_term_only(settings):
+    inputs = make_inputs(loss_weights=torch.ones(N), ref_logprobs=torch.zeros(N))
+    with pytest.raises(ValueError, match="must be off with loss_weights"):
+        prime_rl.loss(inputs, **settings)
+
+
+def test_the_head_returns_log_probs_and_entropies_with_gradients():
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3).double()
+    hidden = normal(0, 2, 5, 4, dtype=torch.float64).requires_grad_()
+    labels = token_ids(1, 2, 5, V=7)
+    temperature = torch.linspace(0.5, 2, 10, dtype=torch.float64).view(2, 5)
+    found = head(hidden, labels, temperature=temperature)
+    logits = hidden @ head.weight.T / temperature[..., None]
+    policy = torch.distributions.Categorical(logits=logits)
+    expected = {"logprobs": policy.log_prob(labels), "entropy": policy.entropy()}
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad((each["logprobs"] + each["entropy"].square()).sum(),
+                            (hidden, head.weight))
+        for each in (found, expected)
+    ]  # fmt: skip
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("missing", ["labels", "temperature"])
+def test_the_head_makes_no_logits(missing):
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=None)
+    given = {"labels": torch.zeros(1, 2, dtype=torch.int64), "temperature": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match=f"{missing} must be a tensor, got None"):
+        head(torch.zeros(1, 2, 4), **given | {missing: None})

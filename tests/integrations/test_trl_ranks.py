@@ -1,0 +1,67 @@
+"""On two ranks, too, ours logs what TRL's trainer logs and ends with its weights."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from tests.helpers.trl import check_same
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(directory, kind):
+    """What each rank saved, by trainer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.trl_worker", str(directory), kind],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:  # one that fails leaves the other waiting
+            process.kill()
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_log_and_learn_what_those_of_trl_do(tmp_path, kind):
+    for found in run_ranks(tmp_path, kind):
+        logged, far = expected = found["TRL"]
+        assert max(each.abs().max() for each in far.values()) > 1e-3, "something is learned"
+        assert any(each.get("clip_ratio/region_mean") for each in logged)
+        for name in ("plain", "fuse_loss"):
+            check_same(found[name], expected)
+
+
+def test_a_quantile_over_all_ranks_is_refused_where_there_are_several(monkeypatch):
+    from trl import GRPOTrainer
+
+    from grpo_kernels.integrations.trl import fuse_trainer
+    from tests.helpers.trl import make_trainer
+
+    trainer = make_trainer(GRPOTrainer, top_entropy_quantile=0.4)
+    fuse_trainer(trainer, fuse_loss=True)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(ValueError, match=r"over all 2 processes in TRL.*leave fuse_loss out"):
+        fuse_trainer(trainer, fuse_loss=True)

@@ -1,0 +1,345 @@
+"""The adapters for verl, against its formulas written out by hand."""
+
+import math
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_kernels import LossConfig
+from grpo_kernels import backends as rows
+from grpo_kernels.integrations import verl
+from tests.helpers.tensors import coin, normal, token_ids
+
+B, T = 4, 5
+MODES = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum",
+         "seq-mean-token-sum-norm"]  # fmt: skip
+WHOLE = {"dp_size": 2, "batch_num_tokens": 23, "global_batch_size": 7, "loss_scale_factor": 11}
+
+
+@pytest.fixture(autouse=True)
+def eager_rooms(monkeypatch):
+    monkeypatch.setattr(rows, "HAS_TRITON", False)
+
+
+def make_actor(info=None, **changes):
+    """What the losses read of verl's ActorConfig, whose defaults these are but for the bounds."""
+    own = {"clip_cov_ratio": 0.5, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0, "kl_cov_ratio": 0.3}
+    settings = {
+        "clip_ratio": 0.15,
+        "clip_ratio_low": 0.1,
+        "clip_ratio_high": 0.3,
+        "clip_ratio_c": 1.5,
+        "tau_pos": 1.0,
+        "tau_neg": 1.05,
+        "policy_loss": SimpleNamespace(**own, ppo_kl_coef=0.7),
+        "global_batch_info": info or {},
+    }
+    return SimpleNamespace(**settings | changes)
+
+
+def make_inputs(seed=0):
+    """old and new log-probs far enough apart that every bound acts, advantages, the mask."""
+    old = -normal(seed, B, T, dtype=torch.float64).abs()
+    new = old + normal(seed + 1, B, T, dtype=torch.float64, std=0.5)
+    mask = coin(seed + 2, B, T, p=0.7).long()
+    mask[1] = 0  # a sequence that does not count
+    return {
+        "old_log_prob": old,
+        "log_prob": new.requires_grad_(),
+        "advantages": normal(seed + 3, B, T, dtype=torch.float64),
+        "response_mask": mask,
+    }
+
+
+def ratio_of(old, new):
+    return (new - old).exp()
+
+
+def sequence_mean(x, mask):
+    return ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1))[:, None]
+
+
+def clipped(r, A, low=0.1, high=0.3):
+    return torch.maximum(-A * r, -A * r.clamp(1 - low, 1 + high))
+
+
+def grpo(old, new, A, mask):
+    term = clipped(ratio_of(old, new), A)
+    return torch.where(A < 0, torch.minimum(term, -1.5 * A), term)
+
+
+def gspo(old, new, A, mask):
+    return clipped(sequence_mean(new - old, mask).exp(), A)
+
+
+def gspo_token(old, new, A, mask):
+    return clipped((sequence_mean(new - old, mask).detach() + new - new.detach()).exp(), A)
+
+
+def gmpo(old, new, A, mask):
+    d = new - old
+    bounded = torch.where(A > 0, d.clamp(max=0.3), d.clamp(min=-0.1))
+    return -A * sequence_mean(bounded, mask).exp()
+
+
+def cispo(old, new, A, mask):
+    return -ratio_of(old, new).clamp(max=5.0).detach() * A * new
+
+
+def sapo(old, new, A, mask):
+    tau = torch.where(A > 0, 1.0, 1.05)
+    return -A * 4 / tau * torch.sigmoid(tau * (ratio_of(old, new) - 1))
+
+
+def dppo(old, new, A, mask):
+    gap = new.exp() - old.exp()
+    trusted = torch.where(A > 0, gap <= 0.3, gap >= -0.1)
+    return -ratio_of(old, new).clamp(max=1.5).detach() * A * new * trusted
+
+
+def reinforce(old, new, A, mask):
+    return -A * new
+
+
+def kl_covariance(old, new, A, mask):
+    on = mask.bool()
+    covariance = ((A - A[on].mean()) * (new - new[on].mean())).masked_fill(~on, -torch.inf)
+    chosen = covariance.flatten().topk(int(0.3 * on.sum())).indices
+    picked = torch.zeros(B * T, dtype=torch.bool).index_fill(0, chosen, True).view(B, T)
+    return -A * ratio_of(old, new) + torch.where(picked, 0.7 * (new - old).abs(), 0.0)
+
+
+TERMS = {each.__name__: each for each in (
+    grpo, gspo, gspo_token, gmpo, cispo, sapo, dppo, reinforce, kl_covariance,
+)}  # fmt: skip
+
+
+def aggregated(term, mask, mode, info):
+    """verl's number from terms: what a rank hands to backward, gradients being averaged."""
+    rank, counts = info.get("dp_size", 1), mask.sum(-1)
+    of_sequences = (term * mask).sum(-1)
+    tokens = info.get("batch_num_tokens", counts.sum())
+    sequences = info.get("global_batch_size", (counts > 0).sum())
+    return (
+        rank
+        * {
+            "token-mean": lambda: of_sequences.sum() / tokens,
+            "token-sum": lambda: of_sequences.sum(),
+            "seq-mean-token-mean": lambda: (of_sequences / counts.clamp(min=1)).sum() / sequences,
+            "seq-mean-token-sum": lambda: of_sequences.sum() / sequences,
+            "seq-mean-token-sum-norm": lambda: (
+                of_sequences.sum() / sequences / info.get("loss_scale_factor", T)
+            ),
+        }[mode]()
+    )
+
+
+def check(name, mode, info, **weights):
+    inputs = make_inputs()
+    tensors = list(inputs.values())
+    term = TERMS[name](*tensors) * weights.get("rollout_is_weights", 1.0)
+    expected = aggregated(term, tensors[3], mode, info)
+    loss, _ = verl.policy_loss(name)(
+        **inputs, loss_agg_mode=mode, config=make_actor(info), **weights
+    )
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each, inputs["log_prob"]) for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("info", [{}, WHOLE])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TERMS)
+def test_each_objective_in_each_mode_is_its_formula(name, mode, info):
+    check(name, mode, info)
+
+
+@pytest.mark.parametrize("name", sorted(TERMS.keys() - {"kl_covariance"}))
+def test_rollout_weights_scale_each_token(name):
+    weights = normal(9, B, T, dtype=torch.float64).abs()
+    weights[0, :2] = 0
+    check(name, "token-mean", WHOLE, rollout_is_weights=weights)
+
+
+@pytest.mark.parametrize("name", ["clip_covariance", "kl_covariance"])
+def test_rollout_weights_would_change_what_covariances_choose(name):
+    with pytest.raises(ValueError, match="rollout_is_weights must be None with clip_cov"):
+        verl.policy_loss(name)(
+            **make_inputs(), config=make_actor(), rollout_is_weights=torch.ones(B, T)
+        )
+
+
+def test_settings_of_verl_reach_the_objective():
+    actor = make_actor(clip_ratio_low=None)
+    assert verl.OBJECTIVES["grpo"](actor) == LossConfig.grpo(
+        epsilon_low=0.15, epsilon_high=0.3, dual_clip=1.5
+    )
+    assert verl.OBJECTIVES["clip_covariance"](actor) == LossConfig.clip_covariance(
+        epsilon_low=0.15, epsilon_high=0.3, clip_cov=0.5, clip_cov_low=-9.0, clip_cov_high=9.0
+    )
+    assert verl.OBJECTIVES["vespo"](actor) == LossConfig.vespo()
+
+
+def test_a_config_s_own_length_goes_with_its_own_aggregation():
+    of_length, plain = (
+        verl.policy_loss(config)(**make_inputs(), loss_agg_mode="token-mean", config=make_actor())
+        for config in (LossConfig.dr_grpo(1024), LossConfig.grpo())
+    )
+    torch.testing.assert_close(of_length, plain)
+
+
+def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
+    inputs = make_inputs()
+    own = verl.policy_loss(LossConfig.two_sided(epsilon_low=0.05, delta=2.0))
+    loss, _ = own(**inputs, loss_agg_mode="token-sum", config=make_actor())
+    old, new, A, mask = inputs.values()
+    r = ratio_of(old, new)
+    term = torch.maximum(-A * r.clamp(max=2.0), -A * r.clamp(0.95, 1.2))
+    torch.testing.assert_close(loss, (term * mask).sum())
+
+
+def test_metrics_are_floats_under_the_names_of_verl():
+    inputs = make_inputs()
+    _, metrics = verl.policy_loss("grpo")(**inputs, config=make_actor())
+    old, new, A, mask = (each.detach() for each in inputs.values())
+    on, r = mask.bool(), ratio_of(old, new)
+    outside = torch.where(A < 0, r < 0.9, r > 1.3)
+    expected = {
+        "actor/pg_clipfrac": outside[on].double().mean(),
+        "actor/pg_clipfrac_lower": ((A < 0) & (r > 1.5))[on].double().mean(),
+        "actor/ppo_kl": (old - new)[on].mean(),
+        "actor/ratio_max": r[on].max(),
+    }
+    assert all(type(each) is float for each in metrics.values())
+    assert all(each != 0 for each in expected.values())
+    assert {name: metrics[name] for name in expected} == {
+        name: pytest.approx(each.item()) for name, each in expected.items()
+    }
+
+
+def test_nothing_to_train_on_is_no_loss():
+    inputs = make_inputs()
+    inputs["response_mask"] = torch.zeros(B, T)
+    for mode in MODES:
+        loss, metrics = verl.policy_loss("grpo")(**inputs, loss_agg_mode=mode, config=make_actor())
+        assert loss == 0 and all(math.isfinite(each) for each in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: verl.policy_loss("ppo"), "config must be one of .*'cispo'.*got 'ppo'"),
+        (lambda: verl.policy_loss(LossConfig(beta=0.1)), "beta must be 0, got 0.1: verl pass"),
+        (
+            lambda: verl.policy_loss(LossConfig.icepop()),
+            "importance_mode must be truncate",
+        ),
+        (
+            lambda: verl.policy_loss(LossConfig(importance_cap=9.0)),
+            "got 9.0: verl weighs",
+        ),
+        (
+            lambda: verl.policy_loss("grpo")(
+                **make_inputs(), loss_agg_mode="mean", config=make_actor()
+            ),
+            "loss_agg_mode must be one of .*got 'mean'",
+        ),
+        (
+            lambda: verl.policy_loss("grpo")(**make_inputs(), config=make_actor({"dp_size": 2})),
+            "global_batch_info must have the counts of the whole batch with dp_size=2",
+        ),
+        (
+            lambda: verl.linear_cross_entropy(*make_head(), reduction="max"),
+            "reduction must be one of .*got 'max'",
+        ),
+    ],
+)
+def test_what_verl_would_get_wrong_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.fixture
+def fake_verl(monkeypatch):
+    """verl's modules as far as the adapters touch them."""
+    found = {}
+
+    def register_policy_loss(name):
+        return lambda function: found.setdefault(name, function)
+
+    def linear_cross_entropy():
+        """verl's own."""
+
+    contents = {
+        "verl": {},
+        "verl.trainer": {},
+        "verl.trainer.ppo": {},
+        "verl.trainer.ppo.core_algos": {"register_policy_loss": register_policy_loss},
+        "verl.utils": {},
+        "verl.utils.kernel": {},
+        "verl.utils.kernel.linear_cross_entropy": {"linear_cross_entropy": linear_cross_entropy},
+    }
+    for name, each in contents.items():
+        module = types.ModuleType(name)
+        vars(module).update(each)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+    return found
+
+
+def test_registered_losses_are_found_by_name(fake_verl):
+    names = verl.register(mine=LossConfig.two_sided(epsilon_low=0.05))
+    assert (
+        set(names)
+        == set(fake_verl)
+        == {f"grpo_kernels/{name}" for name in (*verl.OBJECTIVES, "mine")}
+    )
+    inputs = make_inputs()
+    for name, config in {"gspo": "gspo", "mine": LossConfig.two_sided(epsilon_low=0.05)}.items():
+        found, _ = fake_verl[f"grpo_kernels/{name}"](**inputs, config=make_actor())
+        expected, _ = verl.policy_loss(config)(**inputs, config=make_actor())
+        assert found == expected
+
+
+def test_to_import_the_plugin_is_to_register(fake_verl, monkeypatch):
+    monkeypatch.delitem(sys.modules, "grpo_kernels.integrations.verl_plugin", raising=False)
+    import grpo_kernels.integrations.verl_plugin  # noqa: F401
+
+    assert "grpo_kernels/cispo" in fake_verl
+
+
+def test_the_kernel_takes_the_place_of_verl_s(fake_verl):
+    verl.install_kernel()
+    module = sys.modules["verl.utils.kernel.linear_cross_entropy"]
+    assert module.linear_cross_entropy is verl.linear_cross_entropy
+
+
+def make_head(V=7, H=3):
+    hidden = normal(0, 2, T, H, dtype=torch.float64).requires_grad_()
+    weight = normal(1, V, H, dtype=torch.float64).requires_grad_()
+    return hidden, weight, token_ids(2, 2, T, V=V)
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.linspace(0.5, 2, 2 * T).double().view(2, T)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_linear_cross_entropy_is_log_probs_reduced_and_entropies(reduction, temperature):
+    hidden, weight, labels = make_head()
+    found = verl.linear_cross_entropy(
+        hidden, weight, labels, temperature, reduction, impl_backend="triton"
+    )
+    divisor = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
+    policy = torch.distributions.Categorical(logits=hidden @ weight.T / divisor)
+    logprob = policy.log_prob(labels).flatten()
+    logprob = {"none": logprob, "sum": logprob.sum(), "mean": logprob.sum() / 10}[reduction]
+    expected = (logprob, policy.entropy().flatten())
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad(each[0].sum() + each[1].square().sum(), (hidden, weight))
+        for each in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,119 @@
+"""The chunk planner, and which tokens the chunks are made of."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_kernels import pack_tokens
+from grpo_kernels.lm_head.chunk_size import (
+    MEMORY_SHARE,
+    TILE,
+    WORKSPACE,
+    bytes_per_token,
+    plan_chunk,
+)
+from reference import losses as reference
+from tests.helpers.tensors import coin, normal
+
+LLAMA = {"V": 128_256, "H": 2048}
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("N", [1, 500, 8192, 16_384, 65_536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kl", [False, True])
+def test_the_workspace_of_a_llama_chunk_is_about_a_gibibyte(N, dtype, kl):
+    size = plan_chunk(N, **LLAMA, dtype=dtype, memory=80 * GIB, kl=kl)
+    used = size * bytes_per_token(**LLAMA, dtype=dtype, kl=kl, gradient=True)
+    assert used <= WORKSPACE
+    if N >= 8192:
+        assert used >= 0.75 * WORKSPACE
+    else:
+        assert size == min(N, size)
+
+
+def test_the_chunks_of_llama_on_a_large_device():
+    """bf16: 6 bytes per logit with the gradient's, 4 without; fp32: 4."""
+    sizes = [
+        plan_chunk(8192, **LLAMA, dtype=dtype, memory=80 * GIB, gradient=gradient)
+        for dtype, gradient in [
+            (torch.bfloat16, True),
+            (torch.bfloat16, False),
+            (torch.float32, True),
+        ]
+    ]
+    assert sizes == [1280, 2048, 1664]
+
+
+def test_a_small_device_gets_a_small_workspace():
+    size = plan_chunk(8192, **LLAMA, dtype=torch.bfloat16, memory=4 * GIB)
+    used = size * bytes_per_token(**LLAMA, dtype=torch.bfloat16, kl=False, gradient=True)
+    assert size == 256 and used <= 4 * GIB // MEMORY_SHARE
+    assert plan_chunk(8192, **LLAMA, dtype=torch.float32, memory=1 << 20) == 1
+
+
+@given(
+    N=st.integers(0, 100_000),
+    V=st.integers(1, 300_000),
+    H=st.integers(1, 8192),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    memory=st.integers(1 << 28, 1 << 38),
+    kl=st.booleans(),
+    gradient=st.booleans(),
+)
+def test_chunks_are_few_large_and_equal(N, V, H, dtype, memory, kl, gradient):
+    size = plan_chunk(N, V, H, dtype, memory, kl=kl, gradient=gradient)
+    assert 1 <= size <= max(1, N)
+    each = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient)
+    budget = min(WORKSPACE, memory // MEMORY_SHARE)
+    assert size * each <= budget or size == 1
+    count = -(-N // size)
+    whole_tiles = budget // each // TILE * TILE
+    largest = whole_tiles or max(1, budget // each)
+    assert count <= -(-N // largest), "more chunks than fit"
+    if count > 1:
+        last = N - (count - 1) * size
+        assert size - last < count * TILE, "the last chunk is a small one"
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (15,)])
+@pytest.mark.parametrize("kind", ["none", "per sequence", "per token"])
+def test_pack_tokens_orders_by_signal_then_mask(shape, kind):
+    mask = coin(1, *shape)
+    cu_seqlens = torch.tensor([0, 4, 4, 15]) if len(shape) == 1 else None
+    advantages = {
+        "none": None,
+        "per sequence": torch.tensor([1.0, 2.0, 0.0]),
+        "per token": normal(2, *shape) * coin(3, *shape),
+    }[kind]
+    keywords = {"cu_seqlens": cu_seqlens} if kind == "per sequence" else {}
+    ours = pack_tokens(mask, advantages, **keywords)
+    expected = reference.pack_tokens(mask, advantages, **keywords)
+    assert torch.equal(ours.order, expected.order)
+    assert torch.equal(ours.counts, expected.counts)
+    assert ours.counts.sum() == mask.sum()
+    live, inert = ours.counts.tolist()
+    if kind == "per token":
+        assert (advantages.flatten()[ours.order[:live]] != 0).all()
+        assert (advantages.flatten()[ours.order[live : live + inert]] == 0).all()
+    assert not mask.flatten()[ours.order[live + inert :]].any()
+
+
+def test_pack_tokens_takes_masks_of_numbers_and_of_nothing():
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    packing = pack_tokens(mask)
+    assert packing.order.tolist() == [1, 2, 3, 0, 4, 5] and packing.counts.tolist() == [3, 0]
+    assert pack_tokens(torch.ones(0, 4)).counts.tolist() == [0, 0]
+    # A NaN advantage is a signal: it has to show.
+    packing = pack_tokens(mask, torch.tensor([torch.nan, 0.0]))
+    assert packing.order.tolist()[:3] == [1, 2, 3] and packing.counts.tolist() == [2, 1]
+
+
+def test_pack_tokens_compiles_whole_and_passes_opcheck():
+    mask, advantages = coin(1, 3, 5), torch.tensor([1.0, 0.0, 2.0])
+    expected = pack_tokens(mask, advantages)
+    compiled = torch.compile(pack_tokens, fullgraph=True, backend="aot_eager")(mask, advantages)
+    assert all(map(torch.equal, compiled, expected))
+    live = (advantages != 0)[:, None].expand(3, 5).flatten()
+    torch.library.opcheck(torch.ops.grpo_kernels.pack_tokens, (mask.flatten(), live))

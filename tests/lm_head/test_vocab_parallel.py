@@ -1,0 +1,175 @@
+"""A vocabulary in shards: the merge of their partials in one process, and ranks that do it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from grpo_kernels.backends import room as room_of
+from grpo_kernels.lm_head.vocab_parallel import (
+    ELSEWHERE,
+    NOWHERE,
+    as_shard,
+    local_ids,
+    merge_shards,
+)
+from reference import losses as reference
+from tests.helpers.tensors import exact_results, make_case, normal, results, upstream_like
+from tests.helpers.tolerance import assert_as_accurate
+
+SHARDS = st.lists(st.integers(1, 12), min_size=1, max_size=4)
+
+
+def parts(x, sizes):
+    return [None] * len(sizes) if x is None else x.split(sizes, dim=-1)
+
+
+def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None, kl=None, **cap):
+    """What `results` of token_stats returns, from shards that know only their own logits.
+
+    logits: [1, T, V]; the gradient is that of `given`, by name of output.
+    """
+    functions, softcap = room_of(logits), cap.get("softcap")
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    temperature = torch.full(tokens.shape, temperature, dtype=acc)
+    ids = [local_ids(tokens, torch.tensor(sizes), rank) for rank in range(len(sizes))]
+    shards = list(zip(parts(logits, sizes), ids, parts(ref_logits, sizes), strict=True))
+    found = [
+        as_shard(
+            functions.token_stats_forward(x, own, temperature, None, y, softcap, True, kl), own
+        )
+        for x, own, y in shards
+    ]
+    stacked = (None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True))
+    merged = merge_shards(tuple(stacked), temperature, kl)
+    logprob, entropy, kl_value, normaliser, ref_normaliser = merged
+    d_logits = torch.full_like(logits, torch.nan)
+    upstream = [given.get(name) for name in ("logprob", "entropy", "kl")]
+    d_kl = upstream[-1]
+    for (x, own, y), out in zip(shards, parts(d_logits, sizes), strict=True):
+        functions.token_stats_backward(
+            x, own, temperature, None, y, normaliser, ref_normaliser, entropy, kl_value,
+            *upstream, softcap, None if d_kl is None else kl, out,
+        )  # fmt: skip
+    stats = {"logprob": logprob, "entropy": entropy, "kl": kl_value, "d_logits": d_logits}
+    return {name: each for name, each in stats.items() if each is not None}
+
+
+@settings(max_examples=5)
+@given(
+    seed=st.integers(0, 2**16),
+    sizes=SHARDS,
+    excluded=st.sets(st.integers(0, 4)),
+    offset=st.sampled_from([0.0, 1e4, -1e4]),
+    std=st.sampled_from([0.1, 3.0, 40.0]),
+    kl=st.sampled_from([None, "forward", "reverse"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    softcap=st.sampled_from([None, 20.0]),
+)
+@example(0, [3, 1, 9], {0}, 1e4, 40.0, "reverse", torch.float32, None)
+@example(1, [12, 12, 12, 12, 12], {1, 4}, -1e4, 3.0, "forward", torch.float32, None)
+@example(2, [1, 1], {1}, 0.0, 3.0, "forward", torch.float64, 20.0)
+def test_merged_shards_are_the_whole_row(
+    room, seed, sizes, excluded, offset, std, kl, dtype, softcap
+):
+    V, kept = sum(sizes), [i for i in range(len(sizes)) if i not in excluded] or [0]
+    offset = offset if dtype == torch.float32 else 0.0  # what is called exact is fp64 as well
+    std = min(std, 3.0) if kl else std  # p (ln p - ln q - KL) cancels in a whole row as well
+    logits, _ = make_case(seed, 1, 3, V, dtype=dtype, std=std)
+    ref_logits = normal(seed + 7, 1, 3, V, dtype=dtype, std=std)
+    for i, (x, y) in enumerate(zip(parts(logits, sizes), parts(ref_logits, sizes), strict=True)):
+        x.add_(offset), y.sub_(offset)
+        if i not in kept:
+            x.fill_(-torch.inf), y.fill_(-torch.inf)
+    starts = [sum(sizes[:i]) for i in kept]
+    tokens = torch.tensor([[starts[(seed + t) % len(kept)] for t in range(3)]])
+    names = ("logprob", "entropy", "kl") if kl else ("logprob", "entropy")
+    given = upstream_like(seed + 9, tokens, names, dtype=dtype)
+    keywords = {"softcap": softcap, **({"ref_logits": ref_logits, "kl": kl} if kl else {})}
+    ours = shard_results(logits, tokens, sizes, 0.7, given, **keywords)
+    keywords["temperature"] = 0.7
+    exact = exact_results(logits, tokens, given, **keywords)
+    same_dtype = results(reference.token_stats, logits, tokens, given, **keywords)
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        assert_as_accurate(name, value, same_dtype[name], exact[name])
+
+
+def test_a_nan_in_one_shard_spoils_its_own_row_only(room):
+    logits, tokens = make_case(3, 1, 2, 9)
+    logits[0, 0, 5] = torch.nan
+    logits[0, :, :3] = -torch.inf
+    tokens = torch.tensor([[7, 8]])
+    given = upstream_like(4, tokens)
+    ours = shard_results(logits, tokens, [3, 2, 4], 1.0, given)
+    for value in ours.values():
+        assert value[0, 0].isnan().any() and not value[0, 1].isnan().any()
+
+
+def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_is_nan(room):
+    logits, _ = make_case(5, 1, 3, 9)
+    logits[..., :3] = -torch.inf
+    tokens = torch.tensor([[1, 9, -1]])
+    ours = shard_results(logits, tokens, [3, 6], 1.0, {"entropy": torch.ones(1, 3)})
+    assert ours["logprob"][0, 0] == -torch.inf and ours["logprob"][0, 1:].isnan().all()
+    assert ours["entropy"].isfinite().all()
+
+
+def test_a_row_of_excluded_shards_is_nan(room):
+    logits = torch.full((1, 1, 4), -torch.inf)
+    given = {"logprob": torch.ones(1, 1)}
+    ours = shard_results(logits, torch.tensor([[1]]), [2, 2], 1.0, given)
+    assert ours["logprob"].isnan() and ours["entropy"].isnan()
+
+
+@pytest.mark.parametrize(("kl", "infinite"), [("reverse", True), ("forward", False)])
+def test_a_kl_is_infinite_where_the_other_excludes_a_shard_that_this_one_reaches(
+    room, kl, infinite
+):
+    """The reference has no probability in the first shard, where the policy has some."""
+    logits, tokens = make_case(6, 1, 2, 8)
+    ref_logits = normal(7, 1, 2, 8)
+    ref_logits[..., :4] = -torch.inf
+    given = {"logprob": torch.ones(1, 2)}
+    ours = shard_results(logits, tokens, [4, 4], 1.0, given, ref_logits=ref_logits, kl=kl)
+    exact = exact_results(logits, tokens, given, ref_logits=ref_logits, kl=kl)["kl"]
+    assert exact.isinf().all() == infinite
+    torch.testing.assert_close(ours["kl"].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_ids_of_a_shard():
+    tokens, sizes = torch.tensor([-1, 0, 2, 3, 5, 6]), torch.tensor([3, 1, 2])
+    assert local_ids(tokens, sizes, 1).tolist() == [
+        NOWHERE, ELSEWHERE, ELSEWHERE, 0, ELSEWHERE, NOWHERE,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one_process(tmp_path, ranks):
+    """Vocabulary-parallel heads, DTensors and FSDP2: the cases of ranks.py."""
+    here = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parents[1]), *sys.path])
+    command = [sys.executable, str(here.parent / "helpers" / "torchrun_worker.py")]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0, error

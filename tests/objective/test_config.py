@@ -1,0 +1,174 @@
+"""LossConfig and the arguments of policy_loss: defaults, named constructors, error messages."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
+from reference import losses as reference
+
+
+def test_named_constructors_are_points_of_the_table_and_keywords_override():
+    def point(**fields):
+        return LossConfig(**fields)
+
+    assert LossConfig.grpo() == point()
+    assert LossConfig.grpo(beta=0.04) == point(beta=0.04)
+    assert LossConfig.bnpo() == point(aggregation="token_mean")
+    assert LossConfig.dr_grpo(256) == point(aggregation="fixed_length", max_completion_length=256)
+    assert LossConfig.dapo() == point(epsilon_high=0.28, aggregation="token_mean")
+    assert LossConfig.dapo(epsilon_high=0.3).epsilon_high == 0.3
+    assert LossConfig.gspo() == point(ratio_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
+    assert LossConfig.gspo(aggregation="token_mean").aggregation == "token_mean"
+    tight = {"ratio_level": "sequence", "epsilon_low": 2e-3, "epsilon_high": 2.5e-3}
+    assert LossConfig.luspo() == point(aggregation="sequence_sum_mean", **tight)
+    assert LossConfig.gspo_token() == LossConfig.gspo(ratio_level="sequence_token")
+    of_tokens = {"aggregation": "token_mean"}
+    assert LossConfig.cispo() == point(surrogate="cispo", ratio_cap=5.0, **of_tokens)
+    assert LossConfig.gpg() == point(surrogate="reinforce", **of_tokens)
+    assert LossConfig.vespo() == point(surrogate="vespo", **of_tokens)
+
+
+def test_config_is_frozen_hashable_and_has_the_reference_defaults():
+    config = LossConfig()
+    assert asdict(config) == asdict(reference.LossConfig())
+    assert hash(config) == hash(LossConfig())
+    with pytest.raises(AttributeError):
+        config.beta = 0.1
+    with pytest.raises(TypeError):
+        LossConfig("clip")
+
+
+@pytest.mark.parametrize(
+    ("error", "fields", "message"),
+    [
+        (ValueError, {"surrogate": "ppo"}, "surrogate must be one of 'clip', .*, got 'ppo'"),
+        (ValueError, {"ratio_level": "word"}, "ratio_level must be one of 'token', 'sequence'"),
+        (ValueError, {"kl_estimator": "k4"}, "kl_estimator must be one of 'k1', .*, got 'k4'"),
+        (ValueError, {"aggregation": "mean"}, "aggregation must be one of .*, got 'mean'"),
+        (ValueError, {"epsilon_low": -0.1}, "epsilon_low must be at least 0, got -0.1"),
+        (TypeError, {"epsilon_high": "0.2"}, "epsilon_high must be a number, got str"),
+        (TypeError, {"beta": True}, "beta must be a number, got bool"),
+        (ValueError, {"beta": float("nan")}, "beta must be finite, got nan"),
+        (ValueError, {"beta": -1}, "beta must be at least 0, got -1"),
+        (ValueError, {"entropy_coef": math.inf}, "entropy_coef must be finite, got inf"),
+        (ValueError, {"delta": 1.2}, "delta must be greater than 1.2, got 1.2"),
+        (ValueError, {"dual_clip": 1}, "dual_clip must be greater than 1, got 1"),
+        (ValueError, {"importance_cap": 0}, "importance_cap must be greater than 0, got 0"),
+        (ValueError, {"aggregation": "fixed_length"}, "needs max_completion_length, got None"),
+        (ValueError, {"top_entropy": 1.5}, "top_entropy must be at most 1, got 1.5"),
+        (ValueError, {"tau_positive": 0}, "tau_positive must be greater than 0, got 0"),
+        (ValueError, {"tau_positive": 3}, "tau_positive is read by surrogate='sapo' only, got 3"),
+        (ValueError, {"kl_cov_coef": 3}, "kl_cov_coef is read with kl_cov only, got 3 without"),
+        (
+            ValueError,
+            {"surrogate": "cispo", "ratio_cap": 5.0, "epsilon_high": 3.0},  # TRL's name of the cap
+            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' only, got 3.0",
+        ),
+        (TypeError, {"epsilon_low": None}, "epsilon_low must be a number, got NoneType"),
+        (
+            ValueError,
+            {"surrogate": "sapo", "delta": 4.0},
+            "delta is read by surrogate='clip' only, got 4.0 with surrogate='sapo'",
+        ),
+        (ValueError, {"surrogate": "cispo"}, "surrogate='cispo' needs ratio_cap, got None"),
+        (ValueError, {"ratio_cap": 5.0}, "ratio_cap is read by surrogate='cispo' or 'dppo' only"),
+        (
+            ValueError,
+            {"surrogate": "gmpo", "ratio_level": "sequence"},
+            "'gmpo' averages over the sequence itself: ratio_level must be 'token', got 'sequence'",
+        ),
+        (
+            ValueError,
+            {"surrogate": "vespo", "importance_level": "sequence"},
+            "importance_level must be 'token', got 'sequence'",
+        ),
+        (ValueError, {"importance_floor": 2}, "importance_floor must be less than .*=2.0, got 2"),
+        (
+            ValueError,
+            {"importance_mode": "mask", "importance_cap": None},
+            "importance_mode='mask' needs importance_floor or importance_cap",
+        ),
+        (ValueError, {"clip_cov": 0.1, "kl_cov": 0.1}, "clip_cov and kl_cov .*: set only one"),
+        (
+            ValueError,
+            {"clip_cov": 0.1, "clip_cov_low": 5},
+            "must be less than clip_cov_high=5.0, got 5",
+        ),
+        (ValueError, {"max_completion_length": 9}, "is read by aggregation='fixed_length' only"),
+        (TypeError, {"max_completion_length": 9.5}, "must be an integer, got float"),
+        (ValueError, {"max_completion_length": 0}, "must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_at_construction(error, fields, message):
+    if fields.get("max_completion_length") in (9.5, 0):
+        fields = {"aggregation": "fixed_length", **fields}
+    with pytest.raises(error, match=message):
+        LossConfig(**fields)
+
+
+PACKED = {"logprob": torch.zeros(4), "advantages": torch.zeros(4)}
+TOKEN_MEAN = LossConfig(aggregation="token_mean")
+
+
+@pytest.mark.parametrize(
+    ("error", "keywords", "message"),
+    [
+        (TypeError, {"logprob": [0.0]}, "logprob must be a tensor, got list"),
+        (TypeError, {"logprob": torch.zeros(2, 3).long()}, "logprob must be floating point"),
+        (ValueError, {"logprob": torch.zeros(1, 2, 3)}, r"logprob must be \[B, T\] or packed"),
+        (ValueError, {"advantages": torch.zeros(3)}, r"shape \(2, 3\) or \(2,\), got shape \(3,\)"),
+        (ValueError, {"mask": torch.ones(2)}, r"mask must have shape \(2, 3\), got shape \(2,\)"),
+        (ValueError, {"mask": torch.full((2, 3), 0.5)}, "mask must be bool or hold only 0 and 1"),
+        (ValueError, {"old_logprob": torch.zeros(3)}, r"old_logprob must have shape \(2, 3\)"),
+        (ValueError, {"entropy": torch.zeros(2)}, r"entropy must have shape \(2, 3\)"),
+        (ValueError, {"kl": torch.zeros(2, 3)}, "kl_estimator='k3' reads ref_logprob, got kl"),
+        (
+            ValueError,
+            {"ref_logprob": torch.zeros(2, 3), "config": LossConfig(kl_estimator="reverse")},
+            "kl_estimator='reverse' reads kl, got ref_logprob",
+        ),
+        (ValueError, {"config": LossConfig(beta=0.1)}, "beta=0.1 .* needs ref_logprob, got None"),
+        (
+            ValueError,
+            {"config": LossConfig(beta=0.1, kl_estimator="forward")},
+            "kl_estimator='forward' needs kl, got None",
+        ),
+        (ValueError, {"config": LossConfig(entropy_coef=0.1)}, "entropy_coef=0.1 needs entropy"),
+        (ValueError, {"normalizer": 0}, "normalizer must be greater than 0, got 0"),
+        (ValueError, {"normalizer": torch.ones(1)}, "normalizer must be a number or a 0-dim"),
+        (
+            ValueError,
+            {
+                "normalizer": 4,
+                "entropy": torch.zeros(2, 3),
+                "config": LossConfig(entropy_coef=0.1),
+            },
+            "needs entropy_normalizer, the number of tokens",
+        ),
+        (ValueError, {"cu_seqlens": torch.tensor([0, 6])}, r"belongs to packed \[N\] input"),
+        (ValueError, PACKED, "needs cu_seqlens with .* aggregation='sequence_mean', .* got None"),
+        (
+            ValueError,
+            PACKED | {"config": LossConfig(aggregation="token_mean", off_policy_threshold=0.1)},
+            "needs cu_seqlens with .* off_policy_threshold=0.1, got None",
+        ),
+        (ValueError, {"config": LossConfig(top_entropy=0.2)}, "top_entropy=0.2 needs entropy"),
+        (ValueError, {"config": LossConfig.icepop()}, "'mask' needs sampling_logprob, got None"),
+        (TypeError, PACKED | {"cu_seqlens": torch.tensor([0.0, 4])}, "must be int32 or int64"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 4 tokens"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 5, 4])}, "rise from 0 to 4 tokens"),
+        (ValueError, PACKED | {"cu_seqlens": torch.tensor([[0, 4]])}, r"be \[sequences \+ 1\]"),
+        (
+            ValueError,
+            PACKED | {"advantages": torch.zeros(1), "config": TOKEN_MEAN},
+            r"advantages must have shape \(4,\), got shape \(1,\)",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_a_clear_error(error, keywords, message):
+    arguments = {"logprob": torch.zeros(2, 3), "advantages": torch.zeros(2)} | keywords
+    with pytest.raises(error, match=message):
+        policy_loss(**arguments)

@@ -1,0 +1,359 @@
+"""policy_loss: equal to the reference over the space of its settings, and lawful."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo_kernels.checks import objective as checks_of_objective
+from grpo_kernels.objective.aggregation import AGGREGATIONS
+from grpo_kernels.objective.policy_loss import LossConfig, loss_constants, policy_loss
+from grpo_kernels.objective.token_gradients import loss_slopes
+from reference import losses as reference
+from tests.helpers.loss_configs import SAMPLED, loss_configs, per_token_configs
+from tests.helpers.tensors import normal
+
+CONFIGS = loss_configs()
+SEEDS = st.integers(0, 2**31)
+quick = settings(max_examples=80, deadline=None)
+
+
+def make_inputs(seed, config, sequences=3, length=5, spread=0.5):
+    """Padded fp64 inputs of every kind that `config` reads, with a ragged mask."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shape = (sequences, length)
+    logprob = -normal(*shape).abs() - 0.1
+    inputs = {
+        "mask": torch.rand(shape, generator=generator) < 0.7,
+        "old_logprob": logprob + spread * normal(*shape),
+        "sampling_logprob": logprob + spread * normal(*shape),
+        "entropy": normal(*shape).abs(),
+    }
+    if config.kl_estimator in SAMPLED:
+        inputs["ref_logprob"] = logprob + normal(*shape)
+    else:
+        inputs["kl"] = normal(*shape).abs()
+    return logprob, normal(sequences), inputs
+
+
+def run(loss_function, logprob, advantages, inputs, **keywords):
+    """Loss, metrics, and the gradients with respect to whatever is differentiable."""
+    leaves = {"logprob": logprob} | {k: inputs[k] for k in ("entropy", "kl") if k in inputs}
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    others = {k: v for k, v in inputs.items() if k not in leaves}
+    output = loss_function(
+        leaves["logprob"],
+        advantages,
+        **others,
+        **{k: v for k, v in leaves.items() if k != "logprob"},
+        **keywords,
+    )
+    output.loss.backward()
+    grads = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
+    return output.loss.detach(), output.metrics, grads
+
+
+def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def pack(inputs, keep):
+    return {k: v[keep] for k, v in inputs.items() if k != "mask"}
+
+
+# The oracle
+
+
+@quick
+@given(CONFIGS, SEEDS, st.booleans(), st.booleans())
+def test_loss_metrics_and_gradients_equal_the_reference(config, seed, per_token, normalized):
+    logprob, advantages, inputs = make_inputs(seed, config)
+    if per_token:
+        advantages = advantages[:, None] * inputs["entropy"]
+    keywords = {"config": config}
+    if normalized:
+        keywords |= {"normalizer": 11, "entropy_normalizer": torch.tensor(17)}
+    ours = run(policy_loss, logprob, advantages, inputs, **keywords)
+    theirs = run(reference.policy_loss, logprob, advantages, inputs, **keywords)
+    assert_same(ours, theirs)
+
+
+@quick
+@given(CONFIGS, SEEDS, st.booleans(), st.lists(st.integers(0, 4), max_size=5))
+def test_packed_equals_the_reference_and_the_padded_batch(config, seed, per_sequence, lengths):
+    logprob, advantages, inputs = make_inputs(seed, config, len(lengths), 5)
+    keep = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    inputs["mask"] = keep
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    packed_advantages = advantages[:, None].expand_as(logprob)[keep]
+    if per_sequence and cu_seqlens[-1] != len(lengths):
+        packed_advantages = advantages
+    arguments = (logprob[keep], packed_advantages, pack(inputs, keep))
+    ours = run(policy_loss, *arguments, config=config, cu_seqlens=cu_seqlens)
+    assert_same(ours, run(reference.policy_loss, *arguments, config=config, cu_seqlens=cu_seqlens))
+    loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
+    assert_same(ours, (loss, metrics, {name: grad[keep] for name, grad in grads.items()}))
+
+
+def test_packed_without_boundaries_serves_the_token_mean():
+    config = LossConfig(aggregation="token_mean")
+    logprob, advantages, inputs = make_inputs(0, config)
+    keep = inputs["mask"]
+    packed = advantages[:, None].expand_as(logprob)[keep]
+    ours = run(policy_loss, logprob[keep], packed, pack(inputs, keep), config=config)
+    padded = run(policy_loss, logprob, advantages, inputs, config=config)
+    of_sequences = {"clip_ratio/low_min", "clip_ratio/high_max"}
+    assert ours[1].keys() == padded[1].keys() - of_sequences
+    assert_same(ours[0], padded[0])
+    assert_same(ours[1], {name: padded[1][name] for name in ours[1]})
+
+
+# Laws
+
+
+@quick
+@given(SEEDS, st.floats(0.1, 10))
+def test_linear_in_the_advantage_inside_the_clip(seed, scale):
+    config = LossConfig()
+    logprob, advantages, inputs = make_inputs(seed, config, spread=0.01)
+    _, _, one = run(policy_loss, logprob, advantages, inputs, config=config)
+    _, _, two = run(policy_loss, logprob, scale * advantages, inputs, config=config)
+    assert_same(two["logprob"], scale * one["logprob"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e30, -100.0, 100.0, 1e30])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_far_ratios_give_finite_gradients(log_ratio, advantage, level, estimator):
+    for dtype in (torch.float32, torch.float64):
+        logprob = torch.tensor([[log_ratio, -1.0]], dtype=dtype, requires_grad=True)
+        zeros = torch.zeros_like(logprob)
+        config = LossConfig(ratio_level=level, beta=0.1, kl_estimator=estimator)
+        loss = policy_loss(
+            logprob,
+            torch.tensor([advantage]),
+            old_logprob=zeros,
+            ref_logprob=zeros,
+            sampling_logprob=-logprob,
+            config=config,
+        ).loss
+        loss.backward()
+        assert logprob.grad.isfinite().all()
+
+
+@quick
+@given(CONFIGS, SEEDS, st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+def test_what_lies_under_the_mask_has_no_effect(config, seed, garbage):
+    logprob, advantages, inputs = make_inputs(seed, config)
+    advantages = advantages[:, None].expand_as(logprob)
+    clean = run(policy_loss, logprob, advantages, inputs, config=config)
+    drop = ~inputs["mask"]
+
+    def spoil(x):
+        return x.masked_fill(drop, garbage)
+
+    spoiled = {k: v if k == "mask" else spoil(v) for k, v in inputs.items()}
+    for function in (policy_loss, reference.policy_loss):
+        dirty = run(function, spoil(logprob), spoil(advantages), spoiled, config=config)
+        assert_same(dirty, clean)
+        assert all((grad[drop] == 0).all() for grad in dirty[2].values())
+
+
+@quick
+@given(loss_configs(filters=("off_policy_threshold",)), SEEDS)  # others look at the whole batch
+def test_micro_batches_with_the_global_normalizers_add_up_to_one_batch(config, seed):
+    logprob, advantages, inputs = make_inputs(seed, config, sequences=5)
+    loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
+    tokens = inputs["mask"].sum()
+    normalizer = {
+        "sequence_mean": 5,
+        "token_mean": tokens,
+        "fixed_length": 5 * 7,
+        "sequence_sum_mean": 5,
+    }[config.aggregation]
+    parts = [
+        run(
+            policy_loss,
+            logprob[part],
+            advantages[part],
+            {k: v[part] for k, v in inputs.items()},
+            config=config,
+            normalizer=normalizer,
+            entropy_normalizer=tokens,
+        )
+        for part in (slice(0, 1), slice(1, 3), slice(3, 5))
+    ]
+    assert_same(sum(part[0] for part in parts), loss)
+    assert_same(sum(part[1]["policy_loss"] for part in parts), metrics["policy_loss"])
+    for name, grad in grads.items():
+        assert_same(torch.cat([part[2][name] for part in parts]), grad)
+
+
+@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0,)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("normalizer", [None, torch.tensor(0)])
+def test_nothing_to_learn_from_gives_zero_loss_and_gradient(aggregation, shape, level, normalizer):
+    config = LossConfig(
+        aggregation=aggregation,
+        ratio_level=level,
+        max_completion_length=4 if aggregation == "fixed_length" else None,
+        beta=0.1,
+        entropy_coef=0.1,
+    )
+    for function in (policy_loss, reference.policy_loss):
+        logprob = torch.full(shape, float("nan"), requires_grad=True)
+        output = function(
+            logprob,
+            torch.zeros(shape),
+            mask=torch.zeros(shape),
+            ref_logprob=torch.zeros(shape),
+            entropy=torch.zeros(shape),
+            config=config,
+            normalizer=normalizer,
+            entropy_normalizer=normalizer,
+            cu_seqlens=torch.tensor([0]) if len(shape) == 1 else None,
+        )
+        output.loss.backward()
+        assert output.loss == 0
+        assert (logprob.grad == 0).all()
+        assert all(value == 0 for value in output.metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_accumulated_in_fp32(dtype):
+    config = LossConfig(beta=0.1, entropy_coef=0.1)
+    logprob, advantages, inputs = make_inputs(3, config)
+    inputs = {k: v if k == "mask" else v.to(dtype) for k, v in inputs.items()}
+    half = policy_loss(logprob.to(dtype), advantages.float(), **inputs, config=config)
+    full = {k: v if k == "mask" else v.float() for k, v in inputs.items()}
+    single = policy_loss(logprob.to(dtype).float(), advantages.float(), **full, config=config)
+    assert_same(half, single, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["off_policy_threshold", "top_entropy", "clip_cov"])
+def test_a_broken_log_prob_shows_through_every_filter(name):
+    config = LossConfig(**{name: 0.3})
+    logprob = torch.tensor([[torch.nan, -1.0, -2.0]])
+    entropy = torch.tensor([[0.1, 0.5, 2.0]])
+    for advantage in (-1.0, 1.0):
+        loss, _ = policy_loss(logprob, torch.tensor([advantage]), entropy=entropy, config=config)
+        assert loss.isnan()
+
+
+def test_only_logprob_entropy_and_kl_are_differentiated():
+    names = ("old_logprob", "ref_logprob", "sampling_logprob")
+    others = {name: torch.zeros(2, 3, requires_grad=True) for name in names}
+    advantages = torch.ones(2, requires_grad=True)
+    logprob = torch.zeros(2, 3, requires_grad=True)
+    policy_loss(logprob, advantages, **others, config=LossConfig(beta=1.0)).loss.backward()
+    assert logprob.grad is not None
+    assert all(x.grad is None for x in [advantages, *others.values()])
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the host wait for a GPU: a number or a shape that depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@quick
+@given(CONFIGS, SEEDS, st.booleans())
+def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
+    logprob, advantages, inputs = make_inputs(seed, config)
+    keywords = {}
+    if packed:
+        keep = inputs.pop("mask")
+        logprob, inputs = logprob[keep], pack(inputs, keep)
+        keywords["cu_seqlens"] = torch.nn.functional.pad(keep.sum(-1).cumsum(0), (1, 0))
+    else:
+        inputs["mask"] = inputs["mask"].bool()
+    with pytest.MonkeyPatch.context() as patch, Waits() as waits:
+        # The checks look at what tensors hold, but only on the CPU.
+        patch.setattr(checks_of_objective, "may_look", lambda tensor: False)
+        run(policy_loss, logprob, advantages, inputs, config=config, **keywords)
+    assert waits.found == []
+
+
+# torch.compile
+
+
+COMPILED = [
+    LossConfig(beta=0.1, entropy_coef=0.1, delta=4.0),
+    LossConfig.gspo(beta=0.1, off_policy_threshold=0.1),
+    LossConfig.vespo(top_entropy=0.3, entropy_coef=0.1),
+    LossConfig.gmpo(importance_level="sequence"),
+    LossConfig.dppo(clip_cov=1.0),
+    LossConfig.kl_covariance(),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", COMPILED, ids=lambda config: config.surrogate)
+def test_compiles_to_one_graph_that_serves_every_length(packed, config):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(policy_loss, fullgraph=True, dynamic=True, backend=backend)
+    for length in (5, 6, 9):
+        logprob, advantages, inputs = make_inputs(length, config, length=length)
+        keywords = {"config": config, "normalizer": length / 2, "entropy_normalizer": length}
+        if packed:
+            keep = inputs.pop("mask")
+            logprob, inputs = logprob[keep], pack(inputs, keep)
+            lengths = keep.sum(-1)
+            keywords["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        ours = run(compiled, logprob, advantages, inputs, **keywords)
+        assert_same(ours, run(policy_loss, logprob, advantages, inputs, **keywords))
+    assert len(graphs) == 1
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    config=per_token_configs(),
+    given_logprobs=st.sets(st.sampled_from(["old_logprob", "sampling_logprob"])),
+    spread=st.sampled_from([0.1, 3.0, 40.0]),
+)
+def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, spread):
+    """Of every formula in the tables, also where ratios saturate; autograd is the oracle."""
+    logprob = -normal(seed, 5, 6, dtype=torch.float64).abs().requires_grad_()
+    entropy = normal(seed + 1, 5, 6, dtype=torch.float64).abs().requires_grad_()
+    if config.importance_mode == "mask":
+        given_logprobs = given_logprobs | {"sampling_logprob"}
+    others = {
+        name: logprob.detach() + normal(seed + i, 5, 6, dtype=torch.float64, std=spread)
+        for i, name in enumerate((*sorted(given_logprobs), "ref_logprob"), 2)
+    }
+    advantages = normal(seed + 9, 5, 6, dtype=torch.float64)
+    keywords = {"old_logprob": None, "sampling_logprob": None, **others}
+    _, constants = loss_constants(
+        logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
+        entropy_normalizer=None, cu_seqlens=None, **keywords,
+    )  # fmt: skip
+    loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
+    expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
+    slopes = loss_slopes(logprob.detach(), constants, config)
+    assert slopes.kl is None
+    # Of r·k3 autograd adds two terms of up to e^20, which cancel.
+    cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
+    torch.testing.assert_close(slopes.logprob, expected[0], rtol=1e-12, atol=cancelled)
+    of_entropy = torch.zeros(()).expand(5, 6) if slopes.entropy is None else slopes.entropy
+    torch.testing.assert_close(of_entropy.double(), expected[1], rtol=1e-12, atol=1e-14)

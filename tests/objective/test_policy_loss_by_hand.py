@@ -1,0 +1,250 @@
+"""policy_loss piece by piece: numbers from plain Python, and whose gradient a KL estimator has."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_kernels.objective.kl_estimators import SAMPLED_KL
+from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
+
+
+def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_and_grad(logprob, advantages, **keywords):
+    logprob = torch.as_tensor(logprob, dtype=torch.float64).requires_grad_()
+    loss = policy_loss(logprob, torch.as_tensor(advantages).double(), **keywords).loss
+    loss.backward()
+    return loss.item(), logprob.grad
+
+
+def one_token(log_ratio, advantage, **fields):
+    """The loss of one token and its derivative in the log-probability."""
+    old = torch.full((1, 1), -1.0, dtype=torch.float64)
+    loss, grad = loss_and_grad(
+        old + log_ratio, [advantage], old_logprob=old, config=LossConfig(**fields)
+    )
+    return loss, grad.item()
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "fields", "loss"),
+    [
+        (math.log(1.1), 2.0, {}, -2.2),
+        (math.log(1.5), 2.0, {}, -2.4),
+        (math.log(0.5), 2.0, {}, -1.0),
+        (math.log(0.5), -2.0, {}, 1.6),
+        (math.log(1.5), -2.0, {}, 3.0),
+        (math.log(1.25), 2.0, {"epsilon_high": 0.28}, -2.5),
+        (math.log(6.0), -2.0, {"delta": 4.0}, 8.0),
+        (math.log(6.0), 2.0, {"delta": 4.0}, -2.4),
+        (math.log(6.0), -2.0, {"dual_clip": 3.0}, 6.0),
+        (math.log(1.15), -2.0, {"dual_clip": 1.1}, 2.2),
+        (math.log(6.0), -2.0, {"dual_clip": 3.0, "delta": 2.5}, 5.0),
+        (100.0, -1.0, {}, math.exp(20)),
+        (-100.0, 1.0, {}, -math.exp(-20)),
+    ],
+)
+def test_surrogate_values_by_hand(log_ratio, advantage, fields, loss):
+    assert one_token(log_ratio, advantage, **fields)[0] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [-30.0, -0.5, 0.0, 1e-9, 2.0, 100.0])
+def test_kl_estimators_and_their_gradients_by_hand(d):
+    r, bounded = math.exp(-0.3), max(d, -20.0)
+    k3 = math.expm1(-bounded) + bounded
+    slope = -math.expm1(-d) if d >= -20 else 0.0
+    expected = {
+        "k1": (d, 1.0),
+        "k2": (d * d / 2, d),
+        "k3": (k3, slope),
+        "k3+": (k3, d),
+        "k3_corrected": (r * k3, r * (slope + k3)),
+        "abs": (abs(d), math.copysign(1.0, d) if d else 0.0),
+    }
+    assert set(expected) == set(SAMPLED_KL)
+    for name, (value, gradient) in expected.items():
+        loss, grad = loss_and_grad(
+            [[-1.0]],
+            [0.0],
+            old_logprob=f64([[-0.7]]),
+            ref_logprob=f64([[-1.0 - d]]),
+            config=LossConfig(beta=1.0, kl_estimator=name),
+        )
+        assert loss == pytest.approx(value, rel=1e-7, abs=1e-15), name
+        assert grad.item() == pytest.approx(gradient, rel=1e-7, abs=1e-8), name
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("sequence_mean", (1.5 + 3.0 + 0.0) / 3),
+        ("token_mean", 6.0 / 3),
+        ("fixed_length", 6.0 / (3 * 10)),
+        ("sequence_sum_mean", 6.0 / 3),
+    ],
+)
+def test_aggregations_by_hand(aggregation, expected):
+    # Token terms 1 and 2 in the first sequence, 3 in the second, none in the third.
+    length = 10 if aggregation == "fixed_length" else None
+    config = LossConfig(aggregation=aggregation, max_completion_length=length)
+    terms = torch.tensor([[1.0, 2.0], [3.0, 9.0], [9.0, 9.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
+    output = policy_loss(torch.zeros(3, 2), -terms, mask=mask, config=config)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sequence_level_ratio_is_the_geometric_mean_of_the_token_ratios():
+    log_ratio = torch.tensor([[0.1, 0.3, 50.0]])
+    output = policy_loss(
+        log_ratio - 1,
+        torch.ones(1),
+        mask=torch.tensor([[1, 1, 0]]),
+        old_logprob=torch.full((1, 3), -1.0),
+        config=LossConfig.gspo(epsilon_high=1.0),
+    )
+    assert output.loss.item() == pytest.approx(-math.exp(0.2), rel=1e-6)
+    assert output.metrics["ratio_max"].item() == pytest.approx(math.exp(0.2), rel=1e-6)
+
+
+def test_importance_weight_multiplies_the_policy_term_only():
+    common = {
+        "old_logprob": f64([[-1.0, -1.0]]),
+        "ref_logprob": f64([[-1.5, -1.5]]),
+        "config": LossConfig(beta=1.0, kl_estimator="k1", importance_cap=2.0),
+    }
+    sampling = f64([[-1.0 - math.log(1.5), -4.0]])
+    loss, _ = loss_and_grad([[-1.0, -1.0]], [1.0], sampling_logprob=sampling, **common)
+    assert loss == pytest.approx(-(1.5 + 2.0) / 2 + 0.5, rel=1e-12)
+
+
+def test_loss_is_policy_plus_beta_kl_minus_the_token_mean_of_the_entropy():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    output = policy_loss(
+        torch.zeros(2, 3),
+        torch.tensor([1.0, 3.0]),
+        mask=mask,
+        ref_logprob=torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]),
+        entropy=torch.tensor([[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]),
+        config=LossConfig(beta=0.1, kl_estimator="k1", entropy_coef=0.5),
+    )
+    assert output.loss.item() == pytest.approx(-2 + 0.1 * (2 + 4) / 2 - 0.5 * 16 / 4, rel=1e-6)
+
+
+def test_metrics_by_hand():
+    ratio = torch.tensor([[0.5, 0.5, 1.5, 1.5, 1.0]])
+    output = policy_loss(
+        ratio.log(),
+        torch.tensor([[-1.0, 1.0, 1.0, -1.0, 0.0]]),
+        old_logprob=torch.zeros(1, 5),
+        ref_logprob=ratio.log() - 0.5,
+        entropy=torch.arange(5.0)[None],
+        config=LossConfig(kl_estimator="k1"),
+    )
+    r = [0.5, 0.5, 1.5, 1.5, 1.0]
+    expected = {
+        "policy_loss": (0.8 - 0.5 - 1.2 + 1.5) / 5,
+        "kl": 0.5,
+        "entropy": 2.0,
+        "clip_ratio/low_mean": 0.2,
+        "clip_ratio/high_mean": 0.2,
+        "clip_ratio/region_mean": 0.4,
+        "clip_ratio/low_min": 0.2,
+        "clip_ratio/high_max": 0.2,
+        "approx_kl": sum(x - 1 - math.log(x) for x in r) / 5,
+        "ratio_mean": 1.0,
+        "ratio_max": 1.5,
+        "num_tokens": 5.0,
+    }
+    assert {k: v.item() for k, v in output.metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert all(v.dim() == 0 and not v.requires_grad for v in output.metrics.values())
+
+
+def test_kl_and_entropy_are_reported_only_when_given():
+    metrics = policy_loss(torch.zeros(1, 2), torch.ones(1)).metrics
+    assert "kl" not in metrics
+    assert "entropy" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage"), [(0.5, 1.0), (-0.5, -1.0), (100.0, 1.0), (-100.0, -1.0)]
+)
+def test_gradient_is_zero_outside_the_clip(log_ratio, advantage):
+    assert one_token(log_ratio, advantage)[1] == 0
+
+
+@pytest.mark.parametrize(("epsilon", "advantage"), [(0.25, 1.0), (0.25, -1.0)])
+def test_a_ratio_exactly_on_the_boundary_is_still_inside(epsilon, advantage):
+    ratio = 1 + math.copysign(epsilon, advantage)
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    boundary = abs(math.exp(math.log(ratio)) - 1)
+    fields = {"epsilon_low": boundary, "epsilon_high": boundary}
+    loss, grad = loss_and_grad(
+        [[math.log(ratio)]], [advantage], old_logprob=old, config=LossConfig(**fields)
+    )
+    assert loss == pytest.approx(-ratio * advantage, rel=1e-12)
+    assert grad.item() == pytest.approx(-ratio * advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_on_policy_the_loss_is_about_zero_and_its_gradient_the_policy_gradient(level):
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    logprob = -torch.rand(4, 3, dtype=torch.float64)
+    loss, grad = loss_and_grad(logprob, advantages, config=LossConfig(ratio_level=level))
+    assert loss == pytest.approx(0, abs=1e-15)
+    assert_same(grad, -advantages.double()[:, None].expand(4, 3) / (4 * 3))
+
+
+# Which gradient a KL estimator has
+
+
+def exact_gradients(name, logits, ref_logits, old_logits):
+    """The gradient of Σ old·estimate over the whole vocabulary, and those of the two KLs."""
+    old, logits = old_logits.softmax(-1), logits.clone().requires_grad_()
+    p, q = logits.softmax(-1), ref_logits.softmax(-1)
+    reverse = (p * (p.log() - q.log())).sum()
+    forward = (q * (q.log() - p.log())).sum()
+    # Every entry of the vocabulary is one token, weighted by its probability of being sampled.
+    values = SAMPLED_KL[name].value(p.log() - q.log(), p.log() - old.log())
+    of = [(old * values).sum(), forward, reverse]
+    return [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in of], of
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("k1", "nobody"),
+        ("k2", "reverse"),
+        ("k3", "forward"),
+        ("k3+", "reverse"),
+        ("k3_corrected", "reverse"),
+        ("abs", "neither"),
+    ],
+)
+def test_the_expected_gradient_on_policy_is_that_of(name, whose):
+    logits, ref_logits = torch.randn(2, 12, dtype=torch.float64).unbind()
+    (ours, forward, reverse), (value, _, reverse_value) = exact_gradients(
+        name, logits, ref_logits, logits
+    )
+    expected = {"nobody": torch.zeros(12).double(), "forward": forward, "reverse": reverse}
+    if whose in expected:
+        assert_same(ours, expected[whose])
+    else:
+        assert not any(torch.allclose(ours, other, atol=1e-3) for other in expected.values())
+    if name in ("k1", "k3", "k3+", "k3_corrected"):
+        assert_same(value, reverse_value)
+
+
+def test_k3_corrected_is_unbiased_off_policy_too():
+    logits, ref_logits, old_logits = torch.randn(3, 12, dtype=torch.float64).unbind()
+    (ours, _, reverse), (value, _, reverse_value) = exact_gradients(
+        "k3_corrected", logits, ref_logits, old_logits
+    )
+    assert_same(ours, reverse)
+    assert_same(value, reverse_value)

@@ -1,0 +1,219 @@
+"""Every surrogate and importance weight: numbers from plain Python, for both twins."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers.hand_formulas import TWINS, close, evaluate
+
+e, ln = math.exp, math.log
+
+
+def sigmoid(x):
+    return 1 / (1 + e(-x))
+
+
+# One token, whose old log-prob is -2
+
+
+def sapo(advantage, tau):
+    """Of r = 1.5."""
+    value = -advantage * 4 / tau * sigmoid(tau * 0.5)
+    slope = -advantage * 4 * sigmoid(tau * 0.5) * sigmoid(-tau * 0.5) * 1.5
+    return ln(1.5), advantage, value, slope
+
+
+def dppo(**fields):
+    """p - p_old is e^-1.5 - e^-2 = 0.088 for the log-ratio 0.5, e^-3 - e^-2 = -0.086 for -1."""
+    return {"surrogate": "dppo", "ratio_cap": 9.0, **fields}
+
+
+RATIO = {"surrogate": "ratio"}
+CISPO = {"surrogate": "cispo", "ratio_cap": 1.5}
+TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
+
+
+@TWINS
+@pytest.mark.parametrize(
+    ("fields", "log_ratio", "advantage", "loss", "slope"),
+    [
+        ({}, 0.1, 2.0, -2 * e(0.1), -2 * e(0.1)),
+        ({}, 0.5, 2.0, -2.4, 0.0),
+        ({}, -0.5, -2.0, 1.6, 0.0),
+        ({}, 0.5, -2.0, 2 * e(0.5), 2 * e(0.5)),
+        ({"delta": 1.5}, 0.5, -2.0, 3.0, 0.0),
+        ({"dual_clip": 1.5}, 0.5, -2.0, 3.0, 0.0),
+        (RATIO, 0.5, 2.0, -2 * e(0.5), -2 * e(0.5)),
+        (RATIO, 25.0, -1.0, e(20), 0.0),
+        (RATIO, -25.0, -1.0, e(-20), 0.0),
+        ({"surrogate": "reinforce"}, 0.5, 2.0, 3.0, -2.0),
+        ({"surrogate": "reinforce"}, -0.5, -2.0, -5.0, 2.0),
+        # The weight is bounded above only, whatever the sign of A, and is a constant.
+        (CISPO, 0.1, 2.0, 3.8 * e(0.1), -2 * e(0.1)),
+        (CISPO, 1.0, 2.0, 3.0, -3.0),
+        (CISPO, 1.0, -2.0, -3.0, 3.0),
+        (CISPO, -3.0, 2.0, 10 * e(-3), -2 * e(-3)),
+        # At r = 1 the value is -2A/τ and the slope -A.
+        ({"surrogate": "sapo"}, 0.0, 2.0, -4.0, -2.0),
+        ({"surrogate": "sapo"}, 0.0, -2.0, 4 / 1.05, 2.0),
+        (TAU, *sapo(2.0, 3.0)),
+        (TAU, *sapo(-2.0, 0.7)),
+        (dppo(), 0.5, 2.0, 3 * e(0.5), -2 * e(0.5)),
+        (dppo(ratio_cap=1.2), 0.5, 2.0, 3.6, -2.4),
+        (dppo(epsilon_high=0.08), 0.5, 2.0, 0.0, 0.0),
+        (dppo(epsilon_high=0.08), 0.5, -2.0, -3 * e(0.5), 2 * e(0.5)),
+        (dppo(epsilon_low=0.08), -1.0, -2.0, 0.0, 0.0),
+        (dppo(epsilon_low=0.09), -1.0, -2.0, -6 * e(-1), 2 * e(-1)),
+        (dppo(epsilon_low=0.08), -1.0, 2.0, 6 * e(-1), -2 * e(-1)),
+    ],
+)
+def test_one_token(twin, fields, log_ratio, advantage, loss, slope):
+    ours = evaluate(twin, [log_ratio], [advantage], **fields)
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([slope])]
+
+
+@TWINS
+@pytest.mark.parametrize(
+    "surrogate", ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo"]
+)
+def test_on_policy_every_slope_is_that_of_the_policy_gradient(twin, surrogate):
+    fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo") else {}
+    call = {"old_logprob": None}
+    for advantage in (2.0, -2.0):
+        _, slopes, _ = evaluate(twin, [0.7], [advantage], surrogate=surrogate, call=call, **fields)
+        assert slopes == [close([-advantage])]
+
+
+# One sequence of two tokens, and a masked one that holds something else
+
+
+def of_sequence(twin, log_ratio, advantages, **keywords):
+    call = {"mask": torch.tensor([[1, 1, 0]])}
+    return evaluate(twin, [*log_ratio, 50.0], [*advantages, 50.0], call=call, **keywords)
+
+
+LOW = {"surrogate": "gmpo", "epsilon_low": 0.4}
+HIGH = {"surrogate": "gmpo", "epsilon_high": 0.4}
+
+
+@TWINS
+@pytest.mark.parametrize(
+    ("level", "fields", "log_ratio", "loss", "slopes"),
+    [
+        ("token", RATIO, (0.1, 0.3), -e(0.1) - 3 * e(0.3), (-e(0.1), -3 * e(0.3))),
+        ("sequence", RATIO, (0.1, 0.3), -4 * e(0.2), (-2 * e(0.2), -2 * e(0.2))),
+        ("sequence_token", RATIO, (0.1, 0.3), -4 * e(0.2), (-e(0.2), -3 * e(0.2))),
+        ("sequence", RATIO, (19.0, 23.0), -4 * e(20), (0, 0)),
+        ("sequence_token", RATIO, (19.0, 23.0), -4 * e(20), (0, 0)),
+        ("sequence", {}, (0.4, 0.0), -4 * 1.2, (0, 0)),
+        # The first token's own ratio is outside these bounds, the sequence's is inside.
+        ("sequence", {"epsilon_high": 0.25}, (0.4, 0.0), -4 * e(0.2), (-2 * e(0.2),) * 2),
+        ("sequence_token", {"epsilon_high": 0.25}, (0.4, 0.0), -4 * e(0.2), (-e(0.2), -3 * e(0.2))),
+        ("sequence_token", {}, (0.4, 0.0), -4 * 1.2, (0, 0)),
+        ("sequence", CISPO, (0.1, 0.3), (1.9 + 5.1) * e(0.2), (-e(0.2), -3 * e(0.2))),
+        ("sequence_token", CISPO, (1.1, 0.3), 1.5 * (0.9 + 5.1), (-1.5, -4.5)),
+    ],
+)
+def test_ratio_levels_with_the_advantages_1_and_3(twin, level, fields, log_ratio, loss, slopes):
+    ours = of_sequence(twin, log_ratio, (1, 3), ratio_level=level, **fields)
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([*slopes, 0])]
+
+
+@TWINS
+@pytest.mark.parametrize(
+    ("fields", "log_ratio", "advantages", "loss", "slopes"),
+    [
+        (HIGH, (0.1, 0.7), (2, 2), -4 * e(0.25), (-2 * e(0.25), 0)),
+        (LOW, (-0.7, 0.3), (-2, -2), 4 * e(-0.05), (0, 2 * e(-0.05))),
+        (LOW, (0.7, 0.9), (-2, -2), 4 * e(0.8), (2 * e(0.8), 2 * e(0.8))),
+        (HIGH, (0.7, 0.7), (1, -3), 2 * e(0.55), (0, e(0.55))),
+        (HIGH, (0.7, 0.1), (0, 2), -2 * e(0.4), (-e(0.4), -e(0.4))),
+        (HIGH, (30, 40), (-1, -1), 2 * e(20), (0, 0)),
+        (HIGH | {"aggregation": "sequence_mean"}, (0, 0.2), (2, 2), -2 * e(0.1), (-e(0.1),) * 2),
+    ],
+)
+def test_gmpo_clips_log_ratios_and_takes_their_mean(
+    twin, fields, log_ratio, advantages, loss, slopes
+):
+    ours = of_sequence(twin, log_ratio, advantages, **fields)
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([*slopes, 0])]
+
+
+def phi(log_w, k, rate):
+    return e(rate + k * log_w - rate * e(log_w))
+
+
+@TWINS
+@pytest.mark.parametrize(
+    ("log_ratio", "advantages", "log_w", "sampling", "fields"),
+    [
+        ((0.1, 0.3), (2, 2), 0.4, None, {}),
+        ((0.1, -0.3), (-2, 0), -0.2, None, {}),
+        ((0.1, -0.3), (-1, 2), -0.2, None, {"k_positive": 1.5, "lambda_positive": 0.5}),
+        ((0.1, -0.3), (-1, 2), -0.2, None, {"k_negative": 1.5, "lambda_negative": 0.5}),
+        ((-30.0, 19.0), (1, 1), -1.0, None, {}),
+        ((-15.0, -15.0), (1, 1), ln(1e-8), None, {}),
+        ((30.0, -9.0), (-1, -1), 11.0, None, {"lambda_negative": 1e-4}),
+        ((15.0, 15.0), (-1, -1), 20.0, None, {"lambda_negative": 1e-9}),
+        ((0.1, 0.3), (2, 2), 0.4 + ln(2) - 0.5, (1.5, -0.5), {}),
+        ((9.0, 10.0), (2, 2), 19 + ln(1e-8) - 0.5, (1.5, -0.5), {"importance_mode": "mask"}),
+    ],
+)
+def test_vespo(twin, log_ratio, advantages, log_w, sampling, fields):
+    constants = {"k_positive": 2, "lambda_positive": 3, "k_negative": 3, "lambda_negative": 2}
+    constants |= {name: fields[name] for name in fields if name in constants}
+    positive, negative = list(constants.values())[:2], list(constants.values())[2:]
+    weights = [phi(log_w, *(positive if a >= 0 else negative)) for a in advantages]
+    slopes = [-w * a for w, a in zip(weights, advantages, strict=True)]
+    loss = sum(slope * (x - 2) for slope, x in zip(slopes, log_ratio, strict=True))
+    sampling = None if sampling is None else [*sampling, 7.0]
+    ours = of_sequence(twin, log_ratio, advantages, surrogate="vespo", sampling=sampling, **fields)
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([*slopes, 0])]
+    assert ours[2]["vespo/phi_seq_mean"] == close(sum(weights) / 2)
+
+
+# Importance: where every ratio is 1 the weighted term is -A·weight
+
+
+MASK = {"importance_mode": "mask"}
+SEQUENCE = {"importance_level": "sequence"}
+
+
+@TWINS
+@pytest.mark.parametrize(
+    ("fields", "log_weights", "weights"),
+    [
+        ({}, (ln(1.5), ln(4)), (1.5, 2)),
+        ({"importance_cap": None}, (ln(0.2), ln(4)), (0.2, 4)),
+        ({"importance_cap": None}, (25.0, -25.0), (e(20), e(-20))),
+        ({"importance_floor": 0.5}, (ln(0.2), ln(4)), (0.5, 2)),
+        (MASK, (ln(4), ln(0.01)), (0, 0.01)),
+        (MASK | {"importance_floor": 0.5}, (ln(0.2), ln(1.5)), (0, 1.5)),
+        (MASK | {"importance_floor": 0.5, "importance_cap": None}, (ln(0.2), ln(9)), (0, 9)),
+        (MASK | {"importance_cap": 1.0}, (0.0, 0.0), (1, 1)),
+        (MASK | {"importance_floor": 1.0}, (0.0, 0.0), (1, 1)),
+        (SEQUENCE, (ln(1.5), ln(1.2)), (1.8, 1.8)),
+        (SEQUENCE, (ln(1.5), ln(4)), (2, 2)),
+        (SEQUENCE | {"importance_floor": 0.5}, (ln(0.5), ln(0.8)), (0.5, 0.5)),
+        (SEQUENCE | {"importance_cap": None}, (24.0, -1.0), (e(20), e(20))),
+        (SEQUENCE | MASK, (ln(4), ln(0.3)), (1.2, 1.2)),
+        (SEQUENCE | MASK, (ln(4), ln(0.6)), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("surrogate", ["clip", "ratio", "gmpo"])
+def test_importance_weights(twin, surrogate, fields, log_weights, weights):
+    ours = of_sequence(
+        twin, (0, 0), (1, 1), sampling=[*log_weights, 9.0], surrogate=surrogate, **fields
+    )
+    slopes = (sum(weights) / 2,) * 2 if surrogate == "gmpo" else weights  # each moves the mean
+    assert ours[0] == close(-sum(weights))
+    assert ours[1] == [close([-slopes[0], -slopes[1], 0])]
+    name = "sampling/importance_sampling_ratio/"
+    assert ours[2][name + "min"] == close(min(weights))
+    assert ours[2][name + "mean"] == close(sum(weights) / 2)
+    assert ours[2][name + "max"] == close(max(weights))

@@ -1,0 +1,200 @@
+"""grpo_loss against its reference: value, gradient and metrics over configs; the in-place mode."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from grpo_kernels import LossConfig, grpo_loss, policy_loss, token_stats
+from reference import losses as reference
+from tests.helpers.loss_configs import loss_configs
+from tests.helpers.tensors import coin, make_case, normal
+
+B, T, V = 2, 3, 37
+ESTIMATORS = ["k1", "k2", "k3", "k3+", "k3_corrected", "abs", "forward", "reverse"]
+CONFIGS = {
+    "grpo": LossConfig(),
+    "entropy bonus": LossConfig(entropy_coef=0.1),
+    "every term": LossConfig(beta=0.3, entropy_coef=-0.05, kl_estimator="reverse"),
+    "bnpo": LossConfig.bnpo(beta=0.1),
+    "dr_grpo": LossConfig.dr_grpo(max_completion_length=8, entropy_coef=0.01),
+    "dapo": LossConfig.dapo(delta=1.5),
+    "gspo": LossConfig.gspo(),
+    "gspo_token": LossConfig.gspo_token(epsilon_low=0.1, epsilon_high=0.1),
+    "luspo": LossConfig.luspo(),
+    "gmpo": LossConfig.gmpo(epsilon_low=0.1, epsilon_high=0.1),
+    "cispo": LossConfig.cispo(ratio_cap=1.1),
+    "sapo": LossConfig.sapo(),
+    "vespo": LossConfig.vespo(),
+    "gpg": LossConfig.gpg(),
+    "icepop": LossConfig.icepop(importance_floor=0.8),
+    "sequences importance": LossConfig(importance_level="sequence"),
+    "off-policy": LossConfig(off_policy_threshold=0.0),
+    "top entropy": LossConfig(top_entropy=0.4, entropy_coef=0.1),
+    "clip_covariance": LossConfig.clip_covariance(clip_cov=1.0, clip_cov_low=0.01),
+    "kl_covariance": LossConfig.kl_covariance(kl_cov=0.3),
+    "dppo": LossConfig.dppo(epsilon_low=0.01, epsilon_high=0.01),
+    "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
+    **{f"beta, {each}": LossConfig(beta=0.2, kl_estimator=each) for each in ESTIMATORS},
+    **{f"metric, {each}": LossConfig(kl_estimator=each) for each in ("k3", "forward")},
+}
+
+
+def make_inputs(seed, *leading, dtype=torch.float64, sequences=B):
+    """Logits, tokens, advantages per sequence, and the keywords of every config."""
+    logits, tokens = make_case(seed, *leading, V, dtype=dtype)
+    ref_logits = logits + normal(seed + 1, *leading, V, dtype=dtype, std=0.5)
+    with torch.no_grad():
+        logprob = token_stats(logits, tokens, entropy=False).logprob
+    keywords = {
+        "mask": coin(seed + 2, *leading, p=0.8),
+        "old_logprob": logprob + normal(seed + 3, *leading, dtype=logprob.dtype, std=0.3),
+        "sampling_logprob": logprob + normal(seed + 4, *leading, dtype=logprob.dtype, std=0.3),
+        "ref_logits": ref_logits,
+    }
+    return logits, tokens, normal(seed + 5, sequences, dtype=logprob.dtype), keywords
+
+
+def run(function, logits, tokens, advantages, scale=1.0, **keywords):
+    """Loss, metrics and the gradient of scale · loss."""
+    logits = logits.detach().clone().requires_grad_()
+    loss, metrics = function(logits, tokens, advantages, **keywords)
+    (scale * loss).backward()
+    return loss.detach(), metrics, logits.grad
+
+
+def check_against_reference(logits, tokens, advantages, config, **keywords):
+    case = (logits, tokens, advantages, 1.7)
+    loss, metrics, gradient = run(grpo_loss, *case, config=config, **keywords)
+    twin = reference.LossConfig(**asdict(config))
+    exact_loss, exact_metrics, exact = run(reference.grpo_loss, *case, config=twin, **keywords)
+    tight = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(loss, exact_loss, **tight)
+    torch.testing.assert_close(gradient, exact, **tight)
+    assert metrics.keys() == exact_metrics.keys()
+    for name, value in metrics.items():
+        assert value.dim() == 0 and not value.requires_grad, name
+        torch.testing.assert_close(value, exact_metrics[name], **tight)
+    return loss, metrics, gradient
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_gradient_and_metrics_equal_the_reference(room, name):
+    logits, tokens, advantages, keywords = make_inputs(11, B, T)
+    _, metrics, gradient = check_against_reference(
+        logits, tokens, advantages, CONFIGS[name], temperature=0.8, **keywords
+    )
+    assert (gradient[~keywords["mask"]] == 0).all() and gradient.abs().sum() > 0
+    assert {"kl", "entropy", "policy_loss", "num_tokens"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3"])
+def test_packed_sequences_equal_the_reference_and_the_padded_batch(room, name):
+    logits, tokens, advantages, keywords = make_inputs(2, 5, sequences=2)
+    config, cu_seqlens = CONFIGS[name], torch.tensor([0, 2, 5])
+    keywords["mask"] = torch.tensor([True, True, True, False, True])
+    loss, metrics, gradient = check_against_reference(
+        logits, tokens, advantages, config, cu_seqlens=cu_seqlens, softcap=20.0, **keywords
+    )
+    rows = torch.tensor([[0, 1, 1], [2, 3, 4]])  # the third of the first row is padding
+    padded = {key: value[rows] for key, value in keywords.items()}
+    padded["mask"][0, 2] = False
+    padded_loss, padded_metrics, padded_gradient = run(
+        grpo_loss,
+        logits[rows],
+        tokens[rows],
+        advantages,
+        1.7,
+        config=config,
+        softcap=20.0,
+        **padded,
+    )
+    torch.testing.assert_close(loss, padded_loss)
+    torch.testing.assert_close(metrics, padded_metrics)
+    torch.testing.assert_close(gradient, padded_gradient.flatten(0, 1)[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("advantages", ["per sequence", "per token"])
+@pytest.mark.parametrize("optional", ["nothing", "ref_logprob"])
+def test_optional_inputs_equal_the_reference(room, advantages, optional):
+    logits, tokens, per_sequence, _ = make_inputs(11, B, T)
+    given = per_sequence if advantages == "per sequence" else normal(9, B, T, dtype=torch.float64)
+    keywords = {}
+    if optional == "ref_logprob":
+        keywords["ref_logprob"] = -normal(8, B, T, dtype=torch.float64).abs()
+    config = LossConfig(beta=0.1 if keywords else 0.0, entropy_coef=0.02)
+    check_against_reference(logits, tokens, given, config, **keywords)
+
+
+@given(seed=st.integers(0, 2**31), config=loss_configs(), per_token=st.booleans())
+@settings(max_examples=12)
+@example(0, LossConfig.gspo(kl_estimator="reverse", beta=0.2, entropy_coef=0.1), False)
+def test_any_config_equals_the_reference(room, seed, config, per_token):
+    logits, tokens, advantages, keywords = make_inputs(seed, B, T)
+    if per_token:
+        advantages = normal(seed + 6, B, T, dtype=torch.float64)
+    check_against_reference(logits, tokens, advantages, config, **keywords)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_micro_batches_with_a_normalizer_add_up_to_the_batch(room, aggregation):
+    logits, tokens, advantages, keywords = make_inputs(11, B, T)
+    config = LossConfig(aggregation=aggregation, entropy_coef=0.1, beta=0.1)
+    whole_loss, _, whole = run(grpo_loss, logits, tokens, advantages, config=config, **keywords)
+    counted = keywords["mask"].sum()
+    normalizer = counted if aggregation == "token_mean" else B
+    total, parts = 0.0, []
+    for at in (slice(0, 1), slice(1, 2)):
+        part = {name: value[at] for name, value in keywords.items()}
+        loss, _, gradient = run(
+            grpo_loss, logits[at], tokens[at], advantages[at], config=config,
+            normalizer=normalizer, entropy_normalizer=counted, **part,
+        )  # fmt: skip
+        total, parts = total + loss, [*parts, gradient]
+    torch.testing.assert_close(total, whole_loss)
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_the_loss_is_policy_loss_of_token_stats(room):
+    """In fp32 too, to the last bit."""
+    logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
+    config = LossConfig(beta=0.1, kl_estimator="reverse", entropy_coef=0.1)
+    ref_logits = keywords.pop("ref_logits")
+    loss, _ = grpo_loss(
+        logits, tokens, advantages, config=config, ref_logits=ref_logits, **keywords
+    )
+    stats = token_stats(logits, tokens, mask=keywords["mask"], kl="reverse", ref_logits=ref_logits)
+    again, _ = policy_loss(
+        stats.logprob, advantages, entropy=stats.entropy, kl=stats.kl, config=config, **keywords
+    )
+    assert loss.dtype == torch.float32 and torch.equal(loss, again)
+
+
+def test_every_token_masked_gives_loss_and_gradient_zero(room):
+    logits, tokens, advantages, keywords = make_inputs(11, B, T)
+    keywords["mask"] = torch.zeros(B, T, dtype=torch.bool)
+    config = LossConfig(beta=0.1, kl_estimator="forward", entropy_coef=0.1)
+    loss, metrics, gradient = run(
+        grpo_loss, logits * torch.nan, tokens - 1000, advantages, config=config, **keywords
+    )
+    assert loss == 0 and (gradient == 0).all()
+    assert all((value == 0).all() for value in metrics.values())
+
+
+def test_advantage_zero_without_kl_and_entropy_gives_gradient_zero(room):
+    logits, tokens, advantages, keywords = make_inputs(11, B, T)
+    _, _, gradient = run(grpo_loss, logits, tokens, advantages * 0, **keywords)
+    assert (gradient == 0).all()
+
+
+def test_loss_compiles_without_a_graph_break(room):
+    torch._dynamo.reset()
+    logits, tokens, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
+    config = LossConfig(beta=0.1, kl_estimator="reverse", entropy_coef=0.1)
+    compiled = torch.compile(grpo_loss, backend="aot_eager", fullgraph=True)
+    expected = run(grpo_loss, logits, tokens, advantages, config=config, **keywords)
+    actual = run(compiled, logits, tokens, advantages, config=config, **keywords)
+    torch.testing.assert_close(actual, expected)
+    torch._dynamo.reset()

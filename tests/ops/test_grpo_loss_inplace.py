@@ -1,0 +1,111 @@
+"""grpo_loss(inplace=True): the same gradient in the logits' own memory, and no second use."""
+
+import pytest
+import torch
+
+from grpo_kernels import grpo_loss, token_stats
+from grpo_kernels.ops import token_stats as operators
+from tests.ops.test_grpo_loss import CONFIGS, B, T, V, make_inputs, run
+
+
+def model(hidden, weight, dtype):
+    """Logits that are no leaf, as a language model's."""
+    return (hidden @ weight).to(dtype)
+
+
+def gradient_of_hidden(inplace, config, dtype, **extra):
+    _, tokens, advantages, keywords = make_inputs(1, B, T, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, 8, generator=generator).requires_grad_()
+    weight = torch.randn(8, V, generator=generator)
+    logits = model(hidden, weight, dtype)
+    loss, metrics = grpo_loss(
+        logits, tokens, advantages, config=config, inplace=inplace, **keywords, **extra
+    )
+    before = logits.detach().clone()
+    (1.5 * loss).backward()
+    return loss.detach(), metrics, hidden.grad, before, logits.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3", "beta, forward"])
+def test_inplace_gives_the_same_bits(room, dtype, name):
+    expected = gradient_of_hidden(False, CONFIGS[name], dtype, softcap=30.0, temperature=0.9)
+    actual = gradient_of_hidden(True, CONFIGS[name], dtype, softcap=30.0, temperature=0.9)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0)
+
+
+def test_the_gradient_lies_where_the_logits_lay(room, monkeypatch):
+    logits, tokens, advantages, keywords = make_inputs(2, B, T, dtype=torch.float32)
+    _, _, expected = run(grpo_loss, logits, tokens, advantages, **keywords)
+
+    def refuse(*arguments):
+        raise AssertionError("a second tensor of the logits' size was made")
+
+    monkeypatch.setattr(operators, "_backward", refuse)
+    leaf = logits.clone().requires_grad_()
+    values = leaf * 1.0
+    seen = []
+    values.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    grpo_loss(values, tokens, advantages, inplace=True, **keywords).loss.backward()
+    assert torch.equal(values.detach(), expected) and torch.equal(leaf.grad, expected)
+    assert seen == [values.data_ptr()]
+
+
+@pytest.mark.parametrize("name", ["every term", "entropy bonus"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_but_logits_in_place_is_modified(room, inplace, name):
+    logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float32)
+    config = CONFIGS[name]
+    given = {"tokens": tokens, "advantages": advantages, **keywords}
+    copies = {name: value.clone() for name, value in given.items()}
+    values = logits.clone().requires_grad_() * 1.0
+    grpo_loss(values, config=config, inplace=inplace, **given).loss.backward()
+    assert torch.equal(values.detach(), logits) is not inplace
+    for name, value in given.items():
+        assert torch.equal(value, copies[name]), name
+
+
+def test_a_second_use_of_consumed_logits_raises(room):
+    logits, tokens, advantages, keywords = make_inputs(4, B, T, dtype=torch.float32)
+    values = logits.requires_grad_() * 1.0
+    loss, _ = grpo_loss(values, tokens, advantages, inplace=True, **keywords)
+    for again in (
+        lambda: grpo_loss(values, tokens, advantages, **keywords),
+        lambda: grpo_loss(values, tokens, advantages, inplace=True, **keywords),
+        lambda: token_stats(values, tokens),
+    ):
+        with pytest.raises(ValueError, match="logits must not be used again after inplace=True"):
+            again()
+    loss.backward()
+
+
+def test_a_second_backward_through_consumed_logits_raises(room):
+    logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
+    values = logits.requires_grad_() * 1.0
+    config = CONFIGS["beta, forward"]  # its gradient is made in backward, of the logits
+    loss, _ = grpo_loss(values, tokens, advantages, config=config, inplace=True, **keywords)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_reader_of_consumed_logits_raises_instead_of_being_wrong(room):
+    logits, tokens, advantages, keywords = make_inputs(6, B, T, dtype=torch.float32)
+    values = logits.requires_grad_() * 1.0
+    other = values.square().sum()  # saves the logits
+    loss, _ = grpo_loss(values, tokens, advantages, inplace=True, **keywords)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_strided_logits_are_overwritten_in_their_rows_only(room):
+    logits, tokens, advantages, keywords = make_inputs(7, B, T, dtype=torch.float32)
+    _, _, expected = run(grpo_loss, logits, tokens, advantages, **keywords)
+    wide = torch.full((B, T + 1, V), 7.0)
+    wide[:, :-1] = logits
+    values = wide[:, :-1].requires_grad_()
+    grpo_loss(values, tokens, advantages, inplace=True, **keywords).loss.backward()
+    assert torch.equal(values.grad, expected) and (wide[:, -1] == 7).all()

@@ -1,0 +1,125 @@
+"""What the hidden level promises at a real vocabulary: accuracy from bf16, and bounded memory."""
+
+import pytest
+import torch
+
+import grpo_kernels
+from benchmarks.core.memory import peak_tensor_bytes
+from grpo_kernels import backends as rows
+from grpo_kernels import linear_grpo_loss, linear_token_stats
+from grpo_kernels.backends.pytorch import softmax
+from grpo_kernels.lm_head import chunk_size as chunks
+from grpo_kernels.lm_head import matmul as head
+from reference import losses as reference
+from tests.helpers.linear import relative_error
+from tests.helpers.tensors import normal, token_ids
+
+MIB = 1 << 20
+
+
+def make_head(N, V, H, *, dtype=torch.bfloat16, std=4.0):
+    """Hidden states, weight and tokens, with logits of that standard deviation."""
+    hidden = normal(0, N, H, dtype=dtype)
+    weight = normal(1, V, H, dtype=dtype, std=std / H**0.5)
+    return hidden.requires_grad_(), weight.requires_grad_(), token_ids(2, N, V=V)
+
+
+@pytest.mark.slow
+def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
+    """Logits of std 4. Rounding them to bf16 would cost 1.4e-2 of log-prob."""
+    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    hidden, weight, tokens = make_head(64, 65_536, 256)
+    d_logprob, d_entropy = normal(3, 64), normal(4, 64)
+
+    def results(module, *leaves):
+        stats = module.linear_token_stats(*leaves, tokens)
+        total = (stats.logprob * d_logprob).sum() + (stats.entropy * d_entropy).sum()
+        return stats, torch.autograd.grad(total, leaves)
+
+    exact, exact_gradients = results(
+        reference, *(each.detach().double().requires_grad_() for each in (hidden, weight))
+    )
+    ours, gradients = results(grpo_kernels, hidden, weight)
+    errors = {
+        name: (getattr(ours, name) - getattr(exact, name)).square().mean().sqrt().item()
+        for name in ("logprob", "entropy")
+    }
+    errors |= {
+        name: relative_error(gradient, like)
+        for name, gradient, like in zip(
+            ("d_hidden", "d_weight"), gradients, exact_gradients, strict=True
+        )
+    }
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert errors["logprob"] <= 1e-5 and errors["entropy"] <= 5e-5
+    assert errors["d_hidden"] <= 4e-3 and errors["d_weight"] <= 4e-3
+
+
+@pytest.fixture
+def workspace(monkeypatch):
+    """A small one, so that a small problem has many chunks."""
+    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    monkeypatch.setattr(softmax, "BLOCK_BYTES", MIB)
+    monkeypatch.setattr(chunks, "WORKSPACE", 4 * MIB)
+    return 4 * MIB
+
+
+def statistics(hidden, weight, tokens):
+    with torch.no_grad():
+        linear_token_stats(hidden, weight, tokens)
+
+
+def statistics_and_gradient(hidden, weight, tokens):
+    stats = linear_token_stats(hidden, weight, tokens)
+    (stats.logprob - stats.entropy).sum().backward()
+
+
+def loss_and_gradient(hidden, weight, tokens):
+    keywords = {"cu_seqlens": torch.tensor([0, len(tokens)])}
+    linear_grpo_loss(hidden, weight, tokens, normal(3, len(tokens)), **keywords).loss.backward()
+
+
+MODES = {
+    "statistics": statistics,
+    "loss": loss_and_gradient,
+    "both": statistics_and_gradient,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_tokens_by_vocabulary_ever_exists(workspace, mode, dtype):
+    """Eight times the tokens take no more memory, but for what is as large as the hidden states."""
+    V, H = 8192, 32
+    accumulated = {"statistics": 0, "loss": 2, "both": 2}[mode] * V * H * 4
+    blocks = 8 * MIB  # of the eager rows, about six at a time
+    for N in (256, 2048):
+        inputs = make_head(N, V, H, dtype=dtype)
+        peak = peak_tensor_bytes(lambda inputs=inputs: MODES[mode](*inputs))
+        states = 4 * N * H * 4  # gathered, and their gradient in two dtypes
+        print(f"{mode}, N = {N}: {peak / MIB:.1f} MiB, all logits {N * V * 4 / MIB:.0f} MiB")
+        assert peak <= workspace + accumulated + blocks + states
+        assert N < 2048 or peak < N * V * 4 / 3
+
+
+def test_the_default_workspace_is_a_gibibyte():
+    assert chunks.WORKSPACE == 1 << 30
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 8])  # a single chunk, and several added up
+def test_a_processor_without_bf16_units_gets_the_same_gradients_from_upcast_tiles(
+    monkeypatch, chunk_tokens
+):
+    monkeypatch.setattr(rows, "HAS_TRITON", False)  # the products are the same, the rest is faster
+    hidden, weight, tokens = make_head(24, 300, 16)
+    monkeypatch.setattr(head, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow
+    found = []
+    for has_units in (True, False):
+        monkeypatch.setattr(head, "has_bf16_units", lambda has_units=has_units: has_units)
+        stats = linear_token_stats(hidden, weight, tokens, chunk_tokens=chunk_tokens)
+        total = stats.logprob.sum() + stats.entropy.sum()
+        found.append(torch.autograd.grad(total, (hidden, weight)))
+    for native, upcast in zip(*found, strict=True):
+        assert upcast.dtype == torch.bfloat16
+        # Sums of the same products in another order, rounded to bf16 once.
+        assert (native.float() - upcast.float()).norm() <= 4e-3 * native.float().norm()

@@ -1,0 +1,114 @@
+"""The floating-point operations of the matrix products actually issued, counted by the profiler."""
+
+import pytest
+import torch
+
+from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
+from grpo_kernels import backends as rows
+from tests.helpers.count_flops import issued
+from tests.helpers.linear import make_linear_case, without_reference
+from tests.helpers.tensors import coin, normal
+
+N, V, H = 64, 96, 16
+PRODUCT = 2 * V * H  # operations of one product, for one token
+
+
+def make_inputs(dtype):
+    case = without_reference(make_linear_case(0, 4, N // 4, V=V, H=H, dtype=dtype, bias=False))
+    case.pop("bias")
+    return case["hidden"].requires_grad_(), case["weight"].requires_grad_(), case["tokens"]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def inputs(request, monkeypatch):
+    monkeypatch.setattr(rows, "HAS_TRITON", False)  # the products are the same, the rest is faster
+    return make_inputs(request.param)
+
+
+def token_level(inputs, advantages, **keywords):
+    def call():
+        linear_grpo_loss(*inputs, advantages, **keywords).loss.backward()
+
+    return call
+
+
+LIVE = torch.tensor([1.0, -1.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 16])
+def test_a_token_level_loss_and_its_gradient_take_three_products(inputs, chunk_tokens):
+    call = token_level(inputs, LIVE, chunk_tokens=chunk_tokens)
+    assert issued(call) == 3 * N * PRODUCT
+
+
+def test_a_sequence_level_loss_takes_four(inputs):
+    call = token_level(inputs, LIVE, config=LossConfig.gspo())
+    assert issued(call) == 4 * N * PRODUCT
+
+
+def test_statistics_take_one_and_with_their_gradient_four(inputs):
+    with torch.no_grad():
+        assert issued(lambda: linear_token_stats(*inputs)) == N * PRODUCT
+    assert issued(lambda: linear_token_stats(*inputs)) == N * PRODUCT
+    stats = linear_token_stats(*inputs)
+    assert issued(lambda: (stats.logprob + stats.entropy).sum().backward()) == 3 * N * PRODUCT
+
+
+def test_without_gradient_a_loss_takes_one(inputs):
+    with torch.no_grad():
+        assert issued(lambda: linear_grpo_loss(*inputs, LIVE)) == N * PRODUCT
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, packed):
+    """Half of the tokens masked, and 30% of the others without a signal."""
+    mask = torch.zeros(N, dtype=torch.bool)
+    mask[normal(1, N).argsort()[: N // 2]] = True
+    advantages = normal(2, N)
+    inert = round(0.3 * mask.sum().item())
+    advantages[mask.nonzero()[:inert]] = 0.0
+    mask, advantages = mask.view(4, -1), advantages.view(4, -1)
+    live = N // 2 - inert
+    packing = {"packing": pack_tokens(mask, advantages)} if packed else {}
+    call = token_level(inputs, advantages, mask=mask, **packing)
+    assert issued(call) == (N // 2 + 2 * live) * PRODUCT
+    # A KL or an entropy bonus acts on every token.
+    config = LossConfig(entropy_coef=0.1)
+    call = token_level(inputs, advantages, mask=mask, config=config, **packing)
+    assert issued(call) == 3 * (N // 2) * PRODUCT
+
+
+def test_sequences_without_a_signal_are_in_a_single_product_at_sequence_level(inputs):
+    mask = coin(3, 4, N // 4)
+    advantages = torch.tensor([1.0, 0.0, 0.0, -1.0])
+    live = mask[[0, 3]].sum().item()
+    call = token_level(inputs, advantages, mask=mask, config=LossConfig.gspo())
+    assert issued(call) == (mask.sum().item() + 3 * live) * PRODUCT
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_part_is_in_no_product_of_its_own(inputs, level, frozen):
+    hidden, weight, tokens = inputs
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    call = token_level((hidden, weight, tokens), LIVE, config=LossConfig(ratio_level=level))
+    assert issued(call) == (2 if level == "token" else 3) * N * PRODUCT
+
+
+def test_a_kl_over_the_vocabulary_is_made_in_the_same_pass(inputs):
+    hidden, weight, _ = inputs
+    reference = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
+    config = LossConfig(beta=0.1, kl_estimator="reverse")
+    call = token_level(inputs, LIVE, config=config, **reference)
+    assert issued(call) == 4 * N * PRODUCT
+    with torch.no_grad():
+        call = lambda: linear_token_stats(*inputs, kl="forward", **reference)  # noqa: E731
+        assert issued(call) == 2 * N * PRODUCT
+
+
+def test_tokens_that_no_gradient_reaches_are_in_no_product_of_the_gradient(inputs):
+    """Looking is free on the CPU: an upstream gradient of 0 is seen."""
+    stats = linear_token_stats(*inputs)
+    reached = torch.zeros(4, N // 4)
+    reached[1, 3:9] = 1.0
+    assert issued(lambda: (stats.logprob * reached).sum().backward()) == 3 * 6 * PRODUCT

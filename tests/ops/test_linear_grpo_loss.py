@@ -1,0 +1,242 @@
+"""linear_grpo_loss against its reference: value, gradients, metrics, modes, inert tokens."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grpo_kernels
+from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
+from grpo_kernels.ops import linear_grpo_loss as operators
+from grpo_kernels.ops import linear_token_stats as statistics_operators
+from reference import losses as reference
+from tests.helpers.linear import make_linear_case, relative_error
+from tests.helpers.loss_configs import loss_configs
+from tests.helpers.tensors import assert_same_bits, coin, normal
+from tests.ops.test_grpo_loss import CONFIGS
+
+B, T = 3, 4
+ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)
+
+
+def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, device="cpu"):
+    """The linear case, and the keywords of every config."""
+    case = make_linear_case(seed, *leading, dtype=dtype, device=device)
+    head = {name: case[name] for name in ("hidden", "weight", "tokens", "bias")}
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    logprob = linear_token_stats(**head, entropy=False).logprob
+    keywords = {
+        "mask": coin(seed + 20, *leading, p=0.8, device=device),
+        "old_logprob": logprob + normal(seed + 21, *leading, dtype=acc, std=0.3, device=device),
+        "sampling_logprob": logprob
+        + normal(seed + 22, *leading, dtype=acc, std=0.3, device=device),
+    }
+    return case, advantages.to(device, acc), keywords
+
+
+def run(module, case, advantages, scale=1.0, **keywords):
+    """Loss, metrics and the gradients of scale · loss in hidden, weight and bias."""
+    case = dict(case)
+    leaves = {
+        name: case.pop(name).detach().clone().requires_grad_()
+        for name in ("hidden", "weight", "bias")
+    }
+    config = module.LossConfig(**asdict(keywords.pop("config", LossConfig())))
+    loss, metrics = module.linear_grpo_loss(
+        leaves["hidden"], leaves["weight"], case.pop("tokens"), advantages,
+        bias=leaves["bias"], config=config, **case, **keywords,
+    )  # fmt: skip
+    (scale * loss).backward()
+    return loss.detach(), metrics, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def check_against_reference(case, advantages, **keywords):
+    loss, metrics, gradients = run(grpo_kernels, case, advantages, 1.7, **keywords)
+    exact_loss, exact_metrics, exact = run(reference, case, advantages, 1.7, **keywords)
+    tight = {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(loss, exact_loss, **tight)
+    torch.testing.assert_close(gradients, exact, **tight)
+    assert metrics.keys() == exact_metrics.keys()
+    for name, value in metrics.items():
+        assert value.dim() == 0 and not value.requires_grad, name
+        torch.testing.assert_close(value, exact_metrics[name], **tight)
+    return loss, metrics, gradients
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_gradients_and_metrics_equal_the_reference(room, device, name):
+    case, advantages, keywords = make_inputs(11, B, T, device=device)
+    _, metrics, gradients = check_against_reference(
+        case, advantages, config=CONFIGS[name], temperature=0.8, chunk_tokens=4, **keywords
+    )
+    assert (gradients["hidden"][~keywords["mask"]] == 0).all()
+    assert gradients["weight"].abs().sum() > 0
+    assert {"kl", "entropy", "policy_loss", "num_tokens"} <= metrics.keys()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    config=loss_configs(),
+    per_token=st.booleans(),
+    chunk_tokens=st.sampled_from([None, 3, 32]),
+)
+@settings(max_examples=8)
+def test_any_config_and_chunk_equals_the_reference(room, seed, config, per_token, chunk_tokens):
+    case, advantages, keywords = make_inputs(seed, B, T)
+    if per_token:
+        advantages = normal(seed + 6, B, T, dtype=torch.float64) * coin(seed + 7, B, T)
+    check_against_reference(
+        case, advantages, config=config, chunk_tokens=chunk_tokens, softcap=8.0, **keywords
+    )
+
+
+@pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3"])
+def test_packed_sequences_equal_the_reference(room, name):
+    case, advantages, keywords = make_inputs(2, 7, advantages=ADVANTAGES)
+    check_against_reference(
+        case, advantages, config=CONFIGS[name], cu_seqlens=torch.tensor([0, 2, 5, 7]), **keywords
+    )
+
+
+def test_advantages_per_token_and_log_probs_of_the_reference(room):
+    case, _, keywords = make_inputs(5, B, T)
+    case = {name: value for name, value in case.items() if not name.startswith("ref_")}
+    advantages = normal(3, B, T, dtype=torch.float64)
+    keywords["ref_logprob"] = -normal(8, B, T, dtype=torch.float64).abs()
+    check_against_reference(case, advantages, config=LossConfig(beta=0.1), **keywords)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("live_on_cpu_too", [False, True])
+def test_advantages_of_zero_within_a_sequence_that_has_others(
+    room, level, packed, live_on_cpu_too, monkeypatch
+):
+    """At sequence level such a token still has a gradient: it is in its sequence's ratio."""
+    case, _, keywords = make_inputs(6, B, T)
+    advantages = normal(3, B, T, dtype=torch.float64) * coin(4, B, T)
+    advantages[1] = 0.0
+    if packed:
+        keywords["packing"] = pack_tokens(keywords["mask"], advantages)
+    if not live_on_cpu_too:  # as on a GPU, where upstream gradients are not looked at
+        monkeypatch.setattr(
+            statistics_operators, "_with_gradient",
+            lambda order, counts, _, skip: order[: counts[0] if skip else sum(counts)],
+        )  # fmt: skip
+    config = LossConfig(ratio_level=level)
+    _, _, gradients = check_against_reference(case, advantages, config=config, **keywords)
+    inert = (advantages == 0) & keywords["mask"]
+    assert (gradients["hidden"][inert] == 0).all() == (level == "token")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "every term", "beta, k3"])
+def test_the_modes_agree_within_rounding(room, device, dtype, name, monkeypatch):
+    """Three products, or four by way of linear_token_stats and policy_loss."""
+    case, advantages, keywords = make_inputs(7, B, T, dtype=dtype, device=device)
+    keywords |= {"config": CONFIGS[name], "chunk_tokens": 4}
+    loss, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
+    monkeypatch.setattr(operators, "is_per_token", lambda *_, **__: False)
+    other_loss, other_metrics, others = run(grpo_kernels, case, advantages, **keywords)
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(metrics, other_metrics, rtol=0, atol=0)
+    for leaf, gradient in gradients.items():
+        allowed = 4e-3 if dtype == torch.bfloat16 else 1e-6
+        assert relative_error(gradient, others[leaf].double()) <= allowed, leaf
+
+
+def test_tokens_without_a_signal_have_statistics_and_gradient_zero(room):
+    case, advantages, keywords = make_inputs(3, B, T)
+    _, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
+    assert (gradients["hidden"][2] == 0).all() and gradients["hidden"][0].abs().sum() > 0
+    assert metrics["num_tokens"] == keywords["mask"].sum()
+    stats = linear_token_stats(
+        case["hidden"], case["weight"], case["tokens"], bias=case["bias"], mask=keywords["mask"]
+    )
+    torch.testing.assert_close(
+        metrics["entropy"], stats.entropy.sum() / keywords["mask"].sum(), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_packing_made_in_advance_changes_no_bit(room, level):
+    case, advantages, keywords = make_inputs(4, B, T, dtype=torch.float32)
+    keywords |= {"config": LossConfig(ratio_level=level), "chunk_tokens": 4}
+    expected = run(grpo_kernels, case, advantages, **keywords)
+    packing = pack_tokens(keywords["mask"], advantages)
+    ours = run(grpo_kernels, case, advantages, packing=packing, **keywords)
+    assert torch.equal(ours[0], expected[0])
+    assert_same_bits(ours[1], expected[1])
+    assert_same_bits(ours[2], expected[2])
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_micro_batches_with_a_normalizer_add_up_to_the_batch(room, aggregation, level):
+    case, advantages, keywords = make_inputs(11, B, T)
+    config = LossConfig(
+        aggregation=aggregation, entropy_coef=0.1, beta=0.1, kl_estimator="reverse",
+        ratio_level=level,
+    )  # fmt: skip
+    whole_loss, _, whole = run(grpo_kernels, case, advantages, config=config, **keywords)
+    counted = keywords["mask"].sum()
+    total, weight = 0.0, 0.0
+    for at in (slice(0, 1), slice(1, 3)):
+        part = {
+            name: value[at] if name in ("hidden", "tokens", "ref_hidden") else value
+            for name, value in case.items()
+        }
+        loss, _, gradients = run(
+            grpo_kernels, part, advantages[at], config=config,
+            normalizer=counted if aggregation == "token_mean" else B,
+            entropy_normalizer=counted, **{name: each[at] for name, each in keywords.items()},
+        )  # fmt: skip
+        total, weight = total + loss, weight + gradients["weight"]
+        torch.testing.assert_close(gradients["hidden"], whole["hidden"][at])
+    torch.testing.assert_close(total, whole_loss)
+    torch.testing.assert_close(weight, whole["weight"])
+
+
+def test_without_gradient_the_loss_is_that_of_the_statistics(room):
+    case, advantages, keywords = make_inputs(9, B, T, dtype=torch.float32)
+    keywords["chunk_tokens"] = 4  # so that every product has the same shape, and bits are the same
+    expected, metrics, _ = run(grpo_kernels, case, advantages, **keywords)
+    with torch.no_grad():
+        loss, others = linear_grpo_loss(
+            case["hidden"].requires_grad_(), case["weight"], case["tokens"], advantages,
+            bias=case["bias"], **keywords,
+            **{name: value for name, value in case.items() if name.startswith("ref_")},
+        )  # fmt: skip
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected)
+    assert_same_bits(others, metrics)
+
+
+@pytest.mark.parametrize("name", ["grpo", "every term", "gspo"])
+def test_every_token_masked_gives_loss_and_gradients_zero(room, name):
+    case, advantages, keywords = make_inputs(11, B, T)
+    keywords["mask"] = torch.zeros(B, T, dtype=torch.bool)
+    case |= {"hidden": case["hidden"] * torch.nan, "tokens": case["tokens"] - 1000}
+    loss, metrics, gradients = run(grpo_kernels, case, advantages, config=CONFIGS[name], **keywords)
+    assert loss == 0 and all((each == 0).all() for each in gradients.values())
+    assert all((value == 0).all() for value in metrics.values())
+
+
+def test_a_second_backward_gives_the_same_gradient(room):
+    case, advantages, keywords = make_inputs(6, B, T, dtype=torch.float32)
+    weight = case["weight"].clone().requires_grad_()
+    loss, _ = linear_grpo_loss(case["hidden"], weight, case["tokens"], advantages, **keywords)
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * loss, weight)
+    torch.testing.assert_close(second, 3 * first)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_caller_s_tensor_is_modified(room, level):
+    case, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
+    given = {**case, **keywords, "advantages": advantages}
+    copies = {name: value.clone() for name, value in given.items()}
+    run(grpo_kernels, case, advantages, config=LossConfig(ratio_level=level, beta=0.1), **keywords)
+    assert_same_bits(given, copies)

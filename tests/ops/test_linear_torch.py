@@ -1,0 +1,179 @@
+"""The hidden level inside PyTorch: gradcheck, opcheck, compile, autocast, checkpoint."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats
+from tests.helpers.linear import make_linear_case, relative_error
+from tests.helpers.tensors import coin, normal
+
+ADVANTAGES = torch.tensor([1.0, -0.5])
+CONFIGS = {
+    "token": LossConfig(beta=0.1, entropy_coef=0.05, kl_estimator="reverse"),
+    "sequence": LossConfig.gspo(beta=0.1),
+}
+
+
+def make_inputs(dtype=torch.float32, bias=True):
+    case = make_linear_case(1, 2, 3, V=11, H=4, dtype=dtype, bias=bias)
+    leaves = [case.pop(name) for name in ("hidden", "weight")]
+    return [each.requires_grad_() for each in leaves], case.pop("tokens"), case
+
+
+@pytest.mark.parametrize("kl", [None, "forward", "reverse"])
+def test_gradcheck_of_every_output_in_fp64(room, kl):
+    (hidden, weight), tokens, case = make_inputs(torch.float64)
+    bias = case.pop("bias").requires_grad_()
+    keywords = {"kl": kl, **case} if kl else {}
+    keywords |= {"softcap": 3.0, "temperature": 0.8, "mask": coin(3, 2, 3)}
+
+    def outputs(hidden, weight, bias):
+        stats = linear_token_stats(hidden, weight, tokens, bias=bias, **keywords)
+        return tuple(each for each in stats if each is not None)
+
+    torch.autograd.gradcheck(outputs, (hidden, weight, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradcheck_of_the_loss_in_fp64(room, name):
+    (hidden, weight), tokens, case = make_inputs(torch.float64)
+    bias = case.pop("bias").requires_grad_()
+    old_logprob = normal(3, 2, 3, dtype=torch.float64) - 2
+
+    def loss(hidden, weight, bias):
+        return linear_grpo_loss(
+            hidden, weight, tokens, ADVANTAGES.double(), bias=bias, old_logprob=old_logprob,
+            config=CONFIGS[name], chunk_tokens=4, **case,
+        ).loss  # fmt: skip
+
+    torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=True)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the arguments of our operators as they pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "grpo_kernels":
+            self.calls[function._opname] = args
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_opcheck_of_every_operator_as_it_is_called(room, kl, level):
+    (hidden, weight), tokens, case = make_inputs(bias=kl)
+    config = LossConfig(
+        beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1, ratio_level=level
+    )
+    with Recorder() as recorder:
+        linear_grpo_loss(
+            hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config,
+            **(case if kl else {}),
+        ).loss.backward()  # fmt: skip
+    expected = {
+        "token": {"pack_tokens", "linear_grpo_loss_forward", "scale_"},
+        "sequence": {
+            "pack_tokens", "linear_token_stats_forward", "linear_token_stats_backward",
+        },
+    }  # fmt: skip
+    assert recorder.calls.keys() == expected[level]
+    for name, arguments in recorder.calls.items():
+        arguments = [
+            each.detach() if isinstance(each, torch.Tensor) else each for each in arguments
+        ]
+        if name == "linear_token_stats_forward":  # the one that autograd sees
+            arguments[0].requires_grad_()
+            arguments[1].requires_grad_()
+        torch.library.opcheck(getattr(torch.ops.grpo_kernels, name), tuple(arguments))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_compiles_whole_and_new_lengths_do_not_recompile_more_than_once(room, name):
+    def loss(hidden, weight, tokens, advantages, mask, case, temperature):
+        return linear_grpo_loss(
+            hidden, weight, tokens, advantages, mask=mask, config=CONFIGS[name],
+            temperature=temperature, **case,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for T, temperature in ((3, 1.0), (4, 0.9), (5, 0.8), (6, 0.7)):
+        case = make_linear_case(T, 2, T, V=11, H=4)
+        hidden, weight = (case.pop(each).requires_grad_() for each in ("hidden", "weight"))
+        tokens, mask = case.pop("tokens"), coin(T, 2, T)
+        arguments = (hidden, weight, tokens, ADVANTAGES, mask, case, temperature)
+        value, metrics = compiled(*arguments)
+        expected, expected_metrics = loss(*arguments)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(metrics, expected_metrics)
+        ours = torch.autograd.grad(value, (hidden, weight))
+        torch.testing.assert_close(ours, torch.autograd.grad(expected, (hidden, weight)))
+    assert counter.frame_count <= 2  # the first shapes, and any others
+
+
+def test_linear_token_stats_compiles_whole(room):
+    (hidden, weight), tokens, case = make_inputs()
+
+    def total(hidden, weight):
+        stats = linear_token_stats(hidden, weight, tokens, kl="forward", **case)
+        return stats.logprob.sum() + stats.entropy.sum() - stats.kl.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad(total(hidden, weight), (hidden, weight)))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_autocast_multiplies_in_bf16_and_leaves_fp32_weights_an_unrounded_gradient(room, level):
+    (hidden, weight), tokens, _ = make_inputs(bias=False)
+    config = LossConfig(ratio_level=level)
+    half = [each.detach().bfloat16().float().requires_grad_() for each in (hidden, weight)]
+    exact = linear_grpo_loss(*half, tokens, ADVANTAGES, config=config)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES, config=config)
+        mixed = linear_token_stats(hidden.bfloat16(), weight, tokens)
+    # The very numbers that bf16 operands give, not rounded any further.
+    torch.testing.assert_close(ours.metrics["entropy"], exact.metrics["entropy"])
+    assert mixed.logprob.dtype == torch.float32
+    gradients = torch.autograd.grad(ours.loss, (hidden, weight))
+    for gradient, like in zip(gradients, torch.autograd.grad(exact.loss, half), strict=True):
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, like.double()) < 8e-3
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradient(room, level, use_reentrant):
+    (hidden, weight), tokens, _ = make_inputs()
+
+    def loss(hidden, weight):
+        config = LossConfig(ratio_level=level)
+        return linear_grpo_loss(hidden, weight, tokens, ADVANTAGES, config=config).loss
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    checkpoint(loss, hidden, weight, use_reentrant=use_reentrant).backward()
+    assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
+
+
+def test_inference_mode(room):
+    (hidden, weight), tokens, _ = make_inputs()
+    with torch.inference_mode():
+        loss, _ = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES)
+    torch.testing.assert_close(loss, linear_grpo_loss(hidden, weight, tokens, ADVANTAGES).loss)
+
+
+def test_backward_of_a_token_level_loss_only_scales(room):
+    (hidden, weight), tokens, _ = make_inputs()
+    with Recorder() as recorder:
+        loss = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES).loss
+        recorder.calls.clear()
+        loss.backward(torch.tensor(0.25))
+    assert recorder.calls.keys() == {"scale_"}

@@ -1,0 +1,153 @@
+"""Gradients that are ready with the loss: scaled, handed out without a copy, and repeatable."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss
+from grpo_kernels.ops import precomputed_gradient as ready_gradient
+from tests.ops.test_grpo_loss import CONFIGS, B, T, make_inputs, run
+
+
+def loss_of_logits(dtype=torch.float32, **keywords):
+    logits, tokens, advantages, given = make_inputs(3, B, T, dtype=dtype)
+    logits.requires_grad_()
+    return logits, grpo_loss(logits, tokens, advantages, **given, **keywords).loss
+
+
+def loss_of_hidden(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 8, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(37, 8, generator=generator, dtype=dtype).requires_grad_()
+    tokens = torch.randint(0, 37, (2, 3), generator=generator)
+    loss = linear_grpo_loss(hidden, weight, tokens, torch.tensor([1.0, -0.5])).loss
+    return weight, loss
+
+
+class StoragesMade(TorchDispatchMode):
+    """The sizes in bytes of the storages behind every tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+        return made
+
+
+LOSSES = [loss_of_logits, loss_of_hidden]
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_backward_again_gives_the_gradient_again(room, loss_of):
+    """With retain_graph, under other incoming gradients, whatever became of the first result."""
+    leaf, loss = loss_of()
+    first, second, third = (
+        torch.autograd.grad(loss, leaf, torch.tensor(factor), retain_graph=True)[0].clone()
+        for factor in (2.0, 3.0, -1.0)
+    )
+    torch.testing.assert_close(first / 2, second / 3)
+    torch.testing.assert_close(first / 2, -third)
+    assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_accumulated_gradients_of_a_retained_graph_add_up(room, loss_of):
+    leaf, loss = loss_of()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    (once,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(leaf.grad, 3 * once)
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_backward_after_one_with_gradient_zero_raises(room, loss_of):
+    leaf, loss = loss_of()
+    (nothing,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
+    assert (nothing == 0).all()
+    with pytest.raises(RuntimeError, match="after one in which the loss's gradient was 0"):
+        torch.autograd.grad(loss, leaf)
+
+
+def test_the_callers_gradient_may_change_between_two_backwards(room):
+    leaf, loss = loss_of_logits()
+    incoming = torch.tensor(2.0)
+    first = torch.autograd.grad(loss, leaf, incoming, retain_graph=True)[0].clone()
+    incoming.fill_(5.0)
+    (second,) = torch.autograd.grad(loss, leaf, incoming)
+    torch.testing.assert_close(second, 2.5 * first)
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_backward_allocates_nothing_of_the_gradients_size(room, loss_of):
+    leaf, loss = loss_of()
+    with StoragesMade() as made:
+        loss.backward()
+    large = {pointer for pointer, nbytes in made.sizes.items() if nbytes >= leaf.nbytes}
+    assert large <= {leaf.grad.data_ptr()} and leaf.grad.abs().sum() > 0
+
+
+def test_the_gradient_handed_out_is_the_one_that_was_made(room, monkeypatch):
+    made = []
+    scale_ = ready_gradient._scale_
+
+    def noted(x, factor):
+        made.append(x.data_ptr())
+        scale_(x, factor)
+
+    monkeypatch.setattr(ready_gradient, "_scale_", noted)
+    leaf, loss = loss_of_hidden()
+    loss.backward()
+    assert leaf.grad.data_ptr() in made, "AccumulateGrad copied instead of taking"
+
+
+def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(room):
+    _, loss = loss_of_logits(torch.bfloat16)
+    leaf, scaled = loss_of_logits(torch.bfloat16)
+    (scaled * 65536.0).backward()
+    other, loss = loss_of_logits(torch.bfloat16)
+    loss.backward()
+    assert torch.equal(leaf.grad, other.grad * 65536.0)
+
+
+def test_a_half_precision_gradient_waits_for_its_scale(room):
+    """1/65,536 of it underflows in fp16: made before the scale came, it would be 0."""
+    logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float16)
+    advantages = advantages * 1e-6
+    _, _, scaled = run(grpo_loss, logits, tokens, advantages, 2.0**16, **keywords)
+    exact = run(grpo_loss, logits.double(), tokens, advantages, 2.0**16, **keywords)[2]
+    torch.testing.assert_close(scaled.double(), exact, rtol=2e-3, atol=1e-6)
+
+
+def test_the_loss_can_be_differentiated_twice_by_nobody(room):
+    leaf, loss = loss_of_logits()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["entropy bonus", "beta, k3", "dual clip"])
+def test_one_launch_compiles_without_a_graph_break(room, name):
+    torch._dynamo.reset()
+    logits, tokens, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
+    compiled = torch.compile(grpo_loss, backend="aot_eager", fullgraph=True)
+    for inplace in (False, True):
+        case = {"config": CONFIGS[name], "inplace": inplace, **keywords}
+        expected = run(
+            lambda x, *a, **k: grpo_loss(x * 1, *a, **k), logits, tokens, advantages, **case
+        )
+        actual = run(
+            lambda x, *a, **k: compiled(x * 1, *a, **k), logits, tokens, advantages, **case
+        )
+        torch.testing.assert_close(actual, expected)
+    torch._dynamo.reset()
+
+
+def test_the_config_survives_its_text():
+    """All but the entropy's coefficient, which the operators get as the weight of a sum."""
+    config = LossConfig.dapo(beta=0.1, kl_estimator="k3+", delta=2.0)
+    assert ready_gradient.config_of(config.text) == config

@@ -1,0 +1,216 @@
+"""Inputs that have bitten published implementations: extreme logits, exclusions, NaN, sizes."""
+
+import pytest
+import torch
+
+from grpo_kernels import token_stats
+from tests.helpers.tensors import (
+    assert_same_bits,
+    check_against_oracle,
+    coin,
+    exact_results,
+    make_case,
+    normal,
+    results,
+    token_ids,
+    upstream_like,
+)
+
+V = 83  # two whole interpreted tiles and a tail
+ALL = ("logprob", "entropy", "kl")
+INF = torch.inf
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_a_common_offset_of_1e4_costs_no_precision(room, device, offset, kl):
+    """Against fp64 from the very same, rounded, fp32 logits."""
+    logits = normal(1, 4, V, device=device, std=4.0, mean=offset)
+    ref_logits = normal(2, 4, V, device=device, std=4.0, mean=-offset)
+    tokens = token_ids(3, 4, V=V, device=device)
+    case = (logits, tokens, upstream_like(4, tokens, ALL))
+    ours = results(token_stats, *case, kl=kl, ref_logits=ref_logits)
+    exact = exact_results(*case, kl=kl, ref_logits=ref_logits)
+    for name, value in ours.items():
+        scale = exact[name].abs().clamp(min=1)
+        assert ((value.double() - exact[name]).abs() <= 1e-5 * scale).all(), name
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_bf16_logits_over_a_llama_vocabulary(room, device, temperature):
+    """128,256 entries of standard deviation 4: the statistics err by less than 1e-5."""
+    size = 128_256
+    logits = normal(1, 2, size, dtype=torch.bfloat16, device=device, std=4.0)
+    tokens = torch.tensor([size - 1, 7], device=device)
+    ours = results(token_stats, logits, tokens, {}, temperature=temperature)
+    exact = exact_results(logits, tokens, {}, temperature=temperature)
+    for name in ("logprob", "entropy"):
+        assert ((ours[name].double() - exact[name]).abs() <= 1e-5).all(), name
+
+
+def test_a_row_of_a_large_vocabulary_has_the_same_bits_in_any_batch(room, device):
+    """Wide enough that blocks of rows and shares of threads are cut inside the batch."""
+    size = 40_001
+    logits, tokens = make_case(2, 5, size, device=device)
+    upstream = upstream_like(3, tokens)
+    batch = results(token_stats, logits, tokens, upstream)
+    for row in (slice(0, 1), slice(2, 5)):
+        part = {name: g[row] for name, g in upstream.items()}
+        alone = results(token_stats, logits[row], tokens[row], part)
+        assert_same_bits(alone, {name: value[row] for name, value in batch.items()})
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_all_negative_and_far_apart_logits(room, device, kl):
+    logits, tokens = make_case(3, 4, V, device=device)
+    logits = -logits.abs() * torch.tensor([[1.0], [10.0], [100.0], [1000.0]], device=device) - 5
+    ref_logits = -normal(4, 4, V, device=device).abs() - 100
+    ours = check_against_oracle(
+        logits, tokens, upstream_like(5, tokens, ALL), kl=kl, ref_logits=ref_logits
+    )
+    assert all(value.isfinite().all() for value in ours.values())
+
+
+@pytest.mark.parametrize("peak", [200.0, 1e4, 1e30, 3e38])
+def test_one_hot_rows_have_entropy_zero_and_no_nan(room, device, peak):
+    logits = torch.zeros(2, V, device=device)
+    logits[:, 50] = peak
+    tokens = torch.tensor([50, 50], device=device)
+    ours = results(token_stats, logits, tokens, upstream_like(5, tokens))
+    assert all((value == 0).all() for value in ours.values())
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("hole", [slice(0, 1), slice(0, 32), slice(0, 75), slice(70, V)])
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_excluded_entries_get_probability_and_gradient_zero(room, device, hole, softcap, kl):
+    """One -inf, whole leading blocks of them, and a padded vocabulary."""
+    logits, _ = make_case(6, 3, V, device=device)
+    ref_logits = normal(7, 3, V, device=device)
+    logits[:, hole], ref_logits[:, hole] = -INF, -INF
+    tokens = logits.argmax(-1)
+    ours = check_against_oracle(
+        logits,
+        tokens,
+        upstream_like(5, tokens, ALL),
+        softcap=softcap,
+        kl=kl,
+        ref_logits=ref_logits,
+    )
+    assert all(value.isfinite().all() for value in ours.values())
+    assert (ours["d_logits"][:, hole] == 0).all()
+
+
+def test_a_single_entry_left_is_certain(room, device):
+    logits = torch.full((2, V), -INF, device=device)
+    logits[:, 60] = -3.0
+    tokens = torch.tensor([60, 60], device=device)
+    for softcap in (None, 5.0):
+        ours = results(token_stats, logits, tokens, upstream_like(5, tokens), softcap=softcap)
+        assert all((value == 0).all() for value in ours.values())
+
+
+def test_an_excluded_token_has_log_probability_minus_infinity(room, device):
+    logits, tokens = make_case(6, 2, V, device=device)
+    logits[0, tokens[0]] = -INF
+    ours = check_against_oracle(logits, tokens, {})
+    assert ours["logprob"][0] == -INF and ours["entropy"].isfinite().all()
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_kl_is_infinite_where_the_other_row_excludes_and_its_neighbours_are_finite(
+    room, device, kl
+):
+    logits, tokens = make_case(6, 3, V, device=device)
+    ref_logits = normal(7, 3, V, device=device)
+    (logits if kl == "forward" else ref_logits)[1, 40] = -INF
+    tokens[:] = 3
+    ours = results(
+        token_stats, logits, tokens, upstream_like(5, tokens), kl=kl, ref_logits=ref_logits
+    )
+    assert ours["kl"][1] == INF and ours["kl"][[0, 2]].isfinite().all()
+    assert ours["d_logits"].isfinite().all()
+
+
+@pytest.mark.parametrize("broken", ["logits", "ref_logits"])
+def test_a_nan_spoils_its_own_row_only(room, device, broken):
+    logits, tokens = make_case(8, 4, V, device=device)
+    keywords = {"kl": "reverse", "ref_logits": normal(9, 4, V, device=device)}
+    upstream = upstream_like(5, tokens, ALL)
+    expected = results(token_stats, logits, tokens, upstream, **keywords)
+    target = logits if broken == "logits" else keywords["ref_logits"]
+    target[2, 5] = torch.nan
+    ours = results(token_stats, logits, tokens, upstream, **keywords)
+    others = torch.tensor([0, 1, 3], device=device)
+    assert_same_bits(
+        {name: value[others] for name, value in ours.items()},
+        {name: value[others] for name, value in expected.items()},
+    )
+    assert ours["kl"][2].isnan()
+    if broken == "logits":
+        assert ours["logprob"][2].isnan() and ours["entropy"][2].isnan()
+    else:
+        assert ours["logprob"][2] == expected["logprob"][2]
+
+
+@pytest.mark.parametrize("shape", [(0, V), (0, 3, V), (2, 0, V)])
+def test_no_tokens_work(room, device, shape):
+    logits = torch.zeros(shape, device=device)
+    tokens = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+    temperature = torch.ones(shape[:-1], device=device)
+    keywords = {"kl": "forward", "ref_logits": logits, "temperature": temperature}
+    ours = results(token_stats, logits, tokens, upstream_like(5, tokens, ALL), **keywords)
+    assert ours["logprob"].shape == tokens.shape and ours["d_logits"].shape == shape
+
+
+def test_a_vocabulary_of_one_is_certain(room, device):
+    logits = normal(1, 3, 1, device=device, std=100.0)
+    tokens = torch.zeros(3, dtype=torch.int64, device=device)
+    ours = results(
+        token_stats, logits, tokens, upstream_like(5, tokens, ALL), kl="reverse", ref_logits=-logits
+    )
+    assert all((value == 0).all() for value in ours.values())
+
+
+def test_every_token_masked_gives_zeros(room, device):
+    logits = torch.full((2, 3, V), torch.nan, device=device)
+    tokens = torch.full((2, 3), -100, device=device)
+    mask = torch.zeros(2, 3, dtype=torch.bool, device=device)
+    keywords = {"mask": mask, "kl": "reverse", "ref_logits": logits}
+    ours = results(token_stats, logits, tokens, upstream_like(5, tokens, ALL), **keywords)
+    assert all((value == 0).all() for value in ours.values())
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_rows_without_an_upstream_gradient_get_exactly_zero(room, device, kl):
+    logits, tokens = make_case(10, 4, V, device=device)
+    wanted = torch.tensor([1.0, 0.0, 2.0, 0.0], device=device)
+    upstream = {name: wanted * g for name, g in upstream_like(5, tokens, ALL).items()}
+    ours = check_against_oracle(
+        logits, tokens, upstream, kl=kl, ref_logits=normal(7, 4, V, device=device)
+    )
+    assert (ours["d_logits"][wanted == 0] == 0).all()
+
+
+def test_uninitialised_memory_never_shows(room, device):
+    """Deterministic mode fills every empty tensor with NaN."""
+    logits, tokens = make_case(11, 2, 3, V, device=device)
+    mask = coin(12, 2, 3, device=device)
+    case = (logits, tokens, upstream_like(5, tokens, ALL))
+    keywords = {"kl": "reverse", "ref_logits": normal(7, 2, 3, V, device=device), "mask": mask}
+    expected = results(token_stats, *case, **keywords)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert_same_bits(results(token_stats, *case, **keywords), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_softcap_keeps_the_digits_of_logits_far_below_it(room, device):
+    """1 - e^-v cancels for small v; a low temperature shows what is left."""
+    logits, tokens = make_case(21, 4, V, device=device, std=0.05)
+    temperature = 0.01
+    upstream = upstream_like(5, tokens, ("logprob", "entropy"))
+    upstream = {name: temperature * each for name, each in upstream.items()}
+    check_against_oracle(logits, tokens, upstream, temperature=temperature, softcap=30.0)

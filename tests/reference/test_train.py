@@ -1,0 +1,233 @@
+"""The training script: it learns, its numbers add up, and what is wrong with a command is said."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from reference import train
+from reference.training import warm_start as supervised
+from reference.training.command_line import PRESETS
+from reference.training.loss_settings import LOSSES
+from reference.training.model import load as models
+from reference.training.run import run_directory
+from reference.training.update.learner import Learner
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def weak_start(monkeypatch):
+    """Leave the warm start early: these tests are about the steps, not about how well it ends."""
+    monkeypatch.setattr(supervised, "TARGET", 0.02)
+
+
+@pytest.fixture
+def float64_models(monkeypatch):
+    """Rounding stays where it is: in fp32, sixty warm-up steps of Adam grow it past 1e-4."""
+    load = models.load
+
+    def load_float64(directory):
+        model, tokenizer = load(directory)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(models, "load", load_float64)
+
+
+def tiny(directory, *flags, impl="reference"):
+    arguments = ["--preset", "tiny", "--output-dir", str(directory), "--loss-impl", impl]
+    return train.main([*arguments, *flags])
+
+
+CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib"}
+
+
+def rows_of(directory):
+    """Those of the steps; evaluations are lines of their own."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "reward" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_tiny_model_learns(tmp_path, seed):
+    assert tiny(tmp_path, "--seed", str(seed)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    before, after = summary["before"]["lenient"], summary["after"]["lenient"]
+    assert before < 0.95 and after >= 0.9 and after > before
+
+
+def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, weak_start, capsys):
+    assert tiny(tmp_path, "--steps", "3") == 0
+    names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        "settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json", "model",
+        "checkpoints",
+    }  # fmt: skip
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["rewards/exact/mean"])
+        assert row["reward"] == pytest.approx(row["accuracy/strict"])
+        assert 0 <= row["completions/clipped_ratio"] <= 1
+        assert 1 <= row["completions/mean_length"] <= 7
+        assert row["learning_rate"] == 3e-4
+    assert rows[2]["num_tokens"] > rows[0]["num_tokens"] >= 128 * (7 + 1)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    printed = capsys.readouterr().out
+    assert (
+        "VALUE says nothing about progress" in printed
+        and "before" in printed
+        and "after" in printed
+    )
+
+
+@pytest.mark.parametrize("room", ["eager"], indirect=True)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--inner-iterations", "2", "--beta", "0.05"],
+    ],
+)
+def test_fused_and_reference_losses_give_the_same_run(
+    tmp_path, weak_start, float64_models, room, flags
+):
+    flags = ["--steps", "3", *flags]
+    assert tiny(tmp_path / "fused", *flags, impl="fused") == 0
+    assert tiny(tmp_path / "reference", *flags, impl="reference") == 0
+    for ours, expected in zip(
+        rows_of(tmp_path / "fused"), rows_of(tmp_path / "reference"), strict=True
+    ):
+        assert ours.keys() == expected.keys()
+        for name in ours.keys() - CLOCKS:
+            assert ours[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-8), name
+
+
+def test_an_unusable_output_directory_is_one_line_before_any_model_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(models, "locate", lambda *_: pytest.fail("a model was looked for"))
+    (tmp_path / "file").write_text("mine")
+    assert tiny(tmp_path) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert tiny(tmp_path / "file") == 2
+    assert tiny(tmp_path / "file" / "below") == 2
+    error = capsys.readouterr().err
+    assert error.count("error: cannot write to the output directory") == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_directory_without_weights_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    assert tiny(tmp_path / "run", "--model", str(tmp_path / "model")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_not_a_number_is_named_and_no_model_is_saved(tmp_path, weak_start, capsys):
+    source = tmp_path / "broken.py"
+    source.write_text(
+        "def nothing(prompts, completions, answers):\n    return [float('nan')] * len(answers)\n"
+    )
+    assert tiny(tmp_path / "run", "--reward", f"{source}:nothing") == 2
+    error = capsys.readouterr().err
+    assert "gave nan, not a finite number, for the completion" in error
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_interrupted_run_keeps_whole_lines_and_what_it_learned(
+    tmp_path, weak_start, monkeypatch, capsys
+):
+    step = Learner.step
+
+    def interrupted(learner, *arguments):
+        if learner.steps == 2:
+            raise KeyboardInterrupt
+        return step(learner, *arguments)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    assert tiny(tmp_path) == 130
+    assert "stopped before the end" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        directory = run_directory.make_run_directory(PRESETS["tiny"])
+        (directory / "metrics.jsonl").touch()
+        names.append(directory.as_posix())
+    stem = "runs/tiny-reverse-seed0"
+    assert names == [stem, stem + "-2", stem + "-3"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dynamic-sampling", "2", "--minibatches", "2", "--inner-iterations", "2"],
+        ["--mask-truncated", "--overlong-buffer", "3", "--loss", "dapo", "--micro-batch", "4"],
+        ["--beta", "0.1", "--kl-estimator", "k3+", "--reference-refresh", "2", "--loss", "gspo"],
+        ["--reward-weight", "exact=2", "--eval-every", "2", "--pass-at", "4"],
+        ["--gradient-checkpointing"],
+        ["--advantage", "pass_at_k", "--entropy-target", "1", "--micro-batch", "8"],
+        ["--advantage", "none", "--loss", "cispo", "--top-entropy", "0.2"],
+        ["--normalise-each-reward", "--loss", "luspo"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
+    assert tiny(tmp_path, "--steps", "3", "--no-tensorboard", *flags) == 0
+    assert len(rows_of(tmp_path)) == 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert ("pass@4" in summary["after"]) == ("--pass-at" in flags)
+
+
+@pytest.mark.parametrize("room", ["eager"], indirect=True)
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(room, loss, impl, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
+    flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
+    flags += ["--no-tensorboard", "--inner-iterations", "2", "--loss", loss]
+    assert tiny(tmp_path, *flags, impl=impl) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["grad_norm"] > 0 and None not in row.values()
+
+
+def test_adapters_on_a_trained_model_are_merged_when_saved(tmp_path, weak_start):
+    assert tiny(tmp_path / "whole", "--steps", "1") == 0
+    model = tmp_path / "whole" / "model"
+    flags = ["--model", str(model), "--steps", "2", "--lora-rank", "4", "--beta", "0.1"]
+    assert tiny(tmp_path / "lora", *flags, "--learning-rate", "0.01") == 0
+    assert {"kl", "entropy"} <= rows_of(tmp_path / "lora")[-1].keys()
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(each).state_dict()
+        for each in (model, tmp_path / "lora" / "model")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_trained_model_is_evaluated_and_talked_to(tmp_path, weak_start, monkeypatch, capsys):
+    assert tiny(tmp_path / "run", "--steps", "1") == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
+    model = ["--model", str(tmp_path / "run" / "model"), "--output-dir", str(tmp_path / "none")]
+    assert train.main(["--preset", "tiny", "--eval-only", *model]) == 0
+    assert f"lenient {after['lenient']:.1%}" in capsys.readouterr().out.splitlines()[-1]
+    lines = iter(["123456=", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert train.main(["--preset", "tiny", "--chat", *model]) == 0
+    assert "model> " in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()

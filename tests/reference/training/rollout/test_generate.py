@@ -1,0 +1,235 @@
+"""Sampling: masks, padding, the shared prompt and its cache, against plain full forward passes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reference.training.errors import UserError
+from reference.training.model import plain_scorer as causal_lm
+from reference.training.rollout.generate import (
+    Completions,
+    _choose,
+    completion_states,
+    encode,
+    generate,
+)
+from tests.helpers.rollout import END, QUESTIONS
+
+
+def sample(scratch, **changes):
+    model, tokenizer = scratch
+    settings = {"group_size": 3, "max_new_tokens": 9, "eos_ids": [END], "pad_id": 0} | changes
+    torch.manual_seed(1)
+    return generate(model, encode(tokenizer, QUESTIONS), **settings)
+
+
+def logprobs(logits, tokens):
+    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def alone(scratch, question, tokens):
+    """The logits of the tokens from one unpadded pass over question and tokens, without a cache."""
+    model, tokenizer = scratch
+    prompt = encode(tokenizer, [question]).ids[0]
+    logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0]
+    return logits[len(prompt) - 1 : -1]
+
+
+def test_prompts_are_padded_on_the_left(scratch):
+    prompts = encode(scratch[1], QUESTIONS)
+    assert prompts.ids.shape == (3, 7)
+    assert prompts.mask.sum(-1).tolist() == [2, 7, 6]
+    assert prompts.mask[:, -1].all() and not prompts.mask[0, :5].any()
+
+
+@pytest.mark.parametrize("pad_id", [0, END])
+def test_the_mask_holds_the_end_token_and_nothing_after_it_even_where_padding_is_that_token(
+    scratch, pad_id
+):
+    completions = sample(scratch, group_size=40, pad_id=pad_id, temperature=3.0)
+    ended = 0
+    for tokens, mask, finished in zip(
+        completions.tokens.tolist(), completions.mask.tolist(), completions.finished, strict=True
+    ):
+        length = tokens.index(END) + 1 if finished else len(tokens)
+        assert mask == [True] * length + [False] * (len(tokens) - length)
+        assert tokens[length:] == [pad_id] * (len(tokens) - length)
+        assert finished == (END in tokens[:length])
+        ended += int(finished)
+    assert 0 < ended < len(completions.finished)
+
+
+def test_masks_do_not_depend_on_the_padding_token(scratch):
+    a, b = sample(scratch, pad_id=0), sample(scratch, pad_id=END)
+    assert torch.equal(a.mask, b.mask)
+    assert torch.equal(a.tokens[a.mask], b.tokens[b.mask])
+
+
+def test_generation_stops_when_every_completion_has_ended(scratch):
+    assert sample(scratch, eos_ids=range(16)).tokens.shape == (9, 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature):
+    model, tokenizer = scratch
+    completions = sample(scratch, temperature=temperature)
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    expected = logprobs(logits / temperature, completions.tokens)[completions.mask]
+    assert torch.allclose(completions.logprob[completions.mask].double(), expected, atol=1e-5)
+    assert (completions.logprob[~completions.mask] == 0).all()
+
+
+def test_left_padding_and_the_shared_prompt_give_the_logits_of_each_sequence_alone(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch)
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
+        expected = alone(scratch, QUESTIONS[row // 3], tokens[mask])
+        assert torch.allclose(logits[row, mask], expected, atol=1e-12)
+
+
+def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch)
+    weights = torch.randn(completions.tokens.shape, dtype=torch.float64)
+    logits, _ = completion_states(
+        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    )
+    shared = (logprobs(logits, completions.tokens) * weights)[completions.mask].sum()
+    separate = sum(
+        (logprobs(alone(scratch, QUESTIONS[row // 3], t[m]), t[m]) * weights[row, m]).sum()
+        for row, (t, m) in enumerate(zip(completions.tokens, completions.mask, strict=True))
+    )
+    parameters = list(model.parameters())
+    for ours, expected in zip(
+        torch.autograd.grad(shared, parameters),
+        torch.autograd.grad(separate, parameters),
+        strict=True,
+    ):
+        # Llama's norms compute in fp32 whatever the model's dtype.
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_is_added_up_in_the_order_in_which_threads_come(scratch):
+    """index_put with accumulate is one on a CPU: a run beside others lost its bits to it."""
+    model, tokenizer = scratch
+    seen = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append((str(function), *arguments[3:4]))
+            return function(*arguments, **(keywords or {}))
+
+    prompts, done = encode(tokenizer, QUESTIONS), sample(scratch)
+    with Operators():
+        logits, _ = completion_states(causal_lm.forward, model, prompts, done.tokens, done.mask)
+        logits.sum().backward()
+    assert "aten.embedding_dense_backward.default" in dict.fromkeys(name for name, *_ in seen)
+    assert not [name for name, *added in seen if "index_put" in name and added == [True]]
+
+
+def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
+    model, tokenizer = scratch
+    completions = sample(scratch, group_size=2, temperature=0.0)
+    for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
+        ids = encode(tokenizer, [QUESTIONS[row // 2]]).ids
+        for token in tokens[mask]:
+            assert model(input_ids=ids).logits[0, -1].argmax() == token
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+        assert len(tokens[mask]) == 9 or tokens[mask][-1] == END
+
+
+@torch.no_grad()
+def drawn_alone(scratch, row, draws, temperature):
+    """Completion `row`, from full passes over it alone, by its own column of the draws."""
+    model, tokenizer = scratch
+    ids, tokens, values = encode(tokenizer, [QUESTIONS[row // 3]]).ids, [], []
+    for draw in draws[:, row]:
+        probs = (model(input_ids=ids).logits[0, -1].float() / temperature).softmax(-1)
+        token = int((probs.double().cumsum(-1) <= draw).sum())
+        tokens.append(token)
+        values.append(probs[token].log())
+        if token == END:
+            break
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return tokens, torch.tensor(values)
+
+
+def test_completions_are_what_each_row_draws_alone_though_others_end_and_leave(scratch):
+    completions = sample(scratch, temperature=3.0, max_new_tokens=16)
+    torch.manual_seed(1)
+    draws = torch.stack([torch.rand(9) for _ in range(16)])
+    lengths = completions.mask.sum(-1)
+    assert len(set(lengths.tolist())) > 2
+    for row, length in enumerate(lengths):
+        tokens, values = drawn_alone(scratch, row, draws, 3.0)
+        assert completions.tokens[row, :length].tolist() == tokens
+        assert torch.allclose(completions.logprob[row, :length], values, atol=1e-5)
+
+
+def test_a_row_draws_the_same_tokens_whether_others_end_or_not(scratch):
+    ending, going_on = (
+        sample(scratch, temperature=3.0, eos_ids=ids, group_size=20) for ids in ([END], [])
+    )
+    assert ending.mask.sum() < going_on.mask.sum()
+    width = ending.tokens.shape[1]
+    assert torch.equal(ending.tokens[ending.mask], going_on.tokens[:, :width][ending.mask])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_evenly_spread_draws_choose_each_token_as_often_as_its_probability(temperature):
+    logits = torch.tensor([1.0, -2.0, -torch.inf, 3.0, 0.5, -torch.inf])
+    probs = (logits / temperature).softmax(-1)
+    draws = torch.arange(1000) / 1000
+    token, logprob = _choose(logits.expand(1000, -1), temperature, draws)
+    assert ((token.bincount(minlength=6) - 1000 * probs).abs() <= 1).all()
+    assert torch.allclose(logprob, probs.log()[token])
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_draw_choose_no_token_of_probability_0(draw):
+    logits = torch.full((1, 50_000), -torch.inf)
+    logits[0, 100:40_000] = torch.randn(39_900)
+    token, logprob = _choose(logits, 1.0, torch.tensor([draw]))
+    assert token == (100 if draw == 0 else 39_999) and logprob.isfinite()
+
+
+def test_a_cache_that_cannot_be_repeated_is_an_error_that_names_the_way_out(scratch):
+    def recurrent(**inputs):
+        return SimpleNamespace(past_key_values=object(), logits=torch.zeros(3, 1, 16))
+
+    with pytest.raises(UserError, match="cannot be repeated for a group: take --sampler generate"):
+        sample((recurrent, scratch[1]))
+
+
+def test_the_same_seed_draws_the_same_completions(scratch):
+    assert torch.equal(sample(scratch).tokens, sample(scratch).tokens)
+
+
+def test_completions_of_one_token_have_their_logits(scratch):
+    model, tokenizer = scratch
+    tokens = torch.tensor([[4], [5], [6]])
+    prompts, mask = encode(tokenizer, QUESTIONS), torch.ones(3, 1, dtype=torch.bool)
+    logits, _ = completion_states(causal_lm.forward, model, prompts, tokens, mask)
+    for row, question in enumerate(QUESTIONS):
+        assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)
+
+
+def test_completions_from_lists_are_padded_and_finished_where_they_end():
+    completions = Completions.from_lists(
+        [[5, 9, END], [7], [5, 6, 8]],
+        [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]],
+        eos_ids=[END, 9],
+        pad_id=END,
+        device=torch.device("cpu"),
+    )
+    assert completions.tokens.tolist() == [[5, 9, END], [7, END, END], [5, 6, 8]]
+    assert completions.mask.tolist() == [[True] * 3, [True, False, False], [True] * 3]
+    assert completions.logprob[1].tolist() == [-2.0, 0.0, 0.0]
+    assert completions.finished.tolist() == [True, False, False]

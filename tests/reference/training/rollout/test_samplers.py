@@ -1,0 +1,139 @@
+"""The samplers: each draws from the model's own distribution and tells its log-probs."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reference.training.distributed import ALONE
+from reference.training.errors import UserError
+from reference.training.model import plain_scorer as causal_lm
+from reference.training.model.load import from_scratch
+from reference.training.rollout.generate import completion_states, encode
+from reference.training.rollout.samplers import SAMPLERS, pick_sampler
+
+QUESTIONS = ["7=", "123456=", "90+12="]
+END = 1
+LOCAL = ["shared-prompt", "generate", "continuous"]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small only lose when shared between threads
+    torch.manual_seed(0)
+    model, tokenizer = from_scratch()
+    model.eval()
+    with torch.no_grad():  # from new weights all tokens are as likely, and every mistake passes
+        model.lm_head.weight.mul_(3)
+    # What files of models ask for; no sampler may follow.
+    model.generation_config.update(temperature=0.3, top_k=2, top_p=0.5, repetition_penalty=1.7)
+    yield SimpleNamespace(
+        model=model,
+        tokenizer=tokenizer,
+        eos_ids=[END],
+        device=torch.device("cpu"),
+        max_new_tokens=6,
+        autocast=nullcontext,
+        ranks=ALONE,
+    )
+    torch.set_num_threads(threads)
+
+
+def sample(policy, name, group_size=3, temperature=1.0, questions=QUESTIONS):
+    torch.manual_seed(1)
+    prompts = encode(policy.tokenizer, questions)
+    return prompts, pick_sampler(name)(policy, prompts, group_size, temperature)
+
+
+def trainer_logprobs(policy, prompts, completions, temperature):
+    with torch.no_grad():
+        logits, _ = completion_states(
+            causal_lm.forward, policy.model, prompts, completions.tokens, completions.mask
+        )
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs.gather(-1, completions.tokens[..., None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_logprobs_are_those_of_the_trainer(policy, name, temperature):
+    prompts, completions = sample(policy, name, temperature=temperature)
+    mask = completions.mask
+    expected = trainer_logprobs(policy, prompts, completions, temperature)
+    assert torch.allclose(completions.logprob[mask], expected[mask], atol=1e-4)
+    assert (completions.logprob[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", LOCAL)
+def test_tokens_come_as_often_as_the_model_says(policy, name, temperature):
+    N = 2000
+    one = SimpleNamespace(**{**vars(policy), "max_new_tokens": 1})
+    prompts, completions = sample(one, name, N, temperature, QUESTIONS[:1])
+    with torch.no_grad():
+        logits = policy.model(input_ids=prompts.ids).logits[0, -1]
+    expected = (logits / temperature).softmax(-1)
+    counts = completions.tokens.flatten().bincount(minlength=len(expected))
+    deviation = (expected * (1 - expected) / N).sqrt()
+    assert (expected > 0.01).sum() > 2  # more than the top-k of the model's files lets through
+    assert ((counts / N - expected).abs() <= 4 * deviation + 1 / N).all()
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_mask_ends_with_the_end_token(policy, name):
+    _, completions = sample(policy, name, group_size=40)
+    T = completions.tokens.shape[1]
+    ended = 0
+    for tokens, mask, finished in zip(
+        completions.tokens.tolist(), completions.mask.tolist(), completions.finished, strict=True
+    ):
+        length = tokens.index(END) + 1 if finished else T
+        assert mask == [True] * length + [False] * (T - length)
+        assert finished == (END in tokens[:length])
+        ended += int(finished)
+    assert 0 < ended < len(completions.finished)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_greedy_completions_are_those_of_the_shared_prompt(policy, name):
+    _, completions = sample(policy, name, group_size=2, temperature=0.0)
+    _, expected = sample(policy, "shared-prompt", group_size=2, temperature=0.0)
+    assert torch.equal(completions.mask, expected.mask)
+    assert torch.equal(completions.tokens[expected.mask], expected.tokens[expected.mask])
+    assert torch.allclose(completions.logprob, expected.logprob, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_same_seed_draws_the_same_completions(policy, name):
+    assert torch.equal(sample(policy, name)[1].tokens, sample(policy, name)[1].tokens)
+
+
+def test_sampling_leaves_the_settings_of_the_model_as_they_were(policy):
+    before = policy.model.generation_config.to_dict(), policy.model.config._attn_implementation
+    for name in LOCAL:
+        sample(policy, name)
+    config = policy.model.config
+    assert (policy.model.generation_config.to_dict(), config._attn_implementation) == before
+
+
+def test_continuous_batching_that_fails_gives_the_reason_of_transformers(policy, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("Implementation flex_attention is not supported")
+
+    monkeypatch.setattr(policy.model, "generate_batch", fails, raising=False)
+    with pytest.raises(UserError, match=r"--sampler continuous .*flex_attention is not supported"):
+        sample(policy, "continuous")
+
+
+def test_continuous_batching_that_loses_completions_is_an_error(policy, monkeypatch):
+    monkeypatch.setattr(policy.model, "generate_batch", lambda *_, **__: {}, raising=False)
+    with pytest.raises(UserError, match="--sampler continuous: 0 of 9 completions"):
+        sample(policy, "continuous")
+
+
+def test_an_unknown_sampler_is_an_error_that_names_the_known():
+    with pytest.raises(UserError, match="shared-prompt, generate, continuous, or the http"):
+        pick_sampler("vllm")
+    assert list(SAMPLERS) == LOCAL

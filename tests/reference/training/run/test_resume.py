@@ -1,0 +1,499 @@
+"""A run that was stopped, by whatever, goes on as if it had not been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, LlamaForCausalLM
+
+from reference import train
+from reference.training.command_line import parse_command_line
+from reference.training.distributed import ALONE
+from reference.training.errors import UserError
+from reference.training.model import load as models
+from reference.training.run import checkpoint, resume
+from reference.training.run.resume import settings_of
+from reference.training.run.training_state import _digest_of_frozen
+from reference.training.update.learner import Learner
+from reference.training.update.micro_batches import MicroBatch
+from tests.helpers.training_runs import left_by, tiny
+
+ROOT = Path(__file__).parents[4]
+KILL_RUN = ROOT / "tests" / "helpers" / "kill_run.py"
+FLAGS = ["--minibatches", "2", "--inner-iterations", "2", "--entropy-target", "1", "--beta", "0.1"]
+FLAGS += ["--reference-refresh", "3", "--print-every", "2", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """These tests are not about the curves."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def again(directory, *flags):
+    return train.main(["--resume", str(directory), *flags])
+
+
+def steps(directory):
+    return checkpoint.Checkpoints(directory, 1).steps()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, tiny_model):
+    """A run of two steps."""
+    directory = tmp_path_factory.mktemp("started") / "run"
+    assert tiny(directory, "--model", tiny_model, "--steps", "2") == 0
+    return directory
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, tiny_model):
+    flags = ["--model", tiny_model, *FLAGS]
+    assert tiny(tmp_path / "whole", *flags, "--steps", "5") == 0
+    assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
+    assert again(tmp_path / "parts", "--steps", "5") == 0
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+    for kind in checkpoint.KINDS:
+        whole, parts = (
+            load_file(tmp_path / each / "checkpoints" / "step-000005" / f"{kind}.safetensors")
+            for each in ("whole", "parts")
+        )
+        assert whole.keys() == parts.keys() and whole
+        assert all(torch.equal(whole[name], parts[name]) for name in whole), kind
+    settings = [
+        json.loads((tmp_path / x / "settings.json").read_text()) for x in ("whole", "parts")
+    ]
+    assert settings[0] | {"output_dir": settings[1]["output_dir"]} == settings[1]
+
+
+def test_adapters_alone_are_saved_and_go_on(tmp_path, tiny_model):
+    flags = ["--model", tiny_model, "--lora-rank", "4", "--beta", "0.1"]
+    flags += ["--learning-rate", "0.01"]
+    assert tiny(tmp_path / "whole", *flags, "--steps", "4") == 0
+    assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
+    saved = tmp_path / "parts" / "checkpoints" / "step-000002"
+    assert all("lora_" in name for name in load_file(saved / "model.safetensors"))
+    assert not (saved / "reference.safetensors").exists()
+    assert again(tmp_path / "parts", "--steps", "4") == 0
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+def test_adapters_do_not_go_on_over_the_weights_of_another_model(tmp_path, tiny_model, capsys):
+    """The directory of --model holds other weights of the same shapes by now."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--steps", "1", "--lora-rank", "4"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    models.from_scratch()[0].save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert again(tmp_path / "run", "--steps", "2") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {tmp_path / 'run' / 'checkpoints' / 'step-000001'} is of another model: the "
+        f"frozen weights of --model {tmp_path / 'model'} are not those that it was trained on"
+    )
+
+
+def test_frozen_weights_in_shards_have_the_digest_of_the_whole():
+    """Some models freeze weights of their own, which FSDP shards with the rest."""
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    whole = _digest_of_frozen(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert _digest_of_frozen(model) == whole is not None
+        model.bias.data.zero_()
+        assert _digest_of_frozen(model) != whole
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model):
+    """What a run of four steps leaves."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert tiny(directory, "--model", tiny_model, "--steps", "4") == 0
+    return left_by(directory)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(train, "gather"), (Learner, "step")])
+def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, monkeypatch, capsys):
+    """Where it comes while answers are sampled the step is dropped, while it learns it is done."""
+    original, calls = getattr(owner, name), []
+
+    def terminated(*arguments):
+        found = original(*arguments)
+        calls.append(name)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, terminated)
+        flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
+        assert tiny(tmp_path / "run", *flags) == 0
+    saved = {"gather": 2, "step": 3}[name]
+    assert steps(tmp_path / "run") == [saved]
+    said = capsys.readouterr().err
+    line = f"python reference/train.py --resume {tmp_path / 'run'}"
+    assert f"to go on after step {saved}: {line}\n" in said and "stopped by SIGTERM\n" in said
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert again(tmp_path / "run") == 0
+    assert left_by(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "save_model"])
+def test_sigterm_after_the_last_step_saves_it(tmp_path, tiny_model, whole, moment, monkeypatch):
+    original = getattr(train, moment)
+
+    def terminated(*arguments):
+        if (tmp_path / "metrics.jsonl").exists():  # the evaluation before the first step is over
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, moment, terminated)
+        flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
+        assert tiny(tmp_path, *flags) == 0
+    assert steps(tmp_path) == [4] and not (tmp_path / "summary.json").exists()
+    assert again(tmp_path) == 0
+    assert left_by(tmp_path) == whole
+
+
+def test_sigterm_after_the_last_evaluation_ends_the_run_whole(
+    tmp_path, tiny_model, whole, monkeypatch
+):
+    def terminated(*_):
+        if (tmp_path / "model").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "plot_dashboard", terminated)
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "None") == 0
+    assert left_by(tmp_path) == whole
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "warm_start", terminated)
+    assert tiny(tmp_path / "run") == 0
+    assert not (tmp_path / "run").exists()
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, capsys):
+    original = train.gather
+
+    def interrupted(policy, task, sampler, order, config):
+        found = original(policy, task, sampler, order, config)
+        if steps(tmp_path):
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(train, "gather", interrupted)
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "1") == 130
+    said = capsys.readouterr().err
+    assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+    tmp_path, tiny_model, whole, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    flags = ["--model", tiny_model, "--checkpoint-every", "1", "--keep-checkpoints", "9"]
+    with monkeypatch.context() as patch:  # as if killed before the end, which leaves one
+        patch.setattr(checkpoint.Checkpoints, "prune", lambda self, last, keep: None)
+        assert tiny(run, *flags, "--steps", "3") == 0
+    damaged = run / "checkpoints" / "step-000003"
+    (damaged / "rng.safetensors").write_bytes(b"")
+    original = Learner.step
+
+    def terminated(learner, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(learner, *arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", terminated)
+        assert again(run, "--steps", "4", "--checkpoint-every", "None") == 0
+    said = capsys.readouterr()
+    assert f"checkpoint {damaged} cannot be used: rng.safetensors is not what was" in said.err
+    assert f"{run} goes on after step 2\n" in said.out and "to go on after step 3" in said.err
+    assert again(run) == 0
+    assert "cannot be used" not in capsys.readouterr().err
+    assert left_by(run) == whole
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_model, started):
+    run = tmp_path / "run"
+    assert tiny(run, "--model", tiny_model, "--steps", "2", "--checkpoint-every", "None") == 0
+    assert steps(run) == []
+    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert again(run) == 0
+    assert left_by(run) == left_by(started)
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_said_and_training_goes_on(
+    tmp_path, tiny_model, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "2") == 0
+    path = tmp_path / "checkpoints" / "step-000002"
+    said = f"no checkpoint of step 2: cannot write {path}: No space left on device; there is none\n"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_sigterm_on_a_full_disk_is_no_success(tmp_path, tiny_model, monkeypatch, capsys):
+    original = Learner.step
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def terminated(learner, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(learner, *arguments)
+
+    monkeypatch.setattr(Learner, "step", terminated)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny(tmp_path, "--model", tiny_model) == 2
+    path = tmp_path / "checkpoints" / "step-000001"
+    assert f"error: cannot write {path}: No space left on device\n" in capsys.readouterr().err
+
+
+WRONG = {
+    "--learning-rate 1": "--learning-rate was 0.0003, not 1.0: these would make another run",
+    "--prompts 4 --seed 1": "--prompts was 16, not 4, --seed was 0, not 1: these would make",
+    "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
+    "--steps 1": "has 2 steps behind it; got --steps 1",
+    "--chat": "--resume goes on with training: for --chat and --eval-only name --model",
+    "--overwrite --output-dir x": "--resume goes on with a run, and --overwrite removes it",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_settings_that_would_make_another_run_are_named(started, flags, monkeypatch, capsys):
+    monkeypatch.setattr(train, "make_policy", lambda *_: pytest.fail("a model was loaded"))
+    assert again(started, *flags.split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ") and WRONG[flags] in said
+
+
+def test_settings_that_change_no_number_may_change(started):
+    config = settings_of(started)
+    assert config.output_dir == started and config.steps == 2 and config.reward == ()
+
+
+def test_a_run_does_not_choose_where_a_model_is_written(tmp_path, started):
+    found = json.loads((started / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
+    assert settings_of(tmp_path).cache_dir is None
+    config = parse_command_line(["--resume", str(tmp_path), "--cache-dir", "mine"])
+    assert resume.command(config, tmp_path).endswith(f"--resume {tmp_path} --cache-dir mine")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--top-entropy", "0.2"], ["--loss", "clip_covariance"], ["--kl-cov", "0.1"]]
+)
+def test_the_micro_batch_of_a_filter_that_ranks_its_tokens_may_not_change(flags, tmp_path):
+    if "--kl-cov" in flags:
+        flags = [*flags, "--inner-iterations", "2"]
+    start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
+    for more, refused in ((flags, True), ([], False)):
+        saved = parse_command_line([*start, *more]).as_json()
+        (tmp_path / "settings.json").write_text(json.dumps(saved))
+        config = parse_command_line(["--resume", str(tmp_path), "--micro-batch", "4"])
+        if refused:
+            with pytest.raises(UserError, match="--micro-batch was None, not 4: these would make"):
+                resume.check_same(config, saved, 0)
+        else:
+            resume.check_same(config, saved, 0)
+
+
+def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
+    tmp_path, tiny_model, capsys
+):
+    source = tmp_path / "own.py"
+    source.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "def short(prompts, completions, answers):\n    return [0.5] * len(answers)\n"
+    )
+    reward = ["--reward", f"{source}:short"]
+    assert tiny(tmp_path / "run", "--model", tiny_model, "--steps", "1", *reward) == 0
+    (tmp_path / "ran").unlink()
+    capsys.readouterr()
+    assert again(tmp_path / "run", "--steps", "2") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: --resume {tmp_path / 'run'}: code is run only where the command line names it; "
+        f"if you trust it, add --reward {source}:short"
+    )
+    assert not (tmp_path / "ran").exists()
+    assert again(tmp_path / "run", "--steps", "2", *reward) == 0
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not the directory of a run: settings.json: No such file or directory"),
+        ("{", "settings.json is not JSON"),
+        ("[]", "settings.json holds no settings"),
+        ('{"steps": 3}', "its settings are of another version: advantage"),
+    ],
+)
+def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys):
+    if text is not None:
+        (tmp_path / "settings.json").write_text(text)
+    assert again(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: --resume {tmp_path}") and message in said
+
+
+def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
+    found = json.loads((started / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(found | {"steps": "many"}))
+    assert again(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "settings.json is damaged" in said
+
+
+def test_settings_nested_too_deep_are_one_line(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    assert again(tmp_path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "settings.json is not JSON" in said
+
+
+def test_the_flags_to_add_are_quoted(tmp_path):
+    start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
+    saved = parse_command_line([*start, "--reward", "my file.py:f;g"]).as_json()
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    config = parse_command_line(["--resume", str(tmp_path)])
+    with pytest.raises(UserError, match=r"if you trust it, add --reward 'my file\.py:f;g'$"):
+        resume.check_same(config, saved, 0)
+
+
+def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
+    """The directory of --model holds another model by now."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--steps", "1"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.intermediate_size = 96
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert again(tmp_path / "run", "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "is of another model: model.layers.0.mlp.gate_proj.weight is [128, 64] in" in error
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_micro_batch_that_was_halved_stays_so(capsys):
+    half = MicroBatch(None)
+    half.size, half.halved = 4, True
+    told = "micro-batches of 4 questions, since memory did not suffice for more\n"
+    for given, expected, said in ((None, 4, told), (8, 4, told), (4, 4, ""), (2, 2, "")):
+        later = MicroBatch(given)
+        later.load_state_dict(half.state_dict())
+        assert later.size == expected and later.halved
+        assert capsys.readouterr().out == said
+    later = MicroBatch(8)
+    later.load_state_dict(MicroBatch(16).state_dict())
+    assert later.size == 8 and not later.halved
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The environment of a worker, as on one node or, by what is set, on several."""
+
+    def setting(**more):
+        found = {"RUN_ID": "none", "RESTART_COUNT": "0", "MAX_RESTARTS": "1"} | more
+        for name, value in found.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    setting()
+    return setting
+
+
+def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
+    tmp_path, torchrun, monkeypatch
+):
+    flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"]
+    config = parse_command_line(flags)
+    goes_on = replace(config, resume=tmp_path, overwrite=False)
+    assert resume.after_restart(config, ALONE) == config
+    resume.note_torchrun(tmp_path)
+    assert resume.after_restart(config, ALONE) == config
+    torchrun(RESTART_COUNT="1")
+    assert resume.after_restart(config, ALONE) == goes_on
+    torchrun(RUN_ID="another")
+    assert resume.after_restart(config, ALONE) == config
+    # Of several nodes each counts its own failures: here another one had it.
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    torchrun()
+    assert resume.after_restart(config, ALONE) == goes_on
+
+
+def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torchrun, monkeypatch):
+    """In a container that was started again both may be what they were."""
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    resume.note_torchrun(tmp_path)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
+    assert resume.after_restart(config, ALONE) == config
+
+
+def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchrun, monkeypatch):
+    """Linux has a process begin so long after the boot, and the boot at a time of the clock."""
+    torchrun(RESTART_COUNT="1")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    resume.note_torchrun(tmp_path)
+    for owner, name in ((psutil.Process, "create_time"), (psutil, "boot_time")):
+        before = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *of, before=before: before(*of) + 60)
+    assert resume.after_restart(config, ALONE).resume == tmp_path
+
+
+def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
+    """The first one may be on another node than before."""
+
+    class Pair:
+        def gathered(self, value):
+            return [False, value]
+
+    torchrun(RESTART_COUNT="1")
+    config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
+    resume.note_torchrun(tmp_path)
+    assert resume.after_restart(config, Pair()).resume == tmp_path
+
+
+@pytest.mark.slow
+def test_runs_killed_at_any_moment_and_resumed_end_as_the_one_that_was_not(tmp_path):
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(KILL_RUN), str(tmp_path), "5", "3"]
+    subprocess.run(command, check=True, cwd=ROOT, env=alone)
+    whole = left_by(tmp_path / "whole")
+    assert {row["step"] for row in whole["metrics"]} == set(range(8))
+    for number in range(5):
+        assert left_by(tmp_path / f"killed-{number}") == whole

@@ -1,0 +1,248 @@
+"""Rewards: their values, how several are scored, and where they are loaded from."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from reference.training.errors import UserError
+from reference.training.tasks import rewards
+from reference.training.tasks.rewards import WeightedReward, chosen, load, score
+
+
+def of(reward, completion, answer):
+    (value,) = reward(["question"], [completion], [answer])
+    return value
+
+
+def scored(function, completions=("a", "b", "c")):
+    n = len(completions)
+    questions = [f"question {i}" for i in range(n)]
+    return score({"mine": WeightedReward(function, 3.0)}, questions, list(completions), ["x"] * n)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("12", "12", True),
+        ("7 + 5 = 12", "12", True),
+        ("7+5=12.", "12", True),
+        ("12 is 7 + 5", "12", False),  # the last number counts
+        ("The answer is 12!", "12", True),
+        ("112", "12", False),
+        ("12.5", "5", False),
+        ("12.5", "12", False),
+        ("1,024", "1024", True),
+        ("1,024", "24", False),
+        ("7-5", "5", True),  # a minus between numbers is no sign
+        ("7 - 5 = -2", "-2", True),
+        ("-2", "2", False),
+        ("twelve", "12", False),
+        ("", "12", False),
+    ],
+)
+def test_the_last_number_decides(completion, answer, right):
+    assert of(rewards.last_number_is, completion, answer) == right
+
+
+def test_only_the_answer_alone_is_an_exact_match():
+    assert of(rewards.exact_match, " 654321\n", "654321") == 1.0
+    assert of(rewards.exact_match, "6543210", "654321") == 0.0
+
+
+def test_a_wrong_answer_earns_no_bonus_for_its_form():
+    assert all(of(rewards.bare_number_bonus, str(wrong), "12") == 0 for wrong in range(12))
+    assert of(rewards.bare_number_bonus, "12", "12") == 0.2
+    assert of(rewards.bare_number_bonus, "It is 12", "12") == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "marks"),
+    [
+        ("<think>It is in the west.</think><answer>Brasília</answer>", 4),
+        ("<think></think>\n<answer>The capital is brasilia.</answer>", 4),
+        ("<answer>Brasília</answer>", 3),
+        ("<think>Brasília?</think><answer>Rio</answer>", 3),
+        ("<think>no</think><answer>Rio</answer>", 2),
+        ("<think>no</think>", 1),
+        ("It is Brasília.", 1),
+        ("</think>It is<think>", 0),
+        ("<answer>Brasília", 1),
+        ("Brasílias", 0),
+        ("", 0),
+    ],
+)
+def test_think_answer_gives_a_mark_for_each_of_four_things(completion, marks):
+    assert of(rewards.think_answer, completion, "Brasília") == marks
+    assert of(rewards.full_marks, completion, "Brasília") == (marks == 4)
+
+
+def test_rewards_are_scored_unweighted_by_name_in_fp32():
+    lengths = WeightedReward(lambda prompts, completions, answers: [len(c) for c in completions], 9)
+    constant = WeightedReward(lambda prompts, completions, answers: (0.1, True))
+    found = score({"length": lengths, "constant": constant}, ["p", "q"], ["abc", ""], ["x", "y"])
+    assert list(found) == ["length", "constant"]
+    torch.testing.assert_close(found["length"], torch.tensor([3.0, 0.0]), rtol=0, atol=0)
+    torch.testing.assert_close(found["constant"], torch.tensor([0.1, 1.0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "as_type", [torch.tensor, np.array, tuple, lambda v: [np.float32(x) for x in v]]
+)
+def test_values_may_be_a_tensor_or_an_array(as_type):
+    values = scored(lambda *columns: as_type([1.0, 2.0, 0.5]))["mine"]
+    assert values.tolist() == [1.0, 2.0, 0.5] and values.dtype == torch.float32
+
+
+def test_a_reward_that_raises_is_named_with_the_sample_on_which_it_does():
+    def fails_on_b(prompts, completions, answers):
+        if "b" in completions:
+            raise KeyError("no b")
+        return [1.0] * len(completions)
+
+    message = "'mine' raised KeyError: 'no b', for the completion 'b' to the question 'question 1'"
+    with pytest.raises(UserError, match=message):
+        scored(fails_on_b)
+
+
+def test_a_reward_that_raises_only_for_a_batch_is_named_with_its_first_sample():
+    def fails_on_many(prompts, completions, answers):
+        if len(completions) > 1:
+            raise ValueError("one at\na time")
+        return [1.0]
+
+    with pytest.raises(UserError, match=r"ValueError: one at a time, .*'a'.*'question 0'"):
+        scored(fails_on_many)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [([1.0], "1 values"), ([1.0] * 4, "4 values"), ([], "0 values"), (None, "None"), (1.5, "1.5")],
+)
+def test_another_number_of_values_is_refused(returned, got):
+    message = f"'mine' returned {got}, not one for each of 3.*'a' to the question 'question 0'"
+    with pytest.raises(UserError, match=message):
+        scored(lambda *columns: returned)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, 10**400, None, "good", [1.0]])
+def test_a_value_that_is_no_finite_number_is_named_with_its_sample(bad):
+    with pytest.raises(UserError, match=r"'mine' gave .*'b' to the question 'question 1'") as error:
+        scored(lambda *columns: [1.0, bad, 1.0])
+    assert repr(bad) in str(error.value)
+
+
+def test_long_completions_are_shortened_in_the_message():
+    with pytest.raises(UserError) as error:
+        scored(lambda *columns: [math.nan], completions=["line\n" * 1000])
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_a_user_error_of_a_reward_is_passed_on():
+    def asks_for_more(prompts, completions, answers):
+        raise UserError("install it")
+
+    with pytest.raises(UserError, match=r"^install it$"):
+        scored(asks_for_more)
+
+
+def test_a_reward_cannot_change_what_the_next_one_sees():
+    def greedy(prompts, completions, answers):
+        completions[:] = ["x"] * len(completions)
+        return [0.0] * len(completions)
+
+    both = {"greedy": WeightedReward(greedy), "exact": WeightedReward(rewards.exact_match)}
+    assert score(both, ["p"], ["y"], ["y"])["exact"].tolist() == [1.0]
+
+
+def test_no_completions_have_no_rewards():
+    assert scored(rewards.exact_match, completions=[])["mine"].tolist() == []
+
+
+def test_a_reward_is_loaded_by_its_dotted_path():
+    assert load("reference.training.tasks.rewards.exact_match") is rewards.exact_match
+
+
+def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
+    (tmp_path / "math.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Weights:\n    each: float = 0.25\n"
+        "def length(prompts, completions, answers):\n"
+        "    return [Weights().each * len(c) for c in completions]\n"
+    )
+    assert of(load(f"{tmp_path}/math.py:length"), "abcd", "") == 1.0
+    assert math.sqrt(4) == 2 and __import__("math") is math
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("nothing", "package.module.function or file.py:function"),
+        ("file.py:", "package.module.function or file.py:function"),
+        ("no/such/file.py:f", "no file no/such/file.py"),
+        ("no_such_package.f", "importing no_such_package raised ModuleNotFoundError"),
+        (
+            "reference.training.tasks.rewards.nope",
+            "reference.training.tasks.rewards has no function 'nope'",
+        ),
+        (
+            "reference.training.tasks.rewards.Sample.x",
+            "importing reference.training.tasks.rewards.Sample raised",
+        ),
+        ("reference.training.tasks.data.HELD_OUT", "has no function 'HELD_OUT'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(path, says):
+    with pytest.raises(UserError, match=says):
+        load(path)
+
+
+def test_a_file_that_raises_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=r"importing .*broken.py raised ZeroDivisionError"):
+        load(f"{tmp_path}/broken.py:f")
+
+
+OWN = {
+    "correct": WeightedReward(rewards.last_number_is),
+    "format": WeightedReward(rewards.gsm8k_strict, 0.2),
+}
+
+
+def test_rewards_of_the_task_keep_or_change_their_weight_and_others_join(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def zero(prompts, completions, answers):\n    return [0.0]\n"
+    )
+    more = ["reference.training.tasks.rewards.exact_match", f"{tmp_path}/mine.py:zero=-0.5"]
+    found = chosen(OWN, more, ["format=0"])
+    weights = {name: each.weight for name, each in found.items()}
+    assert weights == {"correct": 1.0, "format": 0.0, "exact_match": 1.0, "zero": -0.5}
+    assert found["exact_match"].function is rewards.exact_match
+    assert found["format"].function is rewards.gsm8k_strict
+    assert chosen(OWN, [], []) == OWN
+
+
+@pytest.mark.parametrize(
+    ("more", "weights", "says"),
+    [
+        ([], ["style=1"], "--reward-weight style=1: expected name=weight .* correct, format"),
+        ([], ["format"], "expected name=weight"),
+        ([], ["format=much"], "the weight must be a finite number; got 'much'"),
+        (
+            ["reference.training.tasks.rewards.exact_match=nan"],
+            [],
+            "must be a finite number; got 'nan'",
+        ),
+        (["reference.training.tasks.rewards.exact_match="], [], "must be a finite number; got ''"),
+        (
+            ["reference.training.tasks.rewards.exact_match"] * 2,
+            [],
+            "already a reward named 'exact_match'",
+        ),
+        (["nothing=2"], [], "'nothing' is no reward"),
+    ],
+)
+def test_what_is_wrong_with_the_choice_of_rewards_is_named(more, weights, says):
+    with pytest.raises(UserError, match=says):
+        chosen(OWN, more, weights)

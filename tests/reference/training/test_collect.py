@@ -1,0 +1,155 @@
+"""Groups of rewarded answers: signal, dynamic sampling, the overlong penalty, their metrics."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reference.training import collect as experience
+from reference.training.config import TrainConfig
+from reference.training.distributed import ALONE
+from reference.training.model.policy import Answers
+from reference.training.rollout.generate import Completions, Prompts
+from reference.training.tasks.rewards import WeightedReward
+from reference.training.tasks.tasks import Question, Task
+
+G = 2
+
+
+class Scripted:
+    """Stands for a policy: answers to question k are k and, where k is odd, 0; widths vary."""
+
+    model, ranks, device = None, ALONE, torch.device("cpu")
+
+    class tokenizer:
+        pad_token_id = 99
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, questions, group_size, temperature, sampler):
+        self.asked.append([question.text for question in questions])
+        width = 1 + len(self.asked)
+        numbers = [int(q.text) if g == 0 or int(q.text) % 2 == 0 else 0
+                   for q in questions for g in range(group_size)]  # fmt: skip
+        mask = torch.zeros(len(numbers), width, dtype=torch.bool)
+        mask[:, :width] = True
+        done = Completions(
+            torch.tensor(numbers)[:, None].expand(-1, width),
+            mask,
+            torch.full(mask.shape, -0.5),
+            torch.ones(len(numbers), dtype=torch.bool),
+        )
+        ids = torch.tensor([int(q.text) for q in questions])[:, None].expand(-1, width)
+        return Answers(Prompts(ids, torch.ones_like(ids) > 0), done, [str(n) for n in numbers])
+
+
+def equal(prompts, completions, answers):
+    return [float(c == a) for c, a in zip(completions, answers, strict=True)]
+
+
+def task(numbers):
+    questions = [Question(str(n), str(n)) for n in numbers]
+    rewards = {"equal": WeightedReward(equal, 2.0)}
+    return Task(questions, questions, rewards, equal, equal)
+
+
+def gathered(numbers, **changes):
+    config = TrainConfig(group_size=G, **{"prompts": 4, **changes})
+    policy = Scripted()
+    return policy, experience.gather(policy, task(numbers), None, random.Random(0), config)
+
+
+def test_rewards_are_weighted_and_kept_apart():
+    _, found = gathered([1, 2, 3, 4])
+    assert found.rewards.shape == (4, G)
+    assert torch.equal(found.rewards.flatten(), 2 * found.by_name["equal"])
+    odd = torch.tensor([int(q.text) % 2 == 1 for q in found.questions])
+    assert torch.equal(found.has_signal, odd)
+    row = experience.describe(found)
+    assert row["frac_reward_zero_std"] == 0.5 and row["rewards/equal/mean"] == 0.75
+    assert row["reward"] == 1.5 and row["accuracy/lenient"] == 0.75
+
+
+def test_without_dynamic_sampling_the_policy_is_asked_once():
+    policy, found = gathered([2, 4, 6, 8])
+    assert len(policy.asked) == 1 and not found.has_signal.any()
+
+
+def test_groups_without_signal_are_replaced_until_all_have_one():
+    policy, found = gathered([*range(2, 40, 2), 1, 3, 5, 7], dynamic_sampling=500)
+    assert found.has_signal.all() and len(found.questions) == 4
+    sizes = [len(asked) for asked in policy.asked]
+    assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
+    # Rows stay with their question, whatever the widths that they are padded to.
+    done = found.answers.completions
+    for b, question in enumerate(found.questions):
+        row = b * G
+        assert found.answers.texts[row] == question.text
+        assert set(done.tokens[row][done.mask[row]].tolist()) == {int(question.text)}
+        prompts = found.answers.prompts
+        assert set(prompts.ids[b][prompts.mask[b]].tolist()) == {int(question.text)}
+        assert prompts.mask[b, -1] and done.mask[row, 0]
+    assert found.sampled > done.mask.sum(), "discarded tokens are counted"
+
+
+def test_rounds_are_bounded_and_the_batch_keeps_its_size():
+    policy, found = gathered([2, 4, 6, 8], dynamic_sampling=3)
+    assert len(policy.asked) == 4 and len(found.questions) == 4
+
+
+def test_the_overlong_penalty_falls_linearly_to_minus_one():
+    config = TrainConfig(max_new_tokens=8, overlong_buffer=4)
+    mask = torch.arange(8)[None] < torch.tensor([1, 4, 5, 6, 8])[:, None]
+    penalty = experience.overlong_penalty(mask, config)
+    assert penalty.tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+
+
+def test_the_penalty_is_part_of_the_reward():
+    _, found = gathered([1, 2, 3, 4], max_new_tokens=2, overlong_buffer=1)
+    assert (found.by_name["overlong"] == -1).all()
+    assert experience.describe(found)["reward"] == 0.5
+
+
+def test_samples_are_one_group_in_words():
+    _, found = gathered([1, 3, 5, 7])
+    first, second = experience.samples(found, torch.arange(8.0))
+    assert first["completion"] == first["question"] == first["answer"]
+    assert second["completion"] == "0" and second["rewards"] == {"equal": 0.0}
+    assert (first["advantage"], second["advantage"]) == (0.0, 1.0)
+    (_, of_tokens) = experience.samples(found, torch.arange(16.0).view(8, 2))
+    assert of_tokens["advantage"] == pytest.approx(2.5)
+    assert (first["reward"], second["reward"]) == (2.0, 0.0)
+
+
+def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
+    _, found = gathered([1, 3, 5, 7])
+    done = found.answers.completions
+    mask = done.mask.clone()
+    mask[:, 1] = False
+    found = replace(found, answers=replace(found.answers, completions=replace(done, mask=mask)))
+    (first, _) = experience.samples(found, torch.tensor([[1.5, 9.0]] * 8))
+    assert first["advantage"] == 1.5
+
+
+def test_answers_that_were_all_cut_off_are_no_signal_where_they_do_not_count(monkeypatch):
+    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+    assert found.has_signal.all()
+    ask = Scripted.ask
+
+    def cut_off(self, *arguments):
+        answers = ask(self, *arguments)
+        finished = torch.zeros_like(answers.completions.finished)
+        return replace(answers, completions=replace(answers.completions, finished=finished))
+
+    monkeypatch.setattr(Scripted, "ask", cut_off)
+    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+    assert not found.has_signal.any()
+
+
+def test_a_single_question_fills_a_batch_and_no_question_is_drawn_twice_before_all():
+    one, two, three = (Question(str(n), str(n)) for n in range(3))
+    assert experience.draw([one], 4, random.Random(0)) == [one] * 4
+    drawn = experience.draw([one, two, three], 5, random.Random(0))
+    assert {drawn.count(each) for each in (one, two, three)} == {1, 2}

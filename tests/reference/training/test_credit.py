@@ -1,0 +1,133 @@
+"""Advantages: of answers, and of tokens under process supervision."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import grpo_kernels
+from reference import losses as reference
+from reference.training.collect import Experience
+from reference.training.config import TrainConfig
+from reference.training.credit import advantages_of
+from reference.training.errors import UserError
+from reference.training.model.policy import Answers
+from reference.training.rollout.generate import Completions, Prompts
+from reference.training.tasks.rewards import WeightedReward
+from reference.training.tasks.tasks import Question
+
+WORDS = {1: "a", 2: "bb", 3: " c", 4: "d"}
+
+
+def decode(ids):
+    return "".join(WORDS[i] for i in ids)
+
+
+def experience(rewards, rows):
+    """One question per row of rewards; an answer is a list of token ids."""
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+    mask = tokens != 0
+    done = Completions(tokens, mask, torch.zeros(mask.shape), torch.ones(len(rows)).bool())
+    questions = [Question("?", "!")] * len(rewards)
+    empty = torch.zeros(len(rewards), 1).long()
+    answers = Answers(Prompts(empty, empty == 0), done, [decode(row) for row in rows])
+    rewards = torch.tensor(rewards)
+    has_signal = rewards.ne(rewards[:, :1]).any(-1)
+    return Experience(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
+
+
+def credit(found, step_reward=None, rewards=None, **settings):
+    config = TrainConfig(**settings)
+    both = [
+        advantages_of(found, config, losses, rewards or {}, step_reward, decode)
+        for losses in (grpo_kernels, reference)
+    ]
+    torch.testing.assert_close(*both)
+    return both[0]
+
+
+def test_outcome_advantages_are_the_group_s_and_dr_grpo_keeps_the_scale():
+    found = experience([[1.0, 0.0], [2.0, 2.0]], [[1], [2], [3], [4]])
+    assert torch.allclose(credit(found), torch.tensor([0.5**0.5, -(0.5**0.5), 0, 0]))
+    assert credit(found, loss="dr_grpo").tolist() == [0.5, -0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("advantage", sorted(reference.ADVANTAGES))
+def test_an_advantage_by_name_goes_before_the_loss_s_own(loss, advantage):
+    found = experience([[1.0, 0.0, 4.0], [2.0, 2.0, 2.5]], [[1]] * 6)
+    expected = reference.ADVANTAGES[advantage](found.rewards).flatten()
+    assert torch.allclose(credit(found, loss=loss, advantage=advantage), expected)
+
+
+def test_pass_at_k_reads_its_k():
+    found = experience([[1.0, 0.0, 4.0]], [[1]] * 3)
+    assert credit(found, advantage="pass_at_k", pass_k=3).tolist() == [0.0, 0.0, 3.0]
+    assert credit(found, advantage="pass_at_k", pass_k=2).tolist() == [0.5, 0.0, 3.5]
+
+
+def test_max_rl_of_a_negative_reward_is_the_user_s_error():
+    found = experience([[1.0, -0.25]], [[1], [2]])
+    with pytest.raises(UserError, match=r"max_rl needs rewards of at least 0; got -0\.25"):
+        credit(found, advantage="max_rl")
+
+
+def test_each_reward_normalised_counts_by_its_weight():
+    found = experience([[0.0, 0.0], [0.0, 0.0]], [[1]] * 4)
+    by_name = {
+        "right": torch.tensor([8.0, 0.0, 1.0, 1.0]),
+        "short": torch.tensor([0.0, 0.1, 0.2, 0.1]),
+        "brief": torch.tensor([0.0, 0.0, -1.0, 0.0]),
+    }
+    weights = {"right": 3.0, "short": 2.0, "brief": 1.0}
+    rewards = {name: WeightedReward(None, weight) for name, weight in weights.items()}
+    ours = credit(replace(found, by_name=by_name), rewards=rewards, normalise_each_reward=True)
+    # In each group the two answers are ±√½ apart: 3 - 2, then 2 - 1. Over the batch, std √(4/3)·√½.
+    expected = torch.tensor([1.0, -1.0, 1.0, -1.0]) / (4 / 3) ** 0.5
+    assert torch.allclose(ours, expected)
+
+
+def test_equal_rewards_have_no_advantage_whatever_their_rounding():
+    found = experience([[1.2] * 8], [[1]] * 8)
+    for loss in ("grpo", "dr_grpo"):
+        assert (credit(found, loss=loss) == 0).all()
+
+
+def test_steps_add_to_the_outcome_and_answers_without_any_keep_it():
+    found = experience([[1.0, 0.0, 0.0]], [[1, 2], [1, 2, 3], [4]])
+    steps = [[(1, 1.0)], [(1, 0.0), (5, 2.0)], []]
+    outcome, ours = credit(found), credit(found, lambda *_: steps)
+    expected = outcome[:, None] + torch.tensor([[0.0, 0, 0], [0.0, 1, 1], [0.0, 0, 0]])
+    assert torch.allclose(ours, expected, atol=1e-6)
+    none = credit(found, lambda *_: [[], [], []])
+    assert torch.allclose(none, outcome[:, None].expand(3, 3))
+
+
+def test_steps_in_characters_end_in_the_token_that_holds_the_character():
+    def rewards(prompts, completions, answers):
+        assert completions == ["abb c", "d"] and answers == ["!", "!"]
+        return [[(2, 0.0), (5, 2.0)], [(1, 1.0)]]
+
+    found = experience([[1.0, 1.0]], [[1, 2, 3], [4]])
+    ours = credit(found, rewards)
+    # Character 2 lies in "bb", the second token.
+    assert torch.allclose(ours, torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([[(9, 1.0)], []], r"the step \(9, 1.0\) for 'abb'"),
+        ([[(0, 1.0)], []], "must end in 1 to 3"),
+        ([[(1, float("nan"))], []], "finite reward"),
+        ([[(1, 1e39)], []], "finite reward"),
+        ([[]], "1 lists of steps for 2 completions"),
+        ([None, []], "raised TypeError, or gave no lists"),
+        ([[3.0], []], "raised TypeError, or gave no lists"),
+    ],
+)
+def test_a_wrong_step_is_named(steps, said):
+    found = experience([[1.0, 1.0]], [[1, 2], [4]])
+    with pytest.raises(UserError, match=said):
+        credit(found, lambda *_: steps)

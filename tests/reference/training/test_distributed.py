@@ -1,0 +1,178 @@
+"""The script on two ranks, as torchrun starts them: the run of one process, also where one dies."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reference.training.distributed import ALONE, Ranks, moved
+from reference.training.errors import UserError
+from reference.training.run.graceful_shutdown import Stop, Stopped
+
+SCRIPT = Path(__file__).parents[3] / "reference" / "train.py"
+TINY = (
+    *("--preset", "tiny", "--steps", "4", "--prompts", "5", "--minibatches", "2", "--beta", "0.05"),
+    *("--eval-questions", "33", "--eval-every", "2", "--checkpoint-every", "1"),
+    *("--print-every", "1", "--no-tensorboard"),
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+CLOCKS = ("time", "per_second", "memory")
+
+
+def run(directory, *flags, launcher=(sys.executable,)):
+    # Interpreted kernels would take minutes.
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [*launcher, SCRIPT, *TINY, "--output-dir", directory, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def metrics(directory):
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: x for name, x in row.items() if not any(clock in name for clock in CLOCKS)}
+        for row in rows
+    ]
+
+
+def check_same(one, other):
+    """Two runs: what they logged, and the models that they left."""
+    for ours, expected in zip(metrics(one), metrics(other), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
+    ours, expected = (load_file(each / "model" / "model.safetensors") for each in (one, other))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    done = run(directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_are_the_run_of_one_process(alone, tmp_path, parallel):
+    done = run(tmp_path / "run", "--parallel", parallel, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out questions:") == 3, "only the first rank prints"
+    check_same(tmp_path / "run", alone)
+
+
+DIES = """
+    import os, signal
+
+    calls = []
+
+    def dies(prompts, completions, answers):
+        calls.append(None)
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if first and os.environ["RANK"] == "1" and len(calls) == 3:
+            {how}
+        return [0.0] * len(completions)
+"""
+
+
+def dying_reward(tmp_path, how):
+    path = tmp_path / "dies.py"
+    path.write_text(textwrap.dedent(DIES).format(how=how))
+    return f"{path}:dies=0.0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_where_a_rank_is_killed_a_restart_goes_on_from_the_last_checkpoint(
+    alone, tmp_path, parallel
+):
+    reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    launcher = (*TORCHRUN, "--max-restarts=1")
+    flags = ("--parallel", parallel, "--reward", reward)
+    done = run(tmp_path / "run", *flags, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step 2" in done.stdout
+    whole = [
+        {name: x for name, x in row.items() if name != "rewards/dies/mean"}
+        for row in metrics(tmp_path / "run")
+    ]
+    for ours, expected in zip(whole, metrics(alone), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
+    reward = dying_reward(tmp_path, "raise ValueError('the reward fell over')")
+    began = time.monotonic()
+    done = run(tmp_path / "run", "--reward", reward, launcher=TORCHRUN)
+    assert done.returncode != 0 and "the reward fell over" in done.stderr
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_ranks_after_a_step(alone, tmp_path):
+    """It reaches one rank, and both save together."""
+    reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
+    done = run(tmp_path / "run", "--reward", reward, "--checkpoint-every", "9", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGTERM" in done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "run") if "reward" in row] == [1, 2, 3]
+    assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+
+
+def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
+    class Pair:
+        """Another rank was asked to stop; this one is while they tell each other."""
+
+        size, told = 2, 0
+
+        def gathered(self, value):
+            stop._receive()  # in the midst of a collective
+            self.told += 1
+            return [True, value]
+
+    stop = Stop(ranks := Pair())
+    with pytest.raises(Stopped):
+        stop.release()
+    assert ranks.told == 1
+    stop._receive()  # they save, together
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_everything_once_and_in_order(size):
+    items = list(range(5))
+    shares = [Ranks(rank, size).share(items) for rank in range(size)]
+    assert [each for share in shares for each in share] == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_single_process_says_nothing_to_others():
+    value = {"x": torch.ones(2)}
+    assert ALONE.gathered(value) == [value] and ALONE.told(value) is value
+    with ALONE.draws(3, torch.device("cpu")) as draw:
+        torch.manual_seed(0)
+        drawn = draw()
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_what_is_sent_moves_whatever_it_is_in():
+    value = {"a": [torch.ones(1)], "b": (1, "text")}
+    assert moved(value, torch.device("meta"))["a"][0].is_meta
+
+
+def test_settings_that_ranks_cannot_share_are_named():
+    with pytest.raises(UserError, match="--prompts must be at least the 3 ranks; got 2"):
+        Ranks(0, 3).check(2, "shared-prompt")
+    with pytest.raises(UserError, match="--sampler generate draws on each rank alike"):
+        Ranks(0, 2).check(8, "generate")

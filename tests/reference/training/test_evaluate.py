@@ -1,0 +1,75 @@
+"""Accuracy, pass@k and the conversation."""
+
+from itertools import combinations, cycle
+
+import pytest
+
+from reference.training import evaluate
+from reference.training.distributed import ALONE
+from reference.training.model.policy import Answers
+from reference.training.tasks.tasks import Question, Task
+
+
+class Scripted:
+    """Answers question n rightly in the first n of its samples."""
+
+    model, ranks, system = None, ALONE, "Be brief."
+
+    def __init__(self):
+        self.batches = []
+
+    def ask(self, questions, samples, temperature):
+        self.batches.append(len(questions) * samples)
+        texts = ["right" if i < int(q.text) else "wrong" for q in questions for i in range(samples)]
+        return Answers(None, None, texts)
+
+    def reply(self, messages, temperature, max_new_tokens):
+        return f"{len(messages)} messages, last {messages[-1]['content']}"
+
+
+def lenient(prompts, completions, answers):
+    return [float(c == a) for c, a in zip(completions, answers, strict=True)]
+
+
+def strict(prompts, completions, answers):
+    return [
+        float(p == "4" and c == a) for p, c, a in zip(prompts, completions, answers, strict=True)
+    ]
+
+
+def task(numbers):
+    questions = [Question(str(n), "right") for n in numbers]
+    return Task(questions, questions, {}, strict, lenient)
+
+
+def test_accuracy_is_a_share_of_questions_in_batches():
+    policy, held_out = Scripted(), task([0, 1, 4, 0] * 40)
+    assert evaluate.accuracy(policy, held_out, held_out.held_out) == {
+        "strict": 0.25,
+        "lenient": 0.5,
+    }
+    assert policy.batches == [64, 64, 32]
+
+
+@pytest.mark.parametrize("right", [0, 1, 3, 6])
+def test_pass_at_k_is_the_share_of_k_samples_with_a_right_one(right):
+    held_out = task([right])
+    found = evaluate.pass_at(Scripted(), held_out, held_out.held_out, 6, 1.0)
+    assert list(found) == ["pass@1", "pass@2", "pass@4", "pass@6"]
+    for k in (1, 2, 4, 6):
+        picks = list(combinations(range(6), k))
+        expected = sum(any(i < right for i in pick) for pick in picks) / len(picks)
+        assert found[f"pass@{k}"] == pytest.approx(expected)
+
+
+def test_a_conversation_remembers_and_ends_at_an_empty_line():
+    said, lines = [], cycle(["hello", "again", ""])
+    evaluate.chat(Scripted(), 1.0, 5, lambda prompt: next(lines), said.append)
+    assert said[1:] == ["model> 2 messages, last hello", "model> 4 messages, last again"]
+
+
+def test_a_conversation_ends_with_its_input():
+    def closed(prompt):
+        raise EOFError
+
+    evaluate.chat(Scripted(), 1.0, 5, closed, lambda line: None)
