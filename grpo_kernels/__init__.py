@@ -7,9 +7,9 @@ from .advantages import (
     group_normalised_advantage,
     leave_one_out_advantage,
     max_rl_advantage,
+    multi_reward_advantage,
     pass_at_k_advantage,
     process_advantage,
-    summed_advantage,
     weighted_reward,
 )
 from .entropy_controller import AdaptiveEntropy
@@ -45,11 +45,11 @@ __all__ = [
     "linear_grpo_loss",
     "linear_token_stats",
     "max_rl_advantage",
+    "multi_reward_advantage",
     "pack_tokens",
     "pass_at_k_advantage",
     "policy_loss",
     "process_advantage",
-    "summed_advantage",
     "token_stats",
     "weighted_reward",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .checks import check_adaptive_entropy, check_entropy_state, check_number
+from .checks import check_adaptive_entropy, check_entropy_state, expect_number
 
 
 class AdaptiveEntropy:
@@ -56,7 +56,7 @@ class AdaptiveEntropy:
 
     def update(self, entropy: float) -> None:
         """Take in the mean entropy of the step that was just made."""
-        check_number("entropy", entropy)
+        expect_number("entropy", entropy)
         change = self.step if entropy <= self.target else -self.step
         self._coef, self._entropy = self._bounded(self._coef + change), float(entropy)
 

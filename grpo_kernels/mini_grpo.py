@@ -37,7 +37,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
     Returns:
         0-dim, nats, fp32 (fp64 for fp64 logits); differentiable in `logits` if not detached.
     """
-    checks.check_floating("logits", logits)
+    checks.expect_tensor("logits", logits, floating=True)
     stats = _statistics(logits.detach() if detach else logits, mask, entropy=True)
     return _mean(stats.entropy, mask)
 
@@ -99,10 +99,10 @@ def approximate_kl_divergence(
 
     Schulman, 2020 (http://joschu.net/blog/kl-approx.html).
     """
-    checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
+    checks.expect_choice("reduction", reduction, ("none", "mean", "sum"))
     checks.check_pair("ref_logits", ref_logits, "new_logits", new_logits)
-    checks.check_mask(mask, new_logits.shape[:-1])
-    checks.check_number("eps", eps, above=0, below=1)
+    checks.expect_mask(mask, new_logits.shape[:-1])
+    checks.expect_number("eps", eps, above=0, below=1)
     ref_rows, new_rows = _rows(ref_logits), _rows(new_logits)
     checks.check_logits("ref_logits", ref_rows)
     checks.check_logits("new_logits", new_rows)
@@ -134,7 +134,7 @@ def _statistics(
 ) -> TokenStats:
     if ref_logits is not None:
         checks.check_pair("ref_logits", ref_logits, "new_logits", logits)
-    checks.check_mask(mask, logits.shape[:-1])
+    checks.expect_mask(mask, logits.shape[:-1])
     rows = _rows(logits)
     return token_stats(
         rows,

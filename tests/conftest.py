@@ -1,4 +1,4 @@
-"""Where the tests run: Triton's interpreter stands in for a GPU, and both rooms are visited."""
+"""Where the tests run: Triton's interpreter stands in for a GPU, and both backends are visited."""
 
 import os
 from types import SimpleNamespace
@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, Phase, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the package, and with it Triton, is imported
 
-from grpo_kernels import backends as rows
+from grpo_kernels import backends
 
-if rows.INTERPRETED:
+if backends.INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -35,7 +35,7 @@ settings.register_profile(
     derandomize=True,
     max_examples=15,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining costs minutes interpreted
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the room outlives an example
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the backend outlives an example
 )
 # Other cases in every run, and many: for tests/test_fuzz.py, which says how.
 settings.register_profile(
@@ -61,15 +61,23 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=["kernels", "eager"])
-def room(request, monkeypatch):
-    """The room that serves every tensor in this test; it takes the test's device into account."""
+@pytest.fixture(params=["triton", "pytorch"])
+def backend(request):
+    """Run the test once per backend; skip Triton where it cannot serve the test's device."""
     on_cpu = "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"
-    if request.param == "eager":
-        monkeypatch.setattr(rows, "HAS_TRITON", False)
-    elif not rows.HAS_TRITON or (on_cpu and not rows.INTERPRETED):
+    if request.param == "triton" and (
+        not backends.HAS_TRITON or (on_cpu and not backends.INTERPRETED)
+    ):
         pytest.skip("on the CPU the kernels need Triton's interpreter, which a GPU turns off")
-    return request.param
+    with backends.use(request.param if request.param == "pytorch" else None):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    """A test that calls `use` does not choose for the next one."""
+    with backends.use(None):
+        yield
 
 
 @pytest.fixture(scope="module")

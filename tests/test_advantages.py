@@ -21,7 +21,7 @@ def functions(losses):
     return {
         **losses.ADVANTAGES,
         "pass_at_k": partial(losses.pass_at_k_advantage, k=2),
-        "summed": lambda rewards: losses.summed_advantage(rewards[None]),
+        "summed": lambda rewards: losses.multi_reward_advantage(rewards[None]),
     }
 
 

@@ -132,18 +132,18 @@ def test_summed_is_normalise_weigh_sum_whiten(losses, seed, weights):
     normalised = (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
     total = (torch.tensor(weights or [1.0] * 3)[:, None, None] * normalised).sum(0)
     expected = (total - total.mean()) / total.std()
-    found = losses.summed_advantage(rewards, weights)
+    found = losses.multi_reward_advantage(rewards, weights)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     # Not even the scale and the offset of a single reward matter.
     scaled = rewards * torch.tensor([100.0, 1.0, 0.01])[:, None, None] + 3
-    torch.testing.assert_close(losses.summed_advantage(scaled, weights), expected)
+    torch.testing.assert_close(losses.multi_reward_advantage(scaled, weights), expected)
 
 
 @both
 def test_summed_tells_apart_what_a_plain_sum_does_not(losses):
     """Groups (1, 0) and (2, 0) in sums; in the second both rewards speak for the first answer."""
     rewards = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
-    found = losses.summed_advantage(rewards)
+    found = losses.multi_reward_advantage(rewards)
     torch.testing.assert_close(found[1], 2 * found[0])
     alone = losses.group_normalised_advantage(losses.weighted_reward(rewards))
     torch.testing.assert_close(alone[1], alone[0])
@@ -153,14 +153,14 @@ def test_summed_tells_apart_what_a_plain_sum_does_not(losses):
 def test_summed_does_not_enlarge_what_is_left_of_rewards_that_cancel_or_are_equal(losses):
     residue = torch.tensor([[[1.0, 1.0, 1.0]], [[0.1, 0.2, 0.4]]])
     residue[0, 0, 0] += 2**-23
-    found = losses.summed_advantage(residue)
-    torch.testing.assert_close(found, losses.summed_advantage(residue[1:]), rtol=0, atol=0)
-    assert (losses.summed_advantage(residue[:1]) == 0).all()
+    found = losses.multi_reward_advantage(residue)
+    torch.testing.assert_close(found, losses.multi_reward_advantage(residue[1:]), rtol=0, atol=0)
+    assert (losses.multi_reward_advantage(residue[:1]) == 0).all()
     cancelling = torch.stack([residue[1], 3 * residue[1]])
-    assert losses.summed_advantage(cancelling, [1.0, -1.0]).abs().max() < 1 / 4
+    assert losses.multi_reward_advantage(cancelling, [1.0, -1.0]).abs().max() < 1 / 4
 
 
-@pytest.mark.parametrize("function", ["weighted_reward", "summed_advantage"])
+@pytest.mark.parametrize("function", ["weighted_reward", "multi_reward_advantage"])
 @pytest.mark.parametrize(
     ("error", "arguments", "message"),
     [

@@ -33,7 +33,15 @@ THIRD_PARTY = {
     "grpo_kernels": {"torch"},
     "grpo_kernels.backends.triton": {"torch", "triton"},
     "grpo_kernels.backends.triton.launch_configs": set(),
-    "grpo_kernels.integrations": {"torch", "transformers", "trl", "verl", "peft", "accelerate"},
+    "grpo_kernels.integrations": {
+        "torch",
+        "transformers",
+        "trl",
+        "verl",
+        "prime_rl",
+        "peft",
+        "accelerate",
+    },
     "reference.losses": {"torch"},
 }
 

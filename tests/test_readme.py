@@ -25,8 +25,8 @@ def test_every_python_block_shows_its_output():
     assert len(snippets()) == README.read_text().count("```python") > 0
 
 
-@pytest.mark.parametrize("room", ["eager"], indirect=True)  # as on a reader's machine
-def test_snippets_print_what_stands_beside_them(room):
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)  # as on a reader's machine
+def test_snippets_print_what_stands_beside_them(backend):
     namespace = {}
     for code, output in snippets():
         printed = io.StringIO()

@@ -44,44 +44,44 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to launch a kernel: the arguments that are None, and its own constants."""
+    """One way to launch a kernel: the arguments that are None, and its own loss_inputs."""
 
     name: str
     kernel: object
     launch: str
     walks: tuple[Reading, ...]
     absent: tuple[str, ...] = ()
-    constants: dict = field(default_factory=dict)
+    loss_inputs: dict = field(default_factory=dict)
 
 
 def _token_stats_variants() -> Iterator[Variant]:
-    no_kl = ("ref_logits_ptr", "kl_ptr", "ref_normaliser_ptr", "d_kl_ptr")
+    no_kl = ("ref_logits_ptr", "kl_ptr", "ref_row_lse_ptr", "d_kl_ptr")
     no_entropy = ("entropy_ptr", "d_entropy_ptr")
     plain = {"KL": "none", "SOFTCAP": None}
-    for name, absent, constants in (
+    for name, absent, loss_inputs in (
         ("log-prob", (*no_kl, *no_entropy), plain),
         ("log-prob, entropy", no_kl, plain),
         ("log-prob, entropy, softcap", no_kl, {**plain, "SOFTCAP": 30.0}),
         ("log-prob, entropy, forward KL", (), {**plain, "KL": "forward"}),
         ("log-prob, entropy, reverse KL", (), {**plain, "KL": "reverse"}),
     ):
-        tensors = 1 if constants["KL"] == "none" else 2
+        tensors = 1 if loss_inputs["KL"] == "none" else 2
         for launch in ("token_stats_forward", "token_stats_backward"):
             kernel = getattr(token_stats, f"_{launch}_kernel")
             known = tuple(each for each in absent if each in kernel.arg_names)
             walks = (Reading(tensors, writes=launch.endswith("backward")),)
-            yield Variant(f"{launch}: {name}", kernel, launch, walks, known, constants)
+            yield Variant(f"{launch}: {name}", kernel, launch, walks, known, loss_inputs)
         kernel = token_stats._token_stats_part_kernel
         known = tuple(each for each in absent if each in kernel.arg_names)
-        constants = {**constants, "HAS_ENTROPY": "entropy_ptr" not in absent}
+        loss_inputs = {**loss_inputs, "HAS_ENTROPY": "entropy_ptr" not in absent}
         walks = (Reading(tensors, writes=False),)
         name = f"token_stats_part: {name}"
-        yield Variant(name, kernel, "token_stats_forward", walks, known, constants)
+        yield Variant(name, kernel, "token_stats_forward", walks, known, loss_inputs)
 
 
 def _grpo_loss_variants() -> Iterator[Variant]:
     walks = (Reading(1, writes=False), Reading(1, writes=True, again=True))
-    for name, absent, constants in (
+    for name, absent, loss_inputs in (
         ("clip", ("entropy_weight_ptr", "ref_ptr", "sampling_ptr"), {}),
         ("k3, entropy, importance", (), {}),
         ("k3_corrected, entropy, softcap", (), {"ESTIMATOR": "k3_corrected", "SOFTCAP": 30.0}),
@@ -89,9 +89,9 @@ def _grpo_loss_variants() -> Iterator[Variant]:
         ("DPPO, k3, entropy, importance", (), {"SURROGATE": "dppo"}),
         ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
     ):
-        constants = {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **constants}
+        loss_inputs = {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **loss_inputs}
         yield Variant(
-            f"grpo_loss: {name}", grpo._grpo_loss_kernel, "grpo_loss", walks, absent, constants
+            f"grpo_loss: {name}", grpo._grpo_loss_kernel, "grpo_loss", walks, absent, loss_inputs
         )
     yield Variant("scale", grpo._scale_kernel, "scale", (Reading(1, writes=True),))
 
@@ -99,17 +99,17 @@ def _grpo_loss_variants() -> Iterator[Variant]:
 def variants() -> Iterator[Variant]:
     yield from _token_stats_variants()
     yield from _grpo_loss_variants()
-    constants = {"LOG2_EPS": -19.93}
+    loss_inputs = {"LOG2_EPS": -19.93}
     walks = {
         "approximate_kl_forward": (Reading(2, writes=False), Reading(2, writes=False, again=True)),
         "approximate_kl_backward": (Reading(2, writes=True),),
     }
     for launch, of_kernel in walks.items():
         kernel = getattr(approximate_kl, f"_{launch}_kernel")
-        yield Variant(launch, kernel, launch, of_kernel, (), constants)
+        yield Variant(launch, kernel, launch, of_kernel, (), loss_inputs)
 
 
-ACC = (tl.float32, tl.float64)  # fp64 is accumulated as such
+ACC_DTYPE = (tl.float32, tl.float64)  # fp64 is accumulated as such
 _VOCABULARY_SIZED = ("logits_ptr", "ref_logits_ptr", "d_logits_ptr", "x_ptr")
 _ALIGNED_INTEGERS = re.compile(r"V|stride_.*_[bt]")
 
@@ -141,16 +141,16 @@ def compile_variant(variant: Variant, target: str, dtype: str):
     wave = TARGETS[target].warp_size
     sizes = {"UNROLL": pick.unroll, "LANES": pick.num_warps * wave, "VEC": pick.vector}
     sizes["PART"] = pick.part_tiles * pick.unroll * pick.num_warps * wave * pick.vector
-    constants = {
-        **variant.constants,
+    loss_inputs = {
+        **variant.loss_inputs,
         **dict.fromkeys(variant.absent),
-        "ACC": ACC[dtype == "fp64"],
+        "ACC_DTYPE": ACC_DTYPE[dtype == "fp64"],
         **sizes,
     }
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
-        if name in constants:
-            signature[name], values[(position,)] = "constexpr", constants[name]
+        if name in loss_inputs:
+            signature[name], values[(position,)] = "constexpr", loss_inputs[name]
             continue
         signature[name] = _argument_type(name, dtype)
         if name.endswith("_ptr") or _ALIGNED_INTEGERS.fullmatch(name):

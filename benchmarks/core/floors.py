@@ -35,9 +35,9 @@ def bare_products(task: Task, phase: str, problem: Problem) -> Callable[[], obje
     The whole of the logits has to be somewhere: at most 8,192 tokens at a time. Where fp32 is
     faster than bf16, the operands are upcast before the clock.
     """
-    count, with_gradient = problem.counted, problem.counted
+    count, attach_gradient = problem.counted, problem.counted
     if task.skips_inert:
-        with_gradient = problem.live
+        attach_gradient = problem.live
     cost: Products = task.cost[phase]
     weight = problem.weight.detach()
     hidden = problem.flat(problem.hidden).detach()
@@ -50,7 +50,7 @@ def bare_products(task: Task, phase: str, problem: Problem) -> Callable[[], obje
             for _ in range(cost.logits):
                 logits = unrounded_logits(part, weight)
         if cost.gradients:
-            for part in hidden[:with_gradient].split(8192):
+            for part in hidden[:attach_gradient].split(8192):
                 d_logits = logits[: len(part)].to(weight.dtype)
                 torch.mm(d_logits, weight)
                 torch.mm(d_logits.T, part[: len(d_logits)])

@@ -54,8 +54,8 @@ class Task:
         if self.level != "hidden":
             return None
         logits, gradients = self.cost[phase]
-        with_gradient = problem.live if self.skips_inert else problem.counted
-        products = logits * problem.counted + gradients * with_gradient
+        attach_gradient = problem.live if self.skips_inert else problem.counted
+        products = logits * problem.counted + gradients * attach_gradient
         return 2 * problem.weight.numel() * products
 
 

@@ -13,7 +13,7 @@ from .groups import (
     max_rl_advantage,
     pass_at_k_advantage,
 )
-from .several import summed_advantage, weighted_reward
+from .several import multi_reward_advantage, weighted_reward
 from .steps import process_advantage
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "group_normalised_advantage",
     "leave_one_out_advantage",
     "max_rl_advantage",
+    "multi_reward_advantage",
     "pass_at_k_advantage",
     "process_advantage",
-    "summed_advantage",
     "weighted_reward",
 ]

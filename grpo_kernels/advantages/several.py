@@ -26,7 +26,9 @@ def weighted_reward(rewards: Tensor, weights: Sequence[float] | Tensor | None = 
     return _weighted(constant(rewards), weights).sum(dim=0)
 
 
-def summed_advantage(rewards: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+def multi_reward_advantage(
+    rewards: Tensor, weights: Sequence[float] | Tensor | None = None
+) -> Tensor:
     """Several rewards, each normalised within its group before they are summed: GDPO.
 
         s = Σ_k w_k (r_k - mean(r_k)) / std(r_k)         mean and std over the group, ddof = 1

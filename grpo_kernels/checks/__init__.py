@@ -4,20 +4,13 @@ A shape, a dtype or a setting is always checked. What a tensor holds is checked 
 costs nothing: eagerly on the CPU, never on a GPU, where it would wait for the device.
 """
 
+from ..validation import expect_choice, expect_mask, expect_number, expect_tensor
 from .advantages import (
     check_no_negative_rewards,
     check_reward_stack,
     check_rewards,
     check_steps,
     check_subset_size,
-)
-from .basics import (
-    check_choice,
-    check_floating,
-    check_mask,
-    check_number,
-    check_per_token,
-    check_type,
 )
 from .controllers import check_adaptive_entropy, check_entropy_state
 from .loss_config import check_combination, check_numbers
@@ -29,7 +22,9 @@ from .objective import (
     check_logprob,
     check_max_completion_length,
     check_normalizers,
+    check_per_token,
     check_sampling_input,
+    check_type,
 )
 from .rows import (
     check_chunk_tokens,
@@ -54,13 +49,11 @@ from .rows import (
 __all__ = [
     "check_adaptive_entropy",
     "check_advantages",
-    "check_choice",
     "check_chunk_tokens",
     "check_combination",
     "check_cu_seqlens",
     "check_entropy_input",
     "check_entropy_state",
-    "check_floating",
     "check_head",
     "check_hidden",
     "check_kl_arguments",
@@ -69,11 +62,9 @@ __all__ = [
     "check_linear_kl_input",
     "check_logits",
     "check_logprob",
-    "check_mask",
     "check_max_completion_length",
     "check_no_negative_rewards",
     "check_normalizers",
-    "check_number",
     "check_numbers",
     "check_packed_advantages",
     "check_packing",
@@ -91,5 +82,9 @@ __all__ = [
     "check_tokens",
     "check_type",
     "check_vocab_group",
+    "expect_choice",
+    "expect_mask",
+    "expect_number",
+    "expect_tensor",
     "mark_consumed",
 ]

@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .basics import check_device, check_number, check_tensor, may_look, shape_of
+from ..validation import expect_finite, expect_number, expect_tensor, shape_of, values_are_readable
 
 
 def check_rewards(rewards: Tensor) -> None:
@@ -24,8 +24,8 @@ def check_reward_stack(rewards: Tensor, weights: Sequence[float] | Tensor | None
         _check_real("weights", weights)
         if weights.shape != (K,):
             raise ValueError(f"weights must have shape {(K,)}, got {shape_of(weights)}")
-        check_device("weights", weights, rewards)
-        _check_finite("weights", weights)
+        expect_tensor("weights", weights, device_of=rewards)
+        expect_finite("weights", weights)
     elif weights is not None:
         if not isinstance(weights, Sequence) or isinstance(weights, str):
             got = type(weights).__name__
@@ -33,11 +33,11 @@ def check_reward_stack(rewards: Tensor, weights: Sequence[float] | Tensor | None
         if len(weights) != K:
             raise ValueError(f"weights must be {K} numbers, one per reward, got {len(weights)}")
         for n, weight in enumerate(weights):
-            check_number(f"weights[{n}]", weight)
+            expect_number(f"weights[{n}]", weight)
 
 
 def check_no_negative_rewards(rewards: Tensor) -> None:
-    if may_look(rewards) and (rewards < 0).any():
+    if values_are_readable(rewards) and (rewards < 0).any():
         raise ValueError(f"rewards must be at least 0, got {rewards.min()}")
 
 
@@ -52,7 +52,7 @@ def check_steps(step_rewards: Tensor, step_ends: Tensor, length: object) -> None
     _check_real("step_rewards", step_rewards)
     if step_rewards.dim() != 3:
         raise ValueError(f"step_rewards must be [B, G, S], got {shape_of(step_rewards)}")
-    check_tensor("step_ends", step_ends)
+    expect_tensor("step_ends", step_ends)
     if step_ends.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"step_ends must be int32 or int64, got {step_ends.dtype}")
     if step_ends.shape != step_rewards.shape:
@@ -60,11 +60,11 @@ def check_steps(step_rewards: Tensor, step_ends: Tensor, length: object) -> None
             f"step_ends must have the shape of step_rewards, {tuple(step_rewards.shape)}, "
             f"got {shape_of(step_ends)}"
         )
-    check_device("step_ends", step_ends, step_rewards)
+    expect_tensor("step_ends", step_ends, device_of=step_rewards)
     _check_integer("length", length)
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
-    if not may_look(step_ends):
+    if not values_are_readable(step_ends):
         return
     outside = (step_ends < -1) | (step_ends >= length)
     if outside.any():
@@ -72,7 +72,7 @@ def check_steps(step_rewards: Tensor, step_ends: Tensor, length: object) -> None
             f"step_ends must lie in [0, {length}), or be -1 where there is no step, "
             f"got {step_ends[outside][0]}"
         )
-    _check_finite("step_rewards", step_rewards[step_ends >= 0])
+    expect_finite("step_rewards", step_rewards[step_ends >= 0])
 
 
 def _check_groups(rewards: Tensor, axes: str) -> None:
@@ -84,18 +84,13 @@ def _check_groups(rewards: Tensor, axes: str) -> None:
             f"rewards must hold at least 2 completions per prompt, got {shape_of(rewards)}: "
             "a group of 1 has nothing to compare with"
         )
-    _check_finite("rewards", rewards)
+    expect_finite("rewards", rewards)
 
 
 def _check_real(name: str, tensor: object) -> None:
-    check_tensor(name, tensor)
+    expect_tensor(name, tensor)
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if may_look(tensor) and not tensor.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def _check_integer(name: str, value: object) -> None:

@@ -4,7 +4,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .basics import check_number
+from ..validation import expect_number
 
 if TYPE_CHECKING:
     from ..objective.config import LossConfig
@@ -44,7 +44,7 @@ def check_numbers(config: "LossConfig") -> None:
     for name, bounds in _NUMBERS.items():
         value = getattr(config, name)
         if value is not None or name not in optional:
-            check_number(name, value, **bounds)
+            expect_number(name, value, **bounds)
 
 
 # A setting that is not at its default -> what reads it: surrogates, or another setting.
@@ -74,7 +74,7 @@ def check_combination(config: "LossConfig") -> None:
     if config.ratio_cap is None and surrogate in _OF_SURROGATES["ratio_cap"]:
         raise ValueError(f"surrogate={surrogate!r} needs ratio_cap, got None")
     if config.delta is not None:
-        check_number("delta", config.delta, above=1 + config.epsilon_high)
+        expect_number("delta", config.delta, above=1 + config.epsilon_high)
     if config.ratio_level != "token" and surrogate in _TOKEN_LEVEL:
         raise ValueError(
             f"surrogate={surrogate!r} {_TOKEN_LEVEL[surrogate]}: ratio_level must be 'token', "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .basics import check_floating, check_number, check_tensor, may_look, shape_of
+from ..validation import expect_number, expect_tensor, shape_of, values_are_readable
 
 if TYPE_CHECKING:
     from ..objective.config import LossConfig
@@ -29,13 +29,13 @@ def check_max_completion_length(value: object, aggregation: str) -> None:
 
 
 def check_logprob(logprob: Tensor) -> None:
-    check_floating("logprob", logprob)
+    expect_tensor("logprob", logprob, floating=True)
     if logprob.dim() not in (1, 2):
         raise ValueError(f"logprob must be [B, T] or packed [N], got {shape_of(logprob)}")
 
 
 def check_advantages(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> None:
-    check_tensor("advantages", advantages)
+    expect_tensor("advantages", advantages)
     allowed = [shape]
     if len(shape) == 2:
         allowed.append(shape[:1])
@@ -60,12 +60,12 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size, config: "Loss
             given = ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
             raise ValueError(f"packed [N] input needs cu_seqlens with {given}, got None")
         return
-    check_tensor("cu_seqlens", cu_seqlens)
+    expect_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [sequences + 1], got {shape_of(cu_seqlens)}")
-    if not may_look(cu_seqlens):
+    if not values_are_readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (cu_seqlens.diff() < 0).any():
         raise ValueError(
@@ -90,7 +90,7 @@ def check_normalizers(
                 )
         elif value is not None and not torch.compiler.is_compiling():
             # Under torch.compile the number is a symbol, and a comparison would recompile for it.
-            check_number(name, value, above=0)
+            expect_number(name, value, above=0)
     if entropy_coef == 0 or normalizer is None or aggregation == "token_mean":
         return
     if entropy_normalizer is None:
@@ -124,3 +124,14 @@ def check_entropy_input(config: "LossConfig", entropy: Tensor | None) -> None:
 def check_sampling_input(importance_mode: str, sampling_logprob: Tensor | None) -> None:
     if importance_mode == "mask" and sampling_logprob is None:
         raise ValueError("importance_mode='mask' needs sampling_logprob, got None")
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_per_token(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
+    """A floating-point tensor with one value per token, or None."""
+    if tensor is not None:
+        expect_tensor(name, tensor, floating=True, shape=shape)

@@ -5,21 +5,13 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .basics import (
-    check_choice,
-    check_device,
-    check_floating,
-    check_number,
-    check_tensor,
-    may_look,
-    shape_of,
-)
+from ..validation import expect_choice, expect_number, expect_tensor, shape_of, values_are_readable
 
 _CONSUMED = "_grpo_kernels_consumed"
 
 
 def check_logits(name: str, logits: Tensor) -> None:
-    check_floating(name, logits)
+    expect_tensor(name, logits, floating=True)
     if logits.dim() not in (2, 3):
         raise ValueError(f"{name} must be [B, T, V] or packed [N, V], got {shape_of(logits)}")
     if logits.shape[-1] < 1:
@@ -45,19 +37,19 @@ def mark_consumed(logits: Tensor) -> None:
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Two logits of one shape on one device."""
-    check_floating(name, tensor)
-    check_floating(other_name, other)
+    expect_tensor(name, tensor, floating=True)
+    expect_tensor(other_name, other, floating=True)
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
             f"got {shape_of(tensor)}"
         )
-    check_device(name, tensor, other)
+    expect_tensor(name, tensor, device_of=other)
 
 
 def check_tokens(tokens: Tensor, rows: Tensor, name: str = "logits") -> None:
     """Integer ids, one for each row of the logits or hidden states of that name."""
-    check_tensor("tokens", tokens)
+    expect_tensor("tokens", tokens)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
     if tokens.shape != rows.shape[:-1]:
@@ -65,12 +57,12 @@ def check_tokens(tokens: Tensor, rows: Tensor, name: str = "logits") -> None:
             f"tokens must have shape {tuple(rows.shape[:-1])}, that of {name} without the "
             f"last dimension, got {shape_of(tokens)}"
         )
-    check_device("tokens", tokens, rows)
+    expect_tensor("tokens", tokens, device_of=rows)
 
 
 def check_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
     """Looks at the ids, on the CPU only."""
-    if not may_look(tokens):
+    if not values_are_readable(tokens):
         return
     outside = (tokens < 0) | (tokens >= V)
     if mask is not None:
@@ -84,10 +76,10 @@ def check_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
 def check_temperature(temperature: float | Tensor, tokens: Tensor, mask: Tensor | None) -> None:
     if not isinstance(temperature, Tensor):
         if not torch.compiler.is_compiling():  # there it may be a symbol, which has no value yet
-            check_number("temperature", temperature, above=0)
+            expect_number("temperature", temperature, above=0)
         return
-    check_floating("temperature", temperature)
-    check_device("temperature", temperature, tokens)
+    expect_tensor("temperature", temperature, floating=True)
+    expect_tensor("temperature", temperature, device_of=tokens)
     try:
         fits = torch.broadcast_shapes(temperature.shape, tokens.shape) == tokens.shape
     except RuntimeError:
@@ -97,7 +89,7 @@ def check_temperature(temperature: float | Tensor, tokens: Tensor, mask: Tensor 
             f"temperature must broadcast to shape {tuple(tokens.shape)}, "
             f"got {shape_of(temperature)}"
         )
-    if not may_look(temperature):
+    if not values_are_readable(temperature):
         return
     positive = temperature > 0
     if mask is not None:
@@ -111,7 +103,7 @@ def check_kl_arguments(kl: str | None, ref_logits: Tensor | None, logits: Tensor
         if ref_logits is not None:
             raise ValueError("ref_logits is read with kl='forward' or 'reverse' only, got kl=None")
         return
-    check_choice("kl", kl, ("forward", "reverse"))
+    expect_choice("kl", kl, ("forward", "reverse"))
     if ref_logits is None:
         raise ValueError(f"kl={kl!r} needs ref_logits, got None")
     check_logits("ref_logits", ref_logits)
@@ -119,11 +111,11 @@ def check_kl_arguments(kl: str | None, ref_logits: Tensor | None, logits: Tensor
         raise ValueError(
             f"ref_logits must have shape {tuple(logits.shape)}, got {shape_of(ref_logits)}"
         )
-    check_device("ref_logits", ref_logits, logits)
+    expect_tensor("ref_logits", ref_logits, device_of=logits)
 
 
 def check_hidden(hidden: Tensor) -> None:
-    check_floating("hidden", hidden)
+    expect_tensor("hidden", hidden, floating=True)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be [B, T, H] or packed [N, H], got {shape_of(hidden)}")
 
@@ -132,7 +124,7 @@ def check_head(
     prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, same_dtype: bool
 ) -> None:
     """weight [V, H] and bias [V] for hidden [..., H]; the prefix is that of a reference's names."""
-    check_floating(prefix + "weight", weight)
+    expect_tensor(prefix + "weight", weight, floating=True)
     H = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] < 1:
         raise ValueError(
@@ -141,8 +133,8 @@ def check_head(
         )
     parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, part in parts.items():
-        check_floating(prefix + name, part)
-        check_device(prefix + name, part, hidden)
+        expect_tensor(prefix + name, part, floating=True)
+        expect_tensor(prefix + name, part, device_of=hidden)
         if same_dtype and part.dtype != hidden.dtype:
             raise TypeError(
                 f"{prefix}{name} must have the dtype of {prefix}hidden, {hidden.dtype}, "
@@ -160,14 +152,14 @@ def check_reference_head(hidden: Tensor, weight: Tensor, reference: dict[str, Te
         if reference[name] is None:
             raise ValueError(f"ref_hidden and ref_weight belong together, got no {name}")
     ref_hidden, ref_weight = reference["ref_hidden"], reference["ref_weight"]
-    check_floating("ref_hidden", ref_hidden)
-    check_device("ref_hidden", ref_hidden, hidden)
+    expect_tensor("ref_hidden", ref_hidden, floating=True)
+    expect_tensor("ref_hidden", ref_hidden, device_of=hidden)
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.dim() != hidden.dim():
         raise ValueError(
             f"ref_hidden must have the tokens of hidden, {tuple(hidden.shape[:-1])}, "
             f"got {shape_of(ref_hidden)}"
         )
-    check_tensor("ref_weight", ref_weight)
+    expect_tensor("ref_weight", ref_weight)
     if ref_weight.dim() == 2 and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight must have the vocabulary of weight, {weight.shape[0]}, "
@@ -178,7 +170,7 @@ def check_reference_head(hidden: Tensor, weight: Tensor, reference: dict[str, Te
 def check_linear_kl(kl: str | None, reference: dict[str, Tensor | None]) -> None:
     given = [name for name, each in reference.items() if each is not None]
     if kl is not None:
-        check_choice("kl", kl, ("forward", "reverse"))
+        expect_choice("kl", kl, ("forward", "reverse"))
         if not given:
             raise ValueError(f"kl={kl!r} needs ref_hidden and ref_weight, got None")
     elif given:
@@ -201,8 +193,8 @@ def check_packing(packing: tuple[Tensor, Tensor], mask: Tensor | None, tokens: T
         raise ValueError(
             f"packing must be of a mask of {tokens.numel()} tokens, got one of {order.shape[0]}"
         )
-    check_device("packing", order, tokens)
-    if not may_look(tokens):
+    expect_tensor("packing", order, device_of=tokens)
+    if not values_are_readable(tokens):
         return
     active = torch.zeros(tokens.numel(), dtype=torch.bool)
     active[order[: counts.sum()]] = True
@@ -214,7 +206,10 @@ def check_packing(packing: tuple[Tensor, Tensor], mask: Tensor | None, tokens: T
 def check_packed_advantages(packing: tuple[Tensor, Tensor], advantage: Tensor) -> None:
     """The tokens that the packing says are without a signal have advantage 0."""
     order, counts = packing
-    if may_look(advantage) and advantage.flatten()[order[counts[0] : counts.sum()]].any():
+    if (
+        values_are_readable(advantage)
+        and advantage.flatten()[order[counts[0] : counts.sum()]].any()
+    ):
         raise ValueError("packing must be pack_tokens of the same advantages, got that of others")
 
 
@@ -252,7 +247,7 @@ def check_vocab_group(vocab_group: object, head: dict[str, Tensor | None]) -> No
 
 def check_same_tokens(counts: Tensor) -> None:
     """The ranks of a vocab_group have as many tokens, each of which is one row of all shards."""
-    if may_look(counts) and (counts != counts[0]).any():
+    if values_are_readable(counts) and (counts != counts[0]).any():
         raise ValueError(
             "tokens must be the same on every rank of vocab_group, "
             f"got {', '.join(map(str, counts.tolist()))} of them"

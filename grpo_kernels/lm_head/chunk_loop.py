@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import room
-from ..objective.token_gradients import Constants, Slopes, loss_slopes
+from ..backends import backend_for
+from ..objective.token_gradients import LossInputs, TokenGrads, token_gradients
 from ..workspace import Buffers
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .matmul import add_weight_gradient, gradient_dtype, write_hidden_gradient, write_logits
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..objective.config import LossConfig
 
 
-class Inputs(NamedTuple):
+class LMHeadInputs(NamedTuple):
     """Hidden states, the head that reads them, and what is asked of each token."""
 
     hidden: Tensor  # [N, H]
@@ -57,17 +57,17 @@ class Inputs(NamedTuple):
         return self.temperature.dtype
 
 
-class Stats(NamedTuple):
-    """Results of the rows, [N] each, the normalisers [N, 2]; None where not asked for."""
+class RowStats(NamedTuple):
+    """Results of the rows, [N] each, the row_lses [N, 2]; None where not asked for."""
 
     logprob: Tensor
     entropy: Tensor | None
     kl: Tensor | None
-    normaliser: Tensor
-    ref_normaliser: Tensor | None
+    row_lse: Tensor
+    ref_row_lse: Tensor | None
 
     @classmethod
-    def zeros(cls, inputs: Inputs) -> "Stats":
+    def zeros(cls, inputs: LMHeadInputs) -> "RowStats":
         new, N = inputs.temperature.new_zeros, len(inputs.tokens)
         return cls(
             new(N),
@@ -77,16 +77,16 @@ class Stats(NamedTuple):
             new(N, 2) if inputs.kl else None,
         )
 
-    def write(self, at: Tensor, chunk: "Stats") -> None:
+    def write(self, at: Tensor, chunk: "RowStats") -> None:
         for mine, theirs in zip(self, chunk, strict=True):
             if mine is not None and theirs is not None:
                 mine.index_copy_(0, at, theirs)
 
-    def at(self, index: Tensor) -> "Stats":
-        return Stats(*(each if each is None else each[index] for each in self))
+    def at(self, index: Tensor) -> "RowStats":
+        return RowStats(*(each if each is None else each[index] for each in self))
 
 
-class LinearRows:
+class ChunkedLMHead:
     """Rows of logits that exist a chunk at a time, in one workspace.
 
     Args:
@@ -98,7 +98,7 @@ class LinearRows:
     """
 
     def __init__(
-        self, inputs: Inputs, count: int, chunk_tokens: int | None, *, gradient: bool
+        self, inputs: LMHeadInputs, count: int, chunk_tokens: int | None, *, gradient: bool
     ) -> None:
         (V, H), device = inputs.weight.shape, inputs.weight.device
         self.inputs = inputs._replace(weight=inputs.weight.to(inputs.dtype))
@@ -148,35 +148,35 @@ class LinearRows:
             logits = self._ref_logits[: len(hidden)]
             write_logits(logits, hidden, of.ref_weight, of.ref_bias, buffers)
 
-    def forward(self, at: Tensor) -> Stats:
+    def forward(self, at: Tensor) -> RowStats:
         """The statistics [n] of the chunk whose logits were written last."""
         logits, ref_logits, tokens, temperature = self._rows(at)
         of = self.inputs
-        outputs = room(logits).token_stats_forward(
+        outputs = backend_for(logits).token_stats_forward(
             logits, tokens, temperature, None, ref_logits, of.softcap, of.entropy, of.kl
         )
         outputs = tuple(each if each is None else each.squeeze(0) for each in outputs)
         if of.vocab_group:
             rows = tokens.squeeze(0), temperature.squeeze(0)
             outputs = merge_over(of.vocab_group, outputs, *rows, of.kl)
-        return Stats(*outputs)
+        return RowStats(*outputs)
 
-    def backward(self, at: Tensor, stats: Stats, upstream: Slopes) -> Tensor:
+    def backward(self, at: Tensor, stats: RowStats, upstream: TokenGrads) -> Tensor:
         """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
         logits, ref_logits, tokens, temperature = self._rows(at)
-        stats = Stats(*(each if each is None else each.unsqueeze(0) for each in stats))
+        stats = RowStats(*(each if each is None else each.unsqueeze(0) for each in stats))
         d_logprob, d_entropy, d_kl = (
             each if each is None else each.contiguous().unsqueeze(0) for each in upstream
         )
         d_logits = self._gradient_rows(at)
-        room(logits).token_stats_backward(
+        backend_for(logits).token_stats_backward(
             logits,
             tokens,
             temperature,
             None,
             None if d_kl is None else ref_logits,
-            stats.normaliser,
-            None if d_kl is None else stats.ref_normaliser,
+            stats.row_lse,
+            None if d_kl is None else stats.ref_row_lse,
             None if d_entropy is None else stats.entropy,
             None if d_kl is None else stats.kl,
             d_logprob,
@@ -189,31 +189,33 @@ class LinearRows:
         return d_logits
 
     def loss_gradient(
-        self, at: Tensor, constants: Constants, config: "LossConfig"
-    ) -> tuple[Stats, Tensor]:
+        self, at: Tensor, loss_inputs: LossInputs, config: "LossConfig"
+    ) -> tuple[RowStats, Tensor]:
         """The statistics of a chunk, and what `backward` makes of a token-level loss of them.
 
         In one launch but for a KL over the vocabulary, and for a vocabulary in shards.
         """
         if self.inputs.kl is not None or self.inputs.vocab_group:
             stats = self.forward(at)
-            return stats, self.backward(at, stats, loss_slopes(stats.logprob, constants, config))
+            return stats, self.backward(
+                at, stats, token_gradients(stats.logprob, loss_inputs, config)
+            )
         logits, _, tokens, temperature = self._rows(at)
-        constants = Constants(
-            *(x if x is None or x.dim() == 0 else x.unsqueeze(0) for x in constants)
+        loss_inputs = LossInputs(
+            *(x if x is None or x.dim() == 0 else x.unsqueeze(0) for x in loss_inputs)
         )
         d_logits = self._gradient_rows(at)
-        logprob, entropy = room(logits).grpo_loss(
+        logprob, entropy = backend_for(logits).grpo_loss(
             logits,
             tokens,
             temperature,
             None,
             self.inputs.softcap,
-            constants,
+            loss_inputs,
             config,
             d_logits[: len(at)].unsqueeze(0),
         )
-        return Stats(logprob.squeeze(0), entropy.squeeze(0), None, None, None), d_logits
+        return RowStats(logprob.squeeze(0), entropy.squeeze(0), None, None, None), d_logits
 
     def _gradient_rows(self, at: Tensor) -> Tensor:
         """Where a chunk's gradient goes: [rows of the product, V], 0 past the chunk."""
@@ -233,17 +235,17 @@ class LinearRows:
         )
 
 
-class HeadGradient:
+class LMHeadGrad:
     """Accumulates the gradients of hidden, weight and bias over chunks of `count` tokens.
 
     wanted: which of the three; the others are None.
     """
 
-    def __init__(self, rows: LinearRows, count: int, wanted: list[bool]) -> None:
+    def __init__(self, rows: ChunkedLMHead, count: int, wanted: list[bool]) -> None:
         hidden, weight, bias = wanted
         self._rows, inputs = rows, rows.inputs
         (V, H), new = inputs.weight.shape, inputs.temperature.new_empty
-        self._done = done_dtype(inputs)
+        self._done = grad_dtype(inputs)
         self._weight = inputs.weight.to(inputs.gradient_dtype) if hidden else None
         self.hidden = new(inputs.hidden.shape, dtype=self._done).zero_() if hidden else None
         # A single chunk's product is what will be returned; several are added up in fp32.
@@ -268,7 +270,7 @@ class HeadGradient:
         self._first = False
 
     def total(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight, d_bias), the first two in `done_dtype`, d_bias accumulated.
+        """(d_hidden, d_weight, d_bias), the first two in `grad_dtype`, d_bias accumulated.
 
         d_hidden is summed over the ranks of the group in fp32, by one collective: unrounded on a
         GPU, of products in its own dtype on a CPU.
@@ -282,7 +284,7 @@ class HeadGradient:
         return hidden, weight, self.bias
 
 
-def done_dtype(inputs: Inputs) -> torch.dtype:
+def grad_dtype(inputs: LMHeadInputs) -> torch.dtype:
     """The dtype of d_hidden and d_weight before they are scaled and rounded to their leaves'."""
     device = inputs.hidden.device.type
     return gradient_dtype(inputs.gradient_dtype, inputs.temperature.dtype, device)

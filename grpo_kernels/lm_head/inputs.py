@@ -1,4 +1,4 @@
-"""How arguments of the hidden level become those of its operators: checked, packed, gathered."""
+"""How arguments of the hidden level become those of its operators: checked, packed, unshard."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.token_stats import scalar_temperature
-from .chunk_loop import Inputs
+from .chunk_loop import LMHeadInputs
 from .token_order import TokenPacking, pack_tokens
 from .vocab_parallel import gather, local_ids, rank_in
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def operator_inputs(
+def prepare_inputs(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
@@ -31,29 +31,29 @@ def operator_inputs(
     kl: str | None,
     mask: Tensor | None,
     vocab_group: "ProcessGroup | None",
-) -> Inputs:
-    """The arguments checked, packed to [N, ...], gathered, and those that are not read left out."""
+) -> LMHeadInputs:
+    """The arguments checked, packed to [N, ...], unshard, and those that are not read left out."""
     checks.check_hidden(hidden)
     autocast = _autocast_dtype(hidden)
     checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
     checks.check_tokens(tokens, hidden, "hidden")
-    checks.check_mask(mask, tokens.shape)
+    checks.expect_mask(mask, tokens.shape)
     checks.check_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     checks.check_linear_kl(kl, reference)
     if softcap is not None:
-        checks.check_number("softcap", softcap, above=0)
+        checks.expect_number("softcap", softcap, above=0)
     if vocab_group is not None:
         heads = {"weight": weight, "bias": bias, **reference}
         checks.check_vocab_group(vocab_group, heads)
-    weight, bias = gathered(weight), gathered(bias)
+    weight, bias = unshard(weight), unshard(bias)
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
     else:
         check_reference(hidden, weight, reference)
         ref_hidden = ref_hidden.detach().flatten(0, -2)
         ref_weight, ref_bias = (
-            None if each is None else gathered(each.detach()) for each in (ref_weight, ref_bias)
+            None if each is None else unshard(each.detach()) for each in (ref_weight, ref_bias)
         )
     N, acc = tokens.numel(), torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
@@ -65,7 +65,7 @@ def operator_inputs(
         group_name = vocab_group.group_name
         keep = None if mask is None else mask.flatten() != 0
         tokens_of_rows = _local_tokens(tokens_of_rows, keep, weight.shape[0], group_name)
-    return Inputs(
+    return LMHeadInputs(
         hidden.flatten(0, -2),
         weight,
         bias,
@@ -115,7 +115,7 @@ def _(tokens, mask, rows, vocab_group):
     return torch.empty_like(tokens)
 
 
-def checked_packing(
+def resolve_token_order(
     packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
 ) -> TokenPacking:
     """The packing given, or that of the mask; without a mask nothing is waited for."""
@@ -128,7 +128,7 @@ def checked_packing(
     return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
 
 
-def gathered(weight: Tensor | None) -> Tensor | None:
+def unshard(weight: Tensor | None) -> Tensor | None:
     """The whole of a DTensor, on every rank; any other tensor as it is.
 
     The gradient that comes back is the mean over ranks, in the shards of the weight: what FSDP

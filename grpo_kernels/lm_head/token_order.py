@@ -57,7 +57,7 @@ def pack_tokens(
     Raises:
         ValueError, TypeError: a shape or dtype is wrong.
     """
-    checks.check_mask(mask, mask.shape if isinstance(mask, Tensor) else torch.Size())
+    checks.expect_mask(mask, mask.shape if isinstance(mask, Tensor) else torch.Size())
     active = mask.bool().flatten()
     if advantages is None:
         return TokenPacking(*_pack(active, active))

@@ -21,7 +21,7 @@ class LossConfig:
     Attributes:
         surrogate: the policy term. "clip": -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
             "ratio": -r A. "cispo": -s(min(r, ratio_cap)) A logprob. "sapo": -A (4/τ) σ(τ (r - 1)).
-            "dppo": that of "cispo", and 0 where the token's probability has already moved by more
+            "dppo": that of "cispo", and 0 where the token's probability has already ratios by more
             than epsilon_high (A > 0) or epsilon_low (A < 0) the way A pushes it. "reinforce":
             -A logprob. "vespo": -s(φ(w)) A logprob, w the probability ratio of the sequence, φ(w) =
             e^λ w^k e^(-λw). "gmpo": -A times the geometric mean of the sequence's ratios, each
@@ -98,7 +98,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            checks.check_choice(name, getattr(self, name), choices)
+            checks.expect_choice(name, getattr(self, name), choices)
         checks.check_numbers(self)
         checks.check_max_completion_length(self.max_completion_length, self.aggregation)
         checks.check_combination(self)
@@ -233,7 +233,7 @@ class LossConfig:
 
     @classmethod
     def dppo(cls, **overrides: Any) -> Self:
-        """-s(min(r, 20)) A logprob where the probability moved by less than 0.15 (2602.04879)."""
+        """-s(min(r, 20)) A logprob where the probability ratios by less than 0.15 (2602.04879)."""
         bounds = {"epsilon_low": 0.15, "epsilon_high": 0.15, "ratio_cap": 20.0}
         return cls(**{"surrogate": "dppo", **bounds, "aggregation": "token_mean", **overrides})
 

@@ -1,13 +1,13 @@
-"""Estimates of the KL to the reference on sampled tokens, each with its slope.
+"""Estimates of the KL to the reference on sampled tokens, each with its grad.
 
 All are functions of d = logprob - ref_logprob and the token's log-ratio, logprob - old_logprob; the
-slope is d/d(logprob), which both contain. `policy_loss` says whose gradient each one has.
+grad is d/d(logprob), which both contain. `policy_loss` says whose gradient each one has.
 """
 
 import torch
 from torch import Tensor
 
-from .ratios import MAX_LOG_RATIO, Formula, saturated_exp, saturated_exp_slope
+from .ratios import MAX_LOG_RATIO, Formula, saturated_exp, saturated_exp_grad
 
 VOCABULARY_KL = ("forward", "reverse")  # not estimates: sums over the vocabulary
 
@@ -29,16 +29,16 @@ def _k3_plus(d: Tensor) -> Tensor:
 def _k3_corrected_slope(d: Tensor, log_ratio: Tensor) -> Tensor:
     """r·k3 + r·k3', which is r·d where nothing saturates: two terms in e^(-d) cancel."""
     ratio = saturated_exp(log_ratio)
-    d_ratio = saturated_exp_slope(log_ratio, ratio)
+    d_ratio = saturated_exp_grad(log_ratio, ratio)
     product_rule = d_ratio * _k3(d) + ratio * _k3_slope(d)
     return torch.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
 
 
 def _k3_corrected(d: Tensor, log_ratio: Tensor) -> Tensor:
-    """r·k3 with the slope above: in fp32 autograd's two terms cancel to 24% off at d = -19."""
-    value, slope = saturated_exp(log_ratio) * _k3(d), _k3_corrected_slope(d, log_ratio)
+    """r·k3 with the grad above: in fp32 autograd's two terms cancel to 24% off at d = -19."""
+    value, grad = saturated_exp(log_ratio) * _k3(d), _k3_corrected_slope(d, log_ratio)
     finite = d.clamp(min=torch.finfo(d.dtype).min)  # of -inf there is no difference
-    return value.detach() + slope.detach() * (finite - finite.detach())
+    return value.detach() + grad.detach() * (finite - finite.detach())
 
 
 SAMPLED_KL: dict[str, Formula] = {

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .ratios import MAX_LOG_RATIO
 from .sequences import Sequences
-from .surrogates import SURROGATES, Moved, sequence_gamma
-from .token_gradients import Constants, Terms
+from .surrogates import SURROGATES, PolicyRatios, sequence_gamma
+from .token_gradients import LossInputs, TokenLosses
 
 if TYPE_CHECKING:
     from .config import LossConfig
 
 
-class _Over:
+class MaskedReductions:
     """Means and extremes over the tokens that count; 0 where none does."""
 
     def __init__(self, sequences: Sequences) -> None:
@@ -43,48 +43,50 @@ class _Over:
 
 
 def token_metrics(
-    terms: Terms, entropy: Tensor | None, constants: Constants, config: "LossConfig"
+    terms: TokenLosses, entropy: Tensor | None, loss_inputs: LossInputs, config: "LossConfig"
 ) -> dict[str, Tensor]:
     """Those of `policy_loss` but the loss's own, with their graph."""
-    moved = terms.moved
-    over = _Over(moved.sequences)
-    log_ratio = moved.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics = _clip_metrics(moved, over, config) | {
+    ratios = terms.ratios
+    over = MaskedReductions(ratios.sequences)
+    log_ratio = ratios.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    metrics = _clip_metrics(ratios, over, config) | {
         "approx_kl": over.mean(torch.expm1(log_ratio) - log_ratio),
-        "ratio_max": over.max(moved.ratio),
-        "num_tokens": over.count.to(moved.ratio.dtype),
+        "ratio_max": over.max(ratios.ratio),
+        "num_tokens": over.count.to(ratios.ratio.dtype),
     }
     if config.surrogate == "vespo":
-        metrics["vespo/phi_seq_mean"] = over.sequence_mean(sequence_gamma(moved, config))
+        metrics["vespo/phi_seq_mean"] = over.sequence_mean(sequence_gamma(ratios, config))
     if terms.kept is not None:
-        metrics["filters/kept_mean"] = over.mean(terms.kept.to(moved.ratio.dtype))
+        metrics["filters/kept_mean"] = over.mean(terms.kept.to(ratios.ratio.dtype))
     if terms.kl is not None:
         metrics["kl"] = over.mean(terms.kl)
     if entropy is not None:
         metrics["entropy"] = over.mean(entropy)
-    if constants.sampling_logprob is not None:
-        difference = (constants.old_logprob - constants.sampling_logprob).abs()
+    if loss_inputs.sampling_logprob is not None:
+        difference = (loss_inputs.old_logprob - loss_inputs.sampling_logprob).abs()
         metrics |= {
             "sampling/sampling_logp_difference/mean": over.mean(difference),
             "sampling/sampling_logp_difference/max": over.max(difference),
-            "sampling/importance_sampling_ratio/min": over.min(moved.importance),
-            "sampling/importance_sampling_ratio/mean": over.mean(moved.importance),
-            "sampling/importance_sampling_ratio/max": over.max(moved.importance),
+            "sampling/importance_sampling_ratio/min": over.min(ratios.importance),
+            "sampling/importance_sampling_ratio/mean": over.mean(ratios.importance),
+            "sampling/importance_sampling_ratio/max": over.max(ratios.importance),
         }
     return metrics
 
 
-def _clip_metrics(moved: Moved, over: _Over, config: "LossConfig") -> dict[str, Tensor]:
+def _clip_metrics(
+    ratios: PolicyRatios, over: MaskedReductions, config: "LossConfig"
+) -> dict[str, Tensor]:
     """Of the ratio and its clip; ratios of whole sequences are counted once for each."""
-    sequences = moved.sequences
+    sequences = ratios.sequences
     low, high = (
-        flag.to(moved.ratio.dtype) for flag in SURROGATES[config.surrogate].clipped(moved, config)
+        flag.to(ratios.ratio.dtype) for flag in SURROGATES[config.surrogate].clipped(ratios, config)
     )
 
     mean = over.sequence_mean if config.ratio_level == "sequence" else over.mean
     low_mean, high_mean = mean(low), mean(high)
     metrics = {
-        "ratio_mean": mean(moved.ratio),
+        "ratio_mean": mean(ratios.ratio),
         "clip_ratio/low_mean": low_mean,
         "clip_ratio/high_mean": high_mean,
         "clip_ratio/region_mean": low_mean + high_mean,  # no token is clipped on both sides

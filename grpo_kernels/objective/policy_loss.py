@@ -2,7 +2,7 @@
 
 Everything here works on tensors with one number per token, so it costs next to nothing beside the
 logits. A variant of the objective is a value of LossConfig: an entry in a table of surrogates.py,
-sampled_kl.py, token_filters.py or aggregation.py; one of a single token has its slope in
+sampled_kl.py, token_filters.py or aggregation.py; one of a single token has its grad in
 kernels/row_math.py too.
 """
 
@@ -17,9 +17,9 @@ from .config import LossConfig
 from .kl_estimators import VOCABULARY_KL
 from .metrics import token_metrics
 from .sequences import Sequences, spread_to_tokens
-from .token_gradients import Constants, token_terms, weighted_sum
+from .token_gradients import LossInputs, token_losses, weighted_sum
 
-__all__ = ["LossConfig", "LossOutput", "loss_constants", "loss_of", "policy_loss"]
+__all__ = ["LossConfig", "LossOutput", "compute_loss", "policy_loss", "prepare_loss_inputs"]
 
 
 class LossOutput(NamedTuple):
@@ -96,7 +96,7 @@ def policy_loss(
     Returns:
         LossOutput, fp32 (fp64 for fp64 logprob), differentiable in `logprob`, `entropy` and `kl`.
         Metrics: policy_loss, aggregated as the loss; ratio_mean and ratio_max of r;
-        clip_ratio/low_mean (A < 0, and the policy moved beyond the lower bound of the surrogate),
+        clip_ratio/low_mean (A < 0, and the policy ratios beyond the lower bound of the surrogate),
         /high_mean (A > 0, beyond the upper), /region_mean (either), and where sequences are known
         /low_min and /high_max over sequences; approx_kl, of old from the policy (r - 1 - ln r);
         num_tokens; kl and entropy where their inputs are given; cispo_clip_ratio,
@@ -120,7 +120,7 @@ def policy_loss(
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    keep, constants = loss_constants(
+    keep, loss_inputs = prepare_loss_inputs(
         logprob.shape,
         dtype,
         advantages,
@@ -133,31 +133,31 @@ def policy_loss(
         entropy_normalizer=entropy_normalizer,
         cu_seqlens=cu_seqlens,
     )
-    return loss_of(logprob, entropy, kl, keep, constants, config, cu_seqlens)
+    return compute_loss(logprob, entropy, kl, keep, loss_inputs, config, cu_seqlens)
 
 
-def loss_of(
+def compute_loss(
     logprob: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
     keep: Tensor,
-    constants: Constants,
+    loss_inputs: LossInputs,
     config: LossConfig,
     cu_seqlens: Tensor | None,
 ) -> LossOutput:
-    """`policy_loss` after `loss_constants` has checked and prepared all but the statistics."""
-    dtype = constants.weight.dtype
+    """`policy_loss` after `prepare_loss_inputs` has checked and prepared all but the statistics."""
+    dtype = loss_inputs.weight.dtype
     sequences = Sequences(keep, cu_seqlens)
-    logprob, entropy, kl = (_select(sequences, x, dtype) for x in (logprob, entropy, kl))
-    constants = constants.with_old(logprob)
-    terms = token_terms(logprob, entropy, kl, constants, config, sequences)
-    loss = weighted_sum(terms, constants, config)
-    metrics = {"policy_loss": (constants.weight * terms.policy).sum()}
-    metrics |= token_metrics(terms, entropy, constants, config)
+    logprob, entropy, kl = (zero_masked(sequences, x, dtype) for x in (logprob, entropy, kl))
+    loss_inputs = loss_inputs.with_old(logprob)
+    terms = token_losses(logprob, entropy, kl, loss_inputs, config, sequences)
+    loss = weighted_sum(terms, loss_inputs, config)
+    metrics = {"policy_loss": (loss_inputs.weight * terms.policy).sum()}
+    metrics |= token_metrics(terms, entropy, loss_inputs, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
-def loss_constants(
+def prepare_loss_inputs(
     shape: torch.Size,
     dtype: torch.dtype,
     advantages: Tensor,
@@ -170,11 +170,11 @@ def loss_constants(
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Constants]:
+) -> tuple[Tensor, LossInputs]:
     """The tokens that count, bool, and the arguments of `policy_loss`, checked, 0 elsewhere."""
     checks.check_cu_seqlens(cu_seqlens, shape, config)
     checks.check_advantages(advantages, shape, cu_seqlens)
-    checks.check_mask(mask, shape)
+    checks.expect_mask(mask, shape)
     logprobs = {
         "old_logprob": old_logprob,
         "ref_logprob": ref_logprob,
@@ -197,15 +197,18 @@ def loss_constants(
         divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
         entropy_weight = (weight.new_full((), config.entropy_coef) / divisor).to(dtype)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
-    return keep, Constants(
-        _select(sequences, advantage, dtype),
+    return keep, LossInputs(
+        zero_masked(sequences, advantage, dtype),
         weight,
         entropy_weight,
-        **{name: _select(sequences, each, dtype, detach=True) for name, each in logprobs.items()},
+        **{
+            name: zero_masked(sequences, each, dtype, detach=True)
+            for name, each in logprobs.items()
+        },
     )
 
 
-def _select(
+def zero_masked(
     sequences: Sequences, x: Tensor | None, dtype: torch.dtype, *, detach: bool = False
 ) -> Tensor | None:
     """x where kept, else 0. Before any arithmetic: NaN times a mask is NaN, in the gradient too."""

@@ -1,7 +1,7 @@
-"""The surrogates: what is minimised for each sampled token, as a function of how the policy moved.
+"""The surrogates: what is minimised for each sampled token, as a function of how the policy ratios.
 
-A surrogate is an entry of SURROGATES: its value, its slope beside it, and where its clip is active.
-Those that read whole sequences have no slope: their gradient is left to autograd.
+A surrogate is an entry of SURROGATES: its value, its grad beside it, and where its clip is active.
+Those that read whole sequences have no grad: their gradient is left to autograd.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .ratios import MAX_LOG_RATIO, saturated_exp, saturated_exp_slope
+from .ratios import MAX_LOG_RATIO, saturated_exp, saturated_exp_grad
 from .sequences import Sequences
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 LEAST_LOG_WEIGHT = math.log(1e-8)  # of VESPO's weight of a sequence
 
 
-class Moved(NamedTuple):
-    """Sampled tokens, and how far the policy has moved on them since the old one."""
+class PolicyRatios(NamedTuple):
+    """Sampled tokens, and how far the policy has ratios on them since the old one."""
 
     logprob: Tensor
     old_logprob: Tensor
@@ -38,80 +38,80 @@ class Moved(NamedTuple):
     @property
     def d_ratio(self) -> Tensor:
         """d ratio / d logprob of a token-level ratio."""
-        return saturated_exp_slope(self.log_ratio, self.ratio)
+        return saturated_exp_grad(self.log_ratio, self.ratio)
 
     @property
-    def shift(self) -> Tensor:
+    def prob_diff(self) -> Tensor:
         """Change of the token's probability."""
         return self.logprob.exp() - self.old_logprob.exp()
 
 
-Term = Callable[[Moved, "LossConfig"], Tensor]
+Term = Callable[[PolicyRatios, "LossConfig"], Tensor]
 Flags = tuple[Tensor, Tensor]
 
 
-def _never(moved: Moved, config: "LossConfig") -> Flags:
-    nowhere = torch.zeros_like(moved.advantage, dtype=torch.bool)
+def _never(ratios: PolicyRatios, config: "LossConfig") -> Flags:
+    nowhere = torch.zeros_like(ratios.advantage, dtype=torch.bool)
     return nowhere, nowhere
 
 
 class Surrogate(NamedTuple):
-    """A term of the loss per token; `slope` is d/d(logprob) at token level.
+    """A term of the loss per token; `grad` is d/d(logprob) at token level.
 
     `clipped`: where its clip holds the policy back, from below (A < 0) and from above (A > 0).
     """
 
     value: Term
-    slope: Term | None
-    clipped: Callable[[Moved, "LossConfig"], Flags] = _never
+    grad: Term | None
+    clipped: Callable[[PolicyRatios, "LossConfig"], Flags] = _never
 
     @property
     def of_sequences(self) -> bool:
         """Whether a token's term depends on the rest of its sequence."""
-        return self.slope is None
+        return self.grad is None
 
 
 def _beyond(x: Tensor, lowest: float, highest: float, advantage: Tensor) -> Flags:
     return (x < lowest) & (advantage < 0), (x > highest) & (advantage > 0)
 
 
-def _clip(moved: Moved, config: "LossConfig") -> Tensor:
+def _clip(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
     """-min(r A, clip(r) A) is -A·r with r bounded on the side to which the advantage pushes it."""
-    falling = moved.ratio.clamp(min=1 - config.epsilon_low, max=two_sided_cap(config))
-    rising = moved.ratio.clamp(max=1 + config.epsilon_high)
-    return -moved.advantage * torch.where(moved.advantage < 0, falling, rising)
+    falling = ratios.ratio.clamp(min=1 - config.epsilon_low, max=two_sided_cap(config))
+    rising = ratios.ratio.clamp(max=1 + config.epsilon_high)
+    return -ratios.advantage * torch.where(ratios.advantage < 0, falling, rising)
 
 
-def _clip_slope(moved: Moved, config: "LossConfig") -> Tensor:
-    ratio, advantage = moved.ratio, moved.advantage
+def _clip_slope(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    ratio, advantage = ratios.ratio, ratios.advantage
     falling = (ratio >= 1 - config.epsilon_low) & (ratio <= two_sided_cap(config))
     rising = ratio <= 1 + config.epsilon_high
     inside = torch.where(advantage < 0, falling, rising)
-    return torch.where(inside, -advantage, 0.0) * moved.d_ratio
+    return torch.where(inside, -advantage, 0.0) * ratios.d_ratio
 
 
-def _clip_flags(moved: Moved, config: "LossConfig") -> Flags:
+def _clip_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
     lowest, highest = 1 - config.epsilon_low, 1 + config.epsilon_high
-    return _beyond(moved.ratio, lowest, highest, moved.advantage)
+    return _beyond(ratios.ratio, lowest, highest, ratios.advantage)
 
 
 def two_sided_cap(config: "LossConfig") -> float:
     return min(x for x in (config.delta, config.dual_clip, math.inf) if x is not None)
 
 
-def _sapo(moved: Moved, config: "LossConfig") -> Tensor:
-    """-A·(4/τ)·σ(τ(r - 1)): the slope in r is A at r = 1, and fades on both sides."""
-    tau = _tau(moved, config)
-    return -moved.advantage * torch.sigmoid(tau * (moved.ratio - 1)) * 4 / tau
+def _sapo(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    """-A·(4/τ)·σ(τ(r - 1)): the grad in r is A at r = 1, and fades on both sides."""
+    tau = _tau(ratios, config)
+    return -ratios.advantage * torch.sigmoid(tau * (ratios.ratio - 1)) * 4 / tau
 
 
-def _sapo_slope(moved: Moved, config: "LossConfig") -> Tensor:
-    gate = torch.sigmoid(_tau(moved, config) * (moved.ratio - 1))
-    return -moved.advantage * 4 * gate * (1 - gate) * moved.d_ratio
+def _sapo_slope(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    gate = torch.sigmoid(_tau(ratios, config) * (ratios.ratio - 1))
+    return -ratios.advantage * 4 * gate * (1 - gate) * ratios.d_ratio
 
 
-def _tau(moved: Moved, config: "LossConfig") -> Tensor:
-    return _either(moved.advantage > 0, config.tau_positive, config.tau_negative, moved.advantage)
+def _tau(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    return _either(ratios.advantage > 0, config.tau_positive, config.tau_negative, ratios.advantage)
 
 
 def _either(condition: Tensor, x: float, other: float, like: Tensor) -> Tensor:
@@ -123,69 +123,69 @@ def _either(condition: Tensor, x: float, other: float, like: Tensor) -> Tensor:
 
 
 def _scored(weight: Term) -> tuple[Term, Term]:
-    """The value and the slope of a term whose weight is not differentiated."""
+    """The value and the grad of a term whose weight is not differentiated."""
 
-    def slope(moved: Moved, config: "LossConfig") -> Tensor:
-        return -(weight(moved, config) * moved.advantage).detach()
+    def grad(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+        return -(weight(ratios, config) * ratios.advantage).detach()
 
-    return lambda moved, config: slope(moved, config) * moved.logprob, slope
-
-
-def _capped(moved: Moved, config: "LossConfig") -> Tensor:
-    return moved.ratio.clamp(max=config.ratio_cap)
+    return lambda ratios, config: grad(ratios, config) * ratios.logprob, grad
 
 
-def _cispo_flags(moved: Moved, config: "LossConfig") -> Flags:
-    return _beyond(moved.ratio, -math.inf, config.ratio_cap, moved.advantage)
+def _capped(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    return ratios.ratio.clamp(max=config.ratio_cap)
 
 
-def _trusted(moved: Moved, config: "LossConfig") -> Tensor:
-    """DPPO's: nothing where the probability has already moved too far the way A pushes it."""
-    shift = moved.shift
+def _cispo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
+    return _beyond(ratios.ratio, -math.inf, config.ratio_cap, ratios.advantage)
+
+
+def _trusted(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
+    """DPPO's: nothing where the probability has already ratios too far the way A pushes it."""
+    prob_diff = ratios.prob_diff
     inside = torch.where(
-        moved.advantage > 0, shift <= config.epsilon_high, shift >= -config.epsilon_low
+        ratios.advantage > 0, prob_diff <= config.epsilon_high, prob_diff >= -config.epsilon_low
     )
-    return torch.where(inside, _capped(moved, config), 0.0)
+    return torch.where(inside, _capped(ratios, config), 0.0)
 
 
-def _dppo_flags(moved: Moved, config: "LossConfig") -> Flags:
-    return _beyond(moved.shift, -config.epsilon_low, config.epsilon_high, moved.advantage)
+def _dppo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
+    return _beyond(ratios.prob_diff, -config.epsilon_low, config.epsilon_high, ratios.advantage)
 
 
-def sequence_gamma(moved: Moved, config: "LossConfig") -> Tensor:
+def sequence_gamma(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
     """VESPO's φ(w) = e^λ w^k e^(-λw), 1 at w = 1, of the probability ratio w of whole sequences."""
-    bounded = moved.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if moved.importance is not None:
-        bounded = bounded + moved.importance.log().clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
-    log_weight = moved.sequences.sum(bounded).clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
-    rising = moved.advantage >= 0
+    bounded = ratios.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if ratios.importance is not None:
+        bounded = bounded + ratios.importance.log().clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
+    log_weight = ratios.sequences.sum(bounded).clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
+    rising = ratios.advantage >= 0
     k = _either(rising, config.k_positive, config.k_negative, log_weight)
     decay = _either(rising, config.lambda_positive, config.lambda_negative, log_weight)
     return (decay + k * log_weight - decay * log_weight.exp()).exp()
 
 
-def _gmpo(moved: Moved, config: "LossConfig") -> Tensor:
+def _gmpo(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
     """-A times the geometric mean of the sequence's ratios, each bounded as "clip" does in r."""
-    log_ratio, advantage = moved.log_ratio, moved.advantage
+    log_ratio, advantage = ratios.log_ratio, ratios.advantage
     rising, falling = log_ratio.clamp(max=config.epsilon_high), log_ratio.clamp(-config.epsilon_low)
     bounded = torch.where(advantage > 0, rising, torch.where(advantage < 0, falling, log_ratio))
-    return -advantage * saturated_exp(moved.sequences.mean(bounded))
+    return -advantage * saturated_exp(ratios.sequences.mean(bounded))
 
 
-def _gmpo_flags(moved: Moved, config: "LossConfig") -> Flags:
-    return _beyond(moved.log_ratio, -config.epsilon_low, config.epsilon_high, moved.advantage)
+def _gmpo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
+    return _beyond(ratios.log_ratio, -config.epsilon_low, config.epsilon_high, ratios.advantage)
 
 
 SURROGATES: dict[str, Surrogate] = {
     "clip": Surrogate(_clip, _clip_slope, _clip_flags),
     "ratio": Surrogate(
-        lambda moved, config: -moved.advantage * moved.ratio,
-        lambda moved, config: -moved.advantage * moved.d_ratio,
+        lambda ratios, config: -ratios.advantage * ratios.ratio,
+        lambda ratios, config: -ratios.advantage * ratios.d_ratio,
     ),
     "cispo": Surrogate(*_scored(_capped), _cispo_flags),
     "sapo": Surrogate(_sapo, _sapo_slope),
     "dppo": Surrogate(*_scored(_trusted), _dppo_flags),
-    "reinforce": Surrogate(*_scored(lambda moved, config: torch.ones_like(moved.advantage))),
+    "reinforce": Surrogate(*_scored(lambda ratios, config: torch.ones_like(ratios.advantage))),
     "vespo": Surrogate(_scored(sequence_gamma)[0], None),
     "gmpo": Surrogate(_gmpo, None, _gmpo_flags),
 }

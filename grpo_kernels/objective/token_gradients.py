@@ -14,14 +14,14 @@ from torch import Tensor
 from .kl_estimators import SAMPLED_KL
 from .ratios import saturated_exp
 from .sequences import Sequences
-from .surrogates import RATIO_LEVELS, SURROGATES, Moved
+from .surrogates import RATIO_LEVELS, SURROGATES, PolicyRatios
 from .token_selection import FILTERS, covariance_penalty, importance, kept_by_filters
 
 if TYPE_CHECKING:
     from .config import LossConfig
 
 
-class Constants(NamedTuple):
+class LossInputs(NamedTuple):
     """What the loss reads of each token beside the policy's own outputs; nothing is differentiated.
 
     All have one entry per token, but for `entropy_weight`, which is 0-dim.
@@ -34,18 +34,18 @@ class Constants(NamedTuple):
     ref_logprob: Tensor | None
     sampling_logprob: Tensor | None
 
-    def with_old(self, logprob: Tensor) -> "Constants":
+    def with_old(self, logprob: Tensor) -> "LossInputs":
         """The policy is compared with itself where no old one is given."""
         return self if self.old_logprob is not None else self._replace(old_logprob=logprob.detach())
 
-    def at(self, index: Tensor) -> "Constants":
+    def at(self, index: Tensor) -> "LossInputs":
         """Those of the tokens at `index`."""
-        return Constants(
+        return LossInputs(
             *(each if each is None or each.dim() == 0 else each[index] for each in self)
         )
 
 
-def is_per_token(config: "LossConfig", *, has_sampling: bool) -> bool:
+def is_token_level(config: "LossConfig", *, has_sampling: bool) -> bool:
     """Whether a token's loss follows from the token alone, so that its gradient can come with it.
 
     has_sampling: whether the sampler's log-probabilities are given.
@@ -59,7 +59,7 @@ def is_per_token(config: "LossConfig", *, has_sampling: bool) -> bool:
     )
 
 
-def may_skip_inert(config: "LossConfig", *, per_sequence: bool) -> bool:
+def zero_advantage_has_zero_grad(config: "LossConfig", *, per_sequence: bool) -> bool:
     """Whether a token whose advantage is 0 surely has no gradient.
 
     per_sequence: all tokens of a sequence have one advantage. Where they have not, a term of the
@@ -74,45 +74,47 @@ def may_skip_inert(config: "LossConfig", *, per_sequence: bool) -> bool:
     )
 
 
-class Terms(NamedTuple):
+class TokenLosses(NamedTuple):
     """The terms of each token, and what is told of them."""
 
     policy: Tensor
     kl: Tensor | None
     entropy: Tensor | None  # that the bonus sums
-    moved: Moved
+    ratios: PolicyRatios
     kept: Tensor | None  # by the filters of the config; None without one
 
 
-def token_terms(
+def token_losses(
     logprob: Tensor,
     entropy: Tensor | None,
     kl: Tensor | None,
-    constants: Constants,
+    loss_inputs: LossInputs,
     config: "LossConfig",
     sequences: Sequences,
-) -> Terms:
+) -> TokenLosses:
     """Each token's terms. kl is given over the vocabulary, or estimated with a ref_logprob."""
-    log_ratio = logprob - constants.old_logprob
+    log_ratio = logprob - loss_inputs.old_logprob
     weight = None
-    if constants.sampling_logprob is not None:
-        weight = importance(constants, config, sequences)
+    if loss_inputs.sampling_logprob is not None:
+        weight = importance(loss_inputs, config, sequences)
     ratio = saturated_exp(RATIO_LEVELS[config.ratio_level](log_ratio, sequences))
-    moved = Moved(logprob, constants.old_logprob, ratio, constants.advantage, weight, sequences)
-    policy = SURROGATES[config.surrogate].value(moved, config)
-    kept = kept_by_filters(moved, entropy, constants, config)
+    ratios = PolicyRatios(
+        logprob, loss_inputs.old_logprob, ratio, loss_inputs.advantage, weight, sequences
+    )
+    policy = SURROGATES[config.surrogate].value(ratios, config)
+    kept = kept_by_filters(ratios, entropy, loss_inputs, config)
     for each in kept.values():
         policy = torch.where(each | policy.isnan(), policy, 0.0)  # a broken token shows
     if weight is not None and config.surrogate != "vespo":  # whose own weight contains this one
         policy = policy * weight
     if config.kl_cov is not None:
-        policy = policy + covariance_penalty(moved, config)
-    if constants.ref_logprob is not None:
-        kl = SAMPLED_KL[config.kl_estimator].value(logprob - constants.ref_logprob, log_ratio)
+        policy = policy + covariance_penalty(ratios, config)
+    if loss_inputs.ref_logprob is not None:
+        kl = SAMPLED_KL[config.kl_estimator].value(logprob - loss_inputs.ref_logprob, log_ratio)
     if "top_entropy" in kept:
         entropy = _over_chosen(entropy, kept["top_entropy"], sequences.keep)
     all_kept = functools.reduce(torch.logical_and, kept.values()) if kept else None
-    return Terms(policy, kl, entropy, moved, all_kept)
+    return TokenLosses(policy, kl, entropy, ratios, all_kept)
 
 
 def _over_chosen(entropy: Tensor, chosen: Tensor, keep: Tensor) -> Tensor:
@@ -121,16 +123,16 @@ def _over_chosen(entropy: Tensor, chosen: Tensor, keep: Tensor) -> Tensor:
     return torch.where(chosen, entropy, 0.0) * scale
 
 
-def weighted_sum(terms: Terms, constants: Constants, config: "LossConfig") -> Tensor:
+def weighted_sum(terms: TokenLosses, loss_inputs: LossInputs, config: "LossConfig") -> Tensor:
     """Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy: the loss, or a chunk's part of it."""
     term = terms.policy if config.beta == 0 else terms.policy + config.beta * terms.kl
-    loss = (constants.weight * term).sum()
-    if constants.entropy_weight is not None:
-        loss = loss - constants.entropy_weight * terms.entropy.sum()
+    loss = (loss_inputs.weight * term).sum()
+    if loss_inputs.entropy_weight is not None:
+        loss = loss - loss_inputs.entropy_weight * terms.entropy.sum()
     return loss
 
 
-class Slopes(NamedTuple):
+class TokenGrads(NamedTuple):
     """The gradient of a loss in the statistics of its tokens; None is zero."""
 
     logprob: Tensor
@@ -138,25 +140,30 @@ class Slopes(NamedTuple):
     kl: Tensor | None
 
 
-def loss_slopes(logprob: Tensor, constants: Constants, config: "LossConfig") -> Slopes:
-    """The gradient of `weighted_sum` where `is_per_token`, without autograd.
+def token_gradients(logprob: Tensor, loss_inputs: LossInputs, config: "LossConfig") -> TokenGrads:
+    """The gradient of `weighted_sum` where `is_token_level`, without autograd.
 
     Of the kl where it is over the vocabulary: where no ref_logprob is given.
     """
-    constants = constants.with_old(logprob)
-    log_ratio = logprob - constants.old_logprob
-    moved = Moved(
-        logprob, constants.old_logprob, saturated_exp(log_ratio), constants.advantage, None, None
+    loss_inputs = loss_inputs.with_old(logprob)
+    log_ratio = logprob - loss_inputs.old_logprob
+    ratios = PolicyRatios(
+        logprob,
+        loss_inputs.old_logprob,
+        saturated_exp(log_ratio),
+        loss_inputs.advantage,
+        None,
+        None,
     )
-    slope = SURROGATES[config.surrogate].slope(moved, config)
-    if constants.sampling_logprob is not None:
-        slope = slope * importance(constants, config)
+    grad = SURROGATES[config.surrogate].grad(ratios, config)
+    if loss_inputs.sampling_logprob is not None:
+        grad = grad * importance(loss_inputs, config)
     entropy = kl = None
-    if config.beta != 0 and constants.ref_logprob is not None:
-        of_kl = SAMPLED_KL[config.kl_estimator].slope(logprob - constants.ref_logprob, log_ratio)
-        slope = slope + config.beta * of_kl
+    if config.beta != 0 and loss_inputs.ref_logprob is not None:
+        of_kl = SAMPLED_KL[config.kl_estimator].grad(logprob - loss_inputs.ref_logprob, log_ratio)
+        grad = grad + config.beta * of_kl
     elif config.beta != 0:
-        kl = config.beta * constants.weight
-    if constants.entropy_weight is not None:
-        entropy = (-constants.entropy_weight).expand_as(logprob)
-    return Slopes(constants.weight * slope, entropy, kl)
+        kl = config.beta * loss_inputs.weight
+    if loss_inputs.entropy_weight is not None:
+        entropy = (-loss_inputs.entropy_weight).expand_as(logprob)
+    return TokenGrads(loss_inputs.weight * grad, entropy, kl)

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from .ratios import saturated_exp
 from .sequences import Sequences
-from .surrogates import SURROGATES, Moved
+from .surrogates import SURROGATES, PolicyRatios
 
 if TYPE_CHECKING:
     from .config import LossConfig
-    from .token_gradients import Constants
+    from .token_gradients import LossInputs
 
 IMPORTANCE_MODES = ("truncate", "mask")
 IMPORTANCE_LEVELS = ("token", "sequence")
 
 
 def importance(
-    constants: "Constants", config: "LossConfig", sequences: Sequences | None = None
+    loss_inputs: "LossInputs", config: "LossConfig", sequences: Sequences | None = None
 ) -> Tensor:
     """The weight of a token that a sampler drew under log-probs of its own."""
-    log_weight = constants.old_logprob - constants.sampling_logprob
+    log_weight = loss_inputs.old_logprob - loss_inputs.sampling_logprob
     if config.importance_level == "sequence":
         log_weight = sequences.sum(log_weight)
     weight = saturated_exp(log_weight)
@@ -40,20 +40,20 @@ def importance(
 
 
 def _off_policy(
-    moved: Moved, entropy: Tensor | None, constants: "Constants", config: "LossConfig"
+    ratios: PolicyRatios, entropy: Tensor | None, loss_inputs: "LossInputs", config: "LossConfig"
 ) -> Tensor:
     """DeepSeek-V3.2: what is to become rarer, and is rare already, teaches nothing."""
-    sampler = constants.sampling_logprob
-    behind = (moved.old_logprob if sampler is None else sampler) - moved.logprob.detach()
-    far = moved.sequences.mean(behind) > config.off_policy_threshold
-    return ~far | (moved.advantage >= 0)
+    sampler = loss_inputs.sampling_logprob
+    behind = (ratios.old_logprob if sampler is None else sampler) - ratios.logprob.detach()
+    far = ratios.sequences.mean(behind) > config.off_policy_threshold
+    return ~far | (ratios.advantage >= 0)
 
 
 def _top_entropy(
-    moved: Moved, entropy: Tensor | None, constants: "Constants", config: "LossConfig"
+    ratios: PolicyRatios, entropy: Tensor | None, loss_inputs: "LossInputs", config: "LossConfig"
 ) -> Tensor:
     """The forks of the answer: tokens of an entropy in the top fraction of the batch."""
-    return most_uncertain(entropy.detach(), moved.sequences.keep, config.top_entropy)
+    return most_uncertain(entropy.detach(), ratios.sequences.keep, config.top_entropy)
 
 
 def most_uncertain(entropy: Tensor, keep: Tensor, fraction: float) -> Tensor:
@@ -67,11 +67,11 @@ def most_uncertain(entropy: Tensor, keep: Tensor, fraction: float) -> Tensor:
 
 
 def _clip_covariance(
-    moved: Moved, entropy: Tensor | None, constants: "Constants", config: "LossConfig"
+    ratios: PolicyRatios, entropy: Tensor | None, loss_inputs: "LossInputs", config: "LossConfig"
 ) -> Tensor:
     """Some of the tokens whose covariance drives the entropy down, drawn at random, drop out."""
-    covariance, keep = _covariance(moved), moved.sequences.keep
-    low, high = SURROGATES[config.surrogate].clipped(moved, config)
+    covariance, keep = _covariance(ratios), ratios.sequences.keep
+    low, high = SURROGATES[config.surrogate].clipped(ratios, config)
     eligible = keep & ~low & ~high
     eligible &= (covariance > config.clip_cov_low) & (covariance < config.clip_cov_high)
     key = torch.where(eligible, torch.rand_like(covariance), torch.inf)
@@ -79,7 +79,7 @@ def _clip_covariance(
 
 
 # By the setting that turns each one on; True where the policy term stays.
-FILTERS: dict[str, Callable[[Moved, Tensor | None, "Constants", "LossConfig"], Tensor]] = {
+FILTERS: dict[str, Callable[[PolicyRatios, Tensor | None, "LossInputs", "LossConfig"], Tensor]] = {
     "off_policy_threshold": _off_policy,
     "top_entropy": _top_entropy,
     "clip_cov": _clip_covariance,
@@ -87,33 +87,33 @@ FILTERS: dict[str, Callable[[Moved, Tensor | None, "Constants", "LossConfig"], T
 
 
 def kept_by_filters(
-    moved: Moved, entropy: Tensor | None, constants: "Constants", config: "LossConfig"
+    ratios: PolicyRatios, entropy: Tensor | None, loss_inputs: "LossInputs", config: "LossConfig"
 ) -> dict[str, Tensor]:
     """Of each filter that is on, where the policy term stays."""
     return {
-        name: keeps(moved, entropy, constants, config)
+        name: keeps(ratios, entropy, loss_inputs, config)
         for name, keeps in FILTERS.items()
         if getattr(config, name) is not None
     }
 
 
-def covariance_penalty(moved: Moved, config: "LossConfig") -> Tensor:
+def covariance_penalty(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
     """KL-Cov: |log-ratio| on the tokens of largest covariance, 0 on the others."""
-    keep = moved.sequences.keep
-    key = torch.where(keep, -_covariance(moved), torch.inf)
+    keep = ratios.sequences.keep
+    key = torch.where(keep, -_covariance(ratios), torch.inf)
     chosen = keep & _least(key, _share(config.kl_cov, keep, key.dtype))
-    return config.kl_cov_coef * torch.where(chosen, moved.log_ratio.abs(), 0.0)
+    return config.kl_cov_coef * torch.where(chosen, ratios.log_ratio.abs(), 0.0)
 
 
-def _covariance(moved: Moved) -> Tensor:
+def _covariance(ratios: PolicyRatios) -> Tensor:
     """Each token's part in the covariance of log-prob and advantage, which moves the entropy."""
-    keep = moved.sequences.keep
+    keep = ratios.sequences.keep
     count = keep.sum().clamp(min=1)
 
     def centred(x: Tensor) -> Tensor:
         return x - torch.where(keep, x, 0).sum() / count
 
-    return centred(moved.advantage) * centred(moved.logprob.detach())
+    return centred(ratios.advantage) * centred(ratios.logprob.detach())
 
 
 def _share(fraction: float, keep: Tensor, dtype: torch.dtype) -> Tensor:

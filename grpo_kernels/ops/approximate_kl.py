@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends import room
+from ..backends import backend_for
 
 
 @torch.library.custom_op("grpo_kernels::approximate_kl_forward", mutates_args=())
@@ -13,7 +13,7 @@ def _forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _accumulation_dtype(logits)
-    return room(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
+    return backend_for(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
 
 
 @_forward.register_fake
@@ -30,14 +30,14 @@ def _backward(
     ref_logits: Tensor,
     mask: Tensor,
     weight: Tensor,
-    normaliser: Tensor,
-    ref_normaliser: Tensor,
+    row_lse: Tensor,
+    ref_row_lse: Tensor,
     d_total: Tensor,
     log2_eps: float,
 ) -> Tensor:
     d_logits = logits.new_empty(logits.shape)
-    room(logits).approximate_kl_backward(
-        logits, ref_logits, mask, weight, normaliser, ref_normaliser, d_total, log2_eps, d_logits
+    backend_for(logits).approximate_kl_backward(
+        logits, ref_logits, mask, weight, row_lse, ref_row_lse, d_total, log2_eps, d_logits
     )
     return d_logits
 

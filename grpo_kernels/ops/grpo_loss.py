@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import room
+from ..backends import backend_for
 from ..objective.kl_estimators import VOCABULARY_KL
-from ..objective.policy_loss import LossConfig, LossOutput, loss_constants, loss_of, policy_loss
-from ..objective.token_gradients import Constants, is_per_token
-from .precomputed_gradient import config_of, with_gradient
+from ..objective.policy_loss import (
+    LossConfig,
+    LossOutput,
+    compute_loss,
+    policy_loss,
+    prepare_loss_inputs,
+)
+from ..objective.token_gradients import LossInputs, is_token_level
+from .precomputed_gradient import attach_gradient, config_of
 from .token_stats import _token_stats, as_rows, row_inputs, token_stats
 
 
@@ -33,11 +39,11 @@ def _rows_(
     d_logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     checks.check_token_ids(tokens, mask, logits.shape[-1])
-    constants = Constants(
+    loss_inputs = LossInputs(
         advantage, weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
     )
-    return room(logits).grpo_loss(
-        logits, tokens, temperature, mask, softcap, constants, config_of(config), d_logits
+    return backend_for(logits).grpo_loss(
+        logits, tokens, temperature, mask, softcap, loss_inputs, config_of(config), d_logits
     )
 
 
@@ -148,7 +154,7 @@ def _gradient_comes_with_the_loss(
     In fp16 it would underflow: a GradScaler's factor of 65,536 arrives in backward only.
     """
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    alone = is_per_token(config, has_sampling=sampling_logprob is not None)
+    alone = is_token_level(config, has_sampling=sampling_logprob is not None)
     return wanted and alone and logits.dtype != torch.float16
 
 
@@ -169,7 +175,7 @@ def _in_one_launch(
     checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
     inputs = row_inputs(logits, tokens, temperature, softcap, None, None, mask)
     rows, row_tokens, row_temperature, row_mask, _ = inputs
-    keep, constants = loss_constants(
+    keep, loss_inputs = prepare_loss_inputs(
         tokens.shape, row_temperature.dtype, advantages, ref_logprob=ref_logprob, **objective
     )
     if inplace:
@@ -178,7 +184,7 @@ def _in_one_launch(
     d_logits = rows if inplace else rows.new_empty(rows.shape)
     of_token = (
         each if each is None or each.dim() == 0 else as_rows(each.contiguous(), tokens.dim())
-        for each in constants
+        for each in loss_inputs
     )
     with torch.no_grad():
         stats = _rows_(
@@ -187,6 +193,6 @@ def _in_one_launch(
         )  # fmt: skip
         logprob, entropy = (each.view(tokens.shape) for each in stats)
         cu_seqlens = objective["cu_seqlens"]
-        loss, metrics = loss_of(logprob, entropy, None, keep, constants, config, cu_seqlens)
+        loss, metrics = compute_loss(logprob, entropy, None, keep, loss_inputs, config, cu_seqlens)
     d_logits = d_logits if tokens.dim() == 2 else d_logits.squeeze(0)
-    return LossOutput(with_gradient(loss, [logits], [d_logits]), metrics)
+    return LossOutput(attach_gradient(loss, [logits], [d_logits]), metrics)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..lm_head.chunk_loop import HeadGradient, Inputs, LinearRows, Stats, done_dtype
-from ..lm_head.inputs import check_reference, operator_inputs
+from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, LMHeadInputs, RowStats, grad_dtype
+from ..lm_head.inputs import check_reference, prepare_inputs
 from ..lm_head.token_order import TokenPacking, pack_tokens
 from ..objective.kl_estimators import VOCABULARY_KL
-from ..objective.policy_loss import LossConfig, LossOutput, loss_constants, loss_of
-from ..objective.token_gradients import Constants, is_per_token, may_skip_inert
+from ..objective.policy_loss import LossConfig, LossOutput, compute_loss, prepare_loss_inputs
+from ..objective.token_gradients import LossInputs, is_token_level, zero_advantage_has_zero_grad
 from .linear_token_stats import (
     _linear_token_stats,
     linear_token_stats,
     stats_outputs,
     token_stats_of,
 )
-from .precomputed_gradient import config_of, with_gradient
+from .precomputed_gradient import attach_gradient, config_of
 from .token_stats import TokenStats
 
 if TYPE_CHECKING:
@@ -58,28 +58,28 @@ def _forward(
     config: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(
+    inputs = LMHeadInputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
         softcap, entropy, kl, dtype, vocab_group,
     )  # fmt: skip
-    constants = Constants(
+    loss_inputs = LossInputs(
         advantage, token_weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
     )
     live, inert = counts.tolist()
     order = order[: live + inert]
     if vocab_group is None:
         checks.check_token_ids(tokens[order], None, weight.shape[0])
-    stats = Stats.zeros(inputs)
+    stats = RowStats.zeros(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
-        with_gradient = live if skip_inert else len(order)
-        gradient = HeadGradient(rows, with_gradient, wanted)
-        for at in rows.chunks(order[:with_gradient]):
+        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=True)
+        attach_gradient = live if skip_inert else len(order)
+        gradient = LMHeadGrad(rows, attach_gradient, wanted)
+        for at in rows.chunks(order[:attach_gradient]):
             rows.write_logits(at)
-            chunk, d_logits = rows.loss_gradient(at, constants.at(at), config_of(config))
+            chunk, d_logits = rows.loss_gradient(at, loss_inputs.at(at), config_of(config))
             stats.write(at, chunk)
             gradient.add(at, d_logits)
-        for at in rows.chunks(order[with_gradient:]):
+        for at in rows.chunks(order[attach_gradient:]):
             rows.write_logits(at)
             stats.write(at, rows.forward(at))
     found = (stats.logprob, stats.entropy, stats.kl, *gradient.total(vocab_group))
@@ -88,8 +88,8 @@ def _forward(
 
 @_forward.register_fake
 def _(*arguments):
-    inputs, wanted = Inputs(*arguments[: len(Inputs._fields)]), arguments[-1]
-    new, done = inputs.temperature.new_empty, done_dtype(inputs)
+    inputs, wanted = LMHeadInputs(*arguments[: len(LMHeadInputs._fields)]), arguments[-1]
+    new, done = inputs.temperature.new_empty, grad_dtype(inputs)
     stats = stats_outputs(inputs.temperature, inputs.entropy, inputs.kl is not None)[:3]
     gradients = (
         new(each.shape if want else (0,), dtype=done if each.dim() == 2 else None)
@@ -216,7 +216,7 @@ def linear_grpo_loss_and_stats(
         config.kl_estimator, config.beta, over_vocabulary, ref_logprob, has_reference
     )
     checks.check_hidden(hidden)
-    checks.check_floating("weight", weight)
+    checks.expect_tensor("weight", weight, floating=True)
     checks.check_tokens(tokens, hidden, "hidden")
     checks.check_chunk_tokens(chunk_tokens)
     asked = {
@@ -230,7 +230,7 @@ def linear_grpo_loss_and_stats(
         **(reference if over_vocabulary else dict.fromkeys(reference)),
     }
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    keep, constants = loss_constants(
+    keep, loss_inputs = prepare_loss_inputs(
         tokens.shape,
         acc,
         advantages,
@@ -244,9 +244,9 @@ def linear_grpo_loss_and_stats(
         cu_seqlens=cu_seqlens,
     )
     if packing is None:
-        packing = pack_tokens(keep, constants.advantage)
+        packing = pack_tokens(keep, loss_inputs.advantage)
     checks.check_packing(packing, mask, tokens)
-    checks.check_packed_advantages(packing, constants.advantage)
+    checks.check_packed_advantages(packing, loss_inputs.advantage)
     chunking = {"chunk_tokens": chunk_tokens, "packing": packing}
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference(hidden, weight, reference)
@@ -255,32 +255,32 @@ def linear_grpo_loss_and_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
                 softcap=softcap, entropy=False, mask=mask, vocab_group=vocab_group, **chunking,
             ).logprob  # fmt: skip
-        constants = constants._replace(ref_logprob=ref_logprob)
+        loss_inputs = loss_inputs._replace(ref_logprob=ref_logprob)
 
     wanted = [isinstance(each, Tensor) and each.requires_grad for each in (hidden, weight, bias)]
-    skip_inert = may_skip_inert(config, per_sequence=advantages.shape != tokens.shape)
-    alone = is_per_token(config, has_sampling=sampling_logprob is not None)
+    skip_inert = zero_advantage_has_zero_grad(config, per_sequence=advantages.shape != tokens.shape)
+    alone = is_token_level(config, has_sampling=sampling_logprob is not None)
     if not (alone and torch.is_grad_enabled() and any(wanted)):
         stats = _linear_token_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
         detached = TokenStats(*(each if each is None else each.detach() for each in stats))
-        return loss_of(*stats, keep, constants, config, cu_seqlens), detached
+        return compute_loss(*stats, keep, loss_inputs, config, cu_seqlens), detached
 
-    inputs = operator_inputs(hidden, weight, tokens, **asked)
+    inputs = prepare_inputs(hidden, weight, tokens, **asked)
     with torch.no_grad():
         *outputs, d_hidden, d_weight, d_bias = _forward(
             *inputs,
             *packing,
             chunk_tokens,
             skip_inert,
-            *(each if each is None or each.dim() == 0 else each.flatten() for each in constants),
+            *(each if each is None or each.dim() == 0 else each.flatten() for each in loss_inputs),
             config.text,
             wanted,
         )
         d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
         stats = token_stats_of(outputs, tokens.shape, True, asked["kl"])
-        loss, metrics = loss_of(*stats, keep, constants, config, cu_seqlens)
+        loss, metrics = compute_loss(*stats, keep, loss_inputs, config, cu_seqlens)
     leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
     pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
-    return LossOutput(with_gradient(loss, *zip(*pairs, strict=True)), metrics), stats
+    return LossOutput(attach_gradient(loss, *zip(*pairs, strict=True)), metrics), stats

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..lm_head.chunk_loop import HeadGradient, Inputs, LinearRows, Stats
-from ..lm_head.inputs import checked_packing, operator_inputs
+from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, LMHeadInputs, RowStats
+from ..lm_head.inputs import prepare_inputs, resolve_token_order
 from ..lm_head.token_order import TokenPacking
-from ..objective.token_gradients import Slopes
+from ..objective.token_gradients import TokenGrads
 from .token_stats import TokenStats
 
 if TYPE_CHECKING:
@@ -40,16 +40,16 @@ def _forward(
     chunk_tokens: int | None,
     skip_inert: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(
+    inputs = LMHeadInputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
         softcap, entropy, kl, dtype, vocab_group,
     )  # fmt: skip
     order = order[: sum(counts.tolist())]
     if vocab_group is None:
         checks.check_token_ids(tokens[order], None, weight.shape[0])
-    stats = Stats.zeros(inputs)
+    stats = RowStats.zeros(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = LinearRows(inputs, len(order), chunk_tokens, gradient=False)
+        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=False)
         for at in rows.chunks(order):
             rows.write_logits(at)
             stats.write(at, rows.forward(at))
@@ -63,7 +63,7 @@ def _(hidden, weight, bias, tokens, temperature, *others):
 
 
 def stats_outputs(temperature: Tensor, entropy: bool, has_kl: bool) -> tuple[Tensor, ...]:
-    """Empty tensors in the shapes of Stats."""
+    """Empty tensors in the shapes of RowStats."""
 
     def output(wanted: bool, *pair: int) -> Tensor:
         return temperature.new_empty((*temperature.shape, *pair) if wanted else (0,))
@@ -89,8 +89,8 @@ def _backward(
     counts: Tensor,
     chunk_tokens: int | None,
     skip_inert: bool,
-    normaliser: Tensor,
-    ref_normaliser: Tensor | None,
+    row_lse: Tensor,
+    ref_row_lse: Tensor | None,
     entropy_value: Tensor | None,
     kl_value: Tensor | None,
     d_logprob: Tensor | None,
@@ -98,19 +98,19 @@ def _backward(
     d_kl: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(
+    inputs = LMHeadInputs(
         hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
         softcap, entropy_value is not None, kl, dtype, None,
     )  # fmt: skip  # the statistics are known: no chunk waits for another rank
-    stats = Stats(normaliser[:, 0], entropy_value, kl_value, normaliser, ref_normaliser)
+    stats = RowStats(row_lse[:, 0], entropy_value, kl_value, row_lse, ref_row_lse)
     upstream = [d_logprob, d_entropy, d_kl]
     order = _with_gradient(order, counts.tolist(), upstream, skip_inert)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = LinearRows(inputs, len(order), chunk_tokens, gradient=True)
-        gradient = HeadGradient(rows, len(order), wanted)
+        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=True)
+        gradient = LMHeadGrad(rows, len(order), wanted)
         for at in rows.chunks(order):
             rows.write_logits(at)
-            incoming = Slopes(*(each if each is None else each[at] for each in upstream))
+            incoming = TokenGrads(*(each if each is None else each[at] for each in upstream))
             gradient.add(at, rows.backward(at, stats.at(at), incoming))
     leaves = (hidden, weight, weight if bias is None else bias)
     return tuple(
@@ -147,16 +147,14 @@ def _setup_context(ctx, inputs, output) -> None:
     (
         *tensors, softcap, entropy, kl, dtype, vocab_group, order, counts, chunk_tokens, skip_inert,
     ) = inputs  # fmt: skip
-    _, entropy_value, kl_value, normaliser, ref_normaliser = output
-    ctx.save_for_backward(
-        *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value
-    )
+    _, entropy_value, kl_value, row_lse, ref_row_lse = output
+    ctx.save_for_backward(*tensors, order, counts, row_lse, ref_row_lse, entropy_value, kl_value)
     ctx.settings = softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
-    *tensors, order, counts, normaliser, ref_normaliser, entropy_value, kl_value = ctx.saved_tensors
+def _autograd(ctx, d_logprob, d_entropy, d_kl, d_row_lse, d_ref_row_lse):
+    *tensors, order, counts, row_lse, ref_row_lse, entropy_value, kl_value = ctx.saved_tensors
     softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert = ctx.settings
     # An output that was not asked for is empty, and tracing may hand it an empty gradient.
     d_entropy = d_entropy if entropy else None
@@ -180,8 +178,8 @@ def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
         counts,
         chunk_tokens,
         skip_inert,
-        normaliser,
-        None if d_kl is None else ref_normaliser,
+        row_lse,
+        None if d_kl is None else ref_row_lse,
         None if d_entropy is None else entropy_value,
         None if d_kl is None else kl_value,
         *(None if each is None else each.contiguous() for each in (d_logprob, d_entropy, d_kl)),
@@ -225,7 +223,7 @@ def linear_token_stats(
             tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
         weight: [V, H], that of the head, in the dtype of `hidden` (under autocast, any); bias:
             [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
-            is gathered once, and gets the mean over ranks of its gradient, in its own shards.
+            is unshard once, and gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference's, for `kl`, never differentiated; its
             hidden size may be another.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
@@ -284,9 +282,9 @@ def _linear_token_stats(
     **keywords,
 ) -> TokenStats:
     """`linear_token_stats`; skip_inert: tokens packed as without a signal get no gradient."""
-    inputs = operator_inputs(hidden, weight, tokens, mask=mask, entropy=entropy, kl=kl, **keywords)
+    inputs = prepare_inputs(hidden, weight, tokens, mask=mask, entropy=entropy, kl=kl, **keywords)
     checks.check_chunk_tokens(chunk_tokens)
-    packing = checked_packing(packing, mask, tokens)
+    packing = resolve_token_order(packing, mask, tokens)
     outputs = _forward(*inputs, *packing, chunk_tokens, skip_inert)
     return token_stats_of(outputs, tokens.shape, entropy, kl)
 

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backends import room
+from ..backends import backend_for
 from ..objective.policy_loss import LossConfig
 
 
@@ -23,7 +23,7 @@ def config_of(text: str) -> LossConfig:
 def _scale_(x: Tensor, factor: Tensor) -> None:
     """x · factor in place; where the 0-dim factor is 1, as in loss.backward(), nothing is read."""
     rows = x[(None,) * (3 - x.dim())]
-    room(rows).scale_(rows, factor)
+    backend_for(rows).scale_(rows, factor)
 
 
 @_scale_.register_fake
@@ -31,16 +31,16 @@ def _(x, factor):
     return None
 
 
-def with_gradient(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor]) -> Tensor:
+def attach_gradient(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """The loss, 0-dim, with the gradient of each leaf to hand out in backward, times its own.
 
     They are handed out in their own memory: nothing of their size is allocated, nor moved where
     the loss's gradient is 1. A leaf of another dtype gets the product, rounded once.
     """
-    return _WithGradient.apply(loss, len(leaves), *leaves, *gradients)
+    return _PrecomputedGradient.apply(loss, len(leaves), *leaves, *gradients)
 
 
-class _WithGradient(torch.autograd.Function):
+class _PrecomputedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, count, *leaves_and_gradients):
         leaves, gradients = leaves_and_gradients[:count], leaves_and_gradients[count:]
@@ -57,11 +57,11 @@ class _WithGradient(torch.autograd.Function):
         else:
             if torch.is_grad_enabled():
                 raise RuntimeError("a loss whose gradient is made with it has no second derivative")
-            found = _handed_out(ctx, gradients, d_loss)
+            found = _hand_out(ctx, gradients, d_loss)
         return None, None, *found, *(None,) * len(gradients)
 
 
-def _handed_out(ctx, gradients: tuple[Tensor, ...], d_loss: Tensor) -> list[Tensor]:
+def _hand_out(ctx, gradients: tuple[Tensor, ...], d_loss: Tensor) -> list[Tensor]:
     first = ctx.factor is None
     found = []
     for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):

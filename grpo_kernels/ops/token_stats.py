@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import room
+from ..backends import backend_for
 
 
 class TokenStats(NamedTuple):
@@ -34,7 +34,7 @@ def _forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_token_ids(tokens, mask, logits.shape[-1])
-    outputs = room(logits).token_stats_forward(
+    outputs = backend_for(logits).token_stats_forward(
         logits, tokens, temperature, mask, ref_logits, softcap, entropy, kl
     )
     return tuple(temperature.new_empty(0) if each is None else each for each in outputs)
@@ -56,8 +56,8 @@ def _backward(
     temperature: Tensor,
     mask: Tensor | None,
     ref_logits: Tensor | None,
-    normaliser: Tensor,
-    ref_normaliser: Tensor | None,
+    row_lse: Tensor,
+    ref_row_lse: Tensor | None,
     entropy_value: Tensor | None,
     kl_value: Tensor | None,
     d_logprob: Tensor | None,
@@ -67,8 +67,8 @@ def _backward(
     kl: str | None,
 ) -> Tensor:
     d_logits = logits.new_empty(logits.shape)
-    room(logits).token_stats_backward(
-        logits, tokens, temperature, mask, ref_logits, normaliser, ref_normaliser,
+    backend_for(logits).token_stats_backward(
+        logits, tokens, temperature, mask, ref_logits, row_lse, ref_row_lse,
         entropy_value, kl_value, d_logprob, d_entropy, d_kl, softcap, kl, d_logits,
     )  # fmt: skip
     return d_logits
@@ -86,8 +86,8 @@ def _backward_(
     temperature: Tensor,
     mask: Tensor | None,
     ref_logits: Tensor | None,
-    normaliser: Tensor,
-    ref_normaliser: Tensor | None,
+    row_lse: Tensor,
+    ref_row_lse: Tensor | None,
     entropy_value: Tensor | None,
     kl_value: Tensor | None,
     d_logprob: Tensor | None,
@@ -96,8 +96,8 @@ def _backward_(
     softcap: float | None,
     kl: str | None,
 ) -> None:
-    room(logits).token_stats_backward(
-        logits, tokens, temperature, mask, ref_logits, normaliser, ref_normaliser,
+    backend_for(logits).token_stats_backward(
+        logits, tokens, temperature, mask, ref_logits, row_lse, ref_row_lse,
         entropy_value, kl_value, d_logprob, d_entropy, d_kl, softcap, kl, logits,
     )  # fmt: skip
 
@@ -109,19 +109,19 @@ def _(logits, *args):
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, tokens, temperature, mask, ref_logits, softcap, entropy, kl, inplace = inputs
-    _, entropy_value, kl_value, normaliser, ref_normaliser = output
+    _, entropy_value, kl_value, row_lse, ref_row_lse = output
     ctx.save_for_backward(
         logits, tokens, temperature, mask, ref_logits,
-        normaliser, ref_normaliser, entropy_value, kl_value,
+        row_lse, ref_row_lse, entropy_value, kl_value,
     )  # fmt: skip
     ctx.softcap, ctx.entropy, ctx.kl, ctx.inplace = softcap, entropy, kl, inplace
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
+def _autograd(ctx, d_logprob, d_entropy, d_kl, d_row_lse, d_ref_row_lse):
     (
         logits, tokens, temperature, mask, ref_logits,
-        normaliser, ref_normaliser, entropy_value, kl_value,
+        row_lse, ref_row_lse, entropy_value, kl_value,
     ) = ctx.saved_tensors  # fmt: skip
     # An output that was not asked for is empty, and tracing may hand it an empty gradient.
     d_entropy = d_entropy if ctx.entropy else None
@@ -135,8 +135,8 @@ def _autograd(ctx, d_logprob, d_entropy, d_kl, d_normaliser, d_ref_normaliser):
         temperature,
         mask,
         None if d_kl is None else ref_logits,
-        normaliser,
-        None if d_kl is None else ref_normaliser,
+        row_lse,
+        None if d_kl is None else ref_row_lse,
         None if d_entropy is None else entropy_value,
         None if d_kl is None else kl_value,
         *(None if each is None else each.contiguous() for each in (d_logprob, d_entropy, d_kl)),
@@ -242,11 +242,11 @@ def row_inputs(
     """(logits, tokens, temperature, mask, ref_logits) checked, as rows [B, T, ...]."""
     checks.check_logits("logits", logits)
     checks.check_tokens(tokens, logits)
-    checks.check_mask(mask, tokens.shape)
+    checks.expect_mask(mask, tokens.shape)
     checks.check_temperature(temperature, tokens, mask)
     checks.check_kl_arguments(kl, ref_logits, logits)
     if softcap is not None:
-        checks.check_number("softcap", softcap, above=0)
+        checks.expect_number("softcap", softcap, above=0)
 
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor) and temperature.numel() != 1:

@@ -86,7 +86,9 @@ def weighted_reward(rewards: Tensor, weights: Sequence[float] | Tensor | None = 
     return sum(_weighted(rewards, weights))
 
 
-def summed_advantage(rewards: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+def multi_reward_advantage(
+    rewards: Tensor, weights: Sequence[float] | Tensor | None = None
+) -> Tensor:
     """Each of K rewards [K, B, G] normalised in its group, weighted, summed, over the batch's std.
 
     The batch's mean is 0 before that division, as the groups' are. A reward that is all but equal

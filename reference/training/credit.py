@@ -54,7 +54,7 @@ def _outcome_advantage(
     if config.normalise_each_reward:
         each = torch.stack([values.view_as(found.rewards) for values in found.by_name.values()])
         weights = [rewards[name].weight for name in found.by_name]
-        return losses.summed_advantage(each, weights)
+        return losses.multi_reward_advantage(each, weights)
     name = config.advantage or ("none" if config.loss == "dr_grpo" else "group")
     if name == "pass_at_k":
         return losses.pass_at_k_advantage(found.rewards, config.pass_k)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import LossConfig, grpo_loss, token_stats
 from grpo_kernels import backends as rows
 from grpo_kernels import workspace as buffers
+from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
 from grpo_kernels.backends.pytorch import token_stats as eager
 from grpo_kernels.backends.triton.launch_configs import (
@@ -51,7 +52,7 @@ class LargestAllocation(TorchDispatchMode):
 
 
 def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
-    """The room's functions on 400 rows in blocks of 16: no temporary is larger than a block."""
+    """The backend's functions on 400 rows in blocks of 16: no temporary is larger than a block."""
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(buffers, "_OF_THREAD", threading.local())  # earlier tests' may be larger
     logits, tokens = make_case(1, 4, 100, 1024)
@@ -60,11 +61,11 @@ def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
     temperature = torch.ones(4, 100)
     ones = torch.ones(4, 100)
     with LargestAllocation(logits, ref_logits, d_logits) as largest:
-        _, entropy, kl, normaliser, ref_normaliser = eager.token_stats_forward(
+        _, entropy, kl, row_lse, ref_row_lse = eager.token_stats_forward(
             logits, tokens, temperature, None, ref_logits, 30.0, True, "reverse"
         )
         eager.token_stats_backward(
-            logits, tokens, temperature, None, ref_logits, normaliser, ref_normaliser,
+            logits, tokens, temperature, None, ref_logits, row_lse, ref_row_lse,
             entropy, kl, ones, ones, ones, 30.0, "reverse", d_logits,
         )  # fmt: skip
     exact = exact_results(
@@ -79,7 +80,7 @@ def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
     assert 0 < largest.nbytes <= 1 << 16
 
 
-def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(room):
+def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(backend):
     wide = normal(1, 3, 11, 500)
     logits, tokens = wide[:, :-1].requires_grad_(), torch.zeros(3, 10, dtype=torch.int64)
     ref_logits = normal(2, 3, 11, 500)[:, 1:]
@@ -90,7 +91,7 @@ def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(room)
     torch.testing.assert_close(stats.kl.detach().double(), exact["kl"], rtol=1e-5, atol=1e-5)
 
 
-def test_offsets_of_rows_pass_2_to_the_31(room):
+def test_offsets_of_rows_pass_2_to_the_31(backend):
     """Three rows 2^30 entries apart; of the 4 GiB between them no page is ever touched."""
     V = 40
     stride = 2**30
@@ -122,8 +123,7 @@ def test_a_tensor_of_more_than_2_to_the_31_entries():
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)])
 def test_more_than_65535_tokens_in_either_dimension(shape):
     logits, tokens = make_case(3, *shape, 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "HAS_TRITON", False)
+    with use("pytorch"):
         check_against_oracle(logits, tokens, upstream_like(5, tokens))
 
 
@@ -141,7 +141,7 @@ def jitted_kernels():
 
 
 SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "SURROGATE", "LOG2_EPS"}
-LAUNCH = {"ACC", "PART", "UNROLL", "LANES", "VEC"}
+LAUNCH = {"ACC_DTYPE", "PART", "UNROLL", "LANES", "VEC"}
 
 
 def test_only_settings_of_the_model_and_the_launch_are_constexpr():
@@ -151,7 +151,7 @@ def test_only_settings_of_the_model_and_the_launch_are_constexpr():
     for kernel in kernels.values():
         parameters = inspect.signature(kernel.fn).parameters.values()
         constant = {each.name for each in parameters if "constexpr" in str(each.annotation)}
-        assert {"ACC", "LANES"} <= constant <= SETTINGS | LAUNCH
+        assert {"ACC_DTYPE", "LANES"} <= constant <= SETTINGS | LAUNCH
 
 
 @pytest.mark.gpu
@@ -259,9 +259,9 @@ def test_few_rows_are_split_over_programs(monkeypatch):
     launched = []
     launch = calls._launch
 
-    def noted(kernel, *arguments, parts=1, **constants):
+    def noted(kernel, *arguments, parts=1, **loss_inputs):
         launched.append((kernel.fn.__name__, parts))
-        launch(kernel, *arguments, parts=parts, **constants)
+        launch(kernel, *arguments, parts=parts, **loss_inputs)
 
     monkeypatch.setattr(calls, "_launch", noted)
     logits, tokens = make_case(3, 1, 2, 300)

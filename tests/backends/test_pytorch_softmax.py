@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from grpo_kernels import backends as rows
 from grpo_kernels import token_stats
+from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch.softmax import MIN_SHARE, SHARE_UNIT, exp2
 from tests.helpers.tensors import normal
 
@@ -42,7 +42,7 @@ def test_llama_s_rows_are_taken_together(threads, monkeypatch):
 
 def test_buffers_made_in_inference_mode_serve_outside_of_it(monkeypatch):
     """Old log-probs first, then training, in a thread that never called before."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     logits, tokens, failures = normal(1, 1, 3, 50), torch.zeros(1, 3).long(), []
 
     def work():

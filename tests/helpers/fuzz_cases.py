@@ -45,7 +45,7 @@ class Call:
     def mask(self) -> Tensor | None:
         return self.arguments.get("mask")
 
-    def is_per_token(self, name: str) -> bool:
+    def is_token_level(self, name: str) -> bool:
         value = self.arguments[name]
         if not isinstance(value, Tensor) or name in OF_ALL:
             return False
@@ -158,7 +158,7 @@ def _advantage_call(draw, family: str, numbers: Numbers) -> Call:
             arguments["k"] = draw(st.integers(2, G))
     elif family == "several":
         K = draw(st.integers(1, 3))
-        function = draw(st.sampled_from(["weighted_reward", "summed_advantage"]))
+        function = draw(st.sampled_from(["weighted_reward", "multi_reward_advantage"]))
         weights = [1.0, 0.7, 0.45][:K]  # with which equal rewards do not cancel
         weights = draw(st.sampled_from([weights, torch.tensor(weights), *[None] * (K == 1)]))
         arguments = {"rewards": rewards(K), "weights": weights}

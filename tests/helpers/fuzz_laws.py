@@ -36,7 +36,7 @@ def _spoiled(call: Call) -> Call:
     drop = call.mask == 0
     spoiled = {}
     for number, name in enumerate(sorted(call.arguments)):
-        if name == "mask" or not call.is_per_token(name):
+        if name == "mask" or not call.is_token_level(name):
             continue
         x = call.arguments[name]
         hole = drop.unsqueeze(-1) if name in ROWS else drop
@@ -64,4 +64,4 @@ def _by_row(call: Call, name: str) -> bool:
     x = call.arguments[name]
     if name == "temperature" and isinstance(x, Tensor) and x.dim() == len(call.shape):
         return x.shape[0] == call.shape[0]
-    return call.is_per_token(name) or name == "advantages"
+    return call.is_token_level(name) or name == "advantages"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import grpo_kernels.objective.policy_loss
+import grpo_kernels
 from reference import losses as reference
 
 TWINS = pytest.mark.parametrize(
     "twin",
-    [pytest.param(reference, id="reference"), pytest.param(grpo_kernels.objective, id="package")],
+    [pytest.param(reference, id="reference"), pytest.param(grpo_kernels, id="package")],
 )
 
 

@@ -6,7 +6,7 @@ from grpo_kernels.objective.aggregation import AGGREGATIONS
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from grpo_kernels.objective.surrogates import SURROGATES
-from grpo_kernels.objective.token_gradients import is_per_token
+from grpo_kernels.objective.token_gradients import is_token_level
 
 SAMPLED = list(SAMPLED_KL)
 # Of Clip-Cov all eligible tokens are taken: which of them is otherwise left to chance.
@@ -60,4 +60,4 @@ def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward
 def per_token_configs():
     """Those whose gradient comes with the loss, also where a sampler's log-probs are given."""
     configs = loss_configs(filters=(), estimators=SAMPLED)
-    return configs.filter(lambda config: is_per_token(config, has_sampling=True))
+    return configs.filter(lambda config: is_token_level(config, has_sampling=True))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from trl import GRPOTrainer
 
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations.trl import FusedGRPOTrainer
 from tests.helpers.trl import make_trainer, train
 
@@ -52,7 +52,7 @@ def trained(trainer, kind):
 
 
 def main(directory, kind):
-    rows.HAS_TRITON = False  # interpreted kernels would take seconds a step
+    use("pytorch")  # interpreted kernels would take seconds a step
     torch.set_num_threads(1)
     settings = PLAIN | SETTINGS[kind]
     found = {name: trained(make_trainer(each, **settings), kind) for name, each in TRAINERS.items()}

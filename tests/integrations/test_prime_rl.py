@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations import prime_rl
 from tests.helpers.tensors import coin, normal, token_ids
 
@@ -33,7 +33,7 @@ class LossOutputs:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.rl.loss"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["prime_rl.trainer.rl.loss"].LossOutputs = LossOutputs

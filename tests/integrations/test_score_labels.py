@@ -27,7 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations.score_labels import ScoredOutput, score_labels
 from tests.integrations.test_transformers import MODELS, SMALL, V, make_batch
 
@@ -54,7 +54,7 @@ FAMILIES = MODELS | {
 @pytest.fixture(autouse=True)
 def eager_rooms(monkeypatch):
     """What is tested here lies above the kernels, which the interpreter makes slow."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
 
 
 def make(name, seed=0):

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 
 from benchmarks.trl_parity.oracle import add_sampler, in_double
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations import transformers as causal_lm
 from grpo_kernels.integrations import trl_loss
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
@@ -28,7 +28,7 @@ V, H = 16, 64
 @pytest.fixture(autouse=True)
 def one_thread_and_the_eager_room(monkeypatch):
     """Interpreted kernels would take seconds a step."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations import transformers as causal_lm
 from grpo_kernels.integrations import trl as ours
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
@@ -50,12 +50,12 @@ def one_thread():
 
 
 @pytest.fixture
-def eager(monkeypatch):
+def pytorch_backend(monkeypatch):
     """Interpreted kernels would take seconds a step."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize("name", CASES)
 def test_logs_and_weights_are_those_of_trl(name):
     settings, (logged, far) = CASES[name], trained_by_trl(name)
@@ -74,7 +74,7 @@ def test_logs_and_weights_are_those_of_trl(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize(("loss_type", "level", "beta", "reuse"), list(covering_pairs()))
 def test_every_loss_of_trl_with_the_loss_left_to_it_and_not(loss_type, level, beta, reuse):
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
@@ -97,7 +97,7 @@ class FusedLonger(Longer, FusedGRPOTrainer):
     pass
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize(
     ("plain", "fused"), [(GRPOTrainer, FusedGRPOTrainer), (Longer, FusedLonger)]
 )
@@ -132,7 +132,7 @@ def exact_scores(model, ids, attention, temperature):
     return of_token * mask, -(logprobs.exp() * logprobs).sum(-1) * mask
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("backend")
 def test_scores_and_gradients_are_those_of_the_tempered_logits():
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer, temperature=0.7), batch()
     found = score(trainer, ids, attention, batch_size=2, compute_entropy=True)
@@ -150,7 +150,7 @@ def test_scores_and_gradients_are_those_of_the_tempered_logits():
     torch.testing.assert_close(logprobs, found[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 def test_only_the_completion_reaches_the_head_and_no_logits_are_made(monkeypatch):
     trainer, seen = make_trainer(FusedGRPOTrainer), []
     plain = causal_lm.Head.token_stats
@@ -165,7 +165,7 @@ def test_only_the_completion_reaches_the_head_and_no_logits_are_made(monkeypatch
     assert seen == [(3, 0, 64), (3, 4)]
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 def test_a_batch_without_a_token_has_gradients_of_0():
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer), batch()
     attention[:, -4:] = 0
@@ -174,7 +174,7 @@ def test_a_batch_without_a_token_has_gradients_of_0():
     assert all((each.grad == 0).all() for each in trainer.model.parameters())
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
@@ -198,7 +198,7 @@ def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("pytorch_backend")
 def test_the_example_of_the_docstring_runs(tmp_path):
     (example,) = re.findall(r"(    from datasets.*?\.train\(\)\n)", ours.__doc__, re.S)
     code = textwrap.dedent(example)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossConfig
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations import verl
 from tests.helpers.tensors import coin, normal, token_ids
 
@@ -21,7 +21,7 @@ WHOLE = {"dp_size": 2, "batch_num_tokens": 23, "global_batch_size": 7, "loss_sca
 
 @pytest.fixture(autouse=True)
 def eager_rooms(monkeypatch):
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
 
 
 def make_actor(info=None, **changes):

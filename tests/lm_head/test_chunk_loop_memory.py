@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
 from tests.helpers.tensors import normal
 
@@ -17,7 +17,7 @@ PRODUCTS = ("aten::mm", "aten::addmm")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Eager rows, in blocks so small that their buffers are not mistaken for a chunk's."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 2 * V * 4)
     assert 2 * softmax.BLOCK_BYTES < LARGE
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels.backends import room as room_of
+from grpo_kernels.backends import backend_for as room_of
 from grpo_kernels.lm_head.vocab_parallel import (
-    ELSEWHERE,
-    NOWHERE,
+    ON_OTHER_RANK,
+    OUT_OF_VOCAB,
     as_shard,
     local_ids,
     merge_shards,
@@ -47,13 +47,13 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
     ]
     stacked = (None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True))
     merged = merge_shards(tuple(stacked), temperature, kl)
-    logprob, entropy, kl_value, normaliser, ref_normaliser = merged
+    logprob, entropy, kl_value, row_lse, ref_row_lse = merged
     d_logits = torch.full_like(logits, torch.nan)
     upstream = [given.get(name) for name in ("logprob", "entropy", "kl")]
     d_kl = upstream[-1]
     for (x, own, y), out in zip(shards, parts(d_logits, sizes), strict=True):
         functions.token_stats_backward(
-            x, own, temperature, None, y, normaliser, ref_normaliser, entropy, kl_value,
+            x, own, temperature, None, y, row_lse, ref_row_lse, entropy, kl_value,
             *upstream, softcap, None if d_kl is None else kl, out,
         )  # fmt: skip
     stats = {"logprob": logprob, "entropy": entropy, "kl": kl_value, "d_logits": d_logits}
@@ -75,7 +75,7 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
 @example(1, [12, 12, 12, 12, 12], {1, 4}, -1e4, 3.0, "forward", torch.float32, None)
 @example(2, [1, 1], {1}, 0.0, 3.0, "forward", torch.float64, 20.0)
 def test_merged_shards_are_the_whole_row(
-    room, seed, sizes, excluded, offset, std, kl, dtype, softcap
+    backend, seed, sizes, excluded, offset, std, kl, dtype, softcap
 ):
     V, kept = sum(sizes), [i for i in range(len(sizes)) if i not in excluded] or [0]
     offset = offset if dtype == torch.float32 else 0.0  # what is called exact is fp64 as well
@@ -100,7 +100,7 @@ def test_merged_shards_are_the_whole_row(
         assert_as_accurate(name, value, same_dtype[name], exact[name])
 
 
-def test_a_nan_in_one_shard_spoils_its_own_row_only(room):
+def test_a_nan_in_one_shard_spoils_its_own_row_only(backend):
     logits, tokens = make_case(3, 1, 2, 9)
     logits[0, 0, 5] = torch.nan
     logits[0, :, :3] = -torch.inf
@@ -111,7 +111,7 @@ def test_a_nan_in_one_shard_spoils_its_own_row_only(room):
         assert value[0, 0].isnan().any() and not value[0, 1].isnan().any()
 
 
-def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_is_nan(room):
+def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_is_nan(backend):
     logits, _ = make_case(5, 1, 3, 9)
     logits[..., :3] = -torch.inf
     tokens = torch.tensor([[1, 9, -1]])
@@ -120,7 +120,7 @@ def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_i
     assert ours["entropy"].isfinite().all()
 
 
-def test_a_row_of_excluded_shards_is_nan(room):
+def test_a_row_of_excluded_shards_is_nan(backend):
     logits = torch.full((1, 1, 4), -torch.inf)
     given = {"logprob": torch.ones(1, 1)}
     ours = shard_results(logits, torch.tensor([[1]]), [2, 2], 1.0, given)
@@ -129,7 +129,7 @@ def test_a_row_of_excluded_shards_is_nan(room):
 
 @pytest.mark.parametrize(("kl", "infinite"), [("reverse", True), ("forward", False)])
 def test_a_kl_is_infinite_where_the_other_excludes_a_shard_that_this_one_reaches(
-    room, kl, infinite
+    backend, kl, infinite
 ):
     """The reference has no probability in the first shard, where the policy has some."""
     logits, tokens = make_case(6, 1, 2, 8)
@@ -145,7 +145,7 @@ def test_a_kl_is_infinite_where_the_other_excludes_a_shard_that_this_one_reaches
 def test_ids_of_a_shard():
     tokens, sizes = torch.tensor([-1, 0, 2, 3, 5, 6]), torch.tensor([3, 1, 2])
     assert local_ids(tokens, sizes, 1).tolist() == [
-        NOWHERE, ELSEWHERE, ELSEWHERE, 0, ELSEWHERE, NOWHERE,
+        OUT_OF_VOCAB, ON_OTHER_RANK, ON_OTHER_RANK, 0, ON_OTHER_RANK, OUT_OF_VOCAB,
     ]  # fmt: skip
 
 

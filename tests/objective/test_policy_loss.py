@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels.checks import objective as checks_of_objective
 from grpo_kernels.objective.aggregation import AGGREGATIONS
-from grpo_kernels.objective.policy_loss import LossConfig, loss_constants, policy_loss
-from grpo_kernels.objective.token_gradients import loss_slopes
+from grpo_kernels.objective.policy_loss import LossConfig, policy_loss, prepare_loss_inputs
+from grpo_kernels.objective.token_gradients import token_gradients
 from reference import losses as reference
 from tests.helpers.loss_configs import SAMPLED, loss_configs, per_token_configs
 from tests.helpers.tensors import normal
@@ -284,7 +284,7 @@ def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
         inputs["mask"] = inputs["mask"].bool()
     with pytest.MonkeyPatch.context() as patch, Waits() as waits:
         # The checks look at what tensors hold, but only on the CPU.
-        patch.setattr(checks_of_objective, "may_look", lambda tensor: False)
+        patch.setattr(checks_of_objective, "values_are_readable", lambda tensor: False)
         run(policy_loss, logprob, advantages, inputs, config=config, **keywords)
     assert waits.found == []
 
@@ -344,13 +344,13 @@ def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, sprea
     }
     advantages = normal(seed + 9, 5, 6, dtype=torch.float64)
     keywords = {"old_logprob": None, "sampling_logprob": None, **others}
-    _, constants = loss_constants(
+    _, loss_inputs = prepare_loss_inputs(
         logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
         entropy_normalizer=None, cu_seqlens=None, **keywords,
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
     expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
-    slopes = loss_slopes(logprob.detach(), constants, config)
+    slopes = token_gradients(logprob.detach(), loss_inputs, config)
     assert slopes.kl is None
     # Of r·k3 autograd adds two terms of up to e^20, which cancel.
     cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14

@@ -164,9 +164,9 @@ def phi(log_w, k, rate):
     ],
 )
 def test_vespo(twin, log_ratio, advantages, log_w, sampling, fields):
-    constants = {"k_positive": 2, "lambda_positive": 3, "k_negative": 3, "lambda_negative": 2}
-    constants |= {name: fields[name] for name in fields if name in constants}
-    positive, negative = list(constants.values())[:2], list(constants.values())[2:]
+    loss_inputs = {"k_positive": 2, "lambda_positive": 3, "k_negative": 3, "lambda_negative": 2}
+    loss_inputs |= {name: fields[name] for name in fields if name in loss_inputs}
+    positive, negative = list(loss_inputs.values())[:2], list(loss_inputs.values())[2:]
     weights = [phi(log_w, *(positive if a >= 0 else negative)) for a in advantages]
     slopes = [-w * a for w, a in zip(weights, advantages, strict=True)]
     loss = sum(slope * (x - 2) for slope, x in zip(slopes, log_ratio, strict=True))

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels import LossConfig, linear_grpo_loss
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations.transformers import forward
 from tests.helpers.tensors import normal, token_ids
 
@@ -28,7 +28,7 @@ STEPS = [
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
-    monkeypatch.setattr(rows, "HAS_TRITON", False)  # the graph is of operators, in either room
+    use("pytorch")  # the graph is of operators, in either backend
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -82,7 +82,7 @@ def loss_inputs(seed, tokens, mask, B):
     }
 
 
-def loss_of(model, config, body, inputs):
+def compute_loss(model, config, body, inputs):
     hidden = model.model(**body, use_cache=False).last_hidden_state
     hidden = hidden[0] if "cu_seqlens" in inputs else hidden[:, :-1]
     return linear_grpo_loss(hidden, model.lm_head.weight, config=config, **inputs)
@@ -99,7 +99,7 @@ def mark_lengths(tensors):
 def test_training_steps_of_any_batch_run_one_graph_and_are_those_of_eager(layout, name, backend):
     ours = make_model()
     theirs = copy.deepcopy(ours)
-    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    compiled = torch.compile(compute_loss, fullgraph=True, backend=backend)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (ours, theirs)]
     make = {"padded": padded_batch, "packed": packed_batch}[layout]
     for seed, (B, L) in enumerate(SHAPES):
@@ -108,7 +108,7 @@ def test_training_steps_of_any_batch_run_one_graph_and_are_those_of_eager(layout
         with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
             loss, metrics = compiled(ours, CONFIGS[name], body, inputs)
             loss.backward()
-        expected, expected_metrics = loss_of(theirs, CONFIGS[name], body, inputs)
+        expected, expected_metrics = compute_loss(theirs, CONFIGS[name], body, inputs)
         expected.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(metrics, expected_metrics)

@@ -5,8 +5,8 @@ import torch
 
 import grpo_kernels
 from benchmarks.core.memory import peak_tensor_bytes
-from grpo_kernels import backends as rows
 from grpo_kernels import linear_grpo_loss, linear_token_stats
+from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
 from grpo_kernels.lm_head import chunk_size as chunks
 from grpo_kernels.lm_head import matmul as head
@@ -27,7 +27,7 @@ def make_head(N, V, H, *, dtype=torch.bfloat16, std=4.0):
 @pytest.mark.slow
 def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
     """Logits of std 4. Rounding them to bf16 would cost 1.4e-2 of log-prob."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     hidden, weight, tokens = make_head(64, 65_536, 256)
     d_logprob, d_entropy = normal(3, 64), normal(4, 64)
 
@@ -58,7 +58,7 @@ def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
 @pytest.fixture
 def workspace(monkeypatch):
     """A small one, so that a small problem has many chunks."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
     monkeypatch.setattr(softmax, "BLOCK_BYTES", MIB)
     monkeypatch.setattr(chunks, "WORKSPACE", 4 * MIB)
     return 4 * MIB
@@ -110,7 +110,7 @@ def test_the_default_workspace_is_a_gibibyte():
 def test_a_processor_without_bf16_units_gets_the_same_gradients_from_upcast_tiles(
     monkeypatch, chunk_tokens
 ):
-    monkeypatch.setattr(rows, "HAS_TRITON", False)  # the products are the same, the rest is faster
+    use("pytorch")  # the products are the same, the rest is faster
     hidden, weight, tokens = make_head(24, 300, 16)
     monkeypatch.setattr(head, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow
     found = []

@@ -43,10 +43,10 @@ class StoragesMade(TorchDispatchMode):
 LOSSES = [loss_of_logits, loss_of_hidden]
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_backward_again_gives_the_gradient_again(room, loss_of):
+@pytest.mark.parametrize("compute_loss", LOSSES)
+def test_backward_again_gives_the_gradient_again(backend, compute_loss):
     """With retain_graph, under other incoming gradients, whatever became of the first result."""
-    leaf, loss = loss_of()
+    leaf, loss = compute_loss()
     first, second, third = (
         torch.autograd.grad(loss, leaf, torch.tensor(factor), retain_graph=True)[0].clone()
         for factor in (2.0, 3.0, -1.0)
@@ -56,25 +56,25 @@ def test_backward_again_gives_the_gradient_again(room, loss_of):
     assert first.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_accumulated_gradients_of_a_retained_graph_add_up(room, loss_of):
-    leaf, loss = loss_of()
+@pytest.mark.parametrize("compute_loss", LOSSES)
+def test_accumulated_gradients_of_a_retained_graph_add_up(backend, compute_loss):
+    leaf, loss = compute_loss()
     for _ in range(3):
         loss.backward(retain_graph=True)
     (once,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(leaf.grad, 3 * once)
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_backward_after_one_with_gradient_zero_raises(room, loss_of):
-    leaf, loss = loss_of()
+@pytest.mark.parametrize("compute_loss", LOSSES)
+def test_backward_after_one_with_gradient_zero_raises(backend, compute_loss):
+    leaf, loss = compute_loss()
     (nothing,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
     assert (nothing == 0).all()
     with pytest.raises(RuntimeError, match="after one in which the loss's gradient was 0"):
         torch.autograd.grad(loss, leaf)
 
 
-def test_the_callers_gradient_may_change_between_two_backwards(room):
+def test_the_callers_gradient_may_change_between_two_backwards(backend):
     leaf, loss = loss_of_logits()
     incoming = torch.tensor(2.0)
     first = torch.autograd.grad(loss, leaf, incoming, retain_graph=True)[0].clone()
@@ -83,16 +83,16 @@ def test_the_callers_gradient_may_change_between_two_backwards(room):
     torch.testing.assert_close(second, 2.5 * first)
 
 
-@pytest.mark.parametrize("loss_of", LOSSES)
-def test_backward_allocates_nothing_of_the_gradients_size(room, loss_of):
-    leaf, loss = loss_of()
+@pytest.mark.parametrize("compute_loss", LOSSES)
+def test_backward_allocates_nothing_of_the_gradients_size(backend, compute_loss):
+    leaf, loss = compute_loss()
     with StoragesMade() as made:
         loss.backward()
     large = {pointer for pointer, nbytes in made.sizes.items() if nbytes >= leaf.nbytes}
     assert large <= {leaf.grad.data_ptr()} and leaf.grad.abs().sum() > 0
 
 
-def test_the_gradient_handed_out_is_the_one_that_was_made(room, monkeypatch):
+def test_the_gradient_handed_out_is_the_one_that_was_made(backend, monkeypatch):
     made = []
     scale_ = ready_gradient._scale_
 
@@ -106,7 +106,7 @@ def test_the_gradient_handed_out_is_the_one_that_was_made(room, monkeypatch):
     assert leaf.grad.data_ptr() in made, "AccumulateGrad copied instead of taking"
 
 
-def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(room):
+def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(backend):
     _, loss = loss_of_logits(torch.bfloat16)
     leaf, scaled = loss_of_logits(torch.bfloat16)
     (scaled * 65536.0).backward()
@@ -115,7 +115,7 @@ def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(room):
     assert torch.equal(leaf.grad, other.grad * 65536.0)
 
 
-def test_a_half_precision_gradient_waits_for_its_scale(room):
+def test_a_half_precision_gradient_waits_for_its_scale(backend):
     """1/65,536 of it underflows in fp16: made before the scale came, it would be 0."""
     logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float16)
     advantages = advantages * 1e-6
@@ -124,14 +124,14 @@ def test_a_half_precision_gradient_waits_for_its_scale(room):
     torch.testing.assert_close(scaled.double(), exact, rtol=2e-3, atol=1e-6)
 
 
-def test_the_loss_can_be_differentiated_twice_by_nobody(room):
+def test_the_loss_can_be_differentiated_twice_by_nobody(backend):
     leaf, loss = loss_of_logits()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["entropy bonus", "beta, k3", "dual clip"])
-def test_one_launch_compiles_without_a_graph_break(room, name):
+def test_one_launch_compiles_without_a_graph_break(backend, name):
     torch._dynamo.reset()
     logits, tokens, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
     compiled = torch.compile(grpo_loss, backend="aot_eager", fullgraph=True)

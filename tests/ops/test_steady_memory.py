@@ -19,8 +19,8 @@ def tensors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["eager"], indirect=True)
-def test_memory_of_the_process_is_steady(room):
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
+def test_memory_of_the_process_is_steady(backend):
     process = psutil.Process()
     for seed in range(WARM_UP // OPERATORS):
         work(seed % 7)

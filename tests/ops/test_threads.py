@@ -50,8 +50,8 @@ def eager_switches():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("room", ["eager"], indirect=True)
-def test_two_threads_give_the_bits_of_one(room, eager_switches):
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
+def test_two_threads_give_the_bits_of_one(backend, eager_switches):
     """Backward too: autograd runs it on the thread that asks."""
     expected = [work(seed) for seed in range(2)]
     together = Barrier(2)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-import grpo_kernels.objective.policy_loss
 from reference import losses as reference
 from reference.losses import (
     LossConfig,
@@ -322,8 +321,8 @@ ADVANTAGES = [name for name in grpo_kernels.__all__ if name.endswith(("_advantag
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (grpo_kernels.objective.policy_loss, reference.policy_loss),
-        (grpo_kernels.objective.policy_loss.LossConfig, reference.LossConfig),
+        (grpo_kernels.policy_loss, reference.policy_loss),
+        (grpo_kernels.LossConfig, reference.LossConfig),
         (grpo_kernels.AdaptiveEntropy, reference.AdaptiveEntropy),
         (grpo_kernels.AdaptiveEntropy.update, reference.AdaptiveEntropy.update),
         *((getattr(grpo_kernels, name), getattr(reference, name)) for name in ADVANTAGES),

@@ -89,7 +89,7 @@ def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, we
     )
 
 
-@pytest.mark.parametrize("room", ["eager"], indirect=True)
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -98,7 +98,7 @@ def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, we
     ],
 )
 def test_fused_and_reference_losses_give_the_same_run(
-    tmp_path, weak_start, float64_models, room, flags
+    tmp_path, weak_start, float64_models, backend, flags
 ):
     flags = ["--steps", "3", *flags]
     assert tiny(tmp_path / "fused", *flags, impl="fused") == 0
@@ -194,10 +194,10 @@ def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
     assert ("pass@4" in summary["after"]) == ("--pass-at" in flags)
 
 
-@pytest.mark.parametrize("room", ["eager"], indirect=True)
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_trains(room, loss, impl, tmp_path, tiny_model, monkeypatch):
+def test_every_loss_trains(backend, loss, impl, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
     flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
     flags += ["--no-tensorboard", "--inner-iterations", "2", "--loss", loss]

@@ -26,22 +26,22 @@ def _floored(p: Softmax, log2_eps: float) -> Tensor:
 def approximate_kl_forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, W, normaliser, ref_normaliser) of every row of [B, T, V]; mask [B, T]."""
+    """(total, W, row_lse, ref_row_lse) of every row of [B, T, V]; mask [B, T]."""
     total = logits.new_zeros(mask.shape, dtype=dtype)
     weight = torch.zeros_like(total)
-    normaliser = logits.new_zeros((*mask.shape, 2), dtype=dtype)
-    ref_normaliser = torch.zeros_like(normaliser)
+    row_lse = logits.new_zeros((*mask.shape, 2), dtype=dtype)
+    ref_row_lse = torch.zeros_like(row_lse)
     scale = total.new_full((1, 1), LOG2E)
     buffers = thread_buffers(logits.device)
     for at in row_blocks(mask, logits.shape[-1]):
         p = Softmax.of(logits[at], scale, None, buffers, "policy")
         q = Softmax.of(ref_logits[at], scale, None, buffers, "reference")
-        normaliser[at], ref_normaliser[at] = p.normaliser, q.normaliser
+        row_lse[at], ref_row_lse[at] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
         total[at] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
         weight[at] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
-    return total, weight, normaliser, ref_normaliser
+    return total, weight, row_lse, ref_row_lse
 
 
 def approximate_kl_backward(
@@ -49,8 +49,8 @@ def approximate_kl_backward(
     ref_logits: Tensor,
     mask: Tensor,
     weight: Tensor,
-    normaliser: Tensor,
-    ref_normaliser: Tensor,
+    row_lse: Tensor,
+    ref_row_lse: Tensor,
     d_total: Tensor,
     log2_eps: float,
     d_logits: Tensor,
@@ -60,8 +60,8 @@ def approximate_kl_backward(
     clear(d_logits, ~mask)
     buffers = thread_buffers(logits.device)
     for at in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.again(logits[at], normaliser[at], scale, None, buffers, "policy")
-        again = ref_logits[at], ref_normaliser[at], scale, None, buffers, "reference"
+        p = Softmax.again(logits[at], row_lse[at], scale, None, buffers, "policy")
+        again = ref_logits[at], ref_row_lse[at], scale, None, buffers, "reference"
         q = Softmax.again(*again)
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_floored(p, log2_eps), 0.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...objective.token_gradients import Constants, loss_slopes
+from ...objective.token_gradients import LossInputs, token_gradients
 from ...workspace import thread_buffers
 from .softmax import LOG2E, Softmax, clear, row_blocks
 from .token_stats import RowWeights, write_gradient
@@ -23,13 +23,13 @@ def grpo_loss(
     temperature: Tensor,
     mask: Tensor | None,
     softcap: float | None,
-    constants: Constants,
+    loss_inputs: LossInputs,
     config: "LossConfig",
     d_logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of every row of logits [B, T, V], and its loss's gradient to d_logits.
 
-    d_logits [B, T, V] may be logits itself; the constants of a token are [B, T].
+    d_logits [B, T, V] may be logits itself; the loss_inputs of a token are [B, T].
     """
     V = logits.shape[-1]
     logprob = temperature.new_zeros(tokens.shape)
@@ -42,7 +42,7 @@ def grpo_loss(
         rows = logits[at]
         p = Softmax.of(rows, LOG2E * inverse, softcap, buffers, "policy")
         logprob[at], entropy[at] = p.logprob(tokens[at]), p.entropy()
-        slopes = loss_slopes(logprob[at], constants.at(at), config)
+        slopes = token_gradients(logprob[at], loss_inputs.at(at), config)
         wanted[at] = slopes.logprob != 0
         if slopes.entropy is not None:
             wanted[at] |= slopes.entropy != 0

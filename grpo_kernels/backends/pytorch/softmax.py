@@ -131,20 +131,20 @@ class Softmax(NamedTuple):
     def again(
         cls,
         rows: Tensor,
-        normaliser: Tensor,
+        row_lse: Tensor,
         scale: Tensor,
         softcap: float | None,
         buffers: Buffers,
         name: str,
     ) -> "Softmax":
-        """Of rows whose normaliser [n, 2] is known. e is not filled in: call exp2 where needed."""
+        """Of rows whose row_lse [n, 2] is known. e is not filled in: call exp2 where needed."""
         z, e, product = _three(rows, scale, buffers, name)
-        pivot, log_sum = normaliser.split(1, dim=-1)
+        pivot, log_sum = row_lse.split(1, dim=-1)
         z, _ = _difference(rows, pivot, scale, softcap, out=z)
         return cls(z, e, pivot, log_sum.exp2(), log_sum, product)
 
     @property
-    def normaliser(self) -> Tensor:
+    def row_lse(self) -> Tensor:
         return torch.cat((self.pivot, self.log_sum), dim=-1)
 
     def logprob(self, tokens: Tensor) -> Tensor:

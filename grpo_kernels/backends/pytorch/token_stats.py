@@ -20,30 +20,30 @@ def token_stats_forward(
     entropy: bool,
     kl: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """(logprob, entropy, kl, normaliser, ref_normaliser) of every row of logits [B, T, V].
+    """(logprob, entropy, kl, row_lse, ref_row_lse) of every row of logits [B, T, V].
 
-    temperature is [B, T] in the accumulation dtype; a normaliser [B, T, 2] is (pivot, log_sum).
+    temperature is [B, T] in the accumulation dtype; a row_lse [B, T, 2] is (pivot, log_sum).
     """
     V = logits.shape[-1]
     logprob = temperature.new_zeros(tokens.shape)
-    normaliser = temperature.new_zeros((*tokens.shape, 2))
+    row_lse = temperature.new_zeros((*tokens.shape, 2))
     entropy_value = torch.zeros_like(logprob) if entropy else None
     kl_value = torch.zeros_like(logprob) if kl else None
-    ref_normaliser = torch.zeros_like(normaliser) if kl else None
+    ref_row_lse = torch.zeros_like(row_lse) if kl else None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     buffers = thread_buffers(logits.device)
     for at in row_blocks(active, V):
         scale = LOG2E / temperature[at].unsqueeze(-1)
         p = Softmax.of(logits[at], scale, softcap, buffers, "policy")
         logprob[at] = p.logprob(tokens[at])
-        normaliser[at] = p.normaliser
+        row_lse[at] = p.row_lse
         if entropy:
             entropy_value[at] = p.entropy()
         if kl is not None:
             q = Softmax.of(ref_logits[at], scale, softcap, buffers, "reference")
             kl_value[at] = p.divergence(q) if kl == "reverse" else q.divergence(p)
-            ref_normaliser[at] = q.normaliser
-    return logprob, entropy_value, kl_value, normaliser, ref_normaliser
+            ref_row_lse[at] = q.row_lse
+    return logprob, entropy_value, kl_value, row_lse, ref_row_lse
 
 
 class RowWeights:
@@ -144,8 +144,8 @@ def token_stats_backward(
     temperature: Tensor,
     mask: Tensor | None,
     ref_logits: Tensor | None,
-    normaliser: Tensor,
-    ref_normaliser: Tensor | None,
+    row_lse: Tensor,
+    ref_row_lse: Tensor | None,
     entropy_value: Tensor | None,
     kl_value: Tensor | None,
     d_logprob: Tensor | None,
@@ -168,10 +168,10 @@ def token_stats_backward(
     for at in row_blocks(wanted, logits.shape[-1]):
         inverse = temperature[at].reciprocal().unsqueeze(-1)
         rows, scale, q = logits[at], LOG2E * inverse, None
-        p = Softmax.again(rows, normaliser[at], scale, softcap, buffers, "policy")
+        p = Softmax.again(rows, row_lse[at], scale, softcap, buffers, "policy")
         exp2(p.z, out=p.e)
         if d_kl is not None:
-            again = ref_logits[at], ref_normaliser[at], scale, softcap, buffers, "reference"
+            again = ref_logits[at], ref_row_lse[at], scale, softcap, buffers, "reference"
             q = Softmax.again(*again)
         weights = RowWeights(inverse, *(x if x is None else x[at] for x in of_token), kl)
         write_gradient(d_logits, at, p, q, weights, tokens, rows, softcap)

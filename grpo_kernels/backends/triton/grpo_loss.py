@@ -19,14 +19,14 @@ from .row_math import (
     LN2,
     LOG2E,
     importance_weight,
-    kl_slope,
+    kl_grad,
     ratio_of,
     row_offset,
     store_zeros,
-    surrogate_slope,
+    surrogate_grad,
     tile_offsets,
 )
-from .row_passes import row_statistics, walk_gradient, walk_statistics
+from .row_passes import accumulate_row_stats, row_statistics, store_row_gradient
 from .token_stats import row_counts, token_logit
 
 
@@ -45,18 +45,16 @@ def _log_prob_gradient(
         old = tl.load(old_ptr + row)
     ratio, d_ratio = ratio_of(logprob - old)
     advantage = tl.load(advantage_ptr + row)
-    slope = surrogate_slope(
-        logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE
-    )
+    grad = surrogate_grad(logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE)
     if sampling_ptr is not None:
         least = tl.load(settings_ptr + 4)
         most = tl.load(settings_ptr + 5)
         outside = tl.load(settings_ptr + 6)
-        slope *= importance_weight(old - tl.load(sampling_ptr + row), least, most, outside)
+        grad *= importance_weight(old - tl.load(sampling_ptr + row), least, most, outside)
     if ref_ptr is not None:
         d = logprob - tl.load(ref_ptr + row)
-        slope += beta * kl_slope(d, ratio, d_ratio, ESTIMATOR)
-    return slope * tl.load(weight_ptr + row)
+        grad += beta * kl_grad(d, ratio, d_ratio, ESTIMATOR)
+    return grad * tl.load(weight_ptr + row)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -85,7 +83,7 @@ def _grpo_loss_kernel(
     SURROGATE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -101,13 +99,13 @@ def _grpo_loss_kernel(
         store_zeros(d_row, offsets, 0, V, TILE)
         return
 
-    inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC)
+    inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE)
     scale = inverse * LOG2E
-    partial = walk_statistics(
+    partial = accumulate_row_stats(
         logits_row, logits_row, 0, V, scale,
-        True, "none", SOFTCAP, True, ACC, UNROLL, LANES, VEC,
+        True, "none", SOFTCAP, True, ACC_DTYPE, UNROLL, LANES, VEC,
     )  # fmt: skip
-    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC)
+    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
     logprob, entropy, _, pivot, log_sum, _, _ = row_statistics(
         partial, x_token, scale, True, "none"
     )
@@ -130,9 +128,9 @@ def _grpo_loss_kernel(
         return
     row_scalars = (scale, pivot, log_sum, scale, scale, weight, weight_log, weight_log)
     token = tl.load(tokens_ptr + row)
-    walk_gradient(
+    store_row_gradient(
         logits_row, logits_row, d_row, 0, V, token, d_logprob, row_scalars,
-        HAS_ENTROPY, "none", SOFTCAP, 1, ACC, UNROLL, LANES, VEC,
+        HAS_ENTROPY, "none", SOFTCAP, 1, ACC_DTYPE, UNROLL, LANES, VEC,
     )  # fmt: skip
 
 
@@ -144,12 +142,12 @@ def _scale_kernel(
     V,
     stride_x_b,
     stride_x_t,
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    factor = tl.load(factor_ptr).to(ACC)
+    factor = tl.load(factor_ptr).to(ACC_DTYPE)
     if factor == 1.0:
         return
     row = tl.program_id(0).to(tl.int64)
@@ -157,5 +155,5 @@ def _scale_kernel(
     offsets = tile_offsets(UNROLL, LANES, VEC)
     for start in range(0, V, UNROLL * LANES * VEC):
         at = start + offsets
-        x = tl.load(x_row + at, mask=at < V, other=0.0).to(ACC)
+        x = tl.load(x_row + at, mask=at < V, other=0.0).to(ACC_DTYPE)
         tl.store(x_row + at, x * factor, mask=at < V)

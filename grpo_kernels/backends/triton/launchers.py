@@ -24,7 +24,7 @@ from .token_stats import (
 
 if TYPE_CHECKING:
     from ...objective.config import LossConfig
-    from ...objective.token_gradients import Constants
+    from ...objective.token_gradients import LossInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED_MULTIPROCESSORS = 2  # so that property tests have few rows, and not few
@@ -51,7 +51,7 @@ def _parts(logits: Tensor, pick: RowLaunch) -> int:
 
 
 def _launch(
-    kernel, pick: RowLaunch, logits: Tensor, acc: torch.dtype, *arguments, parts=1, **constants
+    kernel, pick: RowLaunch, logits: Tensor, acc: torch.dtype, *arguments, parts=1, **loss_inputs
 ) -> None:
     """`parts` programs per row of logits [B, T, V], none if there are none."""
     programs = logits.shape[0] * logits.shape[1] * parts
@@ -62,8 +62,8 @@ def _launch(
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
         kernel[(programs,)](
             *arguments,
-            **constants,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            **loss_inputs,
+            ACC_DTYPE=tl.float64 if acc == torch.float64 else tl.float32,
             **{name: size for name, size in sizes.items() if name in kernel.arg_names},
             num_warps=pick.num_warps,
         )
@@ -83,18 +83,18 @@ def token_stats_forward(
     entropy: bool,
     kl: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """(logprob, entropy, kl, normaliser, ref_normaliser) of every row of logits [B, T, V].
+    """(logprob, entropy, kl, row_lse, ref_row_lse) of every row of logits [B, T, V].
 
-    temperature is [B, T] in the accumulation dtype; a normaliser [B, T, 2] is (pivot, log_sum).
+    temperature is [B, T] in the accumulation dtype; a row_lse [B, T, 2] is (pivot, log_sum).
     """
     logprob = temperature.new_empty(tokens.shape)
-    normaliser = temperature.new_empty((*tokens.shape, 2))
+    row_lse = temperature.new_empty((*tokens.shape, 2))
     outputs = (
         logprob,
         torch.empty_like(logprob) if entropy else None,
         torch.empty_like(logprob) if kl else None,
-        normaliser,
-        torch.empty_like(normaliser) if kl else None,
+        row_lse,
+        torch.empty_like(row_lse) if kl else None,
     )
     (_, T, V), pick = logits.shape, _pick("token_stats_forward", logits)
     parts, acc = _parts(logits, pick), temperature.dtype
@@ -127,8 +127,8 @@ def token_stats_backward(
     temperature: Tensor,
     mask: Tensor | None,
     ref_logits: Tensor | None,
-    normaliser: Tensor,
-    ref_normaliser: Tensor | None,
+    row_lse: Tensor,
+    ref_row_lse: Tensor | None,
     entropy_value: Tensor | None,
     kl_value: Tensor | None,
     d_logprob: Tensor | None,
@@ -151,8 +151,8 @@ def token_stats_backward(
         tokens,
         temperature,
         mask,
-        normaliser,
-        ref_normaliser,
+        row_lse,
+        ref_row_lse,
         entropy_value,
         kl_value,
         d_logprob,
@@ -207,13 +207,13 @@ def grpo_loss(
     temperature: Tensor,
     mask: Tensor | None,
     softcap: float | None,
-    constants: "Constants",
+    loss_inputs: "LossInputs",
     config: "LossConfig",
     d_logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of every row of logits [B, T, V], and its loss's gradient to d_logits.
 
-    d_logits [B, T, V] may be logits itself; the constants of a token are [B, T].
+    d_logits [B, T, V] may be logits itself; the loss_inputs of a token are [B, T].
     """
     logprob = temperature.new_empty(tokens.shape)
     entropy = torch.empty_like(logprob)
@@ -226,12 +226,12 @@ def grpo_loss(
         tokens,
         temperature,
         mask,
-        constants.advantage,
-        constants.weight,
-        constants.entropy_weight,
-        constants.old_logprob,
-        constants.ref_logprob if config.beta != 0 else None,
-        constants.sampling_logprob,
+        loss_inputs.advantage,
+        loss_inputs.weight,
+        loss_inputs.entropy_weight,
+        loss_inputs.old_logprob,
+        loss_inputs.ref_logprob if config.beta != 0 else None,
+        loss_inputs.sampling_logprob,
         _settings(config, temperature),
         logprob,
         entropy,
@@ -257,11 +257,11 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 def approximate_kl_forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, W, normaliser, ref_normaliser) of every row of [B, T, V]; mask [B, T]."""
+    """(total, W, row_lse, ref_row_lse) of every row of [B, T, V]; mask [B, T]."""
     total = logits.new_empty(mask.shape, dtype=dtype)
     weight = torch.empty_like(total)
-    normaliser = logits.new_empty((*mask.shape, 2), dtype=dtype)
-    ref_normaliser = torch.empty_like(normaliser)
+    row_lse = logits.new_empty((*mask.shape, 2), dtype=dtype)
+    ref_row_lse = torch.empty_like(row_lse)
     _launch(
         _approximate_kl_forward_kernel,
         _pick("approximate_kl_forward", logits),
@@ -272,14 +272,14 @@ def approximate_kl_forward(
         mask,
         total,
         weight,
-        normaliser,
-        ref_normaliser,
+        row_lse,
+        ref_row_lse,
         *logits.shape[1:],
         *_row_strides(logits),
         *_row_strides(ref_logits),
         LOG2_EPS=log2_eps,
     )
-    return total, weight, normaliser, ref_normaliser
+    return total, weight, row_lse, ref_row_lse
 
 
 def approximate_kl_backward(
@@ -287,8 +287,8 @@ def approximate_kl_backward(
     ref_logits: Tensor,
     mask: Tensor,
     weight: Tensor,
-    normaliser: Tensor,
-    ref_normaliser: Tensor,
+    row_lse: Tensor,
+    ref_row_lse: Tensor,
     d_total: Tensor,
     log2_eps: float,
     d_logits: Tensor,
@@ -303,8 +303,8 @@ def approximate_kl_backward(
         ref_logits,
         mask,
         weight,
-        normaliser,
-        ref_normaliser,
+        row_lse,
+        ref_row_lse,
         d_total,
         d_logits,
         *logits.shape[1:],

@@ -43,18 +43,20 @@ def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row_ptr, offsets, V, TAIL: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr):
-    """A tile of one row in ACC; only the tail can reach past the end, and finds -inf there.
+def load_tile(
+    row_ptr, offsets, V, TAIL: tl.constexpr, ACC_DTYPE: tl.constexpr, EVICT_LAST: tl.constexpr
+):
+    """A tile of one row in ACC_DTYPE; only the tail can reach past the end, and finds -inf there.
 
-    KEEP: it will be read again, so that the L2 should rather let go of something else.
+    EVICT_LAST: it will be read again, so that the L2 should rather let go of something else.
     """
-    POLICY: tl.constexpr = "evict_last" if KEEP else ""
+    POLICY: tl.constexpr = "evict_last" if EVICT_LAST else ""
     if TAIL:
         inside = offsets < V
         x = tl.load(row_ptr + offsets, mask=inside, other=-float("inf"), eviction_policy=POLICY)
     else:
         x = tl.load(row_ptr + offsets, eviction_policy=POLICY)
-    return x.to(ACC)
+    return x.to(ACC_DTYPE)
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def floored(z):
 
 
 @triton.jit
-def moved(moment, S, shift, drift):
+def rescale_moment(moment, S, shift, drift):
     """Σ 2^(z + shift) · (w + drift) from moment = Σ 2^z · w and S = Σ 2^z.
 
     This is how every moment follows its pivot: w and drift are z and shift for U, and the
@@ -127,7 +129,7 @@ def softmax_update(m, S, U, x, scale, HAS_MOMENT: tl.constexpr):
     z = floored((x - m_new[None, :, None]) * scale)
     e = tl.exp2(z)
     if HAS_MOMENT:
-        U = moved(U, S, shift, shift) + tile_sum(e * z)
+        U = rescale_moment(U, S, shift, shift) + tile_sum(e * z)
     S = tl.exp2(shift) * S + tile_sum(e)
     return m_new, S, U, z, e, shift
 
@@ -177,7 +179,7 @@ def importance_weight(log_weight, floor, cap, outside):
 
 
 @triton.jit
-def surrogate_slope(
+def surrogate_grad(
     logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE: tl.constexpr
 ):
     """d/d(logprob) of a policy term.
@@ -191,39 +193,39 @@ def surrogate_slope(
         falling = (ratio >= lowest) & (ratio <= cap)
         rising = ratio <= highest
         inside = tl.where(advantage < 0, falling, rising)
-        slope = tl.where(inside, -advantage, 0.0) * d_ratio
+        grad = tl.where(inside, -advantage, 0.0) * d_ratio
     elif SURROGATE == "sapo":
         odds = tl.exp2(tl.where(advantage > 0, highest, lowest) * (1.0 - ratio) * LOG2E)
         gate = 1.0 / (1.0 + odds)
-        slope = -advantage * 4.0 * gate * (1.0 - gate) * d_ratio
+        grad = -advantage * 4.0 * gate * (1.0 - gate) * d_ratio
     elif SURROGATE == "score":
-        slope = -advantage * at_most(at_least(ratio, lowest), cap)
+        grad = -advantage * at_most(at_least(ratio, lowest), cap)
     else:
         tl.static_assert(SURROGATE == "dppo")
         shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
         inside = tl.where(advantage > 0, shift <= highest, shift >= lowest)
-        slope = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
-    return slope
+        grad = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
+    return grad
 
 
 @triton.jit
-def kl_slope(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
+def kl_grad(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
     """d/d(logprob) of an estimate of the KL from d = logprob - ref_logprob.
 
     k1: d    k2: d²/2    k3: e^(-d) - 1 + d, with d at least -20    k3+: of k3's value and k2's
-    slope    k3_corrected: r·k3    abs: |d|
+    grad    k3_corrected: r·k3    abs: |d|
     """
     if ESTIMATOR == "k1":
-        slope = d * 0.0 + 1.0
+        grad = d * 0.0 + 1.0
     elif ESTIMATOR == "abs":
-        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+        grad = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     elif ESTIMATOR == "k2" or ESTIMATOR == "k3+":
-        slope = d
+        grad = d
     else:
         least = tl.maximum(d, -MAX_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
         odds = tl.exp2(-least * LOG2E)
-        slope = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
+        grad = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
         if ESTIMATOR == "k3_corrected":  # r·d where nothing saturates: two terms in e^(-d) cancel
-            product_rule = ratio * slope + d_ratio * (odds - 1.0 + least)
-            slope = tl.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
-    return slope
+            product_rule = ratio * grad + d_ratio * (odds - 1.0 + least)
+            grad = tl.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
+    return grad

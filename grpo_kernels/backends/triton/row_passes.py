@@ -14,7 +14,7 @@ from .row_math import (
     divergence,
     floored,
     load_tile,
-    moved,
+    rescale_moment,
     softcapped,
     softcapped_derivative,
     softmax_merge,
@@ -25,14 +25,14 @@ from .row_math import (
 
 
 @triton.jit
-def empty_partial(LANES: tl.constexpr, ACC: tl.constexpr):
-    lowest = tl.full([LANES], LOWEST, ACC)
-    zero = tl.zeros([LANES], ACC)
+def empty_partial(LANES: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    lowest = tl.full([LANES], LOWEST, ACC_DTYPE)
+    zero = tl.zeros([LANES], ACC_DTYPE)
     return lowest, zero, zero, lowest, zero, zero
 
 
 @triton.jit
-def _absorb(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
+def update_partials(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     """The partial after tiles x, policy, and y, reference."""
     m, S, U, m_ref, S_ref, D = partial
     m_new, S_new, U, z, e, shift = softmax_update(m, S, U, x, scale, HAS_ENTROPY)
@@ -41,10 +41,10 @@ def _absorb(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
             m_ref, S_ref, S_ref, y, scale, False
         )
         if KL == "reverse":
-            D = moved(D, S, shift, shift - shift_ref)
+            D = rescale_moment(D, S, shift, shift - shift_ref)
             D += tile_sum(e * (z - z_ref))
         else:
-            D = moved(D, S_ref, shift_ref, shift_ref - shift)
+            D = rescale_moment(D, S_ref, shift_ref, shift_ref - shift)
             D += tile_sum(e_ref * (z_ref - z))
         S_ref = S_ref_new
     return m_new, S_new, U, m_ref, S_ref, D
@@ -64,43 +64,43 @@ def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     S_ref = S_ref_a
     D = D_a
     if HAS_ENTROPY:
-        U = moved(U_a, S_a, shift_a, shift_a) + moved(U_b, S_b, shift_b, shift_b)
+        U = rescale_moment(U_a, S_a, shift_a, shift_a) + rescale_moment(U_b, S_b, shift_b, shift_b)
     if KL != "none":
         m_ref = tl.maximum(m_ref_a, m_ref_b)
         ref_a = floored((m_ref_a - m_ref) * scale)
         ref_b = floored((m_ref_b - m_ref) * scale)
         S_ref = tl.exp2(ref_a) * S_ref_a + tl.exp2(ref_b) * S_ref_b
         if KL == "reverse":
-            D = moved(D_a, S_a, shift_a, shift_a - ref_a)
-            D += moved(D_b, S_b, shift_b, shift_b - ref_b)
+            D = rescale_moment(D_a, S_a, shift_a, shift_a - ref_a)
+            D += rescale_moment(D_b, S_b, shift_b, shift_b - ref_b)
         else:
-            D = moved(D_a, S_ref_a, ref_a, ref_a - shift_a)
-            D += moved(D_b, S_ref_b, ref_b, ref_b - shift_b)
+            D = rescale_moment(D_a, S_ref_a, ref_a, ref_a - shift_a)
+            D += rescale_moment(D_b, S_ref_b, ref_b, ref_b - shift_b)
     return m, S, U, m_ref, S_ref, D
 
 
 @triton.jit
-def walk_statistics(
+def accumulate_row_stats(
     logits_row, ref_row, begin, end, scale,
-    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr,
-    ACC: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, EVICT_LAST: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The partial of entries [begin, end); KEEP asks the caches to hold them for a second walk."""
+    """The partial of entries [begin, end); EVICT_LAST: keep them cached."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    partial = empty_partial(LANES, ACC)
+    partial = empty_partial(LANES, ACC_DTYPE)
     whole = begin + (end - begin) // TILE * TILE
     for TAIL in tl.static_range(2):
         for start in range(begin + TAIL * (whole - begin), whole + TAIL * (end - whole), TILE):
             at = start + offsets
-            x = load_tile(logits_row, at, end, TAIL, ACC, KEEP)
+            x = load_tile(logits_row, at, end, TAIL, ACC_DTYPE, EVICT_LAST)
             y = x
             if KL != "none":
-                y = load_tile(ref_row, at, end, TAIL, ACC, KEEP)
+                y = load_tile(ref_row, at, end, TAIL, ACC_DTYPE, EVICT_LAST)
             if SOFTCAP is not None:
                 x = softcapped(x, SOFTCAP)
                 y = softcapped(y, SOFTCAP)
-            partial = _absorb(partial, x, y, scale, HAS_ENTROPY, KL)
+            partial = update_partials(partial, x, y, scale, HAS_ENTROPY, KL)
     return partial
 
 
@@ -116,16 +116,16 @@ def row_statistics(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.co
     ref_pivot = pivot
     ref_log_sum = log_sum
     if HAS_ENTROPY:
-        row_U = tl.sum(moved(U, S, shift, shift), axis=0)
+        row_U = tl.sum(rescale_moment(U, S, shift, shift), axis=0)
         entropy = (log_sum - row_U / row_S) * LN2
     if KL != "none":
         ref_pivot, row_S_ref, shift_ref = softmax_merge(m_ref, S_ref, scale)
         ref_log_sum = tl.log2(row_S_ref)
         if KL == "reverse":
-            row_D = tl.sum(moved(D, S, shift, shift - shift_ref), axis=0)
+            row_D = tl.sum(rescale_moment(D, S, shift, shift - shift_ref), axis=0)
             kl = divergence(row_D, row_S, log_sum, ref_log_sum)
         else:
-            row_D = tl.sum(moved(D, S_ref, shift_ref, shift_ref - shift), axis=0)
+            row_D = tl.sum(rescale_moment(D, S_ref, shift_ref, shift_ref - shift), axis=0)
             kl = divergence(row_D, row_S_ref, ref_log_sum, log_sum)
     return logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum
 
@@ -163,38 +163,40 @@ def entry_gradient(
 
 
 @triton.jit
-def walk_gradient(
+def store_row_gradient(
     logits_row, ref_row, d_row, begin, end, token, one_hot, row_scalars,
     HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr,
-    AGAIN: tl.constexpr,  # 1: the row was walked before; 0
-    ACC: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    REVERSE_ORDER: tl.constexpr,  # 1: the row was walked before; 0
+    ACC_DTYPE: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Write dx of entries [begin, end) to d_row, which may be logits_row.
 
     The token's own entry is written once more after the walk, with its one-hot term: in the loop
-    that would cost a comparison and a selection per entry. Walking AGAIN, it goes backwards: the
-    row's end is what the caches saw last.
+    that would cost a comparison and a selection per entry. REVERSE_ORDER goes backwards: caches
+    hold the end of the row.
     """
     TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
     # Its logits are read before any thread of the loop, working in place, overwrites them.
     here = (token >= begin) & (token < end)
-    x_token = tl.load(logits_row + token, mask=here, other=0.0).to(ACC)
-    y_token = tl.load(ref_row + token, mask=here, other=0.0).to(ACC)
+    x_token = tl.load(logits_row + token, mask=here, other=0.0).to(ACC_DTYPE)
+    y_token = tl.load(ref_row + token, mask=here, other=0.0).to(ACC_DTYPE)
     tl.debug_barrier()
 
     whole = begin + (end - begin) // TILE * TILE
-    for TAIL in tl.static_range(AGAIN, 2 - 3 * AGAIN, 1 - 2 * AGAIN):  # 0, 1, or 1, 0
+    for TAIL in tl.static_range(
+        REVERSE_ORDER, 2 - 3 * REVERSE_ORDER, 1 - 2 * REVERSE_ORDER
+    ):  # 0, 1, or 1, 0
         first = begin + TAIL * (whole - begin)
         last = whole + TAIL * (end - whole)
         for start in range(first, last, TILE):
             at = start + offsets
-            if AGAIN and not TAIL:
+            if REVERSE_ORDER and not TAIL:
                 at = first + last - TILE - start + offsets
-            x = load_tile(logits_row, at, end, TAIL, ACC, False)
+            x = load_tile(logits_row, at, end, TAIL, ACC_DTYPE, False)
             y = x
             if KL != "none":
-                y = load_tile(ref_row, at, end, TAIL, ACC, False)
+                y = load_tile(ref_row, at, end, TAIL, ACC_DTYPE, False)
             dx = entry_gradient(x, y, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
             if TAIL:
                 tl.store(d_row + at, dx, mask=at < end)

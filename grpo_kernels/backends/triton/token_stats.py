@@ -25,11 +25,11 @@ import triton.language as tl
 
 from .row_math import LN2, LOG2E, row_offset, softcapped, store_zeros, tile_offsets
 from .row_passes import (
+    accumulate_row_stats,
     empty_partial,
     merge_partials,
     row_statistics,
-    walk_gradient,
-    walk_statistics,
+    store_row_gradient,
 )
 
 
@@ -43,31 +43,31 @@ def row_counts(mask_ptr, row):
 
 
 @triton.jit
-def _scale(temperature_ptr, row, stride_temperature, ACC: tl.constexpr):
+def _scale(temperature_ptr, row, stride_temperature, ACC_DTYPE: tl.constexpr):
     """As the gradient has it, to the last bit."""
-    return 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC) * LOG2E
+    return 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE) * LOG2E
 
 
 @triton.jit
 def _store_zero_statistics(
-    row, logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, ACC: tl.constexpr
+    row, logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, ACC_DTYPE: tl.constexpr
 ):
     """The results of a masked row."""
     tl.store(logprob_ptr + row, 0.0)
-    tl.store(normaliser_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC))
+    tl.store(row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, 0.0)
     if kl_ptr is not None:
         tl.store(kl_ptr + row, 0.0)
-        tl.store(ref_normaliser_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC))
+        tl.store(ref_row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
 
 
 @triton.jit
-def token_logit(logits_row, tokens_ptr, row, V, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+def token_logit(logits_row, tokens_ptr, row, V, SOFTCAP: tl.constexpr, ACC_DTYPE: tl.constexpr):
     """The token's logit after the softcap; NaN for an id outside [0, V)."""
     token = tl.load(tokens_ptr + row)
     in_range = (token >= 0) & (token < V)
-    x = tl.load(logits_row + token, mask=in_range, other=float("nan")).to(ACC)
+    x = tl.load(logits_row + token, mask=in_range, other=float("nan")).to(ACC_DTYPE)
     if SOFTCAP is not None:
         x = softcapped(x, SOFTCAP)
     return x
@@ -76,21 +76,21 @@ def token_logit(logits_row, tokens_ptr, row, V, SOFTCAP: tl.constexpr, ACC: tl.c
 @triton.jit
 def _store_statistics(
     row, partial, x_token, scale,
-    logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, KL: tl.constexpr
+    logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, KL: tl.constexpr
 ):  # fmt: skip
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum = row_statistics(
         partial, x_token, scale, HAS_ENTROPY, KL
     )
     tl.store(logprob_ptr + row, logprob)
-    tl.store(normaliser_ptr + 2 * row, pivot)
-    tl.store(normaliser_ptr + 2 * row + 1, log_sum)
+    tl.store(row_lse_ptr + 2 * row, pivot)
+    tl.store(row_lse_ptr + 2 * row + 1, log_sum)
     if HAS_ENTROPY:
         tl.store(entropy_ptr + row, entropy)
     if KL != "none":
         tl.store(kl_ptr + row, kl)
-        tl.store(ref_normaliser_ptr + 2 * row, ref_pivot)
-        tl.store(ref_normaliser_ptr + 2 * row + 1, ref_log_sum)
+        tl.store(ref_row_lse_ptr + 2 * row, ref_pivot)
+        tl.store(ref_row_lse_ptr + 2 * row + 1, ref_log_sum)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -103,8 +103,8 @@ def _token_stats_forward_kernel(
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]; None: not wanted
     kl_ptr,  # [N]; None without KL
-    normaliser_ptr,  # [N, 2]: pivot, log_sum
-    ref_normaliser_ptr,  # [N, 2]; None without KL
+    row_lse_ptr,  # [N, 2]: pivot, log_sum
+    ref_row_lse_ptr,  # [N, 2]; None without KL
     T,
     V,
     stride_logits_b,
@@ -114,7 +114,7 @@ def _token_stats_forward_kernel(
     stride_temperature,
     KL: tl.constexpr,  # "none", "forward" or "reverse"
     SOFTCAP: tl.constexpr,  # a constant of the model; None: no cap
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PART: tl.constexpr,  # entries
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -124,26 +124,26 @@ def _token_stats_forward_kernel(
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     if not row_counts(mask_ptr, row):
         _store_zero_statistics(
-            row, logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, ACC
+            row, logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, ACC_DTYPE
         )
         return
 
-    scale = _scale(temperature_ptr, row, stride_temperature, ACC)
+    scale = _scale(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = logits_row
     if KL != "none":
         ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
-    partial = empty_partial(LANES, ACC)
+    partial = empty_partial(LANES, ACC_DTYPE)
     for begin in range(0, V, PART):
-        part = walk_statistics(
+        part = accumulate_row_stats(
             logits_row, ref_row, begin, min(begin + PART, V), scale,
-            HAS_ENTROPY, KL, SOFTCAP, False, ACC, UNROLL, LANES, VEC,
+            HAS_ENTROPY, KL, SOFTCAP, False, ACC_DTYPE, UNROLL, LANES, VEC,
         )  # fmt: skip
         partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL)
-    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC)
+    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
     _store_statistics(
         row, partial, x_token, scale,
-        logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, KL,
+        logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, KL,
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def _token_stats_part_kernel(
     HAS_ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PART: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -176,15 +176,15 @@ def _token_stats_part_kernel(
     if not row_counts(mask_ptr, row):
         return
 
-    scale = _scale(temperature_ptr, row, stride_temperature, ACC)
+    scale = _scale(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = logits_row
     if KL != "none":
         ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
     begin = (program % parts).to(tl.int32) * PART
-    partial = walk_statistics(
+    partial = accumulate_row_stats(
         logits_row, ref_row, begin, min(begin + PART, V), scale,
-        HAS_ENTROPY, KL, SOFTCAP, False, ACC, UNROLL, LANES, VEC,
+        HAS_ENTROPY, KL, SOFTCAP, False, ACC_DTYPE, UNROLL, LANES, VEC,
     )  # fmt: skip
     lanes = partials_ptr + program * (6 * LANES) + tl.arange(0, LANES)
     for i in tl.static_range(6):
@@ -201,8 +201,8 @@ def _token_stats_merge_kernel(
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]; None: not wanted
     kl_ptr,  # [N]; None without KL
-    normaliser_ptr,  # [N, 2]: pivot, log_sum
-    ref_normaliser_ptr,  # [N, 2]; None without KL
+    row_lse_ptr,  # [N, 2]: pivot, log_sum
+    ref_row_lse_ptr,  # [N, 2]; None without KL
     T,
     V,
     parts,
@@ -211,20 +211,20 @@ def _token_stats_merge_kernel(
     stride_temperature,
     KL: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     if not row_counts(mask_ptr, row):
         _store_zero_statistics(
-            row, logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, ACC
+            row, logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, ACC_DTYPE
         )
         return
 
-    scale = _scale(temperature_ptr, row, stride_temperature, ACC)
+    scale = _scale(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    partial = empty_partial(LANES, ACC)
+    partial = empty_partial(LANES, ACC_DTYPE)
     lanes = partials_ptr + row * parts * (6 * LANES) + tl.arange(0, LANES)
     for _ in range(0, parts):
         part = (
@@ -233,17 +233,17 @@ def _token_stats_merge_kernel(
         )  # fmt: skip
         partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL)
         lanes += 6 * LANES
-    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC)
+    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
     _store_statistics(
         row, partial, x_token, scale,
-        logprob_ptr, entropy_ptr, kl_ptr, normaliser_ptr, ref_normaliser_ptr, KL,
+        logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr, KL,
     )  # fmt: skip
 
 
 @triton.jit
 def _row_weights(
     row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr,
-    KL: tl.constexpr, ACC: tl.constexpr
+    KL: tl.constexpr, ACC_DTYPE: tl.constexpr
 ):  # fmt: skip
     """The upstream gradients of a row as weights of its entries; inverse is 1 / temperature.
 
@@ -256,14 +256,14 @@ def _row_weights(
     weight_log = inverse * 0.0
     weight_kl = inverse * 0.0
     if d_logprob_ptr is not None:
-        d_logprob = inverse * tl.load(d_logprob_ptr + row).to(ACC)
+        d_logprob = inverse * tl.load(d_logprob_ptr + row).to(ACC_DTYPE)
     weight = -d_logprob
     if d_entropy_ptr is not None:
-        d_entropy = inverse * tl.load(d_entropy_ptr + row).to(ACC)
+        d_entropy = inverse * tl.load(d_entropy_ptr + row).to(ACC_DTYPE)
         weight -= d_entropy * tl.load(entropy_ptr + row)
         weight_log = -d_entropy * LN2
     if KL != "none":
-        weight_kl = inverse * tl.load(d_kl_ptr + row).to(ACC)
+        weight_kl = inverse * tl.load(d_kl_ptr + row).to(ACC_DTYPE)
         if KL == "forward":
             weight += weight_kl
         else:
@@ -279,8 +279,8 @@ def _token_stats_backward_kernel(
     tokens_ptr,  # [N]
     temperature_ptr,  # [N], or [1] with stride 0
     mask_ptr,  # [N]; None: every token counts
-    normaliser_ptr,  # [N, 2]: pivot, log_sum
-    ref_normaliser_ptr,  # [N, 2]; None without d_kl
+    row_lse_ptr,  # [N, 2]: pivot, log_sum
+    ref_row_lse_ptr,  # [N, 2]; None without d_kl
     entropy_ptr,  # [N]; None without d_entropy
     kl_ptr,  # [N]; None without d_kl
     d_logprob_ptr,  # [N]; None: zero
@@ -299,7 +299,7 @@ def _token_stats_backward_kernel(
     stride_temperature,
     KL: tl.constexpr,  # "none", "forward" or "reverse"
     SOFTCAP: tl.constexpr,  # a constant of the model; None: no cap
-    ACC: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PART: tl.constexpr,  # entries
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -314,9 +314,9 @@ def _token_stats_backward_kernel(
     HAS_ENTROPY: tl.constexpr = d_entropy_ptr is not None
     d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
 
-    inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC)
+    inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE)
     d_logprob, weight, weight_log, weight_kl = _row_weights(
-        row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr, KL, ACC
+        row, inverse, entropy_ptr, kl_ptr, d_logprob_ptr, d_entropy_ptr, d_kl_ptr, KL, ACC_DTYPE
     )
     active = (d_logprob != 0) | (weight_log != 0) | (weight_kl != 0)
     if not (active & row_counts(mask_ptr, row)):
@@ -330,15 +330,15 @@ def _token_stats_backward_kernel(
     ref_log_sum = inverse
     if KL != "none":
         ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
-        ref_pivot = tl.load(ref_normaliser_ptr + 2 * row)
-        ref_log_sum = tl.load(ref_normaliser_ptr + 2 * row + 1)
-    pivot = tl.load(normaliser_ptr + 2 * row)
-    log_sum = tl.load(normaliser_ptr + 2 * row + 1)
+        ref_pivot = tl.load(ref_row_lse_ptr + 2 * row)
+        ref_log_sum = tl.load(ref_row_lse_ptr + 2 * row + 1)
+    pivot = tl.load(row_lse_ptr + 2 * row)
+    log_sum = tl.load(row_lse_ptr + 2 * row + 1)
     row_scalars = (
         inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, weight_log, weight_kl,
     )  # fmt: skip
     token = tl.load(tokens_ptr + row)
-    walk_gradient(
+    store_row_gradient(
         logits_row, ref_row, d_row, begin, end, token, d_logprob, row_scalars,
-        HAS_ENTROPY, KL, SOFTCAP, 0, ACC, UNROLL, LANES, VEC,
+        HAS_ENTROPY, KL, SOFTCAP, 0, ACC_DTYPE, UNROLL, LANES, VEC,
     )  # fmt: skip

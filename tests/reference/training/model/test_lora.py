@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_kernels import backends as rows
+from grpo_kernels.backends import use
 from grpo_kernels.integrations import transformers as fused
 from reference.training.errors import UserError
 from reference.training.model import load as models
@@ -20,7 +20,7 @@ RANK = 4
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
     """The kernels have their own tests; interpreted, they would take minutes here."""
-    monkeypatch.setattr(rows, "HAS_TRITON", False)
+    use("pytorch")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.helpers.learner import (
 )
 
 # On the CPU the kernels are interpreted, which is slow, and these tests are not about them.
-EAGER = pytest.mark.parametrize("room", ["eager"], indirect=True)
+EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 # All but those that rank the tokens which they are given.
 OF_PARTS = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
 
@@ -60,7 +60,7 @@ def test_micro_batches_tell_of_the_whole_batch(loss):
         {"top_entropy": 0.3, "entropy_coef": 0.1, "inner_iterations": 2},
     ],
 )
-def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(room, loss, extra):
+def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend, loss, extra):
     changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
     if loss == "clip_covariance":  # all of them: which ones is otherwise left to chance
         changes |= {"clip_cov": 1.0, "clip_cov_low": 0.01}
@@ -117,7 +117,9 @@ def test_groups_without_signal_stay_where_something_else_reads_them(settings):
 )
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo"])
 @pytest.mark.parametrize("top_entropy", [None, 0.3])
-def test_the_denominators_are_those_that_the_loss_takes_by_itself(room, forward, loss, top_entropy):
+def test_the_denominators_are_those_that_the_loss_takes_by_itself(
+    backend, forward, loss, top_entropy
+):
     learner, answers = make_learner(
         forward, loss=loss, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
     )

@@ -1,0 +1,58 @@
+"""What goes into the row functions of a backend, and what comes out.
+
+A row is the logits of one token. Rows are laid out as [B, T, V]: packed input is one long sequence,
+B = 1. Rows may be strided; their entries are contiguous.
+
+    token_stats_forward(rows, *, entropy) -> RowStats
+    token_stats_backward(rows, stats, grads, d_logits)
+        writes every row's gradient to d_logits [B, T, V], which may be rows.logits itself
+    grpo_loss(rows, loss_inputs, config, d_logits) -> (logprob, entropy)
+        a token-level loss: its gradient goes to d_logits, which may be rows.logits itself
+    approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
+    approximate_kl_backward(logits, ref_logits, mask, saved, d_total, log2_eps, d_logits)
+    scale_(x, factor)
+        multiplies x [B, T, V] in place; a factor of 1 touches nothing
+
+Masked rows are not read. Their statistics and gradients are exactly 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowInputs(NamedTuple):
+    """Rows of logits and what is asked of each."""
+
+    logits: Tensor  # [B, T, V]
+    tokens: Tensor  # [B, T], int64
+    temperature: Tensor  # [B, T], in the accumulation dtype; its last stride may be 0
+    mask: Tensor | None  # [B, T], bool; None counts every row
+    ref_logits: Tensor | None  # [B, T, V]; None without kl
+    softcap: float | None
+    kl: str | None  # "forward", "reverse" or None
+
+
+class RowStats(NamedTuple):
+    """Statistics of rows; None where they were not asked for.
+
+    A row's log-sum-exp is kept in two parts, so that it costs no precision: row_lse[..., 0] is the
+    maximum m of the capped logits before the temperature, row_lse[..., 1] the base-2 logarithm of
+    the sum of exp((logits - m) / temperature).
+    """
+
+    logprob: Tensor  # [B, T], in the accumulation dtype, like all of them
+    entropy: Tensor | None  # [B, T]
+    kl: Tensor | None  # [B, T]
+    row_lse: Tensor  # [B, T, 2]
+    ref_row_lse: Tensor | None  # [B, T, 2], of the reference policy's row
+
+    def map(self, function) -> "RowStats":
+        """Apply a function to every tensor that is there."""
+        return RowStats(*(x if x is None else function(x) for x in self))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 tensors, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,100 @@
+"""Argument checks: four primitives that format every error message.
+
+A message names the argument, what is expected, and what was passed. The rule itself stands beside
+the function whose argument it checks. Shapes, dtypes and settings are always checked. The values of
+a tensor are checked only where `values_are_readable`: on a GPU, reading them would wait for the
+device.
+"""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def expect_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def expect_number(
+    name: str,
+    value: object,
+    *,
+    integer: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """A finite number within bounds. A bool is not a number."""
+    if not isinstance(value, Integral if integer else Real) or isinstance(value, bool):
+        kind = "an integer" if integer else "a number"
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    for holds, text, bound in (
+        (at_least is None or value >= at_least, "at least", at_least),
+        (above is None or value > above, "greater than", above),
+        (at_most is None or value <= at_most, "at most", at_most),
+        (below is None or value < below, "less than", below),
+    ):
+        if not holds:
+            raise ValueError(f"{name} must be {text} {bound}, got {value}")
+
+
+def expect_tensor(
+    name: str,
+    value: object,
+    *,
+    floating: bool = False,
+    shape: tuple[int, ...] | None = None,
+    dims: Collection[int] | None = None,
+    layout: str = "",
+    device_of: Tensor | None = None,
+) -> None:
+    """A tensor, and what else is asked of it.
+
+    Args:
+        floating: it must be floating point.
+        shape: it must have exactly this shape.
+        dims: it must have one of these numbers of dimensions; `layout` describes them in the
+            message, as in "[B, T, V] or packed [N, V]".
+        device_of: it must be on the device of this tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if dims is not None and value.dim() not in dims:
+        raise ValueError(f"{name} must be {layout}, got {shape_of(value)}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {shape_of(value)}")
+    if device_of is not None and value.device != device_of.device:
+        raise ValueError(f"{name} must be on {device_of.device}, got {value.device}")
+
+
+def expect_finite(name: str, tensor: Tensor) -> None:
+    if values_are_readable(tensor) and not tensor.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether reading values costs nothing: eagerly on the CPU, never under torch.compile."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Bool or 0/1, of the shape of the tokens; None counts every token."""
+    if mask is None:
+        return
+    expect_tensor("mask", mask, shape=shape)
+    readable = mask.dtype != torch.bool and values_are_readable(mask)
+    if readable and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be bool or hold only 0 and 1")
