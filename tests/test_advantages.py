@@ -1,4 +1,4 @@
-"""Advantages of groups: the laws that all obey, the twin, wrong arguments."""
+"""Advantages of groups: the laws that all obey, the reference implementation, wrong arguments."""
 
 from functools import partial
 from itertools import product

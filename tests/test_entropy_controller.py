@@ -31,7 +31,7 @@ def test_the_trajectory_by_hand(losses):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 3), max_size=30), st.floats(0, 3), st.integers(0, 30))
-def test_the_twins_agree_and_a_saved_run_goes_on_where_it_stopped(measured, target, stop):
+def test_implementations_agree_and_a_saved_run_continues(measured, target, stop):
     bounds = {"step": 0.05, "minimum": 0.02, "maximum": 0.4}
     ours, theirs = (side.AdaptiveEntropy(target, coef=0.1, **bounds) for side in SIDES)
     for n, entropy in enumerate(measured):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grpo_kernels
-from reference import losses as reference
+from reference import losses
 from tests.helpers.loss_configs import SAMPLED, loss_configs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -220,7 +220,7 @@ def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
     if name in OBJECTIVES:
         per_token = {"temperature": arguments.get("temperature", 1.0)}
         per_token["softcap"] = arguments.get("softcap")
-        logprob = reference.token_stats(logits.double(), tokens, **per_token).logprob
+        logprob = losses.token_stats(logits.double(), tokens, **per_token).logprob
         arguments |= _objective(draw, name, numbers, shape, acc, logprob)
         estimator = arguments["config"].kl_estimator
         over_vocabulary = None if estimator in SAMPLED else estimator

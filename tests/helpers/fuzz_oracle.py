@@ -16,7 +16,7 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels.objective.ratios import MAX_LOG_RATIO
 from grpo_kernels.objective.sequences import spread_to_tokens
-from reference import losses as reference
+from reference import losses
 from tests.helpers.fuzz_cases import LOGITS, OBJECTIVES, Call, Numbers, laid_out, log_size
 
 MARGIN = 8
@@ -68,7 +68,7 @@ def exact_results(call: Call, numbers: Numbers | None = None, eps: float = 0.0) 
         for name, value in call.arguments.items()
     }
     if "config" in arguments:
-        arguments["config"] = reference.LossConfig(**asdict(arguments["config"]))
+        arguments["config"] = losses.LossConfig(**asdict(arguments["config"]))
     leaves = {name: arguments[name].clone().requires_grad_() for name in call.leaves}
     arguments |= leaves
     if arguments.get("softcap") is None:  # else a common offset would cost the oracle digits
@@ -76,7 +76,7 @@ def exact_results(call: Call, numbers: Numbers | None = None, eps: float = 0.0) 
     name = call.name
     if numbers is not None:
         name, arguments = _moved(call, arguments, numbers, eps)
-    output = getattr(reference, name)(**arguments)
+    output = getattr(losses, name)(**arguments)
     if numbers is not None and name == "approximate_kl_divergence":
         output = _without_rest(output, call)
     return _with_gradients(output, call.upstream, leaves)
@@ -209,7 +209,7 @@ def _with_ties(call: Call, arguments: dict, eps: float) -> dict[str, float]:
     x, temperature = arguments["logits"].detach(), arguments.get("temperature", 1.0)
     keep = torch.ones(call.shape, dtype=torch.bool) if call.mask is None else call.mask != 0
     tokens = torch.where(keep, arguments["tokens"], 0)
-    stats = reference.token_stats(x, tokens, temperature=temperature)
+    stats = losses.token_stats(x, tokens, temperature=temperature)
     entropy, logprob = (each[keep].sort().values for each in (stats.entropy, stats.logprob))
     rounding, found = 64 * eps * log_size(x.shape[-1]), {}
     if config.top_entropy is not None and (entropy.diff() < rounding).any():
@@ -266,7 +266,7 @@ def _logprob(call: Call) -> Tensor:
         each: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for each, x in given.items()
     }
-    return getattr(reference, name)(**wide).logprob
+    return getattr(losses, name)(**wide).logprob
 
 
 def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Numbers) -> Tensor:

@@ -1,14 +1,14 @@
-"""What the tests with numbers from plain Python share: both twins, and one way to call them."""
+"""Checks against numbers from plain Python, for the package and its reference implementation."""
 
 import pytest
 import torch
 
 import grpo_kernels
-from reference import losses as reference
+from reference import losses
 
-TWINS = pytest.mark.parametrize(
-    "twin",
-    [pytest.param(reference, id="reference"), pytest.param(grpo_kernels, id="package")],
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(losses, id="reference"), pytest.param(grpo_kernels, id="package")],
 )
 
 
@@ -20,7 +20,9 @@ def close(expected):
     return pytest.approx(expected, rel=1e-11, abs=1e-14)
 
 
-def evaluate(twin, log_ratio, advantages, *, old=-2.0, sampling=None, call=None, **fields):
+def evaluate(
+    implementation, log_ratio, advantages, *, old=-2.0, sampling=None, call=None, **fields
+):
     """(loss, its derivatives in the log-probs [B][T], metrics) of tokens by their log-ratios.
 
     Unless `fields` say otherwise, the loss is the mean over sequences of the sum of token terms.
@@ -38,7 +40,7 @@ def evaluate(twin, log_ratio, advantages, *, old=-2.0, sampling=None, call=None,
     keywords = {"old_logprob": before, **(call or {})}
     if sampling is not None:
         keywords["sampling_logprob"] = before - torch.atleast_2d(f64(sampling))
-    config = twin.LossConfig(**{"aggregation": "sequence_sum_mean", **fields})
-    loss, metrics = twin.policy_loss(logprob, advantages, config=config, **keywords)
+    config = implementation.LossConfig(**{"aggregation": "sequence_sum_mean", **fields})
+    loss, metrics = implementation.policy_loss(logprob, advantages, config=config, **keywords)
     loss.backward()
     return loss.item(), logprob.grad.tolist(), {name: x.item() for name, x in metrics.items()}

@@ -3,7 +3,7 @@
 import torch
 
 from grpo_kernels import backends as rows
-from reference import losses as reference
+from reference import losses
 from tests.helpers.tensors import normal, token_ids
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -68,7 +68,7 @@ def exact_linear_results(case, upstream, leaves=LEAVES, **keywords):
     case = {name: doubled(value) for name, value in case.items()}
     keywords = {name: doubled(value) for name, value in keywords.items()}
     upstream = {name: doubled(value) for name, value in upstream.items()}
-    return linear_results(reference.linear_token_stats, case, upstream, leaves, **keywords)
+    return linear_results(losses.linear_token_stats, case, upstream, leaves, **keywords)
 
 
 def relative_error(ours, exact):
@@ -78,7 +78,7 @@ def relative_error(ours, exact):
 def check_linear(function, case, upstream, leaves=LEAVES, **keywords):
     """A linear_token_stats against the reference in fp64, under the tolerance rule; our results."""
     ours = linear_results(function, case, upstream, leaves, **keywords)
-    same_dtype = linear_results(reference.linear_token_stats, case, upstream, leaves, **keywords)
+    same_dtype = linear_results(losses.linear_token_stats, case, upstream, leaves, **keywords)
     exact = exact_linear_results(case, upstream, leaves, **keywords)
     assert ours.keys() == exact.keys()
     for name, value in ours.items():

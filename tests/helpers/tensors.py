@@ -3,7 +3,7 @@
 import torch
 
 from grpo_kernels import token_stats
-from reference import losses as reference
+from reference import losses
 from tests.helpers.tolerance import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -62,13 +62,13 @@ def exact_results(logits, tokens, upstream, **keywords):
 
     keywords = {name: double(value) for name, value in keywords.items()}
     upstream = {name: double(value) for name, value in upstream.items()}
-    return results(reference.token_stats, logits.double(), tokens, upstream, **keywords)
+    return results(losses.token_stats, logits.double(), tokens, upstream, **keywords)
 
 
 def check_against_oracle(logits, tokens, upstream, **keywords):
     """token_stats against the reference, in fp64 and in the dtype of the logits; our results."""
     ours = results(token_stats, logits, tokens, upstream, **keywords)
-    same_dtype = results(reference.token_stats, logits, tokens, upstream, **keywords)
+    same_dtype = results(losses.token_stats, logits, tokens, upstream, **keywords)
     exact = exact_results(logits, tokens, upstream, **keywords)
     assert ours.keys() == exact.keys()
     for name, value in ours.items():

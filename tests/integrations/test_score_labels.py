@@ -213,9 +213,9 @@ def test_a_forward_put_on_the_model_before_or_after_is_kept():
 def test_a_copy_has_parameters_of_its_own_and_no_patch():
     model, (ids, _) = make("llama"), make_batch()
     with score_labels(model):
-        twin = copy.deepcopy(model)
-        torch.nn.init.zeros_(twin.lm_head.weight)
-        output = twin(ids, labels=ids)
+        other = copy.deepcopy(model)
+        torch.nn.init.zeros_(other.lm_head.weight)
+        output = other(ids, labels=ids)
     assert output.logits.eq(0).all() and not model.lm_head.weight.eq(0).any()
 
 

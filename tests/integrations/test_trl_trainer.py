@@ -137,13 +137,13 @@ def test_scores_and_gradients_are_those_of_the_tempered_logits():
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer, temperature=0.7), batch()
     found = score(trainer, ids, attention, batch_size=2, compute_entropy=True)
     assert found[2] is None and all(each.dtype == torch.float32 for each in found[:2])
-    twin = make_llama().double()
-    expected = exact_scores(twin, ids, attention, 0.7)
+    exact_model = make_llama().double()
+    expected = exact_scores(exact_model, ids, attention, 0.7)
     (found[0].sum() - 3 * found[1].sum()).backward()
     (expected[0].sum() - 3 * expected[1].sum()).backward()
     for ours_, exact in zip(found[:2], expected, strict=True):
         torch.testing.assert_close(ours_.double(), exact, rtol=1e-5, atol=1e-5)
-    for one, other in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+    for one, other in zip(trainer.model.parameters(), exact_model.parameters(), strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
     logprobs, entropies, _ = score(trainer, ids, attention)
     assert entropies is None

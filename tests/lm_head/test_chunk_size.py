@@ -13,7 +13,7 @@ from grpo_kernels.lm_head.chunk_size import (
     bytes_per_token,
     plan_chunk,
 )
-from reference import losses as reference
+from reference import losses
 from tests.helpers.tensors import coin, normal
 
 LLAMA = {"V": 128_256, "H": 2048}
@@ -89,7 +89,7 @@ def test_pack_tokens_orders_by_signal_then_mask(shape, kind):
     }[kind]
     keywords = {"cu_seqlens": cu_seqlens} if kind == "per sequence" else {}
     ours = pack_tokens(mask, advantages, **keywords)
-    expected = reference.pack_tokens(mask, advantages, **keywords)
+    expected = losses.pack_tokens(mask, advantages, **keywords)
     assert torch.equal(ours.order, expected.order)
     assert torch.equal(ours.counts, expected.counts)
     assert ours.counts.sum() == mask.sum()

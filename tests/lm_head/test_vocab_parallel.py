@@ -18,7 +18,7 @@ from grpo_kernels.lm_head.vocab_parallel import (
     local_ids,
     merge_shards,
 )
-from reference import losses as reference
+from reference import losses
 from tests.helpers.tensors import exact_results, make_case, normal, results, upstream_like
 from tests.helpers.tolerance import assert_as_accurate
 
@@ -94,7 +94,7 @@ def test_merged_shards_are_the_whole_row(
     ours = shard_results(logits, tokens, sizes, 0.7, given, **keywords)
     keywords["temperature"] = 0.7
     exact = exact_results(logits, tokens, given, **keywords)
-    same_dtype = results(reference.token_stats, logits, tokens, given, **keywords)
+    same_dtype = results(losses.token_stats, logits, tokens, given, **keywords)
     assert ours.keys() == exact.keys()
     for name, value in ours.items():
         assert_as_accurate(name, value, same_dtype[name], exact[name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
-from reference import losses as reference
+from reference import losses
 
 
 def test_named_constructors_are_points_of_the_table_and_keywords_override():
@@ -33,7 +33,7 @@ def test_named_constructors_are_points_of_the_table_and_keywords_override():
 
 def test_config_is_frozen_hashable_and_has_the_reference_defaults():
     config = LossConfig()
-    assert asdict(config) == asdict(reference.LossConfig())
+    assert asdict(config) == asdict(losses.LossConfig())
     assert hash(config) == hash(LossConfig())
     with pytest.raises(AttributeError):
         config.beta = 0.1

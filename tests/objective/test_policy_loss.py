@@ -10,7 +10,7 @@ from grpo_kernels.checks import objective as checks_of_objective
 from grpo_kernels.objective.aggregation import AGGREGATIONS
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss, prepare_loss_inputs
 from grpo_kernels.objective.token_gradients import token_gradients
-from reference import losses as reference
+from reference import losses
 from tests.helpers.loss_configs import SAMPLED, loss_configs, per_token_configs
 from tests.helpers.tensors import normal
 
@@ -79,7 +79,7 @@ def test_loss_metrics_and_gradients_equal_the_reference(config, seed, per_token,
     if normalized:
         keywords |= {"normalizer": 11, "entropy_normalizer": torch.tensor(17)}
     ours = run(policy_loss, logprob, advantages, inputs, **keywords)
-    theirs = run(reference.policy_loss, logprob, advantages, inputs, **keywords)
+    theirs = run(losses.policy_loss, logprob, advantages, inputs, **keywords)
     assert_same(ours, theirs)
 
 
@@ -95,7 +95,7 @@ def test_packed_equals_the_reference_and_the_padded_batch(config, seed, per_sequ
         packed_advantages = advantages
     arguments = (logprob[keep], packed_advantages, pack(inputs, keep))
     ours = run(policy_loss, *arguments, config=config, cu_seqlens=cu_seqlens)
-    assert_same(ours, run(reference.policy_loss, *arguments, config=config, cu_seqlens=cu_seqlens))
+    assert_same(ours, run(losses.policy_loss, *arguments, config=config, cu_seqlens=cu_seqlens))
     loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
     assert_same(ours, (loss, metrics, {name: grad[keep] for name, grad in grads.items()}))
 
@@ -159,7 +159,7 @@ def test_what_lies_under_the_mask_has_no_effect(config, seed, garbage):
         return x.masked_fill(drop, garbage)
 
     spoiled = {k: v if k == "mask" else spoil(v) for k, v in inputs.items()}
-    for function in (policy_loss, reference.policy_loss):
+    for function in (policy_loss, losses.policy_loss):
         dirty = run(function, spoil(logprob), spoil(advantages), spoiled, config=config)
         assert_same(dirty, clean)
         assert all((grad[drop] == 0).all() for grad in dirty[2].values())
@@ -207,7 +207,7 @@ def test_nothing_to_learn_from_gives_zero_loss_and_gradient(aggregation, shape, 
         beta=0.1,
         entropy_coef=0.1,
     )
-    for function in (policy_loss, reference.policy_loss):
+    for function in (policy_loss, losses.policy_loss):
         logprob = torch.full(shape, float("nan"), requires_grad=True)
         output = function(
             logprob,

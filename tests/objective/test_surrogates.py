@@ -1,11 +1,11 @@
-"""Every surrogate and importance weight: numbers from plain Python, for both twins."""
+"""Every surrogate and importance weight: numbers from plain Python, for both implementations."""
 
 import math
 
 import pytest
 import torch
 
-from tests.helpers.hand_formulas import TWINS, close, evaluate
+from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate
 
 e, ln = math.exp, math.log
 
@@ -34,7 +34,7 @@ CISPO = {"surrogate": "cispo", "ratio_cap": 1.5}
 TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("fields", "log_ratio", "advantage", "loss", "slope"),
     [
@@ -68,37 +68,39 @@ TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
         (dppo(epsilon_low=0.08), -1.0, 2.0, 6 * e(-1), -2 * e(-1)),
     ],
 )
-def test_one_token(twin, fields, log_ratio, advantage, loss, slope):
-    ours = evaluate(twin, [log_ratio], [advantage], **fields)
+def test_one_token(implementation, fields, log_ratio, advantage, loss, slope):
+    ours = evaluate(implementation, [log_ratio], [advantage], **fields)
     assert ours[0] == close(loss)
     assert ours[1] == [close([slope])]
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     "surrogate", ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo"]
 )
-def test_on_policy_every_slope_is_that_of_the_policy_gradient(twin, surrogate):
+def test_on_policy_every_slope_is_that_of_the_policy_gradient(implementation, surrogate):
     fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo") else {}
     call = {"old_logprob": None}
     for advantage in (2.0, -2.0):
-        _, slopes, _ = evaluate(twin, [0.7], [advantage], surrogate=surrogate, call=call, **fields)
+        _, slopes, _ = evaluate(
+            implementation, [0.7], [advantage], surrogate=surrogate, call=call, **fields
+        )
         assert slopes == [close([-advantage])]
 
 
 # One sequence of two tokens, and a masked one that holds something else
 
 
-def of_sequence(twin, log_ratio, advantages, **keywords):
+def of_sequence(implementation, log_ratio, advantages, **keywords):
     call = {"mask": torch.tensor([[1, 1, 0]])}
-    return evaluate(twin, [*log_ratio, 50.0], [*advantages, 50.0], call=call, **keywords)
+    return evaluate(implementation, [*log_ratio, 50.0], [*advantages, 50.0], call=call, **keywords)
 
 
 LOW = {"surrogate": "gmpo", "epsilon_low": 0.4}
 HIGH = {"surrogate": "gmpo", "epsilon_high": 0.4}
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("level", "fields", "log_ratio", "loss", "slopes"),
     [
@@ -116,13 +118,15 @@ HIGH = {"surrogate": "gmpo", "epsilon_high": 0.4}
         ("sequence_token", CISPO, (1.1, 0.3), 1.5 * (0.9 + 5.1), (-1.5, -4.5)),
     ],
 )
-def test_ratio_levels_with_the_advantages_1_and_3(twin, level, fields, log_ratio, loss, slopes):
-    ours = of_sequence(twin, log_ratio, (1, 3), ratio_level=level, **fields)
+def test_ratio_levels_with_the_advantages_1_and_3(
+    implementation, level, fields, log_ratio, loss, slopes
+):
+    ours = of_sequence(implementation, log_ratio, (1, 3), ratio_level=level, **fields)
     assert ours[0] == close(loss)
     assert ours[1] == [close([*slopes, 0])]
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("fields", "log_ratio", "advantages", "loss", "slopes"),
     [
@@ -136,9 +140,9 @@ def test_ratio_levels_with_the_advantages_1_and_3(twin, level, fields, log_ratio
     ],
 )
 def test_gmpo_clips_log_ratios_and_takes_their_mean(
-    twin, fields, log_ratio, advantages, loss, slopes
+    implementation, fields, log_ratio, advantages, loss, slopes
 ):
-    ours = of_sequence(twin, log_ratio, advantages, **fields)
+    ours = of_sequence(implementation, log_ratio, advantages, **fields)
     assert ours[0] == close(loss)
     assert ours[1] == [close([*slopes, 0])]
 
@@ -147,7 +151,7 @@ def phi(log_w, k, rate):
     return e(rate + k * log_w - rate * e(log_w))
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("log_ratio", "advantages", "log_w", "sampling", "fields"),
     [
@@ -163,7 +167,7 @@ def phi(log_w, k, rate):
         ((9.0, 10.0), (2, 2), 19 + ln(1e-8) - 0.5, (1.5, -0.5), {"importance_mode": "mask"}),
     ],
 )
-def test_vespo(twin, log_ratio, advantages, log_w, sampling, fields):
+def test_vespo(implementation, log_ratio, advantages, log_w, sampling, fields):
     loss_inputs = {"k_positive": 2, "lambda_positive": 3, "k_negative": 3, "lambda_negative": 2}
     loss_inputs |= {name: fields[name] for name in fields if name in loss_inputs}
     positive, negative = list(loss_inputs.values())[:2], list(loss_inputs.values())[2:]
@@ -171,7 +175,9 @@ def test_vespo(twin, log_ratio, advantages, log_w, sampling, fields):
     slopes = [-w * a for w, a in zip(weights, advantages, strict=True)]
     loss = sum(slope * (x - 2) for slope, x in zip(slopes, log_ratio, strict=True))
     sampling = None if sampling is None else [*sampling, 7.0]
-    ours = of_sequence(twin, log_ratio, advantages, surrogate="vespo", sampling=sampling, **fields)
+    ours = of_sequence(
+        implementation, log_ratio, advantages, surrogate="vespo", sampling=sampling, **fields
+    )
     assert ours[0] == close(loss)
     assert ours[1] == [close([*slopes, 0])]
     assert ours[2]["vespo/phi_seq_mean"] == close(sum(weights) / 2)
@@ -184,7 +190,7 @@ MASK = {"importance_mode": "mask"}
 SEQUENCE = {"importance_level": "sequence"}
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("fields", "log_weights", "weights"),
     [
@@ -206,9 +212,9 @@ SEQUENCE = {"importance_level": "sequence"}
     ],
 )
 @pytest.mark.parametrize("surrogate", ["clip", "ratio", "gmpo"])
-def test_importance_weights(twin, surrogate, fields, log_weights, weights):
+def test_importance_weights(implementation, surrogate, fields, log_weights, weights):
     ours = of_sequence(
-        twin, (0, 0), (1, 1), sampling=[*log_weights, 9.0], surrogate=surrogate, **fields
+        implementation, (0, 0), (1, 1), sampling=[*log_weights, 9.0], surrogate=surrogate, **fields
     )
     slopes = (sum(weights) / 2,) * 2 if surrogate == "gmpo" else weights  # each moves the mean
     assert ours[0] == close(-sum(weights))

@@ -1,11 +1,11 @@
-"""Which tokens the filters keep, KL-Cov's term and the metrics, by hand, for both twins."""
+"""Token filters, KL-Cov and the metrics against values by hand, in both implementations."""
 
 import math
 
 import pytest
 import torch
 
-from tests.helpers.hand_formulas import TWINS, close, evaluate, f64
+from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate, f64
 
 e, ln = math.exp, math.log
 
@@ -13,7 +13,7 @@ e, ln = math.exp, math.log
 # The off-policy mask: sequences of two tokens, the last one masked
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(
     ("distances", "advantages", "threshold", "kept"),
@@ -25,13 +25,13 @@ e, ln = math.exp, math.log
         ((-0.5, -0.1), (-1, -1), -0.31, (0, 0)),
     ],
 )
-def test_off_policy_mask(twin, sampled, distances, advantages, threshold, kept):
+def test_off_policy_mask(implementation, sampled, distances, advantages, threshold, kept):
     """The distance is from the sampler's log-prob, or from the old one where there is none."""
     old_distance = (0.0, 0.0) if sampled else distances
     sampling = [-d for d in distances] + [9.0] if sampled else None  # old - sampling
     fields = {"surrogate": "ratio", "importance_cap": None, "off_policy_threshold": threshold}
     _, slopes, metrics = evaluate(
-        twin,
+        implementation,
         [*(-d for d in old_distance), -9.0],
         [*advantages, -1.0],
         sampling=sampling,
@@ -46,7 +46,7 @@ def test_off_policy_mask(twin, sampled, distances, advantages, threshold, kept):
 # Top entropy
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("fraction", "kept"),
     [
@@ -57,14 +57,14 @@ def test_off_policy_mask(twin, sampled, distances, advantages, threshold, kept):
     ],
 )
 @pytest.mark.parametrize("normalizer", [None, 10])
-def test_top_entropy(twin, fraction, kept, normalizer):
+def test_top_entropy(implementation, fraction, kept, normalizer):
     """Quantiles of 1, 3, 5, 2, 4: the 0.6 quantile is 3.4, the 0.5 quantile is 3."""
     entropies = [1.0, 3.0, 5.0, 2.0, 4.0]
     entropy = f64([[*entropies, 99.0]]).requires_grad_()
     call = {"mask": torch.tensor([[1, 1, 1, 1, 1, 0]]), "entropy": entropy}
     call |= {"normalizer": 1, "entropy_normalizer": normalizer} if normalizer else {}
     fields = {"surrogate": "ratio", "top_entropy": fraction, "entropy_coef": 0.3}
-    loss, slopes, metrics = evaluate(twin, [0.0] * 6, [2.0] * 6, call=call, **fields)
+    loss, slopes, metrics = evaluate(implementation, [0.0] * 6, [2.0] * 6, call=call, **fields)
     # A given count is of all tokens: the chosen ones' mean then weighs as these 5 do among them.
     count = sum(kept) * (normalizer / 5 if normalizer else 1)
     bonus = sum(h * k for h, k in zip(entropies, kept, strict=True)) / count
@@ -83,14 +83,14 @@ LOGPROBS = [-1.0, -3.0, 0.0, -4.0, -2.0, -2.0]
 COVARIANCES = [3.0, 3.0, 2.0, 2.0, 0.0, 0.0]
 
 
-def of_covariances(twin, log_ratio=(0.0,) * 6, **fields):
+def of_covariances(implementation, log_ratio=(0.0,) * 6, **fields):
     old = [p - x for p, x in zip(LOGPROBS, log_ratio, strict=True)]
     call = {"mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0]])}
     keywords = {"old": [*old, -50.0], "call": call, **fields}
-    return evaluate(twin, [*log_ratio, 9.0], [*ADVANTAGES, 70.0], **keywords)
+    return evaluate(implementation, [*log_ratio, 9.0], [*ADVANTAGES, 70.0], **keywords)
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("low", "high", "log_ratio", "dropped"),
     [
@@ -102,23 +102,23 @@ def of_covariances(twin, log_ratio=(0.0,) * 6, **fields):
         (1.0, 5.0, (0.5, 0.5, -0.5, -0.5, 0.0, 0.0), (1, 2)),
     ],
 )  # fmt: skip
-def test_clip_cov_drops_every_candidate_if_it_may(twin, low, high, log_ratio, dropped):
-    _, whole, _ = of_covariances(twin, log_ratio)
+def test_clip_cov_drops_every_candidate_if_it_may(implementation, low, high, log_ratio, dropped):
+    _, whole, _ = of_covariances(implementation, log_ratio)
     _, slopes, metrics = of_covariances(
-        twin, log_ratio, clip_cov=1.0, clip_cov_low=low, clip_cov_high=high
+        implementation, log_ratio, clip_cov=1.0, clip_cov_low=low, clip_cov_high=high
     )
     expected = [0 if i in dropped else slope for i, slope in enumerate(whole[0])]
     assert slopes == [close(expected)]
     assert metrics["filters/kept_mean"] == close(1 - len(dropped) / 6)
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(("fraction", "count"), [(1e-4, 1), (0.3, 1), (0.34, 2), (0.5, 3)])
-def test_clip_cov_draws_its_share_at_random(twin, fraction, count):
+def test_clip_cov_draws_its_share_at_random(implementation, fraction, count):
     torch.manual_seed(0)
     drawn = torch.zeros(7)
     for _ in range(200):
-        _, slopes, _ = of_covariances(twin, surrogate="reinforce", clip_cov=fraction)
+        _, slopes, _ = of_covariances(implementation, surrogate="reinforce", clip_cov=fraction)
         zero = torch.tensor(slopes[0]) == 0
         zero[-1] = False  # the masked one
         assert zero.sum() == count
@@ -128,14 +128,16 @@ def test_clip_cov_draws_its_share_at_random(twin, fraction, count):
     assert ((drawn[:4] - expected).abs() < 35).all()  # five standard deviations of a fair draw
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(("fraction", "count"), [(1e-4, 1), (0.5, 1), (0.7, 2), (1.0, 3)])
-def test_kl_cov_adds_to_the_tokens_of_largest_covariance(twin, fraction, count):
+def test_kl_cov_adds_to_the_tokens_of_largest_covariance(implementation, fraction, count):
     """Covariances, of mean A = 0 and mean logprob = -2: 4.5, 1.5, 0; the term is 0.5·|l|."""
     call = {"mask": torch.tensor([[1, 1, 1, 0]]), "old_logprob": f64([[-0.25, -3.5, -2.5, 0.0]])}
     keywords = {"surrogate": "reinforce", "kl_cov": fraction, "kl_cov_coef": 0.5, "call": call}
     advantages, logprobs, log_ratio = [3.0, -3.0, 0.0], [-0.5, -2.5, -3.0], [-0.25, 1.0, -0.5]
-    loss, slopes, _ = evaluate(twin, [1.5, -0.5, -1.0, 5.0], [*advantages, 9.0], **keywords)
+    loss, slopes, _ = evaluate(
+        implementation, [1.5, -0.5, -1.0, 5.0], [*advantages, 9.0], **keywords
+    )
     expected = [-a for a in advantages]
     for i in range(count):
         expected[i] += math.copysign(0.5, log_ratio[i])
@@ -145,8 +147,8 @@ def test_kl_cov_adds_to_the_tokens_of_largest_covariance(twin, fraction, count):
     assert slopes == [close([*expected, 0])]
 
 
-@TWINS
-def test_kl_cov_is_neither_weighted_nor_filtered_and_flat_at_zero(twin):
+@IMPLEMENTATIONS
+def test_kl_cov_is_neither_weighted_nor_filtered_and_flat_at_zero(implementation):
     entropy = f64([[1.0, 2.0]])
     keywords = {
         "surrogate": "ratio",
@@ -156,7 +158,7 @@ def test_kl_cov_is_neither_weighted_nor_filtered_and_flat_at_zero(twin):
     }
     for log_ratio, slope in [(0.3, 1.0), (0.0, 0.0), (-0.3, -1.0)]:
         loss, slopes, metrics = evaluate(
-            twin, [log_ratio, 0.0], [1.0, 1.0], sampling=[ln(3), ln(1.5)], **keywords
+            implementation, [log_ratio, 0.0], [1.0, 1.0], sampling=[ln(3), ln(1.5)], **keywords
         )
         assert slopes == [close([slope, -1.5])]
         assert loss == metrics["policy_loss"] == close(abs(log_ratio) - 1.5)
@@ -172,7 +174,7 @@ THREE = {
 }
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -185,9 +187,9 @@ THREE = {
         ({"surrogate": "dppo", "ratio_cap": 9.0, "epsilon_high": 0.05}, {"high_mean": 1 / 3}),
     ],
 )
-def test_clip_ratios(twin, fields, expected):
+def test_clip_ratios(implementation, fields, expected):
     """The sequences' ratios are e^0.25 and e^0.5; the third sequence has no token."""
-    _, _, metrics = evaluate(twin, **THREE, **fields)
+    _, _, metrics = evaluate(implementation, **THREE, **fields)
     for name, value in expected.items():
         assert metrics[f"clip_ratio/{name}"] == close(value), name
     assert ("cispo_clip_ratio" in metrics) == (fields.get("surrogate") == "cispo")
@@ -201,19 +203,22 @@ def test_clip_ratios(twin, fields, expected):
     assert metrics["ratio_mean"] == close(ratios[fields.get("ratio_level", "token")])
 
 
-@TWINS
-def test_low_min_is_the_least_share_of_a_sequence(twin):
+@IMPLEMENTATIONS
+def test_low_min_is_the_least_share_of_a_sequence(implementation):
     log_ratio = [[-0.5, -0.5], [-0.5, 0.0], [9.0, 9.0]]
     _, _, metrics = evaluate(
-        twin, log_ratio, [[-1.0, -1.0]] * 3, call={"mask": torch.tensor([[1, 1], [1, 1], [0, 0]])}
+        implementation,
+        log_ratio,
+        [[-1.0, -1.0]] * 3,
+        call={"mask": torch.tensor([[1, 1], [1, 1], [0, 0]])},
     )
     assert metrics["clip_ratio/low_min"] == close(0.5)
     assert metrics["clip_ratio/low_mean"] == close(0.75)
 
 
-@TWINS
-def test_vespo_weight_is_averaged_over_sequences(twin):
-    _, _, metrics = evaluate(twin, **THREE, surrogate="vespo")
+@IMPLEMENTATIONS
+def test_vespo_weight_is_averaged_over_sequences(implementation):
+    _, _, metrics = evaluate(implementation, **THREE, surrogate="vespo")
     weights = [e(3 + 2 * 0.5 - 3 * e(0.5)), e(2 + 3 * 0.5 - 2 * e(0.5))]
     assert metrics["vespo/phi_seq_mean"] == close(sum(weights) / 2)
 
@@ -221,7 +226,7 @@ def test_vespo_weight_is_averaged_over_sequences(twin):
 # Packed tokens without boundaries
 
 
-@TWINS
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     "fields",
     [
@@ -234,8 +239,8 @@ def test_vespo_weight_is_averaged_over_sequences(twin):
         {"importance_level": "sequence"},
     ],
 )
-def test_packed_tokens_need_boundaries_wherever_sequences_matter(twin, fields):
-    config = twin.LossConfig(**{"aggregation": "token_mean", **fields})
+def test_packed_tokens_need_boundaries_wherever_sequences_matter(implementation, fields):
+    config = implementation.LossConfig(**{"aggregation": "token_mean", **fields})
     tokens = torch.zeros(3)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        twin.policy_loss(tokens, tokens, sampling_logprob=tokens, config=config)
+        implementation.policy_loss(tokens, tokens, sampling_logprob=tokens, config=config)

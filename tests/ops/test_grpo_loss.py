@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_kernels import LossConfig, grpo_loss, policy_loss, token_stats
-from reference import losses as reference
+from reference import losses
 from tests.helpers.loss_configs import loss_configs
 from tests.helpers.tensors import coin, make_case, normal
 
@@ -68,8 +68,10 @@ def run(function, logits, tokens, advantages, scale=1.0, **keywords):
 def check_against_reference(logits, tokens, advantages, config, **keywords):
     case = (logits, tokens, advantages, 1.7)
     loss, metrics, gradient = run(grpo_loss, *case, config=config, **keywords)
-    twin = reference.LossConfig(**asdict(config))
-    exact_loss, exact_metrics, exact = run(reference.grpo_loss, *case, config=twin, **keywords)
+    reference_config = losses.LossConfig(**asdict(config))
+    exact_loss, exact_metrics, exact = run(
+        losses.grpo_loss, *case, config=reference_config, **keywords
+    )
     tight = {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(loss, exact_loss, **tight)
     torch.testing.assert_close(gradient, exact, **tight)

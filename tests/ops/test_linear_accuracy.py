@@ -10,7 +10,7 @@ from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
 from grpo_kernels.lm_head import chunk_size as chunks
 from grpo_kernels.lm_head import matmul as head
-from reference import losses as reference
+from reference import losses
 from tests.helpers.linear import relative_error
 from tests.helpers.tensors import normal, token_ids
 
@@ -37,7 +37,7 @@ def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
         return stats, torch.autograd.grad(total, leaves)
 
     exact, exact_gradients = results(
-        reference, *(each.detach().double().requires_grad_() for each in (hidden, weight))
+        losses, *(each.detach().double().requires_grad_() for each in (hidden, weight))
     )
     ours, gradients = results(grpo_kernels, hidden, weight)
     errors = {

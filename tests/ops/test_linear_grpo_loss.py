@@ -11,7 +11,7 @@ import grpo_kernels
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
 from grpo_kernels.ops import linear_grpo_loss as operators
 from grpo_kernels.ops import linear_token_stats as statistics_operators
-from reference import losses as reference
+from reference import losses
 from tests.helpers.linear import make_linear_case, relative_error
 from tests.helpers.loss_configs import loss_configs
 from tests.helpers.tensors import assert_same_bits, coin, normal
@@ -54,7 +54,7 @@ def run(module, case, advantages, scale=1.0, **keywords):
 
 def check_against_reference(case, advantages, **keywords):
     loss, metrics, gradients = run(grpo_kernels, case, advantages, 1.7, **keywords)
-    exact_loss, exact_metrics, exact = run(reference, case, advantages, 1.7, **keywords)
+    exact_loss, exact_metrics, exact = run(losses, case, advantages, 1.7, **keywords)
     tight = {"rtol": 1e-9, "atol": 1e-11}
     torch.testing.assert_close(loss, exact_loss, **tight)
     torch.testing.assert_close(gradients, exact, **tight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats
-from reference import losses as reference
+from reference import losses
 from tests.helpers.linear import (
     check_linear,
     linear_results,
@@ -62,7 +62,7 @@ def test_a_common_offset_of_the_logits_costs_what_fp32_rounds_away(backend):
     logits = (case["hidden"] @ case["weight"].T + (case["bias"] + 1e4)).double()
     case["bias"] = case["bias"] + 1e4
     ours = linear_token_stats(**case)
-    exact = reference.token_stats(logits, case["tokens"])
+    exact = losses.token_stats(logits, case["tokens"])
     assert (ours.entropy - exact.entropy).abs().max() < 1e-5
     assert (ours.logprob - exact.logprob).abs().max() < 1e-5
 
@@ -130,7 +130,7 @@ def test_gradients_far_below_the_range_of_fp16_survive(backend):
     loss, _ = linear_grpo_loss(hidden, leaf, tokens, **keywords)
     (scale * loss).backward()
     wide = weight.double().requires_grad_()
-    exact, _ = reference.linear_grpo_loss(hidden.double(), wide, tokens, **keywords)
+    exact, _ = losses.linear_grpo_loss(hidden.double(), wide, tokens, **keywords)
     (scale * exact).backward()
     assert relative_error(leaf.grad, wide.grad) < 8e-3
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-from reference import losses as reference
+from reference import losses
 from reference.losses import (
     LossConfig,
     grpo_loss,
@@ -213,7 +213,7 @@ def test_grpo_loss_is_policy_loss_of_token_stats(estimator):
         **heat,
     )
     ref_logprob = token_stats(ref_logits, tokens, mask=mask, **heat).logprob
-    expected = reference.policy_loss(
+    expected = losses.policy_loss(
         stats.logprob,
         advantages,
         ref_logprob=ref_logprob if estimator == "k3" else None,
@@ -282,15 +282,15 @@ def test_functional_has_the_values_and_gradients_of_mini_grpo(seed, masked):
         entries = entries * mask[..., None]
     pair = (ref_logits, new_logits, mask)
     for ours, theirs in [
-        (reference.entropy_from_logits(new_logits, mask, detach=False), entropy),
-        (reference.cross_entropy_from_logits(*pair), cross_entropy),
+        (losses.entropy_from_logits(new_logits, mask, detach=False), entropy),
+        (losses.cross_entropy_from_logits(*pair), cross_entropy),
         (
-            reference.kl_divergence(*pair),
+            losses.kl_divergence(*pair),
             cross_entropy - mini_mean(-(p * p.log()).sum(-1), mask),
         ),
-        (reference.approximate_kl_divergence(*pair, 0.1), entries.mean()),
-        (reference.approximate_kl_divergence(*pair, 0.1, "sum"), entries.sum()),
-        (reference.approximate_kl_divergence(*pair, 0.1, "none"), entries),
+        (losses.approximate_kl_divergence(*pair, 0.1), entries.mean()),
+        (losses.approximate_kl_divergence(*pair, 0.1, "sum"), entries.sum()),
+        (losses.approximate_kl_divergence(*pair, 0.1, "none"), entries),
     ]:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         gradients = [
@@ -301,19 +301,19 @@ def test_functional_has_the_values_and_gradients_of_mini_grpo(seed, masked):
 
 def test_entropy_is_detached_unless_asked_otherwise():
     logits = randn(2, 3, V).requires_grad_()
-    assert not reference.entropy_from_logits(logits).requires_grad
-    assert reference.entropy_from_logits(logits, detach=False).requires_grad
+    assert not losses.entropy_from_logits(logits).requires_grad
+    assert losses.entropy_from_logits(logits, detach=False).requires_grad
 
 
 def test_with_every_token_masked_the_functional_results_are_zero():
     pair = (randn(2, 3, V), torch.full((2, 3, V), torch.nan), torch.zeros(2, 3))
-    assert reference.entropy_from_logits(*pair[1:]) == 0
-    assert reference.cross_entropy_from_logits(*pair) == 0
-    assert reference.kl_divergence(*pair) == 0
-    assert reference.approximate_kl_divergence(*pair) == 0
+    assert losses.entropy_from_logits(*pair[1:]) == 0
+    assert losses.cross_entropy_from_logits(*pair) == 0
+    assert losses.kl_divergence(*pair) == 0
+    assert losses.approximate_kl_divergence(*pair) == 0
 
 
-# The twins agree on how they are called
+# Signatures of the two implementations
 
 ADVANTAGES = [name for name in grpo_kernels.__all__ if name.endswith(("_advantage", "_reward"))]
 
@@ -321,14 +321,14 @@ ADVANTAGES = [name for name in grpo_kernels.__all__ if name.endswith(("_advantag
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (grpo_kernels.policy_loss, reference.policy_loss),
-        (grpo_kernels.LossConfig, reference.LossConfig),
-        (grpo_kernels.AdaptiveEntropy, reference.AdaptiveEntropy),
-        (grpo_kernels.AdaptiveEntropy.update, reference.AdaptiveEntropy.update),
-        *((getattr(grpo_kernels, name), getattr(reference, name)) for name in ADVANTAGES),
+        (grpo_kernels.policy_loss, losses.policy_loss),
+        (grpo_kernels.LossConfig, losses.LossConfig),
+        (grpo_kernels.AdaptiveEntropy, losses.AdaptiveEntropy),
+        (grpo_kernels.AdaptiveEntropy.update, losses.AdaptiveEntropy.update),
+        *((getattr(grpo_kernels, name), getattr(losses, name)) for name in ADVANTAGES),
     ],
 )
-def test_twins_have_the_same_parameters_order_and_defaults(ours, theirs):
+def test_implementations_have_the_same_parameters(ours, theirs):
     def parameters(function):
         listed = inspect.signature(function).parameters.values()
         return [

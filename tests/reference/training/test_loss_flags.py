@@ -26,7 +26,7 @@ def test_every_named_constructor_is_a_loss():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_named_loss_is_the_package_s_and_its_twin_s(loss):
+def test_a_named_loss_is_the_package_s_and_its_reference(loss):
     given = TrainConfig(loss=loss).loss_fields()
     arguments = {"max_completion_length": 12} if loss == "dr_grpo" else {}
     expected = getattr(grpo_kernels.LossConfig, loss)(**arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels.integrations import transformers as fused_causal_lm
-from reference import losses as reference
+from reference import losses
 from reference.training.loss_settings import LOSSES
 from reference.training.model import plain_scorer as causal_lm
 from reference.training.update.learner import combine
@@ -82,7 +82,7 @@ def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
     learner, answers = make_learner(loss=loss)
     done = answers.completions
     logits, _ = learner.policy.states(answers.prompts, done.tokens, done.mask)
-    reference.grpo_loss(
+    losses.grpo_loss(
         logits,
         done.tokens,
         advantages(REWARDS, loss),
