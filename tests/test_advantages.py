@@ -72,7 +72,7 @@ def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
     ("name", "degree"),
     [
         *((name, 0) for name in ("group", "batch", "max_rl", "summed")),
-        *((name, 1) for name in ("none", "leave_one_out", "pass_at_k")),
+        *((name, 1) for name in ("centered", "leave_one_out", "pass_at_k")),
     ],
 )
 @property_test
@@ -113,7 +113,7 @@ def test_rewards_that_differ_by_a_rounding_stay_small(losses, name, value, group
     rewards[:, 0] = rewards[:, 0].nextafter(torch.tensor(torch.inf))
     assert (rewards[:, 0] != rewards[:, 1]).all()
     largest = functions(losses)[name](rewards).abs().max()
-    has_the_unit_of_the_reward = name in ("none", "leave_one_out", "pass_at_k")
+    has_the_unit_of_the_reward = name in ("centered", "leave_one_out", "pass_at_k")
     assert largest <= (2**-22 * value if has_the_unit_of_the_reward else 1 / 16)
 
 

@@ -41,7 +41,7 @@ def test_batch_by_hand_and_a_batch_of_one_group_is_that_group(losses):
 def test_centred_leave_one_out_and_max_rl_by_hand(losses):
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 6.0]])
     cases = {
-        "none": [[0.75, -0.25, -0.25, -0.25], [-3.0, -1.0, 1.0, 3.0]],
+        "centered": [[0.75, -0.25, -0.25, -0.25], [-3.0, -1.0, 1.0, 3.0]],
         "leave_one_out": [[1.0, -1 / 3, -1 / 3, -1 / 3], [-4.0, -4 / 3, 4 / 3, 4.0]],
         "max_rl": [[3.0, -1.0, -1.0, -1.0], [-1.0, -1 / 3, 1 / 3, 1.0]],
     }

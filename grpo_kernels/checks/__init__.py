@@ -5,14 +5,6 @@ costs nothing: eagerly on the CPU, never on a GPU, where it would wait for the d
 """
 
 from ..validation import expect_choice, expect_mask, expect_number, expect_tensor
-from .advantages import (
-    check_no_negative_rewards,
-    check_reward_stack,
-    check_rewards,
-    check_steps,
-    check_subset_size,
-)
-from .controllers import check_adaptive_entropy, check_entropy_state
 from .loss_config import check_combination, check_numbers
 from .objective import (
     check_advantages,
@@ -47,13 +39,11 @@ from .rows import (
 )
 
 __all__ = [
-    "check_adaptive_entropy",
     "check_advantages",
     "check_chunk_tokens",
     "check_combination",
     "check_cu_seqlens",
     "check_entropy_input",
-    "check_entropy_state",
     "check_head",
     "check_hidden",
     "check_kl_arguments",
@@ -63,7 +53,6 @@ __all__ = [
     "check_logits",
     "check_logprob",
     "check_max_completion_length",
-    "check_no_negative_rewards",
     "check_normalizers",
     "check_numbers",
     "check_packed_advantages",
@@ -71,12 +60,8 @@ __all__ = [
     "check_pair",
     "check_per_token",
     "check_reference_head",
-    "check_reward_stack",
-    "check_rewards",
     "check_same_tokens",
     "check_sampling_input",
-    "check_steps",
-    "check_subset_size",
     "check_temperature",
     "check_token_ids",
     "check_tokens",

@@ -55,7 +55,7 @@ def max_rl_advantage(rewards: Tensor) -> Tensor:
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "group": group_normalised_advantage,
     "batch": batch_normalised_advantage,
-    "none": centred_advantage,
+    "centered": centred_advantage,
     "leave_one_out": leave_one_out_advantage,
     "max_rl": max_rl_advantage,
 }

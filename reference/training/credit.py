@@ -55,7 +55,7 @@ def _outcome_advantage(
         each = torch.stack([values.view_as(found.rewards) for values in found.by_name.values()])
         weights = [rewards[name].weight for name in found.by_name]
         return losses.multi_reward_advantage(each, weights)
-    name = config.advantage or ("none" if config.loss == "dr_grpo" else "group")
+    name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
     if name == "pass_at_k":
         return losses.pass_at_k_advantage(found.rewards, config.pass_k)
     if name == "max_rl" and (found.rewards < 0).any():

@@ -88,13 +88,13 @@ class SamplingSettings:
 class AdvantageSettings:
     """How much better than the others of its group an answer is."""
 
-    advantage: Literal["group", "batch", "none", "leave_one_out", "max_rl", "pass_at_k"] | None = (
-        None
-    )
-    """The reward less its group's mean, divided by: group, the group's std; batch, the std of all
-    rewards (2508.08221); none, nothing; max_rl, that mean (2602.02710). Or leave_one_out: less the
-    others' mean (2402.14740); pass_at_k: what the answer adds to the best of k (2503.19595). None:
-    none for --loss dr_grpo, else group."""
+    advantage: (
+        Literal["group", "batch", "centered", "leave_one_out", "max_rl", "pass_at_k"] | None
+    ) = None
+    """The reward minus its group's mean, divided by: group, the group's std; batch, the std of all
+    rewards (2508.08221); centered, nothing; max_rl, that mean (2602.02710). Or leave_one_out: minus
+    the others' mean (2402.14740); pass_at_k: what the completion adds to the best of k
+    (2503.19595). None: centered for --loss dr_grpo, else group."""
     pass_k: int = 4
     """The k of pass_at_k, 2 to --group-size."""
     normalise_each_reward: bool = False

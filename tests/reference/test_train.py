@@ -181,7 +181,7 @@ def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, mon
         ["--reward-weight", "exact=2", "--eval-every", "2", "--pass-at", "4"],
         ["--gradient-checkpointing"],
         ["--advantage", "pass_at_k", "--entropy-target", "1", "--micro-batch", "8"],
-        ["--advantage", "none", "--loss", "cispo", "--top-entropy", "0.2"],
+        ["--advantage", "centered", "--loss", "cispo", "--top-entropy", "0.2"],
         ["--normalise-each-reward", "--loss", "luspo"],
     ],
     ids=" ".join,
