@@ -23,7 +23,9 @@ MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TRL = "trl>=1.16,<2"
 PEERS = [TRL, "liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26"]
 BENCH = [*MEASURE, *PEERS, "transformers>=5.17", "matplotlib>=3.8"]
-TEST = [*TRAIN, *TASKS, *MEASURE, TRL, "hypothesis>=6.100", "pytest-xdist>=3.6", "ruff>=0.12"]
+# pyright[nodejs] brings its own Node.js from PyPI.
+LINT = ["ruff>=0.12", "pyright[nodejs]>=1.1.400"]
+TEST = [*TRAIN, *TASKS, *MEASURE, *LINT, TRL, "hypothesis>=6.100", "pytest-xdist>=3.6"]
 
 setup(
     name="grpo_kernels",
