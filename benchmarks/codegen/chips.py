@@ -1,25 +1,25 @@
-"""What a chip can do, and the time that a kernel's machine code must take on it.
+"""A GPU's published limits, and the time predicted for a kernel's machine code.
 
-A prediction, not a measurement: each walk over a row takes as long as the slowest of
+This is a prediction, not a measurement. A pass over a row takes as long as the slowest of
 
-    memory       bytes per entry from and to the HBM, at MEMORY_EFFICIENCY of the peak, or fewer if
-                 the resident threads have too few loads in flight to cover its latency
-    issue        instructions per entry, at one per scheduler and cycle
-    special      exponentials and reciprocals per entry, at 16 per multiprocessor and cycle
+    memory       bytes per entry from and to the HBM, at MEMORY_EFFICIENCY of the peak bandwidth,
+                 or less if the loads in flight are too few to cover the latency
+    issue        instructions per entry, one per scheduler and cycle
+    special      exponentials and reciprocals per entry, 16 per multiprocessor and cycle
 
-and walks do not overlap. What a row costs beside its walks is left out.
+and passes do not overlap. What a row costs beside its passes is left out.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Assumed of every kernel: what quack publishes of its cross-entropy on an H100. A kernel that
-# memory binds is predicted at 90% of its floor by this number, and not by its code.
+# Assumed for every kernel: what quack publishes for its cross-entropy on an H100. A kernel that is
+# bound by memory is predicted at 90% of its floor for this reason, and not because of its code.
 MEMORY_EFFICIENCY = 0.9
-# Assumed of a load that misses the L2 of a busy device, in seconds.
+# Assumed for a load that misses the L2 of a busy device, in seconds.
 MEMORY_LATENCY = 0.7e-6
 WARP = 32
-# Assumed: the part of the L2 that rows may fill and still be found there in a second walk.
+# Assumed: the part of the L2 that rows may fill and still be there in a second pass.
 L2_SHARE = 0.7
 
 
@@ -39,19 +39,14 @@ class Chip:
     schedulers: int = 4
     special_units: int = 16
 
-    @property
-    def issue_rate(self) -> float:
-        """Instructions of one thread, per second."""
-        return self.multiprocessors * self.schedulers * WARP * self.clock
-
-    @property
-    def special_rate(self) -> float:
-        return self.multiprocessors * self.special_units * self.clock
-
     def resident_programs(self, registers: int, shared_bytes: int, num_warps: int) -> int:
-        """Programs that a multiprocessor holds at once."""
-        of_warp = -(-registers // 8) * 8 * WARP
-        limits = [self.programs, self.warps // num_warps, self.registers // (of_warp * num_warps)]
+        """Return how many programs a multiprocessor runs at once."""
+        warp_registers = -(-registers // 8) * 8 * WARP
+        limits = [
+            self.programs,
+            self.warps // num_warps,
+            self.registers // (warp_registers * num_warps),
+        ]
         if shared_bytes:
             limits.append(self.shared_bytes // (shared_bytes + 1024))  # 1 KiB is the system's
         return min(limits)
@@ -64,23 +59,23 @@ CHIPS = {
 }
 
 
-class Walk(NamedTuple):
-    """One walk over the row, per vocabulary entry."""
+class PassCost(NamedTuple):
+    """What one pass over the row needs per vocabulary entry."""
 
     instructions: float
     special: float
     read_bytes: float  # from the HBM or the L2
     written_bytes: float
     loads_in_flight: int  # bytes per thread
-    again: bool  # what it reads was read by this program before
+    again: bool  # an earlier pass of the same program read the same bytes
 
 
 class Prediction(NamedTuple):
-    """Seconds for all rows, and what takes them."""
+    """Predicted time of a kernel for all rows."""
 
     seconds: float
-    floor: float  # the bytes that must move, at the peak bandwidth
-    binds: str  # "memory", "issue" or "special": of the walk that takes longest
+    floor: float  # seconds: the bytes that must move, at the peak bandwidth
+    binds: str  # limit of the slowest pass: "memory", "issue" or "special"
 
     @property
     def of_floor(self) -> float:
@@ -88,23 +83,29 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    chip: Chip, walks: list[Walk], resident: int, threads: int, rows: int, V: int
+    chip: Chip, passes: list[PassCost], resident: int, threads: int, rows: int, V: int
 ) -> Prediction:
-    """For rows of V entries, `resident` programs of so many threads to a multiprocessor."""
+    """Predict the time for rows of V entries.
+
+    Args:
+        resident: programs per multiprocessor at once.
+        threads: threads per program.
+    """
     seconds, slowest, moved = 0.0, (0.0, ""), 0.0
-    row_bytes = max(walk.read_bytes for walk in walks) * V
-    fits = row_bytes * resident * chip.multiprocessors <= L2_SHARE * chip.l2_bytes
-    for walk in walks:
-        from_memory = walk.written_bytes + (0 if walk.again and fits else walk.read_bytes)
-        in_flight = walk.loads_in_flight * threads * resident * chip.multiprocessors
+    lanes = chip.multiprocessors * chip.schedulers * WARP  # threads that issue in one cycle
+    row_bytes = max(cost.read_bytes for cost in passes) * V
+    fits_l2 = row_bytes * resident * chip.multiprocessors <= L2_SHARE * chip.l2_bytes
+    for cost in passes:
+        hbm_bytes = cost.written_bytes + (0 if cost.again and fits_l2 else cost.read_bytes)
+        in_flight = cost.loads_in_flight * threads * resident * chip.multiprocessors
         bandwidth = min(MEMORY_EFFICIENCY * chip.bandwidth, in_flight / MEMORY_LATENCY)
         times = {
-            "memory": from_memory / bandwidth,
-            "issue": walk.instructions / chip.issue_rate,
-            "special": walk.special / chip.special_rate,
+            "memory": hbm_bytes / bandwidth,
+            "issue": cost.instructions / (lanes * chip.clock),
+            "special": cost.special / (chip.multiprocessors * chip.special_units * chip.clock),
         }
-        binds = max(times, key=times.get)
+        binds = max(times, key=times.__getitem__)
         slowest = max(slowest, (times[binds], binds))
         seconds += times[binds] * rows * V
-        moved += walk.written_bytes + (0 if walk.again else walk.read_bytes)
+        moved += cost.written_bytes + (0 if cost.again else cost.read_bytes)
     return Prediction(seconds, moved * rows * V / chip.bandwidth, slowest[1])

@@ -1,9 +1,9 @@
-"""The ways in which the kernels are launched, and how one of them is compiled without a GPU."""
+"""The kernel variants that are launched in practice, and their offline compilation."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,13 +11,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.codegen.chips import CHIPS
 from grpo_kernels.backends.triton import approximate_kl, token_stats
 from grpo_kernels.backends.triton import grpo_loss as grpo
 from grpo_kernels.backends.triton.launch_configs import RowLaunch, pick_row_launch
 
-from .chips import CHIPS
-
-N, V = 8192, 128_256  # Llama 3
+N, V = 8192, 128_256  # rows, and the vocabulary of Llama 3
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,58 +29,70 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-# Of the logits, and of their gradient where it is another: the last is the hidden level's.
+# "fp32>bf16": fp32 logits with a bf16 gradient, as the chunk loop of the LM head uses them.
 LAYOUTS = ("bf16", "fp16", "fp32", "fp32>bf16")
 
 
-class Reading(NamedTuple):
-    """A walk of the source: how many tensors it reads, and whether it read them before."""
+class RowPass(NamedTuple):
+    """One pass of a kernel over the rows."""
 
-    tensors: int
+    tensors: int  # tensors of the size of the logits that it reads
     writes: bool
-    again: bool = False
+    again: bool = False  # an earlier pass of the same kernel read the same tensors
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to launch a kernel: the arguments that are None, and its own loss_inputs."""
+    """One way to launch a kernel."""
 
     name: str
-    kernel: object
-    launch: str
-    walks: tuple[Reading, ...]
-    absent: tuple[str, ...] = ()
-    loss_inputs: dict = field(default_factory=dict)
+    kernel: Any
+    launch: str  # name of its launch config
+    passes: tuple[RowPass, ...]
+    absent: tuple[str, ...] = ()  # pointer arguments that are None
+    constexprs: dict[str, Any] = field(default_factory=dict)
+
+    def launch_config(self, target: str, dtype: str) -> RowLaunch:
+        """Return the launch config for V = 128,256."""
+        return pick_row_launch(
+            self.launch,
+            V,
+            DTYPES[dtype.split(">")[0]].itemsize,
+            architecture=int(target[3:]) if target in CHIPS else None,
+            interpreted=False,
+        )
 
 
-def _token_stats_variants() -> Iterator[Variant]:
+def variants() -> Iterator[Variant]:
     no_kl = ("ref_logits_ptr", "kl_ptr", "ref_row_lse_ptr", "d_kl_ptr")
     no_entropy = ("entropy_ptr", "d_entropy_ptr")
-    plain = {"KL": "none", "SOFTCAP": None}
-    for name, absent, loss_inputs in (
-        ("log-prob", (*no_kl, *no_entropy), plain),
-        ("log-prob, entropy", no_kl, plain),
-        ("log-prob, entropy, softcap", no_kl, {**plain, "SOFTCAP": 30.0}),
-        ("log-prob, entropy, forward KL", (), {**plain, "KL": "forward"}),
-        ("log-prob, entropy, reverse KL", (), {**plain, "KL": "reverse"}),
+    for name, absent, kl, softcap in (
+        ("log-prob", (*no_kl, *no_entropy), "none", None),
+        ("log-prob, entropy", no_kl, "none", None),
+        ("log-prob, entropy, softcap", no_kl, "none", 30.0),
+        ("log-prob, entropy, forward KL", (), "forward", None),
+        ("log-prob, entropy, reverse KL", (), "reverse", None),
     ):
-        tensors = 1 if loss_inputs["KL"] == "none" else 2
-        for launch in ("token_stats_forward", "token_stats_backward"):
-            kernel = getattr(token_stats, f"_{launch}_kernel")
-            known = tuple(each for each in absent if each in kernel.arg_names)
-            walks = (Reading(tensors, writes=launch.endswith("backward")),)
-            yield Variant(f"{launch}: {name}", kernel, launch, walks, known, loss_inputs)
-        kernel = token_stats._token_stats_part_kernel
-        known = tuple(each for each in absent if each in kernel.arg_names)
-        loss_inputs = {**loss_inputs, "HAS_ENTROPY": "entropy_ptr" not in absent}
-        walks = (Reading(tensors, writes=False),)
-        name = f"token_stats_part: {name}"
-        yield Variant(name, kernel, "token_stats_forward", walks, known, loss_inputs)
+        tensors = 1 if kl == "none" else 2
+        for kernel_name, launch in (
+            ("token_stats_forward", "token_stats_forward"),
+            ("token_stats_backward", "token_stats_backward"),
+            ("token_stats_part", "token_stats_forward"),
+        ):
+            kernel = getattr(token_stats, f"_{kernel_name}_kernel")
+            constexprs = {"KL": kl, "SOFTCAP": softcap}
+            if kernel_name == "token_stats_part":
+                constexprs["HAS_ENTROPY"] = "entropy_ptr" not in absent
+            yield Variant(
+                f"{kernel_name}: {name}",
+                kernel,
+                launch,
+                (RowPass(tensors, writes=launch == "token_stats_backward"),),
+                tuple(pointer for pointer in absent if pointer in kernel.arg_names),
+                constexprs,
+            )
 
-
-def _grpo_loss_variants() -> Iterator[Variant]:
-    walks = (Reading(1, writes=False), Reading(1, writes=True, again=True))
-    for name, absent, loss_inputs in (
+    for name, absent, changes in (
         ("clip", ("entropy_weight_ptr", "ref_ptr", "sampling_ptr"), {}),
         ("k3, entropy, importance", (), {}),
         ("k3_corrected, entropy, softcap", (), {"ESTIMATOR": "k3_corrected", "SOFTCAP": 30.0}),
@@ -89,72 +100,66 @@ def _grpo_loss_variants() -> Iterator[Variant]:
         ("DPPO, k3, entropy, importance", (), {"SURROGATE": "dppo"}),
         ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
     ):
-        loss_inputs = {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **loss_inputs}
         yield Variant(
-            f"grpo_loss: {name}", grpo._grpo_loss_kernel, "grpo_loss", walks, absent, loss_inputs
+            f"grpo_loss: {name}",
+            grpo._grpo_loss_kernel,
+            "grpo_loss",
+            (RowPass(1, writes=False), RowPass(1, writes=True, again=True)),
+            absent,
+            {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **changes},
         )
-    yield Variant("scale", grpo._scale_kernel, "scale", (Reading(1, writes=True),))
+    yield Variant("scale", grpo._scale_kernel, "scale", (RowPass(1, writes=True),))
+
+    for name, kernel, passes in (
+        (
+            "approximate_kl_forward",
+            approximate_kl._approximate_kl_forward_kernel,
+            (RowPass(2, writes=False), RowPass(2, writes=False, again=True)),
+        ),
+        (
+            "approximate_kl_backward",
+            approximate_kl._approximate_kl_backward_kernel,
+            (RowPass(2, writes=True),),
+        ),
+    ):
+        yield Variant(name, kernel, name, passes, (), {"LOG2_EPS": -19.93})
 
 
-def variants() -> Iterator[Variant]:
-    yield from _token_stats_variants()
-    yield from _grpo_loss_variants()
-    loss_inputs = {"LOG2_EPS": -19.93}
-    walks = {
-        "approximate_kl_forward": (Reading(2, writes=False), Reading(2, writes=False, again=True)),
-        "approximate_kl_backward": (Reading(2, writes=True),),
-    }
-    for launch, of_kernel in walks.items():
-        kernel = getattr(approximate_kl, f"_{launch}_kernel")
-        yield Variant(launch, kernel, launch, of_kernel, (), loss_inputs)
-
-
-ACC_DTYPE = (tl.float32, tl.float64)  # fp64 is accumulated as such
-_VOCABULARY_SIZED = ("logits_ptr", "ref_logits_ptr", "d_logits_ptr", "x_ptr")
-_ALIGNED_INTEGERS = re.compile(r"V|stride_.*_[bt]")
-
-
-def _argument_type(name: str, dtype: str) -> str:
-    of_logits, *of_gradient = dtype.split(">")
-    if name == "d_logits_ptr" and of_gradient:
-        return f"*{of_gradient[0]}"
-    if name in _VOCABULARY_SIZED:
-        return f"*{of_logits}"
+def argument_type(name: str, dtype: str) -> str:
+    """Return Triton's type of a kernel argument that is not a constexpr."""
+    logits_dtype, *_, grad_dtype = dtype.split(">") * 2
+    if name in ("logits_ptr", "ref_logits_ptr", "x_ptr"):
+        return f"*{logits_dtype}"
+    if name == "d_logits_ptr":
+        return f"*{grad_dtype}"
+    if name in ("tokens_ptr", "mask_ptr"):
+        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}[name]
     if name.endswith("_ptr"):
-        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(
-            name, "*fp64" if dtype == "fp64" else "*fp32"
-        )
+        return "*fp64" if dtype == "fp64" else "*fp32"
     return "i64" if name.endswith("_b") else "i32"
 
 
-def launch_of(variant: Variant, target: str, dtype: str) -> RowLaunch:
-    itemsize = DTYPES[dtype.split(">")[0]].itemsize
-    architecture = int(target[3:]) if target in CHIPS else None
-    return pick_row_launch(
-        variant.launch, V, itemsize, architecture=architecture, interpreted=False
-    )
-
-
 def compile_variant(variant: Variant, target: str, dtype: str):
-    """The compiled kernel, with the launch that V = 128,256 gets."""
-    pick = launch_of(variant, target, dtype)
-    wave = TARGETS[target].warp_size
-    sizes = {"UNROLL": pick.unroll, "LANES": pick.num_warps * wave, "VEC": pick.vector}
-    sizes["PART"] = pick.part_tiles * pick.unroll * pick.num_warps * wave * pick.vector
-    loss_inputs = {
-        **variant.loss_inputs,
+    """Compile a variant with its launch config for V = 128,256; needs no GPU."""
+    config = variant.launch_config(target, dtype)
+    lanes = config.num_warps * TARGETS[target].warp_size
+    constexprs = {
+        **variant.constexprs,
         **dict.fromkeys(variant.absent),
-        "ACC_DTYPE": ACC_DTYPE[dtype == "fp64"],
-        **sizes,
+        "ACC_DTYPE": tl.float64 if dtype == "fp64" else tl.float32,
+        "UNROLL": config.unroll,
+        "LANES": lanes,
+        "VEC": config.vector,
+        "PART": config.part_tiles * config.unroll * lanes * config.vector,
     }
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
-        if name in loss_inputs:
-            signature[name], values[(position,)] = "constexpr", loss_inputs[name]
+        if name in constexprs:
+            signature[name], values[(position,)] = "constexpr", constexprs[name]
             continue
-        signature[name] = _argument_type(name, dtype)
-        if name.endswith("_ptr") or _ALIGNED_INTEGERS.fullmatch(name):
+        signature[name] = argument_type(name, dtype)
+        # Triton specialises a launch on pointers and integers that are multiples of 16.
+        if name.endswith("_ptr") or re.fullmatch(r"V|stride_.*_[bt]", name):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, values, attributes)
-    options = {"num_warps": pick.num_warps}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": config.num_warps})
