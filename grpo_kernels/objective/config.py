@@ -1,5 +1,7 @@
 """LossConfig: what the loss is, as a value."""
 
+import ast
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Any, Self
@@ -107,9 +109,23 @@ class LossConfig:
                 object.__setattr__(self, name, int(value))
             elif isinstance(value, numbers.Real):
                 object.__setattr__(self, name, float(value))
-        # Made here and not where it is read: torch.compile cannot write a symbolic float.
+        # The text is made here because torch.compile cannot format a symbolic float.
         settings = {name: value for name, value in vars(self).items() if name != "entropy_coef"}
-        object.__setattr__(self, "text", repr(settings))
+        object.__setattr__(self, "_text", repr(settings))
+
+    def encode(self) -> str:
+        """Return the settings as text, for an operator's schema; all but entropy_coef.
+
+        The entropy coefficient reaches an operator as a tensor, so that it may change in every
+        step without another compilation.
+        """
+        return self._text  # type: ignore[attr-defined]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
+    def decode(text: str) -> "LossConfig":
+        """Return the config whose `encode` gave this text."""
+        return LossConfig(**ast.literal_eval(text))
 
     @property
     def reads_sequences(self) -> bool:

@@ -19,7 +19,14 @@ from .metrics import token_metrics
 from .sequences import Sequences, spread_to_tokens
 from .token_gradients import LossInputs, token_losses, weighted_sum
 
-__all__ = ["LossConfig", "LossOutput", "compute_loss", "policy_loss", "prepare_loss_inputs"]
+__all__ = [
+    "LossConfig",
+    "LossOutput",
+    "PreparedLoss",
+    "compute_loss",
+    "policy_loss",
+    "prepare_loss_inputs",
+]
 
 
 class LossOutput(NamedTuple):
@@ -27,6 +34,14 @@ class LossOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class PreparedLoss(NamedTuple):
+    """Checked and masked inputs of a loss: all but the policy's own statistics."""
+
+    config: LossConfig
+    sequences: Sequences
+    inputs: LossInputs
 
 
 def policy_loss(
@@ -120,7 +135,7 @@ def policy_loss(
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    keep, loss_inputs = prepare_loss_inputs(
+    prepared = prepare_loss_inputs(
         logprob.shape,
         dtype,
         advantages,
@@ -133,21 +148,15 @@ def policy_loss(
         entropy_normalizer=entropy_normalizer,
         cu_seqlens=cu_seqlens,
     )
-    return compute_loss(logprob, entropy, kl, keep, loss_inputs, config, cu_seqlens)
+    return compute_loss(prepared, logprob, entropy, kl)
 
 
 def compute_loss(
-    logprob: Tensor,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    keep: Tensor,
-    loss_inputs: LossInputs,
-    config: LossConfig,
-    cu_seqlens: Tensor | None,
+    prepared: PreparedLoss, logprob: Tensor, entropy: Tensor | None, kl: Tensor | None
 ) -> LossOutput:
-    """`policy_loss` after `prepare_loss_inputs` has checked and prepared all but the statistics."""
+    """Compute the loss and its metrics from prepared inputs and the policy's statistics."""
+    config, sequences, loss_inputs = prepared
     dtype = loss_inputs.weight.dtype
-    sequences = Sequences(keep, cu_seqlens)
     logprob, entropy, kl = (zero_masked(sequences, x, dtype) for x in (logprob, entropy, kl))
     loss_inputs = loss_inputs.with_old(logprob)
     terms = token_losses(logprob, entropy, kl, loss_inputs, config, sequences)
@@ -170,8 +179,8 @@ def prepare_loss_inputs(
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, LossInputs]:
-    """The tokens that count, bool, and the arguments of `policy_loss`, checked, 0 elsewhere."""
+) -> PreparedLoss:
+    """Check the arguments of `policy_loss` and set masked tokens to 0."""
     checks.check_cu_seqlens(cu_seqlens, shape, config)
     checks.check_advantages(advantages, shape, cu_seqlens)
     checks.expect_mask(mask, shape)
@@ -197,15 +206,16 @@ def prepare_loss_inputs(
         divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
         entropy_weight = (weight.new_full((), config.entropy_coef) / divisor).to(dtype)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
-    return keep, LossInputs(
+    loss_inputs = LossInputs(
         zero_masked(sequences, advantage, dtype),
         weight,
         entropy_weight,
         **{
-            name: zero_masked(sequences, each, dtype, detach=True)
-            for name, each in logprobs.items()
+            name: zero_masked(sequences, logprob, dtype, detach=True)
+            for name, logprob in logprobs.items()
         },
     )
+    return PreparedLoss(config, sequences, loss_inputs)
 
 
 def zero_masked(

@@ -18,7 +18,7 @@ from ..objective.policy_loss import (
     prepare_loss_inputs,
 )
 from ..objective.token_gradients import LossInputs, is_token_level
-from .precomputed_gradient import attach_gradient, config_of
+from .precomputed_gradient import attach_gradient
 from .token_stats import _token_stats, as_rows, row_inputs, token_stats
 
 
@@ -43,7 +43,7 @@ def _rows_(
         advantage, weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
     )
     return backend_for(logits).grpo_loss(
-        logits, tokens, temperature, mask, softcap, loss_inputs, config_of(config), d_logits
+        logits, tokens, temperature, mask, softcap, loss_inputs, LossConfig.decode(config), d_logits
     )
 
 
@@ -175,7 +175,7 @@ def _in_one_launch(
     checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
     inputs = row_inputs(logits, tokens, temperature, softcap, None, None, mask)
     rows, row_tokens, row_temperature, row_mask, _ = inputs
-    keep, loss_inputs = prepare_loss_inputs(
+    prepared = prepare_loss_inputs(
         tokens.shape, row_temperature.dtype, advantages, ref_logprob=ref_logprob, **objective
     )
     if inplace:
@@ -184,15 +184,14 @@ def _in_one_launch(
     d_logits = rows if inplace else rows.new_empty(rows.shape)
     of_token = (
         each if each is None or each.dim() == 0 else as_rows(each.contiguous(), tokens.dim())
-        for each in loss_inputs
+        for each in prepared.inputs
     )
     with torch.no_grad():
         stats = _rows_(
             rows, row_tokens, row_temperature, row_mask, softcap, *of_token,
-            config.text, d_logits,
+            config.encode(), d_logits,
         )  # fmt: skip
         logprob, entropy = (each.view(tokens.shape) for each in stats)
-        cu_seqlens = objective["cu_seqlens"]
-        loss, metrics = compute_loss(logprob, entropy, None, keep, loss_inputs, config, cu_seqlens)
+        loss, metrics = compute_loss(prepared, logprob, entropy, None)
     d_logits = d_logits if tokens.dim() == 2 else d_logits.squeeze(0)
     return LossOutput(attach_gradient(loss, [logits], [d_logits]), metrics)

@@ -23,7 +23,7 @@ from .linear_token_stats import (
     stats_outputs,
     token_stats_of,
 )
-from .precomputed_gradient import attach_gradient, config_of
+from .precomputed_gradient import attach_gradient
 from .token_stats import TokenStats
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _forward(
         gradient = LMHeadGrad(rows, attach_gradient, wanted)
         for at in rows.chunks(order[:attach_gradient]):
             rows.write_logits(at)
-            chunk, d_logits = rows.loss_gradient(at, loss_inputs.at(at), config_of(config))
+            chunk, d_logits = rows.loss_gradient(at, loss_inputs.at(at), LossConfig.decode(config))
             stats.write(at, chunk)
             gradient.add(at, d_logits)
         for at in rows.chunks(order[attach_gradient:]):
@@ -230,7 +230,7 @@ def linear_grpo_loss_and_stats(
         **(reference if over_vocabulary else dict.fromkeys(reference)),
     }
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    keep, loss_inputs = prepare_loss_inputs(
+    prepared = prepare_loss_inputs(
         tokens.shape,
         acc,
         advantages,
@@ -244,9 +244,9 @@ def linear_grpo_loss_and_stats(
         cu_seqlens=cu_seqlens,
     )
     if packing is None:
-        packing = pack_tokens(keep, loss_inputs.advantage)
+        packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
     checks.check_packing(packing, mask, tokens)
-    checks.check_packed_advantages(packing, loss_inputs.advantage)
+    checks.check_packed_advantages(packing, prepared.inputs.advantage)
     chunking = {"chunk_tokens": chunk_tokens, "packing": packing}
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference(hidden, weight, reference)
@@ -255,7 +255,8 @@ def linear_grpo_loss_and_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
                 softcap=softcap, entropy=False, mask=mask, vocab_group=vocab_group, **chunking,
             ).logprob  # fmt: skip
-        loss_inputs = loss_inputs._replace(ref_logprob=ref_logprob)
+        loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
+        prepared = prepared._replace(inputs=loss_inputs)
 
     wanted = [isinstance(each, Tensor) and each.requires_grad for each in (hidden, weight, bias)]
     skip_inert = zero_advantage_has_zero_grad(config, per_sequence=advantages.shape != tokens.shape)
@@ -265,7 +266,7 @@ def linear_grpo_loss_and_stats(
             hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
         )
         detached = TokenStats(*(each if each is None else each.detach() for each in stats))
-        return compute_loss(*stats, keep, loss_inputs, config, cu_seqlens), detached
+        return compute_loss(prepared, *stats), detached
 
     inputs = prepare_inputs(hidden, weight, tokens, **asked)
     with torch.no_grad():
@@ -274,13 +275,16 @@ def linear_grpo_loss_and_stats(
             *packing,
             chunk_tokens,
             skip_inert,
-            *(each if each is None or each.dim() == 0 else each.flatten() for each in loss_inputs),
-            config.text,
+            *(
+                each if each is None or each.dim() == 0 else each.flatten()
+                for each in prepared.inputs
+            ),
+            config.encode(),
             wanted,
         )
         d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
         stats = token_stats_of(outputs, tokens.shape, True, asked["kl"])
-        loss, metrics = compute_loss(*stats, keep, loss_inputs, config, cu_seqlens)
+        loss, metrics = compute_loss(prepared, *stats)
     leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
     pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
     return LossOutput(attach_gradient(loss, *zip(*pairs, strict=True)), metrics), stats

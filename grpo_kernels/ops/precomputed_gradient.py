@@ -1,22 +1,9 @@
-"""Losses whose gradient is made together with them: how it waits for backward, and how it leaves.
-
-Also here: how such an operator gets its config.
-"""
-
-import ast
-import functools
+"""Attach a precomputed gradient to a loss; backward scales it by the incoming gradient."""
 
 import torch
 from torch import Tensor
 
 from ..backends import backend_for
-from ..objective.policy_loss import LossConfig
-
-
-@functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
-def config_of(text: str) -> LossConfig:
-    """The config whose `text` an operator got: it takes no objects."""
-    return LossConfig(**ast.literal_eval(text))
 
 
 @torch.library.custom_op("grpo_kernels::scale_", mutates_args={"x"})

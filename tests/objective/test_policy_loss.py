@@ -344,13 +344,13 @@ def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, sprea
     }
     advantages = normal(seed + 9, 5, 6, dtype=torch.float64)
     keywords = {"old_logprob": None, "sampling_logprob": None, **others}
-    _, loss_inputs = prepare_loss_inputs(
+    prepared = prepare_loss_inputs(
         logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
         entropy_normalizer=None, cu_seqlens=None, **keywords,
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
     expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
-    slopes = token_gradients(logprob.detach(), loss_inputs, config)
+    slopes = token_gradients(logprob.detach(), prepared.inputs, config)
     assert slopes.kl is None
     # Of r·k3 autograd adds two terms of up to e^20, which cancel.
     cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
