@@ -1,4 +1,7 @@
-"""The settings of a run, and what they may be."""
+"""The settings of a run: one flag each, with its help text, and the checks of their combinations.
+
+A section of --help is a dataclass here. The text below a field is the help text of its flag.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,190 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from reference.training.errors import UserError, one_line
 from reference.training.loss_settings import LossSettings, in_flags
-from reference.training.settings import (
-    AdvantageSettings,
-    EvaluationSettings,
-    ModelSettings,
-    RunSettings,
-    SamplingSettings,
-    TaskSettings,
-    UpdateSettings,
-)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model to train."""
+
+    model: str = "smollm2-135m"
+    """smollm2-135m, llama-3.2-1b, scratch (75k parameters), a directory, or a model hub id."""
+    random_weights: bool = False
+    """Use the architecture of --model with random weights, to measure time and memory."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank instead of the whole model. The reference policy is then the
+    model without them."""
+    lora_alpha: float = 32.0
+    """Scale of the adapters; it is divided by their rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    autocast: Literal["auto", "bf16", "off"] = "auto"
+    """Dtype of the forward pass; the weights are fp32. auto: bf16 on a GPU, off elsewhere."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The questions and the rewards."""
+
+    task: str = "arithmetic"
+    """arithmetic, reverse, gsm8k, jsonl, capital-of-brazil, question, or
+    reasoning-gym/<generator>."""
+    data: Path | None = None
+    """For gsm8k and jsonl: a local file, or a directory with train.jsonl and test.jsonl."""
+    task_option: tuple[str, ...] = ()
+    """Settings of a reasoning-gym generator, name=value."""
+    system: str | None = None
+    """The system prompt. None: the task's own."""
+    question: str | None = None
+    """For --task question: the only question."""
+    answer: str | None = None
+    """For --task question: its ground truth."""
+    reward: tuple[str, ...] = ()
+    """Additional rewards: package.module.function or file.py:function, with =weight appended unless
+    the weight is 1. Installed packages can be imported, and modules of this directory under
+    `python -m reference.train`."""
+    reward_weight: tuple[str, ...] = ()
+    """Weights of the task's own rewards, name=weight. A reward of weight 0 is only logged."""
+    step_reward: str | None = None
+    """Process supervision: a function like a reward that returns a list of (end of the step in
+    characters, reward) for each completion."""
+    overlong_buffer: int = 0
+    """Lower the reward by up to 1 over this many last tokens before --max-new-tokens (DAPO)."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The completions that each step samples."""
+
+    steps: int = 32
+    """Steps of GRPO. Each one samples new completions."""
+    prompts: int = 8
+    """Questions per step."""
+    group_size: int = 8
+    """Completions sampled per question, at least 2. Advantages compare them with each other."""
+    max_new_tokens: int = 12
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Temperature of the sampling, and of the log-probs in the loss."""
+    sampler: str = "shared-prompt"
+    """shared-prompt, generate or continuous (both of transformers), or the URL of an
+    OpenAI-compatible server such as vLLM."""
+    dynamic_sampling: int = 0
+    """Replace groups without a learning signal by new questions, in at most this many further
+    rounds of sampling (DAPO)."""
+    mask_truncated: bool = False
+    """Leave truncated completions out of the loss."""
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """The advantage of a completion over the others of its group."""
+
+    advantage: (
+        Literal["group", "batch", "centered", "leave_one_out", "max_rl", "pass_at_k"] | None
+    ) = None
+    """The reward minus its group's mean, divided by: group, the group's std; batch, the std of all
+    rewards (2508.08221); centered, nothing; max_rl, that mean (2602.02710). Or leave_one_out: minus
+    the others' mean (2402.14740); pass_at_k: what the completion adds to the best of k
+    (2503.19595). None: centered for --loss dr_grpo, else group."""
+    pass_k: int = 4
+    """The k of pass_at_k, 2 to --group-size."""
+    normalise_each_reward: bool = False
+    """Normalise each reward within the group before the rewards are summed (2601.05242)."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """The optimiser steps on a batch of completions."""
+
+    learning_rate: float = 1e-5
+    """Learning rate of AdamW, constant after the warmup."""
+    warmup_steps: int = 3
+    """Steps over which the learning rate rises linearly."""
+    max_grad_norm: float = 1.0
+    """A gradient with a larger norm is scaled down to this norm."""
+    inner_iterations: int = 1
+    """Passes over each batch of completions. From the second optimiser step on, the ratio differs
+    from 1 and clipping acts."""
+    minibatches: int = 1
+    """Optimiser steps per pass, each on its share of the questions."""
+    micro_batch: int | None = None
+    """Questions per forward and backward pass. Fewer need less memory and give the same gradient,
+    except with --top-entropy, --clip-cov and --kl-cov, which compare the tokens of a micro-batch.
+    None: all at once."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun. ddp: each process has the whole model; fsdp: weights, gradients and AdamW's
+    moments are sharded (FSDP2)."""
+    reference_refresh: int | None = None
+    """Copy the policy into the reference policy every so many steps (DeepSeekMath's iterative
+    GRPO)."""
+    entropy_target: float | None = None
+    """Target entropy in nats per token. The weight of the entropy bonus starts at --entropy-coef.
+    It rises while the entropy is not above the target; otherwise it falls and is not applied
+    (2505.22312)."""
+    entropy_coef_step: float = 0.005
+    """Change of that weight per step."""
+    entropy_coef_max: float = 1.0
+    """Upper bound of that weight."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation on held-out questions, or a chat."""
+
+    eval_every: int | None = None
+    """Evaluate every so many steps as well, and not only before and after the training."""
+    eval_questions: int = 128
+    """Largest number of held-out questions."""
+    pass_at: int | None = None
+    """Also estimate pass@k from this many samples of each held-out question."""
+    eval_only: bool = False
+    """Evaluate and stop. --seed decides which questions are held out."""
+    chat: bool = False
+    """Chat with the model and stop; --model runs/.../model takes a trained one."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Hardware, output and checkpoints."""
+
+    seed: int = 0
+    """Seed of the question split, of the order of questions and of the sampling."""
+    print_every: int = 8
+    """Print a question with a sampled completion and its reward every so many steps."""
+    dashboard_every: int = 10
+    """Redraw curves.png every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
+    loss_impl: Literal["fused", "reference"] = "fused"
+    """The fused losses of grpo_kernels, or their reference implementation in plain PyTorch."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda if available, then mps, then cpu."""
+    threads: int | None = None
+    """CPU threads of PyTorch. None: PyTorch's choice."""
+    output_dir: Path | None = None
+    """New or empty directory for all output of the run. None: a new one in runs/."""
+    overwrite: bool = False
+    """Replace the run in --output-dir."""
+    checkpoint_every: int | None = 50
+    """Save a checkpoint for --resume every so many steps and after the last. It takes three times
+    the size of the trained weights. None: only at SIGTERM."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints to keep, the newest ones. The end of the run keeps one."""
+    resume: Path | None = None
+    """Directory of a run that was stopped. It continues from its last checkpoint with its settings;
+    --steps and settings of output may change."""
+    cache_dir: Path | None = None
+    """Directory for downloaded models. None: $GRPO_KERNELS_CACHE, else
+    $XDG_CACHE_HOME/grpo_kernels, else ~/.cache/grpo_kernels."""
+
 
 SECTIONS = {
     "model": ModelSettings,
@@ -32,8 +206,41 @@ SECTIONS = {
 }
 
 
+POSITIVE = (
+    "temperature",
+    "learning_rate",
+    "max_grad_norm",
+    "lora_alpha",
+    "entropy_coef_step",
+    "entropy_coef_max",
+)
+MINIMA = {
+    "steps": 1,
+    "prompts": 1,
+    "group_size": 2,  # a group of one has no spread: its advantages are all 0
+    "max_new_tokens": 1,
+    "inner_iterations": 1,
+    "minibatches": 1,
+    "warmup_steps": 0,
+    "dynamic_sampling": 0,
+    "overlong_buffer": 0,
+    "pass_k": 2,  # the best of one is its own reward
+    "print_every": 1,
+    "dashboard_every": 1,
+    "eval_questions": 1,
+    "eval_every": 1,
+    "pass_at": 1,
+    "reference_refresh": 1,
+    "micro_batch": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "threads": 1,
+    "lora_rank": 1,
+}
+
+
 @dataclass(frozen=True)
-class TrainConfig(  # whose fields are those of the last base first
+class TrainConfig(  # a dataclass lists the fields of its last base first
     RunSettings,
     EvaluationSettings,
     UpdateSettings,
@@ -54,10 +261,10 @@ class TrainConfig(  # whose fields are those of the last base first
     """The set of defaults to start from."""
 
     def __post_init__(self) -> None:
-        for name, minimum in _LEAST.items():
+        for name, minimum in MINIMA.items():
             value = getattr(self, name)
             self._require(name, value is None or value >= minimum, f"at least {minimum}")
-        for name in _POSITIVE:
+        for name in POSITIVE:
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "a positive number")
         for name in ("beta", "entropy_coef", "entropy_target"):
@@ -84,7 +291,7 @@ class TrainConfig(  # whose fields are those of the last base first
             raise UserError(f"{flag} must be {expected}; got {getattr(self, name)}")
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        """Of settings that each for itself would do."""
+        """Return pairs (whether it applies, message) of settings that exclude each other."""
         scratch, lora = self.model == "scratch", self.lora_rank is not None
         refresh = self.reference_refresh is not None
         each_reward = self.normalise_each_reward
@@ -155,13 +362,15 @@ class TrainConfig(  # whose fields are those of the last base first
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as JSON has them, paths as texts, and as if the run were begun and ended in
-        one go."""
+        """Return the settings as plain JSON, without --resume and --overwrite.
+
+        A resumed run then has the same settings as one that ran without a stop.
+        """
         settings = asdict(self) | {"resume": None, "overwrite": False}
         return json.loads(json.dumps(settings, default=str))
 
     def task_settings(self) -> dict[str, Any]:
-        """The task options by name; what is not JSON is text."""
+        """Return --task-option by name; values that are not JSON are text."""
         found = {}
         for option in self.task_option:
             name, equals, value = option.partition("=")
@@ -181,7 +390,7 @@ class TrainConfig(  # whose fields are those of the last base first
         return found
 
     def check_loss(self, loss_config: Callable[..., Any]) -> None:
-        """Raise a UserError where a LossConfig that checks its arguments does not take these."""
+        """Raise a UserError if the loss settings contradict each other."""
         fields = self.loss_fields()
         try:
             loss_config(**fields)
@@ -192,36 +401,3 @@ class TrainConfig(  # whose fields are those of the last base first
                 f"--loss {self.loss}: --kl-cov acts from a batch's second optimiser step on: set "
                 "--inner-iterations or --minibatches above 1"
             )
-
-
-_POSITIVE = (
-    "temperature",
-    "learning_rate",
-    "max_grad_norm",
-    "lora_alpha",
-    "entropy_coef_step",
-    "entropy_coef_max",
-)
-_LEAST = {
-    "steps": 1,
-    "prompts": 1,
-    "group_size": 2,  # a group of one has no spread: its advantages are all 0
-    "max_new_tokens": 1,
-    "inner_iterations": 1,
-    "minibatches": 1,
-    "warmup_steps": 0,
-    "dynamic_sampling": 0,
-    "overlong_buffer": 0,
-    "pass_k": 2,  # the best of one is its own reward
-    "print_every": 1,
-    "dashboard_every": 1,
-    "eval_questions": 1,
-    "eval_every": 1,
-    "pass_at": 1,
-    "reference_refresh": 1,
-    "micro_batch": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "threads": 1,
-    "lora_rank": 1,
-}
