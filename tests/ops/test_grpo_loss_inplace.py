@@ -5,7 +5,7 @@ import torch
 
 from grpo_kernels import grpo_loss, token_stats
 from grpo_kernels.ops import token_stats as operators
-from tests.ops.test_grpo_loss import CONFIGS, B, T, V, make_inputs, run
+from tests.helpers.grpo_loss import CONFIGS, B, T, V, make_inputs, run
 
 
 def model(hidden, weight, dtype):

@@ -12,10 +12,10 @@ from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_
 from grpo_kernels.ops import linear_grpo_loss as operators
 from grpo_kernels.ops import linear_token_stats as statistics_operators
 from reference import losses
+from tests.helpers.grpo_loss import CONFIGS
 from tests.helpers.linear import make_linear_case, relative_error
 from tests.helpers.loss_configs import loss_configs
 from tests.helpers.tensors import assert_same_bits, coin, normal
-from tests.ops.test_grpo_loss import CONFIGS
 
 B, T = 3, 4
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)

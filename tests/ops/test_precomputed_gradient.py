@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss
 from grpo_kernels.ops import precomputed_gradient as ready_gradient
-from tests.ops.test_grpo_loss import CONFIGS, B, T, make_inputs, run
+from tests.helpers.grpo_loss import CONFIGS, B, T, make_inputs, run
 
 
 def loss_of_logits(dtype=torch.float32, **keywords):

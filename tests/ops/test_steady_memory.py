@@ -1,4 +1,4 @@
-"""10,000 calls hold no more memory than the first few did."""
+"""Memory does not grow over 10,000 calls."""
 
 import gc
 
@@ -6,36 +6,35 @@ import psutil
 import pytest
 import torch
 
-from tests.ops.test_threads import work
+from tests.helpers.every_op import NUM_OPS, run_every_op
 
 CALLS, WARM_UP = 10_000, 500
-OPERATORS = 3  # that each `work` calls
 MIB = 1 << 20
 
 
-def tensors():
+def count_tensors():
     gc.collect()
-    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+    return sum(issubclass(type(obj), torch.Tensor) for obj in gc.get_objects())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
-def test_memory_of_the_process_is_steady(backend):
+def test_process_memory_is_steady(backend):
     process = psutil.Process()
-    for seed in range(WARM_UP // OPERATORS):
-        work(seed % 7)
-    held, resident = tensors(), process.memory_info().rss
-    for seed in range(CALLS // OPERATORS):
-        work(seed % 7)
-    assert tensors() == held
-    assert process.memory_info().rss - resident < 16 * MIB  # a kept tensor of 1 KiB a call is 10
+    for seed in range(WARM_UP // NUM_OPS):
+        run_every_op(seed % 7)
+    num_tensors, resident = count_tensors(), process.memory_info().rss
+    for seed in range(CALLS // NUM_OPS):
+        run_every_op(seed % 7)
+    assert count_tensors() == num_tensors
+    assert process.memory_info().rss - resident < 16 * MIB  # 1 KiB leaked per call would be 10 MiB
 
 
 @pytest.mark.gpu
-def test_memory_of_the_device_is_steady():
-    for seed in range(WARM_UP // OPERATORS):
-        work(seed % 7, "cuda")
-    held = torch.cuda.memory_allocated()
-    for seed in range(CALLS // OPERATORS):
-        work(seed % 7, "cuda")
-    assert torch.cuda.memory_allocated() == held
+def test_device_memory_is_steady():
+    for seed in range(WARM_UP // NUM_OPS):
+        run_every_op(seed % 7, "cuda")
+    allocated = torch.cuda.memory_allocated()
+    for seed in range(CALLS // NUM_OPS):
+        run_every_op(seed % 7, "cuda")
+    assert torch.cuda.memory_allocated() == allocated

@@ -1,0 +1,58 @@
+"""Configs, inputs and one call of a grpo_loss, for the tests of its value and its gradient."""
+
+import torch
+
+from grpo_kernels import LossConfig, token_stats
+from tests.helpers.tensors import coin, make_case, normal
+
+B, T, V = 2, 3, 37
+ESTIMATORS = ["k1", "k2", "k3", "k3+", "k3_corrected", "abs", "forward", "reverse"]
+CONFIGS = {
+    "grpo": LossConfig(),
+    "entropy bonus": LossConfig(entropy_coef=0.1),
+    "every term": LossConfig(beta=0.3, entropy_coef=-0.05, kl_estimator="reverse"),
+    "bnpo": LossConfig.bnpo(beta=0.1),
+    "dr_grpo": LossConfig.dr_grpo(max_completion_length=8, entropy_coef=0.01),
+    "dapo": LossConfig.dapo(delta=1.5),
+    "gspo": LossConfig.gspo(),
+    "gspo_token": LossConfig.gspo_token(epsilon_low=0.1, epsilon_high=0.1),
+    "luspo": LossConfig.luspo(),
+    "gmpo": LossConfig.gmpo(epsilon_low=0.1, epsilon_high=0.1),
+    "cispo": LossConfig.cispo(ratio_cap=1.1),
+    "sapo": LossConfig.sapo(),
+    "vespo": LossConfig.vespo(),
+    "gpg": LossConfig.gpg(),
+    "icepop": LossConfig.icepop(importance_floor=0.8),
+    "sequences importance": LossConfig(importance_level="sequence"),
+    "off-policy": LossConfig(off_policy_threshold=0.0),
+    "top entropy": LossConfig(top_entropy=0.4, entropy_coef=0.1),
+    "clip_covariance": LossConfig.clip_covariance(clip_cov=1.0, clip_cov_low=0.01),
+    "kl_covariance": LossConfig.kl_covariance(kl_cov=0.3),
+    "dppo": LossConfig.dppo(epsilon_low=0.01, epsilon_high=0.01),
+    "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
+    **{f"beta, {kl}": LossConfig(beta=0.2, kl_estimator=kl) for kl in ESTIMATORS},
+    **{f"metric, {kl}": LossConfig(kl_estimator=kl) for kl in ("k3", "forward")},
+}
+
+
+def make_inputs(seed, *leading, dtype=torch.float64, sequences=B):
+    """Logits, tokens, advantages per sequence, and the keywords of every config."""
+    logits, tokens = make_case(seed, *leading, V, dtype=dtype)
+    ref_logits = logits + normal(seed + 1, *leading, V, dtype=dtype, std=0.5)
+    with torch.no_grad():
+        logprob = token_stats(logits, tokens, entropy=False).logprob
+    keywords = {
+        "mask": coin(seed + 2, *leading, p=0.8),
+        "old_logprob": logprob + normal(seed + 3, *leading, dtype=logprob.dtype, std=0.3),
+        "sampling_logprob": logprob + normal(seed + 4, *leading, dtype=logprob.dtype, std=0.3),
+        "ref_logits": ref_logits,
+    }
+    return logits, tokens, normal(seed + 5, sequences, dtype=logprob.dtype), keywords
+
+
+def run(function, logits, tokens, advantages, scale=1.0, **keywords):
+    """Loss, metrics and the gradient of scale · loss."""
+    logits = logits.detach().clone().requires_grad_()
+    loss, metrics = function(logits, tokens, advantages, **keywords)
+    (scale * loss).backward()
+    return loss.detach(), metrics, logits.grad
