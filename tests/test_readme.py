@@ -21,12 +21,12 @@ def snippets() -> list[tuple[str, str]]:
     return re.findall(r"```python\n(.*?)```\s+```text\n(.*?)```", README.read_text(), re.S)
 
 
-def test_every_python_block_shows_its_output():
+def test_every_python_block_has_an_output_block():
     assert len(snippets()) == README.read_text().count("```python") > 0
 
 
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)  # as on a reader's machine
-def test_snippets_print_what_stands_beside_them(backend):
+def test_snippets_print_their_output_block(backend):
     namespace = {}
     for code, output in snippets():
         printed = io.StringIO()
@@ -36,12 +36,12 @@ def test_snippets_print_what_stands_beside_them(backend):
 
 
 @pytest.mark.parametrize("extra", ["train", "test"])
-def test_each_of_the_two_commands_is_one_line_to_copy(extra):
+def test_install_commands(extra):
     (line,) = [each for each in README.read_text().split("\n") if f"[{extra}]" in each]
     assert line.startswith("pip install -c constraints.txt -e ")
 
 
-def test_every_command_of_the_training_script_is_one_that_it_takes():
+def test_training_commands_parse():
     commands = re.findall(r"^python reference/train.py(.*)$", README.read_text(), re.M)
     assert len(commands) >= 10
     for command in commands:
@@ -51,7 +51,7 @@ def test_every_command_of_the_training_script_is_one_that_it_takes():
         assert config.task in TASKS or config.task.startswith("reasoning-gym/")
 
 
-def test_the_table_of_objectives_names_each_of_them():
+def test_objective_table_lists_every_objective():
     (table,) = re.findall(r"\| name \| per token.*?\n\n", README.read_text(), re.S)
     first_column = re.findall(r"^\|([^|]*)\|", table, re.M)
     named = set(re.findall(r"`(\w+)`", " ".join(first_column))) - {"dual_clip"}

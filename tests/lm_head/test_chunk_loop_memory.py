@@ -47,7 +47,7 @@ def loss_and_gradient(inputs, config, **reference):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["token", "sequence", "kl", "statistics"])
-def test_more_chunks_ask_for_no_more_large_tensors(dtype, kind):
+def test_large_allocations_do_not_grow_with_chunks(dtype, kind):
     weight = normal(1, V, H).to(dtype).requires_grad_()
 
     def allocations(chunks: int) -> int:

@@ -23,7 +23,7 @@ GIB = 1 << 30
 @pytest.mark.parametrize("N", [1, 500, 8192, 16_384, 65_536])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kl", [False, True])
-def test_the_workspace_of_a_llama_chunk_is_about_a_gibibyte(N, dtype, kl):
+def test_llama_chunk_workspace_is_one_gibibyte(N, dtype, kl):
     size = plan_chunk(N, **LLAMA, dtype=dtype, memory=80 * GIB, kl=kl)
     used = size * bytes_per_token(**LLAMA, dtype=dtype, kl=kl, gradient=True)
     assert used <= WORKSPACE
@@ -33,7 +33,7 @@ def test_the_workspace_of_a_llama_chunk_is_about_a_gibibyte(N, dtype, kl):
         assert size == min(N, size)
 
 
-def test_the_chunks_of_llama_on_a_large_device():
+def test_llama_chunk_sizes_on_large_device():
     """bf16: 6 bytes per logit with the gradient's, 4 without; fp32: 4."""
     sizes = [
         plan_chunk(8192, **LLAMA, dtype=dtype, memory=80 * GIB, gradient=gradient)
@@ -46,7 +46,7 @@ def test_the_chunks_of_llama_on_a_large_device():
     assert sizes == [1280, 2048, 1664]
 
 
-def test_a_small_device_gets_a_small_workspace():
+def test_small_device_gets_small_workspace():
     size = plan_chunk(8192, **LLAMA, dtype=torch.bfloat16, memory=4 * GIB)
     used = size * bytes_per_token(**LLAMA, dtype=torch.bfloat16, kl=False, gradient=True)
     assert size == 256 and used <= 4 * GIB // MEMORY_SHARE
@@ -62,7 +62,7 @@ def test_a_small_device_gets_a_small_workspace():
     kl=st.booleans(),
     gradient=st.booleans(),
 )
-def test_chunks_are_few_large_and_equal(N, V, H, dtype, memory, kl, gradient):
+def test_chunks_are_few_and_of_equal_size(N, V, H, dtype, memory, kl, gradient):
     size = plan_chunk(N, V, H, dtype, memory, kl=kl, gradient=gradient)
     assert 1 <= size <= max(1, N)
     each = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient)
@@ -79,7 +79,7 @@ def test_chunks_are_few_large_and_equal(N, V, H, dtype, memory, kl, gradient):
 
 @pytest.mark.parametrize("shape", [(3, 5), (15,)])
 @pytest.mark.parametrize("kind", ["none", "per sequence", "per token"])
-def test_pack_tokens_orders_by_signal_then_mask(shape, kind):
+def test_pack_tokens_order_and_counts(shape, kind):
     mask = coin(1, *shape)
     cu_seqlens = torch.tensor([0, 4, 4, 15]) if len(shape) == 1 else None
     advantages = {
@@ -100,7 +100,7 @@ def test_pack_tokens_orders_by_signal_then_mask(shape, kind):
     assert not mask.flatten()[ours.order[live + inert :]].any()
 
 
-def test_pack_tokens_takes_masks_of_numbers_and_of_nothing():
+def test_pack_tokens_integer_and_empty_masks():
     mask = torch.tensor([[0, 1, 1], [1, 0, 0]])
     packing = pack_tokens(mask)
     assert packing.order.tolist() == [1, 2, 3, 0, 4, 5] and packing.counts.tolist() == [3, 0]
@@ -110,7 +110,7 @@ def test_pack_tokens_takes_masks_of_numbers_and_of_nothing():
     assert packing.order.tolist()[:3] == [1, 2, 3] and packing.counts.tolist() == [2, 1]
 
 
-def test_pack_tokens_compiles_whole_and_passes_opcheck():
+def test_pack_tokens_compile_and_opcheck():
     mask, advantages = coin(1, 3, 5), torch.tensor([1.0, 0.0, 2.0])
     expected = pack_tokens(mask, advantages)
     compiled = torch.compile(pack_tokens, fullgraph=True, backend="aot_eager")(mask, advantages)

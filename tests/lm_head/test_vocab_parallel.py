@@ -74,7 +74,7 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
 @example(0, [3, 1, 9], {0}, 1e4, 40.0, "reverse", torch.float32, None)
 @example(1, [12, 12, 12, 12, 12], {1, 4}, -1e4, 3.0, "forward", torch.float32, None)
 @example(2, [1, 1], {1}, 0.0, 3.0, "forward", torch.float64, 20.0)
-def test_merged_shards_are_the_whole_row(
+def test_merged_shards_match_unsharded_row(
     backend, seed, sizes, excluded, offset, std, kl, dtype, softcap
 ):
     V, kept = sum(sizes), [i for i in range(len(sizes)) if i not in excluded] or [0]
@@ -100,7 +100,7 @@ def test_merged_shards_are_the_whole_row(
         assert_as_accurate(name, value, same_dtype[name], exact[name])
 
 
-def test_a_nan_in_one_shard_spoils_its_own_row_only(backend):
+def test_nan_in_one_shard_stays_in_its_row(backend):
     logits, tokens = make_case(3, 1, 2, 9)
     logits[0, 0, 5] = torch.nan
     logits[0, :, :3] = -torch.inf
@@ -111,7 +111,7 @@ def test_a_nan_in_one_shard_spoils_its_own_row_only(backend):
         assert value[0, 0].isnan().any() and not value[0, 1].isnan().any()
 
 
-def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_is_nan(backend):
+def test_token_in_excluded_shard_and_token_out_of_vocab(backend):
     logits, _ = make_case(5, 1, 3, 9)
     logits[..., :3] = -torch.inf
     tokens = torch.tensor([[1, 9, -1]])
@@ -120,7 +120,7 @@ def test_a_token_of_an_excluded_shard_has_probability_zero_and_one_of_no_shard_i
     assert ours["entropy"].isfinite().all()
 
 
-def test_a_row_of_excluded_shards_is_nan(backend):
+def test_row_with_all_shards_excluded_is_nan(backend):
     logits = torch.full((1, 1, 4), -torch.inf)
     given = {"logprob": torch.ones(1, 1)}
     ours = shard_results(logits, torch.tensor([[1]]), [2, 2], 1.0, given)
@@ -128,9 +128,7 @@ def test_a_row_of_excluded_shards_is_nan(backend):
 
 
 @pytest.mark.parametrize(("kl", "infinite"), [("reverse", True), ("forward", False)])
-def test_a_kl_is_infinite_where_the_other_excludes_a_shard_that_this_one_reaches(
-    backend, kl, infinite
-):
+def test_kl_with_shard_excluded_by_reference_policy(backend, kl, infinite):
     """The reference has no probability in the first shard, where the policy has some."""
     logits, tokens = make_case(6, 1, 2, 8)
     ref_logits = normal(7, 1, 2, 8)
@@ -142,7 +140,7 @@ def test_a_kl_is_infinite_where_the_other_excludes_a_shard_that_this_one_reaches
     torch.testing.assert_close(ours["kl"].double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_ids_of_a_shard():
+def test_local_ids():
     tokens, sizes = torch.tensor([-1, 0, 2, 3, 5, 6]), torch.tensor([3, 1, 2])
     assert local_ids(tokens, sizes, 1).tolist() == [
         OUT_OF_VOCAB, ON_OTHER_RANK, ON_OTHER_RANK, 0, ON_OTHER_RANK, OUT_OF_VOCAB,
@@ -151,7 +149,7 @@ def test_ids_of_a_shard():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one_process(tmp_path, ranks):
+def test_ranks_match_one_process(tmp_path, ranks):
     """Vocabulary-parallel heads, DTensors and FSDP2: the cases of ranks.py."""
     here = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -96,7 +96,7 @@ def mark_lengths(tensors):
 
 
 @pytest.mark.parametrize(("layout", "name", "backend"), STEPS)
-def test_training_steps_of_any_batch_run_one_graph_and_are_those_of_eager(layout, name, backend):
+def test_compiled_training_step_matches_eager_without_recompiling(layout, name, backend):
     ours = make_model()
     theirs = copy.deepcopy(ours)
     compiled = torch.compile(compute_loss, fullgraph=True, backend=backend)
@@ -119,7 +119,7 @@ def test_training_steps_of_any_batch_run_one_graph_and_are_those_of_eager(layout
             optimizer.zero_grad()
 
 
-def test_a_compiled_model_runs_without_its_head_and_is_not_compiled_again():
+def test_compiled_model_skips_lm_head_without_recompiling():
     """The hooks are registered anew in every call: dynamo must take them for the same."""
     model = make_model()
     compiled = torch.compile(model, backend="eager")

@@ -55,7 +55,7 @@ ADVANTAGES = torch.ones(B)
         ),
     ],
 )
-def test_token_stats_names_what_is_wrong(backend, change, error, message):
+def test_token_stats_error_messages(backend, change, error, message):
     with pytest.raises(error, match=message):
         token_stats(**{"logits": LOGITS, "tokens": TOKENS, **change})
 
@@ -82,24 +82,24 @@ def test_token_stats_names_what_is_wrong(backend, change, error, message):
         ({"normalizer": torch.ones(2)}, r"normalizer must be a number or a 0-dim tensor"),
     ],
 )
-def test_grpo_loss_names_what_is_wrong(backend, change, message):
+def test_grpo_loss_error_messages(backend, change, message):
     with pytest.raises(ValueError, match=message):
         grpo_loss(**{"logits": LOGITS, "tokens": TOKENS, "advantages": ADVANTAGES, **change})
 
 
-def test_an_id_out_of_range_is_no_error_under_the_mask(backend):
+def test_masked_token_id_may_be_out_of_range(backend):
     tokens, mask = TOKENS.clone(), torch.ones(B, T)
     tokens[0, 1], mask[0, 1] = -100, 0
     assert token_stats(LOGITS, tokens, mask=mask).logprob[0, 1] == 0
 
 
-def test_a_temperature_of_zero_is_no_error_under_the_mask(backend):
+def test_masked_temperature_may_be_zero(backend):
     temperature, mask = torch.ones(B, T), torch.ones(B, T)
     temperature[0, 1], mask[0, 1] = 0, 0
     stats = token_stats(LOGITS, TOKENS, temperature=temperature, mask=mask)
     assert stats.logprob.isfinite().all()
 
 
-def test_packed_input_says_that_it_needs_its_boundaries(backend):
+def test_packed_input_needs_cu_seqlens(backend):
     with pytest.raises(ValueError, match=r"packed .* input needs cu_seqlens"):
         grpo_loss(LOGITS[0], TOKENS[0], torch.ones(T))

@@ -32,7 +32,7 @@ def check_against_reference(logits, tokens, advantages, config, **keywords):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_gradient_and_metrics_equal_the_reference(backend, name):
+def test_loss_gradient_and_metrics_match_reference(backend, name):
     logits, tokens, advantages, keywords = make_inputs(11, B, T)
     _, metrics, gradient = check_against_reference(
         logits, tokens, advantages, CONFIGS[name], temperature=0.8, **keywords
@@ -42,7 +42,7 @@ def test_loss_gradient_and_metrics_equal_the_reference(backend, name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3"])
-def test_packed_sequences_equal_the_reference_and_the_padded_batch(backend, name):
+def test_packed_input_matches_reference_and_padded_batch(backend, name):
     logits, tokens, advantages, keywords = make_inputs(2, 5, sequences=2)
     config, cu_seqlens = CONFIGS[name], torch.tensor([0, 2, 5])
     keywords["mask"] = torch.tensor([True, True, True, False, True])
@@ -69,7 +69,7 @@ def test_packed_sequences_equal_the_reference_and_the_padded_batch(backend, name
 
 @pytest.mark.parametrize("advantages", ["per sequence", "per token"])
 @pytest.mark.parametrize("optional", ["nothing", "ref_logprob"])
-def test_optional_inputs_equal_the_reference(backend, advantages, optional):
+def test_optional_inputs_match_reference(backend, advantages, optional):
     logits, tokens, per_sequence, _ = make_inputs(11, B, T)
     given = per_sequence if advantages == "per sequence" else normal(9, B, T, dtype=torch.float64)
     keywords = {}
@@ -82,7 +82,7 @@ def test_optional_inputs_equal_the_reference(backend, advantages, optional):
 @given(seed=st.integers(0, 2**31), config=loss_configs(), per_token=st.booleans())
 @settings(max_examples=12)
 @example(0, LossConfig.gspo(kl_estimator="reverse", beta=0.2, entropy_coef=0.1), False)
-def test_any_config_equals_the_reference(backend, seed, config, per_token):
+def test_any_config_matches_reference(backend, seed, config, per_token):
     logits, tokens, advantages, keywords = make_inputs(seed, B, T)
     if per_token:
         advantages = normal(seed + 6, B, T, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_any_config_equals_the_reference(backend, seed, config, per_token):
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_micro_batches_with_a_normalizer_add_up_to_the_batch(backend, aggregation):
+def test_micro_batches_add_up_to_batch(backend, aggregation):
     logits, tokens, advantages, keywords = make_inputs(11, B, T)
     config = LossConfig(aggregation=aggregation, entropy_coef=0.1, beta=0.1)
     whole_loss, _, whole = run(grpo_loss, logits, tokens, advantages, config=config, **keywords)
@@ -108,7 +108,7 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_batch(backend, aggregatio
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_the_loss_is_policy_loss_of_token_stats(backend):
+def test_grpo_loss_equals_policy_loss_of_token_stats(backend):
     """In fp32 too, to the last bit."""
     logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
     config = LossConfig(beta=0.1, kl_estimator="reverse", entropy_coef=0.1)
@@ -123,7 +123,7 @@ def test_the_loss_is_policy_loss_of_token_stats(backend):
     assert loss.dtype == torch.float32 and torch.equal(loss, again)
 
 
-def test_every_token_masked_gives_loss_and_gradient_zero(backend):
+def test_all_tokens_masked(backend):
     logits, tokens, advantages, keywords = make_inputs(11, B, T)
     keywords["mask"] = torch.zeros(B, T, dtype=torch.bool)
     config = LossConfig(beta=0.1, kl_estimator="forward", entropy_coef=0.1)
@@ -134,13 +134,13 @@ def test_every_token_masked_gives_loss_and_gradient_zero(backend):
     assert all((value == 0).all() for value in metrics.values())
 
 
-def test_advantage_zero_without_kl_and_entropy_gives_gradient_zero(backend):
+def test_zero_advantage_gives_zero_gradient(backend):
     logits, tokens, advantages, keywords = make_inputs(11, B, T)
     _, _, gradient = run(grpo_loss, logits, tokens, advantages * 0, **keywords)
     assert (gradient == 0).all()
 
 
-def test_loss_compiles_without_a_graph_break(backend):
+def test_compile_fullgraph(backend):
     torch._dynamo.reset()
     logits, tokens, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
     config = LossConfig(beta=0.1, kl_estimator="reverse", entropy_coef=0.1)

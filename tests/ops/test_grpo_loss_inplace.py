@@ -29,14 +29,14 @@ def gradient_of_hidden(inplace, config, dtype, **extra):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3", "beta, forward"])
-def test_inplace_gives_the_same_bits(backend, dtype, name):
+def test_inplace_is_bitwise_equal(backend, dtype, name):
     expected = gradient_of_hidden(False, CONFIGS[name], dtype, softcap=30.0, temperature=0.9)
     actual = gradient_of_hidden(True, CONFIGS[name], dtype, softcap=30.0, temperature=0.9)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
     torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0)
 
 
-def test_the_gradient_lies_where_the_logits_lay(backend, monkeypatch):
+def test_gradient_overwrites_logits(backend, monkeypatch):
     logits, tokens, advantages, keywords = make_inputs(2, B, T, dtype=torch.float32)
     _, _, expected = run(grpo_loss, logits, tokens, advantages, **keywords)
 
@@ -55,7 +55,7 @@ def test_the_gradient_lies_where_the_logits_lay(backend, monkeypatch):
 
 @pytest.mark.parametrize("name", ["every term", "entropy bonus"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_nothing_but_logits_in_place_is_modified(backend, inplace, name):
+def test_only_logits_are_modified(backend, inplace, name):
     logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float32)
     config = CONFIGS[name]
     given = {"tokens": tokens, "advantages": advantages, **keywords}
@@ -67,7 +67,7 @@ def test_nothing_but_logits_in_place_is_modified(backend, inplace, name):
         assert torch.equal(value, copies[name]), name
 
 
-def test_a_second_use_of_consumed_logits_raises(backend):
+def test_overwritten_logits_cannot_be_scored_again(backend):
     logits, tokens, advantages, keywords = make_inputs(4, B, T, dtype=torch.float32)
     values = logits.requires_grad_() * 1.0
     loss, _ = grpo_loss(values, tokens, advantages, inplace=True, **keywords)
@@ -81,7 +81,7 @@ def test_a_second_use_of_consumed_logits_raises(backend):
     loss.backward()
 
 
-def test_a_second_backward_through_consumed_logits_raises(backend):
+def test_second_backward_raises(backend):
     logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
     values = logits.requires_grad_() * 1.0
     config = CONFIGS["beta, forward"]  # its gradient is made in backward, of the logits
@@ -91,7 +91,7 @@ def test_a_second_backward_through_consumed_logits_raises(backend):
         loss.backward()
 
 
-def test_another_reader_of_consumed_logits_raises_instead_of_being_wrong(backend):
+def test_backward_of_another_reader_raises(backend):
     logits, tokens, advantages, keywords = make_inputs(6, B, T, dtype=torch.float32)
     values = logits.requires_grad_() * 1.0
     other = values.square().sum()  # saves the logits
@@ -101,7 +101,7 @@ def test_another_reader_of_consumed_logits_raises_instead_of_being_wrong(backend
         other.backward()
 
 
-def test_strided_logits_are_overwritten_in_their_rows_only(backend):
+def test_strided_logits_padding_is_not_written(backend):
     logits, tokens, advantages, keywords = make_inputs(7, B, T, dtype=torch.float32)
     _, _, expected = run(grpo_loss, logits, tokens, advantages, **keywords)
     wide = torch.full((B, T + 1, V), 7.0)

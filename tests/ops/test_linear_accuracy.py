@@ -25,7 +25,7 @@ def make_head(N, V, H, *, dtype=torch.bfloat16, std=4.0):
 
 
 @pytest.mark.slow
-def test_bf16_hidden_states_at_a_vocabulary_of_65_536(monkeypatch):
+def test_bf16_accuracy_at_vocabulary_65_536(monkeypatch):
     """Logits of std 4. Rounding them to bf16 would cost 1.4e-2 of log-prob."""
     use("pytorch")
     hidden, weight, tokens = make_head(64, 65_536, 256)
@@ -88,7 +88,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_tensor_of_tokens_by_vocabulary_ever_exists(workspace, mode, dtype):
+def test_peak_memory_does_not_hold_all_logits(workspace, mode, dtype):
     """Eight times the tokens take no more memory, but for what is as large as the hidden states."""
     V, H = 8192, 32
     accumulated = {"statistics": 0, "loss": 2, "both": 2}[mode] * V * H * 4
@@ -102,14 +102,12 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists(workspace, mode, dtype):
         assert N < 2048 or peak < N * V * 4 / 3
 
 
-def test_the_default_workspace_is_a_gibibyte():
+def test_default_workspace_size():
     assert chunks.WORKSPACE == 1 << 30
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 8])  # a single chunk, and several added up
-def test_a_processor_without_bf16_units_gets_the_same_gradients_from_upcast_tiles(
-    monkeypatch, chunk_tokens
-):
+def test_bf16_matmul_fallback_on_cpu_without_bf16_units(monkeypatch, chunk_tokens):
     use("pytorch")  # the products are the same, the rest is faster
     hidden, weight, tokens = make_head(24, 300, 16)
     monkeypatch.setattr(head, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow

@@ -76,7 +76,7 @@ REFERENCE = {"ref_hidden": HIDDEN, "ref_weight": WEIGHT}
         ),
     ],
 )
-def test_linear_token_stats_names_what_is_wrong(change, error, message):
+def test_linear_token_stats_error_messages(change, error, message):
     given = {"hidden": HIDDEN, "weight": WEIGHT, "tokens": TOKENS, **change}
     with pytest.raises(error, match=message):
         linear_token_stats(**given)
@@ -122,13 +122,13 @@ def test_linear_token_stats_names_what_is_wrong(change, error, message):
         ),
     ],
 )
-def test_linear_grpo_loss_names_what_is_wrong(change, error, message):
+def test_linear_grpo_loss_error_messages(change, error, message):
     given = {"hidden": HIDDEN, "weight": WEIGHT, "tokens": TOKENS, "advantages": torch.ones(B)}
     with pytest.raises(error, match=message):
         linear_grpo_loss(**{**given, **change})
 
 
-def test_pack_tokens_names_what_is_wrong():
+def test_pack_tokens_error_messages():
     with pytest.raises(TypeError, match="mask must be a tensor, got list"):
         pack_tokens([1, 0])
     with pytest.raises(ValueError, match="mask must be bool or hold only 0 and 1"):

@@ -36,17 +36,17 @@ LIVE = torch.tensor([1.0, -1.0, 0.5, 2.0])
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 16])
-def test_a_token_level_loss_and_its_gradient_take_three_products(inputs, chunk_tokens):
+def test_token_level_loss_takes_three_matmuls(inputs, chunk_tokens):
     call = token_level(inputs, LIVE, chunk_tokens=chunk_tokens)
     assert issued(call) == 3 * N * PRODUCT
 
 
-def test_a_sequence_level_loss_takes_four(inputs):
+def test_sequence_level_loss_takes_four_matmuls(inputs):
     call = token_level(inputs, LIVE, config=LossConfig.gspo())
     assert issued(call) == 4 * N * PRODUCT
 
 
-def test_statistics_take_one_and_with_their_gradient_four(inputs):
+def test_token_stats_take_one_matmul_and_three_in_backward(inputs):
     with torch.no_grad():
         assert issued(lambda: linear_token_stats(*inputs)) == N * PRODUCT
     assert issued(lambda: linear_token_stats(*inputs)) == N * PRODUCT
@@ -54,13 +54,13 @@ def test_statistics_take_one_and_with_their_gradient_four(inputs):
     assert issued(lambda: (stats.logprob + stats.entropy).sum().backward()) == 3 * N * PRODUCT
 
 
-def test_without_gradient_a_loss_takes_one(inputs):
+def test_loss_without_gradient_takes_one_matmul(inputs):
     with torch.no_grad():
         assert issued(lambda: linear_grpo_loss(*inputs, LIVE)) == N * PRODUCT
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, packed):
+def test_masked_and_zero_advantage_tokens_skip_matmuls(inputs, packed):
     """Half of the tokens masked, and 30% of the others without a signal."""
     mask = torch.zeros(N, dtype=torch.bool)
     mask[normal(1, N).argsort()[: N // 2]] = True
@@ -78,7 +78,7 @@ def test_masked_tokens_cost_nothing_and_inert_ones_a_single_product(inputs, pack
     assert issued(call) == 3 * (N // 2) * PRODUCT
 
 
-def test_sequences_without_a_signal_are_in_a_single_product_at_sequence_level(inputs):
+def test_zero_advantage_sequences_skip_matmuls(inputs):
     mask = coin(3, 4, N // 4)
     advantages = torch.tensor([1.0, 0.0, 0.0, -1.0])
     live = mask[[0, 3]].sum().item()
@@ -88,14 +88,14 @@ def test_sequences_without_a_signal_are_in_a_single_product_at_sequence_level(in
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_a_frozen_part_is_in_no_product_of_its_own(inputs, level, frozen):
+def test_frozen_input_takes_no_gradient_matmul(inputs, level, frozen):
     hidden, weight, tokens = inputs
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     call = token_level((hidden, weight, tokens), LIVE, config=LossConfig(ratio_level=level))
     assert issued(call) == (2 if level == "token" else 3) * N * PRODUCT
 
 
-def test_a_kl_over_the_vocabulary_is_made_in_the_same_pass(inputs):
+def test_full_kl_adds_one_matmul(inputs):
     hidden, weight, _ = inputs
     reference = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
     config = LossConfig(beta=0.1, kl_estimator="reverse")
@@ -106,7 +106,7 @@ def test_a_kl_over_the_vocabulary_is_made_in_the_same_pass(inputs):
         assert issued(call) == 2 * N * PRODUCT
 
 
-def test_tokens_that_no_gradient_reaches_are_in_no_product_of_the_gradient(inputs):
+def test_tokens_with_zero_upstream_gradient_skip_matmuls(inputs):
     """Looking is free on the CPU: an upstream gradient of 0 is seen."""
     stats = linear_token_stats(*inputs)
     reached = torch.zeros(4, N // 4)

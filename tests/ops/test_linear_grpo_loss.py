@@ -66,7 +66,7 @@ def check_against_reference(case, advantages, **keywords):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_gradients_and_metrics_equal_the_reference(backend, device, name):
+def test_loss_gradients_and_metrics_match_reference(backend, device, name):
     case, advantages, keywords = make_inputs(11, B, T, device=device)
     _, metrics, gradients = check_against_reference(
         case, advantages, config=CONFIGS[name], temperature=0.8, chunk_tokens=4, **keywords
@@ -83,7 +83,9 @@ def test_loss_gradients_and_metrics_equal_the_reference(backend, device, name):
     chunk_tokens=st.sampled_from([None, 3, 32]),
 )
 @settings(max_examples=8)
-def test_any_config_and_chunk_equals_the_reference(backend, seed, config, per_token, chunk_tokens):
+def test_any_config_and_chunk_size_matches_reference(
+    backend, seed, config, per_token, chunk_tokens
+):
     case, advantages, keywords = make_inputs(seed, B, T)
     if per_token:
         advantages = normal(seed + 6, B, T, dtype=torch.float64) * coin(seed + 7, B, T)
@@ -93,14 +95,14 @@ def test_any_config_and_chunk_equals_the_reference(backend, seed, config, per_to
 
 
 @pytest.mark.parametrize("name", ["grpo", "every term", "gspo", "beta, k3"])
-def test_packed_sequences_equal_the_reference(backend, name):
+def test_packed_input_matches_reference(backend, name):
     case, advantages, keywords = make_inputs(2, 7, advantages=ADVANTAGES)
     check_against_reference(
         case, advantages, config=CONFIGS[name], cu_seqlens=torch.tensor([0, 2, 5, 7]), **keywords
     )
 
 
-def test_advantages_per_token_and_log_probs_of_the_reference(backend):
+def test_per_token_advantages_and_ref_logprob(backend):
     case, _, keywords = make_inputs(5, B, T)
     case = {name: value for name, value in case.items() if not name.startswith("ref_")}
     advantages = normal(3, B, T, dtype=torch.float64)
@@ -111,7 +113,7 @@ def test_advantages_per_token_and_log_probs_of_the_reference(backend):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("live_on_cpu_too", [False, True])
-def test_advantages_of_zero_within_a_sequence_that_has_others(
+def test_zero_advantage_tokens_in_active_sequence(
     backend, level, packed, live_on_cpu_too, monkeypatch
 ):
     """At sequence level such a token still has a gradient: it is in its sequence's ratio."""
@@ -133,7 +135,7 @@ def test_advantages_of_zero_within_a_sequence_that_has_others(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "every term", "beta, k3"])
-def test_the_modes_agree_within_rounding(backend, device, dtype, name, monkeypatch):
+def test_one_pass_and_two_pass_agree(backend, device, dtype, name, monkeypatch):
     """Three products, or four by way of linear_token_stats and policy_loss."""
     case, advantages, keywords = make_inputs(7, B, T, dtype=dtype, device=device)
     keywords |= {"config": CONFIGS[name], "chunk_tokens": 4}
@@ -147,7 +149,7 @@ def test_the_modes_agree_within_rounding(backend, device, dtype, name, monkeypat
         assert relative_error(gradient, others[leaf].double()) <= allowed, leaf
 
 
-def test_tokens_without_a_signal_have_statistics_and_gradient_zero(backend):
+def test_zero_advantage_tokens_have_stats_and_zero_gradient(backend):
     case, advantages, keywords = make_inputs(3, B, T)
     _, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
     assert (gradients["hidden"][2] == 0).all() and gradients["hidden"][0].abs().sum() > 0
@@ -161,7 +163,7 @@ def test_tokens_without_a_signal_have_statistics_and_gradient_zero(backend):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_packing_made_in_advance_changes_no_bit(backend, level):
+def test_precomputed_packing_is_bitwise_equal(backend, level):
     case, advantages, keywords = make_inputs(4, B, T, dtype=torch.float32)
     keywords |= {"config": LossConfig(ratio_level=level), "chunk_tokens": 4}
     expected = run(grpo_kernels, case, advantages, **keywords)
@@ -174,7 +176,7 @@ def test_packing_made_in_advance_changes_no_bit(backend, level):
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_micro_batches_with_a_normalizer_add_up_to_the_batch(backend, aggregation, level):
+def test_micro_batches_add_up_to_batch(backend, aggregation, level):
     case, advantages, keywords = make_inputs(11, B, T)
     config = LossConfig(
         aggregation=aggregation, entropy_coef=0.1, beta=0.1, kl_estimator="reverse",
@@ -199,7 +201,7 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_batch(backend, aggregatio
     torch.testing.assert_close(weight, whole["weight"])
 
 
-def test_without_gradient_the_loss_is_that_of_the_statistics(backend):
+def test_loss_without_gradient(backend):
     case, advantages, keywords = make_inputs(9, B, T, dtype=torch.float32)
     keywords["chunk_tokens"] = 4  # so that every product has the same shape, and bits are the same
     expected, metrics, _ = run(grpo_kernels, case, advantages, **keywords)
@@ -215,7 +217,7 @@ def test_without_gradient_the_loss_is_that_of_the_statistics(backend):
 
 
 @pytest.mark.parametrize("name", ["grpo", "every term", "gspo"])
-def test_every_token_masked_gives_loss_and_gradients_zero(backend, name):
+def test_all_tokens_masked(backend, name):
     case, advantages, keywords = make_inputs(11, B, T)
     keywords["mask"] = torch.zeros(B, T, dtype=torch.bool)
     case |= {"hidden": case["hidden"] * torch.nan, "tokens": case["tokens"] - 1000}
@@ -224,7 +226,7 @@ def test_every_token_masked_gives_loss_and_gradients_zero(backend, name):
     assert all((value == 0).all() for value in metrics.values())
 
 
-def test_a_second_backward_gives_the_same_gradient(backend):
+def test_second_backward_gives_same_gradient(backend):
     case, advantages, keywords = make_inputs(6, B, T, dtype=torch.float32)
     weight = case["weight"].clone().requires_grad_()
     loss, _ = linear_grpo_loss(case["hidden"], weight, case["tokens"], advantages, **keywords)
@@ -234,7 +236,7 @@ def test_a_second_backward_gives_the_same_gradient(backend):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_no_caller_s_tensor_is_modified(backend, level):
+def test_inputs_are_not_modified(backend, level):
     case, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
     given = {**case, **keywords, "advantages": advantages}
     copies = {name: value.clone() for name, value in given.items()}

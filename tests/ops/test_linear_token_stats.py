@@ -23,9 +23,7 @@ ALL = ("logprob", "entropy", "kl")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_every_output_and_gradient_is_as_accurate_as_pytorch(
-    backend, device, dtype, kl, chunk_tokens
-):
+def test_outputs_and_gradients_are_as_accurate_as_torch(backend, device, dtype, kl, chunk_tokens):
     case = make_linear_case(3, 2, 5, dtype=dtype, device=device)
     if kl is None:
         case = without_reference(case)
@@ -35,7 +33,7 @@ def test_every_output_and_gradient_is_as_accurate_as_pytorch(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_reference_in_another_dtype_keeps_its_digits(backend, device, dtype):
+def test_reference_policy_in_another_dtype(backend, device, dtype):
     """Rounded to bf16 its states and weight cost the KL 2e-3."""
     case = make_linear_case(3, 2, 5, dtype=dtype, device=device)
     wide = make_linear_case(3, 2, 5, device=device)
@@ -62,13 +60,13 @@ def test_temperature_softcap_and_packed_input(backend, shape, per_token):
 
 
 @pytest.mark.parametrize("names", [("logprob",), ("entropy",), ("kl",), ("entropy", "kl")])
-def test_a_gradient_of_only_some_outputs(backend, names):
+def test_gradient_of_some_outputs(backend, names):
     case = make_linear_case(5, 2, 4)
     check_linear(linear_token_stats, case, upstream_like(3, case["tokens"], names), kl="forward")
 
 
 @pytest.mark.parametrize("leaves", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()])
-def test_frozen_parts_get_no_gradient_and_change_no_other(backend, leaves):
+def test_frozen_inputs_get_no_gradient(backend, leaves):
     case = without_reference(make_linear_case(6, 2, 4))
     upstream = upstream_like(3, case["tokens"]) if leaves else {}
     ours = check_linear(linear_token_stats, case, upstream, leaves)
@@ -84,7 +82,7 @@ def test_without_bias_and_without_entropy(backend):
     assert "entropy" not in ours
 
 
-def test_a_tied_weight_gets_the_gradients_of_both_uses(backend):
+def test_tied_weight_adds_both_gradients(backend):
     case = without_reference(make_linear_case(8, 2, 4, bias=False, dtype=torch.float64))
     embedding = case["weight"].clone().requires_grad_()
     ids = case["tokens"].roll(1, -1)
@@ -107,7 +105,7 @@ def test_a_tied_weight_gets_the_gradients_of_both_uses(backend):
 )
 @example(0, 0, 3, 5, 4, None, 0.5, "reverse")
 @example(1, 2, 1, 1, 1, 1, 0.0, "forward")
-def test_any_shape_mask_and_chunk(backend, seed, B, T, V, H, chunk_tokens, masked, kl):
+def test_any_shape_mask_and_chunk_size(backend, seed, B, T, V, H, chunk_tokens, masked, kl):
     case = make_linear_case(seed, B, T, V=V, H=H, dtype=torch.float64)
     if kl is None:
         case = without_reference(case)
@@ -123,7 +121,7 @@ def test_any_shape_mask_and_chunk(backend, seed, B, T, V, H, chunk_tokens, maske
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_the_chunk_beyond_rounding(backend, dtype):
+def test_chunk_size_changes_rounding_only(backend, dtype):
     case = make_linear_case(10, 3, 7, dtype=dtype)
     upstream = upstream_like(3, case["tokens"], ALL)
     exact = exact_linear_results(case, upstream, kl="reverse")
@@ -137,7 +135,7 @@ def test_results_do_not_depend_on_the_chunk_beyond_rounding(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_with_a_fixed_chunk_no_bit_of_a_token_depends_on_the_batch(backend, device, dtype):
+def test_fixed_chunk_size_is_batch_invariant(backend, device, dtype):
     """Three tokens alone, in a product of 8 rows, and among 11 others."""
     case = make_linear_case(11, 14, V=65, H=24, dtype=dtype, device=device)
     upstream = upstream_like(3, case["tokens"], ALL)
@@ -153,7 +151,7 @@ def test_with_a_fixed_chunk_no_bit_of_a_token_depends_on_the_batch(backend, devi
             assert torch.equal(alone[name], whole[name][few]), name
 
 
-def test_with_a_fixed_chunk_a_mask_changes_no_bit_of_the_others(backend):
+def test_fixed_chunk_size_is_mask_invariant(backend):
     case = make_linear_case(12, 2, 7, V=65, H=24)
     upstream = upstream_like(3, case["tokens"], ALL)
     mask = coin(5, 2, 7)
@@ -165,7 +163,7 @@ def test_with_a_fixed_chunk_a_mask_changes_no_bit_of_the_others(backend):
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_repeat_runs_are_bitwise_equal(backend, device, chunk_tokens):
+def test_repeated_runs_are_bitwise_equal(backend, device, chunk_tokens):
     case = make_linear_case(13, 3, 5, dtype=torch.bfloat16, device=device)
     mask = coin(1, 3, 5, device=device)
     keywords = {"kl": "reverse", "mask": mask, "chunk_tokens": chunk_tokens}
@@ -174,7 +172,7 @@ def test_repeat_runs_are_bitwise_equal(backend, device, chunk_tokens):
     assert_same_bits(linear_results(linear_token_stats, case, upstream, **keywords), first)
 
 
-def test_packing_made_in_advance_changes_nothing(backend):
+def test_precomputed_packing_is_bitwise_equal(backend):
     case, mask = make_linear_case(14, 2, 6), coin(4, 2, 6)
     upstream = upstream_like(3, case["tokens"], ALL)
     keywords = {"kl": "reverse", "mask": mask, "chunk_tokens": 4}
@@ -183,7 +181,7 @@ def test_packing_made_in_advance_changes_nothing(backend):
     assert_same_bits(ours, expected)
 
 
-def test_logits_of_half_precision_are_not_rounded(backend):
+def test_half_precision_logits_are_not_rounded(backend):
     """The token's log-prob is that of the exact logits, which bf16 could not hold."""
     logits, tokens = make_case(1, 4, 33, dtype=torch.float64)
     eye = torch.eye(33, dtype=torch.bfloat16)
@@ -198,7 +196,7 @@ def test_logits_of_half_precision_are_not_rounded(backend):
         assert error < 4e-6, name
 
 
-def test_the_row_functions_are_those_of_the_logits_level(backend):
+def test_matches_token_stats_of_logits(backend):
     case = without_reference(make_linear_case(15, 2, 5, bias=False))
     logits = case["hidden"].flatten(0, 1) @ case["weight"].T
     expected = token_stats(logits.view(2, 5, -1), case["tokens"])

@@ -24,7 +24,7 @@ def make_inputs(dtype=torch.float32, bias=True):
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
-def test_gradcheck_of_every_output_in_fp64(backend, kl):
+def test_gradcheck(backend, kl):
     (hidden, weight), tokens, case = make_inputs(torch.float64)
     bias = case.pop("bias").requires_grad_()
     keywords = {"kl": kl, **case} if kl else {}
@@ -38,7 +38,7 @@ def test_gradcheck_of_every_output_in_fp64(backend, kl):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_gradcheck_of_the_loss_in_fp64(backend, name):
+def test_gradcheck_of_loss(backend, name):
     (hidden, weight), tokens, case = make_inputs(torch.float64)
     bias = case.pop("bias").requires_grad_()
     old_logprob = normal(3, 2, 3, dtype=torch.float64) - 2
@@ -67,7 +67,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_opcheck_of_every_operator_as_it_is_called(backend, kl, level):
+def test_opcheck(backend, kl, level):
     (hidden, weight), tokens, case = make_inputs(bias=kl)
     config = LossConfig(
         beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1, ratio_level=level
@@ -95,7 +95,7 @@ def test_opcheck_of_every_operator_as_it_is_called(backend, kl, level):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_loss_compiles_whole_and_new_lengths_do_not_recompile_more_than_once(backend, name):
+def test_loss_compiles_fullgraph_for_any_length(backend, name):
     def loss(hidden, weight, tokens, advantages, mask, case, temperature):
         return linear_grpo_loss(
             hidden, weight, tokens, advantages, mask=mask, config=CONFIGS[name],
@@ -119,7 +119,7 @@ def test_the_loss_compiles_whole_and_new_lengths_do_not_recompile_more_than_once
     assert counter.frame_count <= 2  # the first shapes, and any others
 
 
-def test_linear_token_stats_compiles_whole(backend):
+def test_token_stats_compile_fullgraph(backend):
     (hidden, weight), tokens, case = make_inputs()
 
     def total(hidden, weight):
@@ -132,7 +132,7 @@ def test_linear_token_stats_compiles_whole(backend):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_autocast_multiplies_in_bf16_and_leaves_fp32_weights_an_unrounded_gradient(backend, level):
+def test_autocast_gives_fp32_gradients(backend, level):
     (hidden, weight), tokens, _ = make_inputs(bias=False)
     config = LossConfig(ratio_level=level)
     half = [each.detach().bfloat16().float().requires_grad_() for each in (hidden, weight)]
@@ -151,7 +151,7 @@ def test_autocast_multiplies_in_bf16_and_leaves_fp32_weights_an_unrounded_gradie
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradient(backend, level, use_reentrant):
+def test_activation_checkpointing(backend, level, use_reentrant):
     (hidden, weight), tokens, _ = make_inputs()
 
     def loss(hidden, weight):
@@ -170,7 +170,7 @@ def test_inference_mode(backend):
     torch.testing.assert_close(loss, linear_grpo_loss(hidden, weight, tokens, ADVANTAGES).loss)
 
 
-def test_backward_of_a_token_level_loss_only_scales(backend):
+def test_token_level_backward_only_scales(backend):
     (hidden, weight), tokens, _ = make_inputs()
     with Recorder() as recorder:
         loss = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES).loss

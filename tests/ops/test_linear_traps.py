@@ -18,7 +18,7 @@ ALL = ("logprob", "entropy", "kl")
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
-def test_nothing_under_the_mask_has_any_effect(backend, chunk_tokens):
+def test_masked_tokens_have_no_effect(backend, chunk_tokens):
     case, mask = make_linear_case(1, 3, 4), coin(2, 3, 4)
     upstream = upstream_like(3, case["tokens"], ALL)
     keywords = {"mask": mask, "kl": "reverse", "chunk_tokens": chunk_tokens}
@@ -36,7 +36,7 @@ def test_nothing_under_the_mask_has_any_effect(backend, chunk_tokens):
         assert_same_bits(ours, clean)
 
 
-def test_entries_of_minus_infinity_from_the_bias_equal_a_smaller_vocabulary(backend):
+def test_bias_of_minus_infinity_equals_smaller_vocabulary(backend):
     """A padded vocabulary, its whole leading block."""
     case = make_linear_case(2, 2, 3, V=24, dtype=torch.float64)
     upstream = upstream_like(3, case["tokens"], ALL)
@@ -56,7 +56,7 @@ def test_entries_of_minus_infinity_from_the_bias_equal_a_smaller_vocabulary(back
         torch.testing.assert_close(ours[name][20:], small[name], rtol=1e-10, atol=1e-12)
 
 
-def test_a_common_offset_of_the_logits_costs_what_fp32_rounds_away(backend):
+def test_common_offset_of_logits(backend):
     """+1e4 by the bias: fp32 holds such logits to 1e-3 / 2, and nothing is lost beyond that."""
     case = without_reference(make_linear_case(3, 2, 4, V=50))
     logits = (case["hidden"] @ case["weight"].T + (case["bias"] + 1e4)).double()
@@ -67,7 +67,7 @@ def test_a_common_offset_of_the_logits_costs_what_fp32_rounds_away(backend):
     assert (ours.logprob - exact.logprob).abs().max() < 1e-5
 
 
-def test_a_nan_hidden_state_spoils_its_own_token_only(backend):
+def test_nan_hidden_state_stays_in_its_row(backend):
     case = without_reference(make_linear_case(4, 2, 4))
     clean = linear_token_stats(**case)
     case["hidden"][1, 2] = torch.nan
@@ -78,7 +78,7 @@ def test_a_nan_hidden_state_spoils_its_own_token_only(backend):
     assert torch.equal(ours.logprob[~spoilt], clean.logprob[~spoilt])
 
 
-def test_one_hot_rows_have_entropy_zero_and_finite_gradients(backend):
+def test_one_hot_rows(backend):
     case = without_reference(make_linear_case(5, 2, 4, std=300.0, bias=False))
     ours = check_linear(linear_token_stats, case, {}, ())
     assert (ours["entropy"] < 1e-3).any()
@@ -88,7 +88,7 @@ def test_one_hot_rows_have_entropy_zero_and_finite_gradients(backend):
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_no_tokens_give_empty_results_and_gradients_zero(backend, shape, chunk_tokens):
+def test_no_tokens(backend, shape, chunk_tokens):
     case = without_reference(make_linear_case(6, *shape))
     ours = linear_results(
         linear_token_stats, case, upstream_like(3, case["tokens"]), chunk_tokens=chunk_tokens
@@ -103,7 +103,7 @@ def test_no_tokens_give_empty_results_and_gradients_zero(backend, shape, chunk_t
         assert loss == 0 and (weight.grad == 0).all()
 
 
-def test_log_ratios_far_beyond_the_clip_leave_the_gradient_finite(backend):
+def test_extreme_log_ratios_give_finite_gradient(backend):
     case = without_reference(make_linear_case(7, 2, 3, bias=False))
     case.pop("bias")
     hidden, weight, tokens = (case[name] for name in ("hidden", "weight", "tokens"))
@@ -119,7 +119,7 @@ def test_log_ratios_far_beyond_the_clip_leave_the_gradient_finite(backend):
         assert loss.isfinite() and gradient.isfinite().all()
 
 
-def test_gradients_far_below_the_range_of_fp16_survive(backend):
+def test_fp16_gradients_do_not_underflow(backend):
     """The mean over a batch with a loss scale that comes in only with backward."""
     case = without_reference(make_linear_case(8, 2, 4, dtype=torch.float16, bias=False))
     case.pop("bias")
@@ -147,7 +147,7 @@ def test_strided_hidden_states_and_weights(backend):
         torch.testing.assert_close(value, expected[name])
 
 
-def test_poisoned_scratch_memory_changes_nothing(backend):
+def test_uninitialised_memory_has_no_effect(backend):
     case = make_linear_case(10, 3, 4, dtype=torch.bfloat16)
     keywords = {"kl": "reverse", "mask": coin(1, 3, 4), "chunk_tokens": 5}
     upstream = upstream_like(3, case["tokens"], ALL)

@@ -82,7 +82,7 @@ def check(one_launch, logits, tokens, advantages, config, rows=None, tolerance=1
 @example(1, LossConfig(beta=2.0, kl_estimator="k3_corrected"), {"old_logprob", "ref_logprob"}, 15.0)
 @example(1, LossConfig(beta=2.0, kl_estimator="k3", delta=1.5), set(GIVEN), 30.0)
 @example(2, LossConfig(beta=0.04, kl_estimator="abs", dual_clip=1.1), set(GIVEN), 0.3)
-def test_any_config_equals_the_objective_of_the_statistics(backend, seed, config, names, spread):
+def test_any_config_matches_policy_loss_of_token_stats(backend, seed, config, names, spread):
     names = names | ({"ref_logprob"} if config.beta else set())
     names = names | ({"sampling_logprob"} if config.importance_mode == "mask" else set())
     logits, tokens, advantages, given = inputs(seed, names, spread=spread)
@@ -93,7 +93,7 @@ def test_any_config_equals_the_objective_of_the_statistics(backend, seed, config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_several_tiles_equal_the_objective_of_the_statistics(backend, one_launch, dtype):
+def test_several_tiles_match_policy_loss_of_token_stats(backend, one_launch, dtype):
     """Whole tiles and a tail, backwards in the second walk; a temperature per token, a softcap."""
     logits, tokens, advantages, given = inputs(4, GIVEN, V=333, dtype=dtype)
     logits[0, 0, :150] = -torch.inf
@@ -107,7 +107,7 @@ def test_rows_of_several_tiles_equal_the_objective_of_the_statistics(backend, on
     assert (gradient[0, 0, :150] == 0).all()
 
 
-def test_garbage_under_the_mask_and_a_nan_row_spoil_nothing_else(backend, one_launch):
+def test_masked_garbage_and_nan_row_stay_in_their_rows(backend, one_launch):
     logits, tokens, advantages, given = inputs(6, GIVEN, dtype=torch.float32)
     given["mask"] = torch.tensor([[True, True, False], [True, True, True]])
     config = LossConfig(beta=0.1, entropy_coef=0.1)
@@ -125,7 +125,7 @@ def test_garbage_under_the_mask_and_a_nan_row_spoil_nothing_else(backend, one_la
     torch.testing.assert_close(leaf.grad[sound], clean[sound] / 1.7)
 
 
-def test_a_broken_row_without_a_signal_gets_gradient_zero(backend, one_launch):
+def test_nan_row_with_zero_advantage_has_zero_gradient(backend, one_launch):
     logits, tokens, _, _ = inputs(6, (), dtype=torch.float32)
     logits[0, 1, 4] = torch.nan
     advantages = normal(3, 2, 3)
@@ -137,7 +137,7 @@ def test_a_broken_row_without_a_signal_gets_gradient_zero(backend, one_launch):
 
 
 @pytest.mark.parametrize("few", [1, 5])
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, one_launch, few):
+def test_batch_invariance(backend, one_launch, few):
     logits, tokens, _, given = inputs(7, GIVEN[1:], 1, 6, V=333, dtype=torch.float32)
     advantages = normal(3, 1, 6)
     config = LossConfig(beta=0.1, entropy_coef=0.1, aggregation="token_mean")
@@ -162,7 +162,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, one_launch, few):
     ],
     ids=["sequence level", "KL over the vocabulary", "fp16", "no gradient"],
 )
-def test_what_one_launch_does_not_cover_takes_two_without_a_word(backend, one_launch, case):
+def test_unsupported_configs_fall_back_to_two_passes(backend, one_launch, case):
     logits, tokens, advantages, _ = inputs(7, (), dtype=case.get("dtype", torch.float32))
     keywords = {"ref_logits": logits + 1} if "ref_logits" in case else {}
     config = case.get("config", LossConfig())
@@ -180,7 +180,7 @@ def test_no_tokens(backend, one_launch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "pytorch"], indirect=True)
-def test_a_sampler_s_nan_shows_in_the_gradient_of_its_token(backend):
+def test_nan_sampling_logprob_reaches_gradient(backend):
     logits = normal(1, 1, 3, 20).requires_grad_()
     sampling = torch.tensor([[-1.0, torch.nan, -2.0]])
     tokens, old = torch.zeros(1, 3).long(), torch.full((1, 3), -1.5)
@@ -190,7 +190,7 @@ def test_a_sampler_s_nan_shows_in_the_gradient_of_its_token(backend):
     assert gradient[0, [0, 2]].isfinite().all()
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_in_config():
     config = LossConfig(epsilon_low=np.float64(0.2), importance_cap=np.float32(3.0))
     assert config == LossConfig(importance_cap=3.0)
     assert repr(config) == repr(LossConfig(importance_cap=3.0))
@@ -200,7 +200,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("name", ["normalizer", "entropy_normalizer"])
-def test_the_dtype_of_a_row_lse_is_not_that_of_the_loss(name):
+def test_normalizer_dtype_does_not_change_loss_dtype(name):
     logits = normal(1, 1, 3, 20).requires_grad_()
     given = {"normalizer": 6, "entropy_normalizer": 6} | {name: torch.tensor(6.0).double()}
     config = LossConfig(aggregation="token_mean", entropy_coef=0.1)
@@ -208,14 +208,14 @@ def test_the_dtype_of_a_row_lse_is_not_that_of_the_loss(name):
     assert loss.dtype == torch.float32
 
 
-def test_the_kernel_has_a_form_of_every_surrogate_of_single_tokens():
+def test_every_token_level_surrogate_has_a_kernel_form():
     calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
     of_tokens = {name for name, each in SURROGATES.items() if not each.of_sequences}
     assert calls._KERNEL_FORMS.keys() == of_tokens
 
 
 @pytest.mark.parametrize("compute_loss", ["logits", "hidden"])
-def test_coefficients_that_change_do_not_break_a_compiled_graph(compute_loss):
+def test_compile_with_changing_coefficients(compute_loss):
     """dynamo makes a float that changes a symbol, which has no text."""
     torch._dynamo.reset()
     logits, tokens, advantages, given = inputs(4, ["mask", "ref_logprob"], dtype=torch.float32)

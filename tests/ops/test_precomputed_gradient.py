@@ -44,7 +44,7 @@ LOSSES = [loss_of_logits, loss_of_hidden]
 
 
 @pytest.mark.parametrize("compute_loss", LOSSES)
-def test_backward_again_gives_the_gradient_again(backend, compute_loss):
+def test_second_backward_gives_same_gradient(backend, compute_loss):
     """With retain_graph, under other incoming gradients, whatever became of the first result."""
     leaf, loss = compute_loss()
     first, second, third = (
@@ -57,7 +57,7 @@ def test_backward_again_gives_the_gradient_again(backend, compute_loss):
 
 
 @pytest.mark.parametrize("compute_loss", LOSSES)
-def test_accumulated_gradients_of_a_retained_graph_add_up(backend, compute_loss):
+def test_gradients_accumulate_with_retain_graph(backend, compute_loss):
     leaf, loss = compute_loss()
     for _ in range(3):
         loss.backward(retain_graph=True)
@@ -66,7 +66,7 @@ def test_accumulated_gradients_of_a_retained_graph_add_up(backend, compute_loss)
 
 
 @pytest.mark.parametrize("compute_loss", LOSSES)
-def test_backward_after_one_with_gradient_zero_raises(backend, compute_loss):
+def test_backward_after_zero_gradient_raises(backend, compute_loss):
     leaf, loss = compute_loss()
     (nothing,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
     assert (nothing == 0).all()
@@ -74,7 +74,7 @@ def test_backward_after_one_with_gradient_zero_raises(backend, compute_loss):
         torch.autograd.grad(loss, leaf)
 
 
-def test_the_callers_gradient_may_change_between_two_backwards(backend):
+def test_incoming_gradient_may_change_between_backwards(backend):
     leaf, loss = loss_of_logits()
     incoming = torch.tensor(2.0)
     first = torch.autograd.grad(loss, leaf, incoming, retain_graph=True)[0].clone()
@@ -84,7 +84,7 @@ def test_the_callers_gradient_may_change_between_two_backwards(backend):
 
 
 @pytest.mark.parametrize("compute_loss", LOSSES)
-def test_backward_allocates_nothing_of_the_gradients_size(backend, compute_loss):
+def test_backward_allocates_no_large_tensor(backend, compute_loss):
     leaf, loss = compute_loss()
     with StoragesMade() as made:
         loss.backward()
@@ -92,7 +92,7 @@ def test_backward_allocates_nothing_of_the_gradients_size(backend, compute_loss)
     assert large <= {leaf.grad.data_ptr()} and leaf.grad.abs().sum() > 0
 
 
-def test_the_gradient_handed_out_is_the_one_that_was_made(backend, monkeypatch):
+def test_accumulate_grad_takes_gradient_without_copy(backend, monkeypatch):
     made = []
     scale_ = ready_gradient._scale_
 
@@ -106,7 +106,7 @@ def test_the_gradient_handed_out_is_the_one_that_was_made(backend, monkeypatch):
     assert leaf.grad.data_ptr() in made, "AccumulateGrad copied instead of taking"
 
 
-def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(backend):
+def test_power_of_two_scale_does_not_round_bf16_gradient(backend):
     _, loss = loss_of_logits(torch.bfloat16)
     leaf, scaled = loss_of_logits(torch.bfloat16)
     (scaled * 65536.0).backward()
@@ -115,7 +115,7 @@ def test_bf16_gradients_are_rounded_once_under_a_scale_of_a_power_of_two(backend
     assert torch.equal(leaf.grad, other.grad * 65536.0)
 
 
-def test_a_half_precision_gradient_waits_for_its_scale(backend):
+def test_fp16_gradient_with_loss_scale(backend):
     """1/65,536 of it underflows in fp16: made before the scale came, it would be 0."""
     logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float16)
     advantages = advantages * 1e-6
@@ -124,14 +124,14 @@ def test_a_half_precision_gradient_waits_for_its_scale(backend):
     torch.testing.assert_close(scaled.double(), exact, rtol=2e-3, atol=1e-6)
 
 
-def test_the_loss_can_be_differentiated_twice_by_nobody(backend):
+def test_second_derivative_raises(backend):
     leaf, loss = loss_of_logits()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["entropy bonus", "beta, k3", "dual clip"])
-def test_one_launch_compiles_without_a_graph_break(backend, name):
+def test_one_pass_compiles_fullgraph(backend, name):
     torch._dynamo.reset()
     logits, tokens, advantages, keywords = make_inputs(8, B, T, dtype=torch.float32)
     compiled = torch.compile(grpo_loss, backend="aot_eager", fullgraph=True)
@@ -147,7 +147,7 @@ def test_one_launch_compiles_without_a_graph_break(backend, name):
     torch._dynamo.reset()
 
 
-def test_the_config_survives_its_text():
+def test_config_encode_decode_round_trip():
     """All but the entropy's coefficient, which the operators get as the weight of a sum."""
     config = LossConfig.dapo(beta=0.1, kl_estimator="k3+", delta=2.0)
     assert ready_gradient.config_of(config.text) == config

@@ -27,7 +27,7 @@ def eager_switches():
 
 
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
-def test_two_threads_give_the_bits_of_one(backend, eager_switches):
+def test_two_threads_are_bitwise_equal_to_one(backend, eager_switches):
     """Backward too: autograd runs it on the thread that asks."""
     expected = [run_every_op(seed) for seed in range(2)]
     together = Barrier(2)
@@ -42,7 +42,7 @@ def test_two_threads_give_the_bits_of_one(backend, eager_switches):
 
 
 @pytest.mark.gpu
-def test_two_streams_give_the_bits_of_one():
+def test_two_streams_are_bitwise_equal_to_one():
     expected = [run_every_op(seed, "cuda") for seed in range(2)]
     torch.cuda.synchronize()
     streams, results = [torch.cuda.Stream() for _ in range(2)], []

@@ -21,7 +21,7 @@ V = 83  # two whole interpreted tiles and a tail
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
-def test_every_output_and_the_gradient_are_as_accurate_as_torch(backend, device, dtype, kl):
+def test_outputs_and_gradient_are_as_accurate_as_torch(backend, device, dtype, kl):
     logits, tokens = make_case(1, 2, 3, V, dtype=dtype, device=device)
     upstream = upstream_like(
         5, tokens, ("logprob", "entropy", "kl") if kl else ("logprob", "entropy")
@@ -32,7 +32,7 @@ def test_every_output_and_the_gradient_are_as_accurate_as_torch(backend, device,
 
 @pytest.mark.parametrize("wanted", ["logprob", "entropy", "kl"])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_each_output_has_its_own_gradient(backend, device, kl, wanted):
+def test_gradient_of_each_output(backend, device, kl, wanted):
     logits, tokens = make_case(2, 5, V, device=device)
     ref_logits = normal(9, 5, V, device=device, std=3.0)
     check_against_oracle(
@@ -42,7 +42,7 @@ def test_each_output_has_its_own_gradient(backend, device, kl, wanted):
 
 @pytest.mark.parametrize("softcap", [None, 2.5, 30.0])
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (1, 3), (2, 3)])
-def test_temperature_broadcasts_to_the_tokens_and_softcap_bounds(backend, device, shape, softcap):
+def test_temperature_and_softcap(backend, device, shape, softcap):
     logits, tokens = make_case(3, 2, 3, V, device=device, std=5.0)
     temperature = normal(4, *shape, device=device).abs() + 0.5
     ref_logits = normal(9, 2, 3, V, device=device, std=3.0)
@@ -57,7 +57,7 @@ def test_temperature_broadcasts_to_the_tokens_and_softcap_bounds(backend, device
     )
 
 
-def test_a_temperature_without_gradient_needs_none(backend, device):
+def test_temperature_that_requires_grad(backend, device):
     logits, tokens = make_case(3, 3, V, device=device)
     temperature = torch.full((3,), 1.3, device=device, requires_grad=True)
     logits.requires_grad_()
@@ -67,12 +67,12 @@ def test_a_temperature_without_gradient_needs_none(backend, device):
 
 @pytest.mark.parametrize("leading", [(4,), (1, 1), (2, 1), (1, 3)])
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 300])
-def test_every_leading_shape_and_vocabulary(backend, device, leading, size):
+def test_leading_shapes_and_vocabulary_sizes(backend, device, leading, size):
     logits, tokens = make_case(4, *leading, size, device=device)
     check_against_oracle(logits, tokens, upstream_like(5, tokens))
 
 
-def test_entropy_can_be_left_out(backend, device):
+def test_without_entropy(backend, device):
     logits, tokens = make_case(5, 4, V, device=device)
     ours = check_against_oracle(
         logits, tokens, upstream_like(5, tokens, ("logprob",)), entropy=False
@@ -81,14 +81,14 @@ def test_entropy_can_be_left_out(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_tokens_may_be_any_integers_in_any_layout(backend, device, dtype):
+def test_token_dtypes_and_strides(backend, device, dtype):
     logits, tokens = make_case(6, 2, 4, V, device=device)
     strided = tokens.to(dtype).T.contiguous().T
     check_against_oracle(logits, strided, upstream_like(5, tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
-def test_masked_tokens_get_zeros_and_the_others_their_values(backend, device, dtype):
+def test_masked_tokens_get_zeros(backend, device, dtype):
     logits, tokens = make_case(7, 3, 4, V, device=device)
     mask = coin(8, 3, 4, device=device)
     assert mask.any() and not mask.all()
@@ -100,7 +100,7 @@ def test_masked_tokens_get_zeros_and_the_others_their_values(backend, device, dt
     assert all((value[~mask] == 0).all() for value in ours.values())
 
 
-def test_strided_rows_give_what_dense_rows_give(backend, device):
+def test_strided_logits(backend, device):
     """logits[:, :-1] of a model's output, and a reference with strides of its own."""
     wide, tokens = make_case(10, 2, 4, V + 7, device=device)
     logits, tokens = wide[:, :-1, :V], tokens[:, 1:] % V
@@ -122,13 +122,13 @@ def test_strided_rows_give_what_dense_rows_give(backend, device):
     assert_same_bits(ours, dense)
 
 
-def test_strided_packed_rows_give_what_the_oracle_gives(backend, device):
+def test_strided_packed_logits(backend, device):
     wide, tokens = make_case(10, 7, V + 3, device=device)
     check_against_oracle(wide[::2, 3:], tokens[::2] % V, upstream_like(5, tokens[::2]))
 
 
 @pytest.mark.parametrize("layout", ["expanded", "column", "sliced"])
-def test_upstream_gradients_may_have_any_strides(backend, device, layout):
+def test_strided_upstream_gradients(backend, device, layout):
     logits, tokens = make_case(11, 3, 4, V, device=device)
     upstream = {
         "expanded": lambda: normal(1, 1, 1, device=device).expand(3, 4),
@@ -140,7 +140,7 @@ def test_upstream_gradients_may_have_any_strides(backend, device, layout):
     check_against_oracle(logits, tokens, {"entropy": upstream})
 
 
-def test_a_sum_of_all_outputs_backpropagates_a_stride_0_gradient(backend, device):
+def test_sum_of_outputs_backpropagates_stride_0_gradient(backend, device):
     logits, tokens = make_case(12, 2, 3, V, device=device)
     logits.requires_grad_()
     stats = token_stats(logits, tokens)

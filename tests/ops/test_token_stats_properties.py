@@ -49,7 +49,7 @@ def run(logits, tokens, upstream, keywords):
 
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL, softcap=st.sampled_from([None, 3.0]))
-def test_any_case_is_as_accurate_as_torch(backend, seed, N, V, kl, softcap):
+def test_any_input_is_as_accurate_as_torch(backend, seed, N, V, kl, softcap):
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     mask = coin(seed + 9, N)
     check_against_oracle(logits, tokens, upstream, softcap=softcap, mask=mask, **keywords)
@@ -57,7 +57,7 @@ def test_any_case_is_as_accurate_as_torch(backend, seed, N, V, kl, softcap):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL, shift=st.integers(-64, 64))
 @few
-def test_a_common_shift_of_the_logits_changes_nothing(backend, seed, N, V, kl, shift):
+def test_shift_invariance(backend, seed, N, V, kl, shift):
     """Logits on a grid, so that the shift itself does not round: then not a bit changes."""
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     logits = (logits * 128).round() / 128
@@ -72,7 +72,7 @@ def test_a_common_shift_of_the_logits_changes_nothing(backend, seed, N, V, kl, s
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL)
 @few
-def test_the_gradient_of_a_row_sums_to_zero(backend, seed, N, V, kl):
+def test_gradient_of_row_sums_to_zero(backend, seed, N, V, kl):
     gradient = run(*make_all(seed, N, V, kl))["d_logits"].double()
     scale = gradient.abs().sum(-1) + 1
     assert (gradient.sum(-1).abs() <= 2e-6 * scale).all()
@@ -80,7 +80,7 @@ def test_the_gradient_of_a_row_sums_to_zero(backend, seed, N, V, kl):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL, dtype=DTYPES)
 @few
-def test_permuted_rows_give_permuted_results(backend, seed, N, V, kl, dtype):
+def test_permuted_rows(backend, seed, N, V, kl, dtype):
     case = make_all(seed, N, V, kl, dtype)
     order = torch.randperm(N, generator=generator(seed))
     expected = {name: value[order] for name, value in run(*case).items()}
@@ -89,7 +89,7 @@ def test_permuted_rows_give_permuted_results(backend, seed, N, V, kl, dtype):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL)
 @few
-def test_permuted_vocabulary_gives_permuted_gradients(backend, seed, N, V, kl):
+def test_permuted_vocabulary(backend, seed, N, V, kl):
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     expected = run(logits, tokens, upstream, keywords)
     order = torch.randperm(V, generator=generator(seed))
@@ -103,7 +103,7 @@ def test_permuted_vocabulary_gives_permuted_gradients(backend, seed, N, V, kl):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL, dtype=DTYPES, first=st.integers(0, 7))
 @few
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, seed, N, V, kl, dtype, first):
+def test_batch_invariance(backend, seed, N, V, kl, dtype, first):
     case = make_all(seed, N, V, kl, dtype)
     first %= N
     expected = {name: value[first : first + 1] for name, value in run(*case).items()}
@@ -112,7 +112,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(backend, seed, N, V, kl, dty
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL)
 @few
-def test_repeated_runs_have_the_same_bits(backend, seed, N, V, kl):
+def test_repeated_runs_are_bitwise_equal(backend, seed, N, V, kl):
     case = make_all(seed, N, V, kl)
     assert_same_bits(run(*case), run(*case))
 
@@ -132,7 +132,7 @@ def test_masked_equals_compacted(backend, seed, N, V, kl, softcap):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL)
 @few
-def test_garbage_under_the_mask_is_ignored(backend, seed, N, V, kl):
+def test_masked_tokens_have_no_effect(backend, seed, N, V, kl):
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     mask = coin(seed + 9, N)
     keywords["mask"] = mask
@@ -150,7 +150,7 @@ def test_garbage_under_the_mask_is_ignored(backend, seed, N, V, kl):
 @given(seed=SEEDS, N=ROWS, V=st.integers(2, 130), kl=KL, lead=st.integers(0, 129))
 @example(seed=0, N=2, V=100, kl="reverse", lead=64)
 @example(seed=0, N=2, V=100, kl="forward", lead=99)
-def test_excluded_entries_change_nothing(backend, seed, N, V, kl, lead):
+def test_excluded_entries_have_no_effect(backend, seed, N, V, kl, lead):
     """-inf in a leading block and at random: the row without these entries, gradient 0 on them."""
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     kept = coin(seed + 9, V)
@@ -174,7 +174,7 @@ def test_excluded_entries_change_nothing(backend, seed, N, V, kl, lead):
 
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES)
 @few
-def test_entropy_lies_between_zero_and_log_v_and_kl_is_not_negative(backend, seed, N, V):
+def test_entropy_and_kl_bounds(backend, seed, N, V):
     logits, tokens, _, keywords = make_all(seed, N, V, "forward")
     for kl in ("forward", "reverse"):
         stats = run(logits, tokens, {}, keywords | {"kl": kl})

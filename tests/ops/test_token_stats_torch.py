@@ -13,7 +13,7 @@ ALL = ("logprob", "entropy", "kl")
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck_of_every_output_in_fp64(backend, kl, softcap):
+def test_gradcheck(backend, kl, softcap):
     logits, tokens = make_case(1, 2, 5, dtype=torch.float64, std=1.5)
     keywords = {"kl": kl, "ref_logits": normal(3, 2, 5, dtype=torch.float64) if kl else None}
     temperature = torch.tensor([0.7, 1.6], dtype=torch.float64)
@@ -25,7 +25,7 @@ def test_gradcheck_of_every_output_in_fp64(backend, kl, softcap):
     torch.autograd.gradcheck(outputs, logits.requires_grad_(), fast_mode=True)
 
 
-def test_slow_gradcheck_and_the_zero_gradient_under_the_mask(backend):
+def test_slow_gradcheck_and_zero_gradient_of_masked_tokens(backend):
     logits, tokens = make_case(2, 2, 4, dtype=torch.float64)
     mask = torch.tensor([True, False])
 
@@ -45,14 +45,14 @@ def forward_arguments(dtype=torch.float32, kl="reverse"):
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
-def test_opcheck_of_the_forward_operator(backend, kl):
+def test_opcheck_forward(backend, kl):
     logits, *others = forward_arguments(kl=kl)
     operator = torch.ops.grpo_kernels.token_stats_forward
     torch.library.opcheck(operator, (logits.requires_grad_(), *others))
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
-def test_opcheck_of_the_backward_operators(backend, kl):
+def test_opcheck_backward(backend, kl):
     logits, tokens, temperature, mask, ref_logits, softcap, _, _, _ = forward_arguments(kl=kl)
     _, entropy, kl_value, row_lse, ref_row_lse = torch.ops.grpo_kernels.token_stats_forward(
         *forward_arguments(kl=kl)
@@ -67,7 +67,7 @@ def test_opcheck_of_the_backward_operators(backend, kl):
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward_, arguments)
 
 
-def test_a_gradient_of_stride_0_gives_what_a_dense_one_gives(backend):
+def test_stride_0_gradient_equals_dense_gradient(backend):
     """The sum of an output hands back an expanded scalar."""
     logits, tokens = make_case(5, 2, 3, 7)
     stats = token_stats(logits.requires_grad_(), tokens)
@@ -78,7 +78,7 @@ def test_a_gradient_of_stride_0_gives_what_a_dense_one_gives(backend):
 
 
 @pytest.mark.parametrize("kl", [None, "reverse"])
-def test_compiled_fullgraph_equals_eager_and_new_lengths_do_not_recompile(backend, kl):
+def test_compiled_fullgraph_equals_eager_without_recompiling(backend, kl):
     torch._dynamo.reset()
     compiles = []
 
@@ -111,7 +111,7 @@ def test_compiled_fullgraph_equals_eager_and_new_lengths_do_not_recompile(backen
     torch._dynamo.reset()
 
 
-def test_autocast_does_not_change_the_results(backend):
+def test_autocast_does_not_change_results(backend):
     for dtype in (torch.float32, torch.bfloat16):
         logits, tokens = make_case(6, 2, 3, 40, dtype=dtype)
         upstream = upstream_like(7, tokens)
@@ -123,7 +123,7 @@ def test_autocast_does_not_change_the_results(backend):
             assert torch.equal(value, expected[name]), name
 
 
-def test_the_graph_may_be_walked_twice_when_it_is_retained(backend):
+def test_retain_graph(backend):
     logits, tokens = make_case(8, 3, 20)
     logits.requires_grad_()
     loss = token_stats(logits, tokens).logprob.sum()
@@ -134,7 +134,7 @@ def test_the_graph_may_be_walked_twice_when_it_is_retained(backend):
         torch.autograd.grad(loss, logits)
 
 
-def test_second_derivatives_raise_instead_of_being_wrong(backend):
+def test_second_derivative_raises(backend):
     logits, tokens = make_case(8, 3, 20)
     logits.requires_grad_()
     loss = token_stats(logits, tokens).logprob.sum()
@@ -143,7 +143,7 @@ def test_second_derivatives_raise_instead_of_being_wrong(backend):
         gradient.square().sum().backward()
 
 
-def test_activation_checkpointing_gives_the_same_gradient(backend):
+def test_activation_checkpointing(backend):
     hidden = normal(9, 2, 3, 8).requires_grad_()
     weight = normal(10, 33, 8)
     _, tokens = make_case(11, 2, 3, 33)
@@ -157,7 +157,7 @@ def test_activation_checkpointing_gives_the_same_gradient(backend):
     assert torch.equal(ours, expected)
 
 
-def test_nothing_is_saved_but_the_inputs_and_scalars_of_rows(backend):
+def test_saved_tensors_are_inputs_and_row_scalars(backend):
     logits, tokens = make_case(12, 4, 500)
     ref_logits = normal(13, 4, 500)
     known = {logits.data_ptr(), ref_logits.data_ptr()}
@@ -173,7 +173,7 @@ def test_nothing_is_saved_but_the_inputs_and_scalars_of_rows(backend):
     assert max(made) <= 2 * 4
 
 
-def test_only_the_logits_are_differentiated(backend):
+def test_only_logits_are_differentiable(backend):
     logits, tokens = make_case(14, 3, 20)
     ref_logits = normal(15, 3, 20).requires_grad_()
     upstream = upstream_like(16, tokens, ALL)

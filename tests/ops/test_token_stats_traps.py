@@ -23,7 +23,7 @@ INF = torch.inf
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_a_common_offset_of_1e4_costs_no_precision(backend, device, offset, kl):
+def test_common_offset_of_1e4(backend, device, offset, kl):
     """Against fp64 from the very same, rounded, fp32 logits."""
     logits = normal(1, 4, V, device=device, std=4.0, mean=offset)
     ref_logits = normal(2, 4, V, device=device, std=4.0, mean=-offset)
@@ -37,7 +37,7 @@ def test_a_common_offset_of_1e4_costs_no_precision(backend, device, offset, kl):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_bf16_logits_over_a_llama_vocabulary(backend, device, temperature):
+def test_bf16_logits_at_llama_vocabulary(backend, device, temperature):
     """128,256 entries of standard deviation 4: the statistics err by less than 1e-5."""
     size = 128_256
     logits = normal(1, 2, size, dtype=torch.bfloat16, device=device, std=4.0)
@@ -48,7 +48,7 @@ def test_bf16_logits_over_a_llama_vocabulary(backend, device, temperature):
         assert ((ours[name].double() - exact[name]).abs() <= 1e-5).all(), name
 
 
-def test_a_row_of_a_large_vocabulary_has_the_same_bits_in_any_batch(backend, device):
+def test_batch_invariance_at_large_vocabulary(backend, device):
     """Wide enough that blocks of rows and shares of threads are cut inside the batch."""
     size = 40_001
     logits, tokens = make_case(2, 5, size, device=device)
@@ -61,7 +61,7 @@ def test_a_row_of_a_large_vocabulary_has_the_same_bits_in_any_batch(backend, dev
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_all_negative_and_far_apart_logits(backend, device, kl):
+def test_large_negative_logits(backend, device, kl):
     logits, tokens = make_case(3, 4, V, device=device)
     logits = -logits.abs() * torch.tensor([[1.0], [10.0], [100.0], [1000.0]], device=device) - 5
     ref_logits = -normal(4, 4, V, device=device).abs() - 100
@@ -72,7 +72,7 @@ def test_all_negative_and_far_apart_logits(backend, device, kl):
 
 
 @pytest.mark.parametrize("peak", [200.0, 1e4, 1e30, 3e38])
-def test_one_hot_rows_have_entropy_zero_and_no_nan(backend, device, peak):
+def test_one_hot_rows(backend, device, peak):
     logits = torch.zeros(2, V, device=device)
     logits[:, 50] = peak
     tokens = torch.tensor([50, 50], device=device)
@@ -83,7 +83,7 @@ def test_one_hot_rows_have_entropy_zero_and_no_nan(backend, device, peak):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("hole", [slice(0, 1), slice(0, 32), slice(0, 75), slice(70, V)])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_excluded_entries_get_probability_and_gradient_zero(backend, device, hole, softcap, kl):
+def test_excluded_entries(backend, device, hole, softcap, kl):
     """One -inf, whole leading blocks of them, and a padded vocabulary."""
     logits, _ = make_case(6, 3, V, device=device)
     ref_logits = normal(7, 3, V, device=device)
@@ -101,7 +101,7 @@ def test_excluded_entries_get_probability_and_gradient_zero(backend, device, hol
     assert (ours["d_logits"][:, hole] == 0).all()
 
 
-def test_a_single_entry_left_is_certain(backend, device):
+def test_single_entry_left(backend, device):
     logits = torch.full((2, V), -INF, device=device)
     logits[:, 60] = -3.0
     tokens = torch.tensor([60, 60], device=device)
@@ -110,7 +110,7 @@ def test_a_single_entry_left_is_certain(backend, device):
         assert all((value == 0).all() for value in ours.values())
 
 
-def test_an_excluded_token_has_log_probability_minus_infinity(backend, device):
+def test_logprob_of_excluded_token_is_minus_infinity(backend, device):
     logits, tokens = make_case(6, 2, V, device=device)
     logits[0, tokens[0]] = -INF
     ours = check_against_oracle(logits, tokens, {})
@@ -118,9 +118,7 @@ def test_an_excluded_token_has_log_probability_minus_infinity(backend, device):
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_kl_is_infinite_where_the_other_row_excludes_and_its_neighbours_are_finite(
-    backend, device, kl
-):
+def test_kl_is_infinite_where_other_policy_excludes_an_entry(backend, device, kl):
     logits, tokens = make_case(6, 3, V, device=device)
     ref_logits = normal(7, 3, V, device=device)
     (logits if kl == "forward" else ref_logits)[1, 40] = -INF
@@ -133,7 +131,7 @@ def test_kl_is_infinite_where_the_other_row_excludes_and_its_neighbours_are_fini
 
 
 @pytest.mark.parametrize("broken", ["logits", "ref_logits"])
-def test_a_nan_spoils_its_own_row_only(backend, device, broken):
+def test_nan_stays_in_its_row(backend, device, broken):
     logits, tokens = make_case(8, 4, V, device=device)
     keywords = {"kl": "reverse", "ref_logits": normal(9, 4, V, device=device)}
     upstream = upstream_like(5, tokens, ALL)
@@ -154,7 +152,7 @@ def test_a_nan_spoils_its_own_row_only(backend, device, broken):
 
 
 @pytest.mark.parametrize("shape", [(0, V), (0, 3, V), (2, 0, V)])
-def test_no_tokens_work(backend, device, shape):
+def test_no_tokens(backend, device, shape):
     logits = torch.zeros(shape, device=device)
     tokens = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
     temperature = torch.ones(shape[:-1], device=device)
@@ -163,7 +161,7 @@ def test_no_tokens_work(backend, device, shape):
     assert ours["logprob"].shape == tokens.shape and ours["d_logits"].shape == shape
 
 
-def test_a_vocabulary_of_one_is_certain(backend, device):
+def test_vocabulary_of_one(backend, device):
     logits = normal(1, 3, 1, device=device, std=100.0)
     tokens = torch.zeros(3, dtype=torch.int64, device=device)
     ours = results(
@@ -172,7 +170,7 @@ def test_a_vocabulary_of_one_is_certain(backend, device):
     assert all((value == 0).all() for value in ours.values())
 
 
-def test_every_token_masked_gives_zeros(backend, device):
+def test_all_tokens_masked(backend, device):
     logits = torch.full((2, 3, V), torch.nan, device=device)
     tokens = torch.full((2, 3), -100, device=device)
     mask = torch.zeros(2, 3, dtype=torch.bool, device=device)
@@ -182,7 +180,7 @@ def test_every_token_masked_gives_zeros(backend, device):
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_rows_without_an_upstream_gradient_get_exactly_zero(backend, device, kl):
+def test_zero_upstream_gradient_gives_zero_gradient(backend, device, kl):
     logits, tokens = make_case(10, 4, V, device=device)
     wanted = torch.tensor([1.0, 0.0, 2.0, 0.0], device=device)
     upstream = {name: wanted * g for name, g in upstream_like(5, tokens, ALL).items()}
@@ -192,7 +190,7 @@ def test_rows_without_an_upstream_gradient_get_exactly_zero(backend, device, kl)
     assert (ours["d_logits"][wanted == 0] == 0).all()
 
 
-def test_uninitialised_memory_never_shows(backend, device):
+def test_uninitialised_memory_has_no_effect(backend, device):
     """Deterministic mode fills every empty tensor with NaN."""
     logits, tokens = make_case(11, 2, 3, V, device=device)
     mask = coin(12, 2, 3, device=device)
@@ -207,7 +205,7 @@ def test_uninitialised_memory_never_shows(backend, device):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_softcap_keeps_the_digits_of_logits_far_below_it(backend, device):
+def test_softcap_precision_for_small_logits(backend, device):
     """1 - e^-v cancels for small v; a low temperature shows what is left."""
     logits, tokens = make_case(21, 4, V, device=device, std=0.05)
     temperature = 0.01
