@@ -63,13 +63,17 @@ from reference.training.model.policy import Policy, pick_device
 from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run import run_directory
 from reference.training.run.checkpoint import Checkpoints
-from reference.training.run.graceful_shutdown import Stop, Stopped
+from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.plots import load_matplotlib, plot_dashboard
-from reference.training.run.resume import after_restart, checkpoint_of, command, note_torchrun
+from reference.training.run.resume import (
+    find_checkpoint,
+    record_torchrun_run,
+    resume_after_torchrun_restart,
+    resume_command,
+)
 from reference.training.run.run_log import RunLog, load_wandb, read_metrics, summary_table
 from reference.training.run.training_state import TrainingState
-from reference.training.tasks.rewards import chosen
-from reference.training.tasks.rewards import load as load_function
+from reference.training.tasks.rewards import choose_rewards, load_function
 from reference.training.tasks.tasks import Task, make_task
 from reference.training.update.learner import Learner
 from reference.training.warm_start import warm_start
@@ -134,10 +138,14 @@ def run(config: TrainConfig) -> dict[str, float]:
             return evaluate(policy, task, config)
 
     load_matplotlib()
-    config = after_restart(config, ranks)
-    with ranks.quiet(), run_directory.taken(config, ranks) as directory, Stop(ranks) as stop:
+    config = resume_after_torchrun_restart(config, ranks)
+    with (
+        ranks.quiet(),
+        run_directory.lock_run_dir(config, ranks) as directory,
+        GracefulShutdown(ranks) as shutdown,
+    ):
         checkpoints = Checkpoints(ranks.told(directory), config.keep_checkpoints)
-        found = checkpoint_of(config, checkpoints)
+        found = find_checkpoint(config, checkpoints)
         policy, order = make_policy(config, device, causal_lm.forward, sampler, task.system, ranks)
         if config.model == "scratch" and found is None:
             alone = replace(policy, ranks=ALONE)  # all ranks alike
@@ -149,20 +157,20 @@ def run(config: TrainConfig) -> dict[str, float]:
         if config.resume is not None:
             print(f"{directory} goes on after step {state.step}")
             if ranks.is_first:
-                checkpoints.cut_lines(found)
+                checkpoints.truncate_logs(found)
         if config.overwrite:
             run_directory.clear(directory, config.as_json())
-        note_torchrun(directory)
+        record_torchrun_run(directory)
         outside = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         after = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **outside, after=after)
         try:
             with closing(log):
-                return train(task, sampler, step_reward, state, checkpoints, stop, log)
+                return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
         except (Stopped, KeyboardInterrupt, UserError):
-            if state.saved and ranks.is_first:
-                line = command(config, directory)
-                print(f"\nto go on after step {state.saved}: {line}", file=sys.stderr)
+            if state.saved_step and ranks.is_first:
+                line = resume_command(config, directory)
+                print(f"\nto go on after step {state.saved_step}: {line}", file=sys.stderr)
             raise
 
 
@@ -170,7 +178,7 @@ def task_of(config: TrainConfig) -> Task:
     """The task, with the rewards that the command line adds and the weights that it sets."""
     options = {"data": config.data, "question": config.question, "answer": config.answer}
     task = make_task(config.task, config.seed, settings=config.task_settings(), **options)
-    rewards = chosen(task.rewards, config.reward, config.reward_weight)
+    rewards = choose_rewards(task.rewards, config.reward, config.reward_weight)
     system = task.system if config.system is None else config.system
     return replace(task, rewards=rewards, system=system)
 
@@ -227,7 +235,7 @@ def train(
     step_reward: StepReward | None,
     state: TrainingState,
     checkpoints: Checkpoints,
-    stop: Stop,
+    shutdown: GracefulShutdown,
     log: RunLog,
 ) -> dict[str, float]:
     """The run: ask, score, learn, tell, and save; also where it is stopped before its end."""
@@ -244,15 +252,15 @@ def train(
     print(ABOUT_THE_LOSS)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
-    kept = partial(saved_when_stopped, state, checkpoints, stop)
+    kept = partial(saved_when_stopped, state, checkpoints, shutdown)
     try:
         with kept():  # before the model is
             for step in (bar := progress_bar(state.step, config.steps, policy.ranks)):
-                state.mark()
+                state.record_rng()
                 began = time.perf_counter()
                 found = gather(policy, task, sampler, order, config)
                 gathered = time.perf_counter()
-                stop.hold()
+                shutdown.defer()
                 advantages = policy.ranks.told(
                     advantages_of(found, config, learner.losses, task.rewards, step_reward, decode)
                 )
@@ -280,7 +288,7 @@ def train(
                 every = config.checkpoint_every
                 if every and (step % every == 0 or step == config.steps):
                     state.try_save(checkpoints)
-                stop.release()
+                shutdown.raise_if_requested()
     finally:
         if history and together(policy.ranks):
             with kept():
@@ -288,7 +296,7 @@ def train(
 
     with kept():
         after = evaluate(policy, task, config)
-        stop.hold()  # what is left takes no longer than a step
+        shutdown.defer()  # what is left takes no longer than a step
     evaluations.append({"step": config.steps, **after})
     log.evaluation(config.steps, after)
     draw()
@@ -301,19 +309,19 @@ def train(
     print(summary_table(before, after, history))
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
-    stop.release()
+    shutdown.raise_if_requested()
     return summary
 
 
 @contextmanager
 def saved_when_stopped(
-    state: TrainingState, checkpoints: Checkpoints, stop: Stop
+    state: TrainingState, checkpoints: Checkpoints, shutdown: GracefulShutdown
 ) -> Iterator[None]:
     """Where this is stopped between two steps, the last one is saved unless it has been."""
     try:
         yield
     except (Stopped, KeyboardInterrupt):
-        if not stop.holds and state.step > state.saved:
+        if not shutdown.is_deferred and state.step > state.saved_step:
             state.save(checkpoints)
         raise
 
@@ -326,7 +334,9 @@ def together(ranks: Ranks) -> bool:
 def save_model(policy: Policy, directory: Path, steps: int) -> None:
     weights = full_state(policy.model) if is_sharded(policy.model) else None
     if policy.ranks.is_first:
-        saved = run_directory.save_model(directory, policy.to_save(), policy.tokenizer, weights)
+        saved = run_directory.save_model(
+            directory, policy.model_to_save(), policy.tokenizer, weights
+        )
         print(f"\nthe model after {steps} steps: {saved}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reference.training.config import TrainConfig
 from reference.training.distributed import ALONE, moved
-from reference.training.model.policy import Answers, Policy
+from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.samplers import Sampler
 from reference.training.tasks.rewards import score
@@ -27,7 +27,7 @@ class Experience:
     """Groups of answers, with each reward function's values, unweighted, [B·G]."""
 
     questions: list[Question]
-    answers: Answers
+    answers: SampledCompletions
     by_name: dict[str, Tensor]
     rewards: Tensor  # [B, G], the weighted sum
     has_signal: Tensor  # [B], whether there is something to learn from a group
@@ -47,7 +47,7 @@ class Experience:
         return replace(
             self,
             questions=[self.questions[b] for b in groups],
-            answers=Answers(self.answers.prompts[groups], completions, texts),
+            answers=SampledCompletions(self.answers.prompts[groups], completions, texts),
             by_name={name: values[rows] for name, values in self.by_name.items()},
             rewards=self.rewards[groups],
             has_signal=self.has_signal[groups],
@@ -111,7 +111,7 @@ def _answer(
     policy: Policy, task: Task, sampler: Sampler, questions: list[Question], config: TrainConfig
 ) -> Experience:
     G = config.group_size
-    answers = policy.ask(questions, G, config.temperature, sampler)
+    answers = policy.sample(questions, G, config.temperature, sampler)
     repeated = [question for question in questions for _ in range(G)]
     batch = ([q.text for q in repeated], answers.texts, [q.answer for q in repeated])
     by_name = score(task.rewards, *batch)
@@ -147,7 +147,7 @@ def joined(first: Experience, second: Experience, pad_id: int) -> Experience:
     completions = [each.completions for each in answers]
     return Experience(
         first.questions + second.questions,
-        Answers(
+        SampledCompletions(
             Prompts(
                 _padded([each.ids for each in prompts], pad_id, left=True),
                 _padded([each.mask for each in prompts], False, left=True),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from reference.training.config import SECTIONS, TrainConfig
-from reference.training.run.resume import settings_of
+from reference.training.run.resume import load_settings
 
 PRESETS = {
     "smollm2-135m": TrainConfig(),
@@ -54,7 +54,7 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
     first.add_argument("--resume", type=Path)
     early = first.parse_known_args(arguments)[0]
-    defaults = PRESETS[early.preset] if early.resume is None else settings_of(early.resume)
+    defaults = PRESETS[early.preset] if early.resume is None else load_settings(early.resume)
     panels = _flags(TrainConfig, ["preset"], defaults)
     for name, kind in SECTIONS.items():
         flags = _flags(kind, [each.name for each in fields(kind)], defaults)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from reference.training.errors import UserError
-from reference.training.model import lora as adapters
+from reference.training.model.activation_checkpointing import checkpointable_layers
 
 Value = TypeVar("Value")
 Parallel = Literal["ddp", "fsdp"]
@@ -100,7 +100,7 @@ class Ranks:
             return nn.parallel.DistributedDataParallel(model)
         from torch.distributed.fsdp import fully_shard
 
-        for layer in adapters.layers(model):
+        for layer in checkpointable_layers(model):
             fully_shard(layer)
         return fully_shard(model)
 

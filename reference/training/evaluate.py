@@ -56,7 +56,7 @@ def _right(
     size = max(1, BATCH // samples)
     for start in range(0, len(questions), size):
         batch = questions[start : start + size]
-        texts = policy.ask(batch, samples, temperature).texts
+        texts = policy.sample(batch, samples, temperature).texts
         repeated = [question for question in batch for _ in range(samples)]
         inputs = ([q.text for q in repeated], texts, [q.answer for q in repeated])
         for name, function in (("strict", task.strict), ("lenient", task.lenient)):
@@ -83,6 +83,6 @@ def chat(
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        reply = policy.reply(messages, temperature, max_new_tokens)
+        reply = policy.chat_reply(messages, temperature, max_new_tokens)
         messages.append({"role": "assistant", "content": reply})
         say(f"model> {reply}")

@@ -43,6 +43,8 @@ def answer_loss(policy: Policy, questions: list[Question]) -> Tensor:
     end = policy.tokenizer.eos_token
     rows = [policy.tokenizer.encode(question.answer + end) for question in questions]
     answers = torch.tensor(rows, device=policy.device)
-    states, head = policy.states(prompts, answers, torch.ones_like(answers, dtype=torch.bool))
+    states, head = policy.hidden_states(
+        prompts, answers, torch.ones_like(answers, dtype=torch.bool)
+    )
     with policy.autocast():
         return -head.token_stats(states, answers, entropy=False).logprob.mean()

@@ -36,7 +36,7 @@ def make_learner(forward=causal_lm.forward, **changes):
     policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
     policy.model.double()
     loss_config = losses.LossConfig(**config.loss_fields())
-    answers = policy.ask(QUESTIONS, 4, 1.0)
+    answers = policy.sample(QUESTIONS, 4, 1.0)
     return Learner(policy, losses, loss_config, config), answers
 
 

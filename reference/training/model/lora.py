@@ -1,23 +1,20 @@
-"""What is put around a model to train it in less memory: low-rank adapters, recomputed layers.
+"""Low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-Low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685) are small matrices beside
-frozen weights, which train in their stead. A wrapped model is called as before; with its adapter
-off it is the model that it was, so the reference of a KL costs no second copy.
+Small matrices beside the frozen weights train in their stead. A wrapped model is called as before;
+with its adapter off it is the base model, so the reference policy of a KL needs no second copy.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reference.training.errors import UserError
 
@@ -85,33 +82,6 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype | None):
     """
     changed = _weights_of(model, nn.Linear) - _weights_of(model, nn.Embedding)
     return _copy(model, lambda each: each.to(dtype) if dtype and each in changed else each.clone())
-
-
-@contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """Graphs made while this lasts keep only the inputs of layers, and backward runs these again.
-
-    transformers' own switch acts in training mode alone: a model that evaluates, as ours does for
-    want of dropout, keeps every activation and says nothing. Nor can a pass with a cache be
-    recomputed, by that switch or by this: the layers would append to the cache twice.
-    """
-    chosen = layers(model)
-    for layer in chosen:
-        layer.forward = partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
-    try:
-        yield
-    finally:
-        for layer in chosen:
-            del layer.forward
-
-
-def layers(model: nn.Module) -> list[nn.Module]:
-    """Those that transformers declares fit to be recomputed."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def _weights_of(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:

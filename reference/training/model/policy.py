@@ -15,8 +15,12 @@ from reference.training.distributed import ALONE, Ranks
 from reference.training.errors import UserError
 from reference.training.guards import enough_memory
 from reference.training.model import load as models
-from reference.training.model import lora as adapters
+from reference.training.model import lora
 from reference.training.model import plain_scorer as causal_lm
+from reference.training.model.activation_checkpointing import (
+    checkpointable_layers,
+    recompute_activations,
+)
 from reference.training.rollout.generate import (
     Completions,
     Prompts,
@@ -31,7 +35,7 @@ Precision = Literal["auto", "bf16", "off"]
 
 
 @dataclass(frozen=True)
-class Answers:
+class SampledCompletions:
     """Completions of prompts, in tokens and in words."""
 
     prompts: Prompts
@@ -87,39 +91,41 @@ class Policy:
             UserError: of the models or the adapters; there are no layers to recompute.
         """
         if lora_rank is not None:
-            adapters.load_peft()
+            lora.load_peft()
         if random_weights:
             net, tokenizer = models.random_weights(str(model), device)
         else:
             net, tokenizer = models.load(models.locate(str(model), cache_dir))
-        if gradient_checkpointing and not adapters.layers(net):
+        if gradient_checkpointing and not checkpointable_layers(net):
             raise UserError(
                 f"--gradient-checkpointing: {type(net).__name__} has no layers to recompute"
             )
         eos_ids = models.end_of_sequence_ids(net, tokenizer)
         if lora_rank is not None:
-            net = adapters.add_lora(net, lora_rank, lora_alpha)
+            net = lora.add_lora(net, lora_rank, lora_alpha)
         # Dropout, where a model has it, would make sampler and trainer two different policies.
         net.to(device).eval()
         settings = (forward, system, autocast, gradient_checkpointing, sampler)
         return cls(net, tokenizer, device, eos_ids, max_new_tokens, *settings)
 
-    def ask(
+    def sample(
         self,
         questions: Sequence[Question],
         group_size: int,
         temperature: float,
         sampler: Sampler | None = None,
-    ) -> Answers:
+    ) -> SampledCompletions:
         """Sample `group_size` answers to each question; temperature 0 is greedy."""
         texts = [question.text for question in questions]
         prompts = encode(self.tokenizer, texts, self.device, system=self.system)
         remedy = "lower --prompts, --group-size or --max-new-tokens"
         with enough_memory("answers were sampled", remedy):
             completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
-        return Answers(prompts, completions, self._texts(completions))
+        return SampledCompletions(prompts, completions, self._texts(completions))
 
-    def reply(self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int) -> str:
+    def chat_reply(
+        self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int
+    ) -> str:
         """What the model says next in a conversation.
 
         Args:
@@ -132,14 +138,14 @@ class Policy:
         longer = replace(self, max_new_tokens=max_new_tokens)
         return self._texts(self.sampler(longer, prompts, 1, temperature))[0]
 
-    def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    def hidden_states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """The states [B·G, T, ...] from which the tokens were drawn, with gradient, and the head
         that scores tokens by them: hidden states or, of the plain twin, logits."""
-        recomputed = adapters.recomputed if self.gradient_checkpointing else nullcontext
-        with self.autocast(), recomputed(self.model):
+        recompute = recompute_activations if self.gradient_checkpointing else nullcontext
+        with self.autocast(), recompute(self.model):
             return completion_states(self.forward, self.model, prompts, tokens, mask)
 
-    def reference(self) -> Policy | WithoutAdapter:
+    def frozen_copy(self) -> Policy | WithoutAdapter:
         """What the KL is measured against, frozen: with LoRA the model before its adapter, which
         costs nothing; else a copy of the policy as it is now.
 
@@ -147,14 +153,14 @@ class Policy:
         them anyway: the numbers are the policy's, in little more than half the memory. Embeddings,
         a head tied to them, and norms stay fp32.
         """
-        if adapters.has_adapter(self.model):
+        if lora.has_adapter(self.model):
             return WithoutAdapter(self)
-        frozen = adapters.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
+        frozen = lora.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
         return replace(self, model=frozen)
 
-    def to_save(self):
+    def model_to_save(self):
         """The model, with its adapter, if it has one, added into its weights."""
-        return adapters.merged(self.model)
+        return lora.merged(self.model)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 with fp32 weights, or nothing, as `precision` says."""
@@ -177,10 +183,10 @@ class WithoutAdapter:
 
     policy: Policy
 
-    def states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        """As `Policy.states`; without gradient, which would reach nothing."""
-        with torch.no_grad(), adapters.without_adapter(self.policy.model):
-            return self.policy.states(prompts, tokens, mask)
+    def hidden_states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """As `Policy.hidden_states`; without gradient, which would reach nothing."""
+        with torch.no_grad(), lora.without_adapter(self.policy.model):
+            return self.policy.hidden_states(prompts, tokens, mask)
 
     def autocast(self) -> AbstractContextManager:
         """As `Policy.autocast`."""

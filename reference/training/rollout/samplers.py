@@ -59,13 +59,16 @@ def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float)
         )
 
 
-def model_generate(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
+def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
     """`model.generate` of transformers, for models whose cache cannot be repeated."""
     from transformers import LogitsProcessorList
 
     rows = prompts[torch.arange(len(prompts.ids)).repeat_interleave(group_size)]
-    noted = NoteLogprobs(temperature)
-    with policy.autocast(), _only(policy.model, _settings(policy, do_sample=temperature > 0)):
+    noted = RecordLogprobs(temperature)
+    with (
+        policy.autocast(),
+        override_generation_config(policy.model, _settings(policy, do_sample=temperature > 0)),
+    ):
         ids = policy.model.generate(
             rows.ids,
             attention_mask=rows.mask.long(),
@@ -79,7 +82,7 @@ def model_generate(policy, prompts: Prompts, group_size: int, temperature: float
     return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1))
 
 
-class NoteLogprobs:
+class RecordLogprobs:
     """A logits processor that applies the temperature and keeps the log-probs of what was drawn.
 
     `generate` can return the scores of all steps instead: T times the vocabulary per completion.
@@ -161,7 +164,7 @@ def _settings(policy, **changes):
 
 
 @contextlib.contextmanager
-def _only(model, settings) -> Iterator[None]:
+def override_generation_config(model, settings) -> Iterator[None]:
     """With these settings alone: `generate` fills what they leave open from the model's files."""
     # peft's generate hands the settings on to the model inside.
     models = {id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}
@@ -194,6 +197,6 @@ def _paging(policy, inputs: list[list[int]]):
 
 SAMPLERS: dict[str, Sampler] = {
     "shared-prompt": shared_prompt,
-    "generate": model_generate,
+    "generate": hf_generate,
     "continuous": continuous,
 }

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reference.training.errors import UserError
-from reference.training.run.run_directory import writing
+from reference.training.run.run_directory import report_write_errors
 
 FORMAT = 2
 LINES = ("metrics.jsonl", "completions.txt")  # which a resumed run cuts back, and writes on
@@ -83,7 +83,7 @@ class Checkpoints:
         target = self.directory / f"step-{step:06d}"
         partial = target.with_name(target.name + ".partial")
         try:
-            with writing(target):
+            with report_write_errors(target):
                 _remove(partial)
                 partial.mkdir(parents=True)
                 for kind in (kind for kind in KINDS if tensors.get(kind)):
@@ -101,7 +101,7 @@ class Checkpoints:
         self.prune(step, self.keep)
         return target
 
-    def newest(self) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """The newest that is whole; a line for each that is not. None where there is none at all.
 
         Raises:
@@ -130,7 +130,7 @@ class Checkpoints:
     def prune(self, last: int, keep: int) -> None:
         """Leave the newest up to the step `last`: of later ones none was resumed.
 
-        Those that `newest` found damaged are in nobody's place.
+        Those that `latest` found damaged are in nobody's place.
         """
         steps = self.steps()
         kept = [step for step in steps if step <= last and step not in self._damaged][-keep:]
@@ -140,7 +140,7 @@ class Checkpoints:
         for left in self.directory.glob("*.partial"):  # by a run that was killed
             _remove(left)
 
-    def cut_lines(self, checkpoint: Checkpoint | None) -> None:
+    def truncate_logs(self, checkpoint: Checkpoint | None) -> None:
         """Take back what the run wrote after the checkpoint, without one all of it."""
         for name in LINES:
             path = self.run / name

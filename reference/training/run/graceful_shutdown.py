@@ -1,6 +1,6 @@
-"""SIGTERM, by which schedulers end a job, as an exception at a moment that leaves a step whole.
+"""SIGTERM, by which schedulers end a job, as an exception between two training steps.
 
-Several ranks stop together, after a step: it reaches them at different moments.
+Several ranks stop together, after a step, since the signal reaches them at different moments.
 """
 
 from __future__ import annotations
@@ -12,47 +12,52 @@ from reference.training.distributed import ALONE, Ranks
 
 
 class Stopped(BaseException):
-    """The process was asked to end. No Exception, which samplers and rewards turn into others."""
+    """The process received SIGTERM.
+
+    It is no Exception: samplers and rewards turn every Exception into a UserError.
+    """
 
 
-class Stop:
-    """While entered, SIGTERM raises Stopped: at once, or after `hold` in `release`.
+class GracefulShutdown:
+    """A context manager in which SIGTERM raises Stopped.
+
+    It raises at once, or in `raise_if_requested` if the signal came after `defer`.
 
     Attributes:
-        asked: whether it came.
-        holds: whether a step is under way that has to be done whole.
+        requested: whether SIGTERM was received.
+        is_deferred: whether a step is under way that has to be completed first.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
-        self.asked = False
-        self.holds = ranks.size > 1
+        self.requested = False
+        self.is_deferred = ranks.size > 1
 
-    def __enter__(self) -> Stop:
-        # Python hands signals to the main thread alone.
+    def __enter__(self) -> GracefulShutdown:
+        # Python delivers signals to the main thread only.
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
         if self._installed:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._previous)
 
-    def hold(self) -> None:
-        """From here to `release` a step is done whole."""
-        self.holds = True
+    def defer(self) -> None:
+        """Complete what follows, up to `raise_if_requested`, before SIGTERM has an effect."""
+        self.is_deferred = True
 
-    def release(self) -> None:
-        """Raises Stopped where SIGTERM came in the meantime, to any rank."""
-        self.holds = self._ranks.size > 1  # they end together, or not at all
-        if any(self._ranks.gathered(self.asked)):
-            self.asked, self.holds = True, False
+    def raise_if_requested(self) -> None:
+        """Raise Stopped if any rank received SIGTERM in the meantime."""
+        self.is_deferred = self._ranks.size > 1
+        if any(self._ranks.gathered(self.requested)):
+            self.requested, self.is_deferred = True, False
             raise Stopped
 
     def _receive(self, *_) -> None:
-        if self.asked:  # the first one is being obeyed
+        if self.requested:  # a second signal must not interrupt the shutdown
             return
-        self.asked = True
-        if not self.holds:
+        self.requested = True
+        if not self.is_deferred:
             raise Stopped

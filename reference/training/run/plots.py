@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from reference.training.errors import UserError
-from reference.training.run.run_directory import writing
+from reference.training.run.run_directory import report_write_errors
 from reference.training.run.run_log import duration, finite, percent, short, tenths
 
 # 1500 pixels wide; shown 900 wide, as in a README, the letters are still 10 pixels high.
@@ -119,7 +119,7 @@ def plot_dashboard(
         axes[0, 0].set_xlim(0, max(1, last))
         axes[0, 0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         partial = path.with_name("partial-" + path.name)
-        with writing(path):
+        with report_write_errors(path):
             figure.savefig(partial)
             partial.rename(path)
 

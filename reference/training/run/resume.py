@@ -45,7 +45,7 @@ NOT_FROM_THERE = (*CODE, "cache_dir")
 RANKING = ("top_entropy", "clip_cov", "kl_cov")
 
 
-def settings_of(run: Path) -> TrainConfig:
+def load_settings(run: Path) -> TrainConfig:
     """Those of the run in that directory, but for the code and the --cache-dir that it names.
 
     Raises:
@@ -86,7 +86,7 @@ def _typed(value: Any, kind: Any) -> Any:
     return Path(value) if isinstance(value, str) and kind == Path | None else value
 
 
-def checkpoint_of(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint | None:
     """Where the run goes on: None where it begins, or was ended before its first checkpoint.
 
     Raises:
@@ -94,15 +94,15 @@ def checkpoint_of(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint |
     """
     if config.resume is None:
         return None
-    found = checkpoints.newest()
+    found = checkpoints.latest()
     if found is None:
-        check_same(config, _read(config.resume), 0)
+        check_settings_match(config, _read(config.resume), 0)
     else:
-        check_same(config, found.state["settings"], found.state["step"])
+        check_settings_match(config, found.state["settings"], found.state["step"])
     return found
 
 
-def check_same(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None:
+def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None:
     """Raise a UserError where settings would make another run of one that was saved after `step`.
 
     Args:
@@ -134,7 +134,7 @@ def check_same(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None
         )
 
 
-def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+def resume_after_torchrun_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Where torchrun has started all ranks anew, because one died: go on with their run.
 
     The run left a note of the torchrun process that had started its first rank. That one outlives
@@ -159,7 +159,7 @@ def after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     return replace(config, resume=config.output_dir, overwrite=False)
 
 
-def note_torchrun(run: Path) -> None:
+def record_torchrun_run(run: Path) -> None:
     """The run in this directory is of this torchrun, if any, whose restarts go on with it."""
     name = _torchrun()
     if name is not None:
@@ -175,7 +175,7 @@ def _torchrun() -> str | None:
     return f"{name} {began:.2f}"
 
 
-def command(config: TrainConfig, directory: Path) -> str:
+def resume_command(config: TrainConfig, directory: Path) -> str:
     """The line that goes on with the run."""
     settings = config.as_json()
     own = {name: settings[name] for name in NOT_FROM_THERE if settings[name]}

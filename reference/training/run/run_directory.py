@@ -35,7 +35,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def taken(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
+def lock_run_dir(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
     """The directory of this run, which no other process takes while this lasts.
 
     A run that never began takes back what was made here. Only the first rank's is kept: what the
@@ -57,7 +57,7 @@ def taken(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(f"cannot write to {error.filename or directory}: {_why(error)}") from None
+        raise UserError(f"cannot write to {error.filename or directory}: {reason(error)}") from None
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def make_run_directory(config: TrainConfig) -> Path:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(
-            f"cannot write to the output directory {directory or 'runs'}: {_why(error)}"
+            f"cannot write to the output directory {directory or 'runs'}: {reason(error)}"
         ) from None
     return directory
 
@@ -183,15 +183,15 @@ def clear(directory: Path, settings: dict) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """Where it fails, a UserError that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {_why(error)}") from None
+        raise UserError(f"cannot write {path}: {reason(error)}") from None
 
 
-def _why(error: OSError | SafetensorError) -> str:
+def reason(error: OSError | SafetensorError) -> str:
     return getattr(error, "strerror", None) or one_line(error)
 
 
@@ -209,7 +209,7 @@ def save_model(
     target = directory / "model"
     partial = directory / "model.partial"
     try:
-        with writing(target):
+        with report_write_errors(target):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
@@ -228,7 +228,7 @@ def save_json(path: Path, content: dict) -> None:
     """Raises a UserError where the disk does not take it."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with writing(path):
+        with report_write_errors(path):
             with partial.open("w", encoding="utf-8") as file:
                 file.write(json.dumps(content, indent=2) + "\n")
                 file.flush()

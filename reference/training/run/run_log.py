@@ -23,7 +23,7 @@ from types import ModuleType
 import numpy as np
 
 from reference.training.errors import UserError
-from reference.training.run.run_directory import save_json, writing
+from reference.training.run.run_directory import report_write_errors, save_json
 
 # A long completion keeps its start and, because answers stand there, its end.
 KEPT_START, KEPT_END = 900, 300
@@ -176,7 +176,7 @@ def _number(value: float) -> float | None:
 
 def _append(path: Path, text: str) -> None:
     data = text.encode("utf-8", errors="backslashreplace")
-    with writing(path), path.open("ab", buffering=0) as file:
+    with report_write_errors(path), path.open("ab", buffering=0) as file:
         if file.write(data) < len(data):  # the room that was left
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -41,17 +41,17 @@ class TrainingState:
 
     def __init__(self, learner: Learner, order: random.Random, settings: Mapping[str, Any]) -> None:
         self.learner, self.order, self.settings = learner, order, settings
-        self.step, self.saved, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
+        self.step, self.saved_step, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
         self._since = time.perf_counter()
         self._frozen = _digest_of_frozen(learner.policy.model)
-        self.mark()
+        self.record_rng()
 
     @property
     def elapsed(self) -> float:
         """Seconds, those of before the run was resumed too."""
         return self.seconds + time.perf_counter() - self._since
 
-    def mark(self) -> None:
+    def record_rng(self) -> None:
         """A step begins: one that is dropped while it samples leaves the run here."""
         device = self.learner.policy.device
         self._rng = {"cpu": torch.get_rng_state()}
@@ -67,7 +67,7 @@ class TrainingState:
         """A step is whole."""
         self.step += 1
         self.tokens_seen += tokens
-        self.mark()
+        self.record_rng()
 
     def save(self, checkpoints: Checkpoints) -> None:
         """By the first rank; every rank must call it.
@@ -84,18 +84,20 @@ class TrainingState:
         failed = ranks.told(failed)
         if failed is not None:
             raise failed
-        self.saved = self.step
+        self.saved_step = self.step
 
     def try_save(self, checkpoints: Checkpoints) -> None:
         """Where the disk does not take it, say so: ending the run would lose more."""
         try:
             self.save(checkpoints)
         except UserError as error:
-            left = f"the last one is of step {self.saved}" if self.saved else "there is none"
+            left = (
+                f"the last one is of step {self.saved_step}" if self.saved_step else "there is none"
+            )
             print(f"\nno checkpoint of step {self.step}: {error}; {left}", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON can say, as of the last `mark`."""
+        """What JSON can say, as of the last `record_rng`."""
         numpy = self._random["numpy"]
         key = numpy["state"]["key"].tolist()
         return {
@@ -149,7 +151,7 @@ class TrainingState:
             _fill(frozen, checkpoint.tensors("reference"), checkpoint)
         _load_moments(learner, checkpoint.tensors("optimizer"))
         learner.load_state_dict(state["learner"])
-        self.step = self.saved = state["step"]
+        self.step = self.saved_step = state["step"]
         self.tokens_seen, self.seconds = state["tokens_seen"], state["seconds"]
 
         saved = state["random"]
@@ -162,7 +164,7 @@ class TrainingState:
         torch.set_rng_state(rng["cpu"])
         if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(rng[device.type])
-        self.mark()
+        self.record_rng()
 
 
 def versions() -> dict[str, str]:

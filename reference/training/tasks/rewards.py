@@ -112,7 +112,7 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "…")
 
 
-def load(path: str) -> Reward:
+def load_function(path: str) -> Reward:
     """The function at "package.module.function" or "file.py:function"."""
     is_file = ":" in path
     source, _, name = path.rpartition(":" if is_file else ".")
@@ -132,13 +132,13 @@ def load(path: str) -> Reward:
     return function
 
 
-def chosen(
+def choose_rewards(
     own: Mapping[str, WeightedReward], more: Sequence[str], weights: Sequence[str]
 ) -> dict[str, WeightedReward]:
     """A task's own rewards and `more`, under the names of their functions.
 
     Args:
-        more: paths as `load` takes them, each with "=weight" behind it where that is not 1.
+        more: paths for `load_function`, each followed by "=weight" unless that is 1.
         weights: "name=weight" for rewards of the task.
     """
     rewards = dict(own)
@@ -155,7 +155,7 @@ def chosen(
         name = path.rpartition(":" if ":" in path else ".")[2]
         if name in rewards or name == "overlong":  # the penalty's
             raise UserError(f"--reward {each}: there is already a reward named {name!r}")
-        rewards[name] = WeightedReward(load(path), _weight("--reward", each, weight))
+        rewards[name] = WeightedReward(load_function(path), _weight("--reward", each, weight))
     return rewards
 
 

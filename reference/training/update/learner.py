@@ -19,7 +19,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import whole_tensor, without_sync
 from reference.training.errors import UserError
 from reference.training.guards import enough_memory, where_not_finite
-from reference.training.model.policy import Answers, Policy
+from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.update.micro_batches import MicroBatch, Minibatch, Part
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Learner:
         if self.entropy_control is not None:
             self.entropy_control.load_state_dict(state["entropy_control"])
 
-    def step(self, answers: Answers, advantages: Tensor) -> dict[str, float]:
+    def step(self, answers: SampledCompletions, advantages: Tensor) -> dict[str, float]:
         """Learn from answers and their advantages [B·G] or [B·G, T]; returns metrics.
 
         Where no group has a learning signal, and nothing else reads them, there is no forward, no
@@ -143,7 +143,7 @@ class Learner:
         may_halve = not self._ranks_tokens() and self.policy.ranks.size == 1
         return self.micro_batch.run(minibatch, work, f"step {self.steps}", may_halve=may_halve)
 
-    def minibatches(self, answers: Answers, advantages: Tensor) -> Iterator[Minibatch]:
+    def minibatches(self, answers: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
         """--minibatches shares of the groups, each with the parts that have something to learn.
 
         The parts are this rank's, the denominators those of all ranks.
@@ -170,7 +170,12 @@ class Learner:
             yield Minibatch(parts, self._denominators(len(groups) * G, int(rows.sum())))
 
     def _part(
-        self, answers: Answers, advantages: Tensor, counted: Tensor, groups: Tensor, G: int
+        self,
+        answers: SampledCompletions,
+        advantages: Tensor,
+        counted: Tensor,
+        groups: Tensor,
+        G: int,
     ) -> Part:
         """Some groups, cut to their longest answer."""
         done = answers.completions
@@ -216,7 +221,7 @@ class Learner:
 
     def loss(self, part: Part, denominators: dict[str, int]):
         """The loss of one part; fills in the log-probs that the part still lacks."""
-        states, head = self.learning.states(part.prompts, part.tokens, part.mask)
+        states, head = self.learning.hidden_states(part.prompts, part.tokens, part.mask)
         if self.config.inner_iterations > 1 and part.old_logprob is None:
             part.old_logprob = self._logprob_of(self.policy, states, head, part)
         if self.reference is not None and part.ref_logprob is None:
@@ -238,7 +243,7 @@ class Learner:
     @torch.no_grad()
     def logprob(self, policy, part: Part) -> Tensor:
         """[B·G, T] of the part's tokens under the policy or the reference."""
-        states, head = policy.states(part.prompts, part.tokens, part.mask)
+        states, head = policy.hidden_states(part.prompts, part.tokens, part.mask)
         return self._logprob_of(policy, states, head, part)
 
     @torch.no_grad()
@@ -251,7 +256,7 @@ class Learner:
 
     def _frozen_policy(self):
         """The reference, in shards where the policy will be."""
-        reference = self.policy.reference()
+        reference = self.policy.frozen_copy()
         if self.config.parallel == "fsdp":
             self.policy.ranks.wrapped(reference.model, "fsdp")
         return reference

@@ -9,7 +9,7 @@ import torch
 from reference.training import collect as experience
 from reference.training.config import TrainConfig
 from reference.training.distributed import ALONE
-from reference.training.model.policy import Answers
+from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.tasks.rewards import WeightedReward
 from reference.training.tasks.tasks import Question, Task
@@ -28,7 +28,7 @@ class Scripted:
     def __init__(self):
         self.asked = []
 
-    def ask(self, questions, group_size, temperature, sampler):
+    def sample(self, questions, group_size, temperature, sampler):
         self.asked.append([question.text for question in questions])
         width = 1 + len(self.asked)
         numbers = [int(q.text) if g == 0 or int(q.text) % 2 == 0 else 0
@@ -42,7 +42,9 @@ class Scripted:
             torch.ones(len(numbers), dtype=torch.bool),
         )
         ids = torch.tensor([int(q.text) for q in questions])[:, None].expand(-1, width)
-        return Answers(Prompts(ids, torch.ones_like(ids) > 0), done, [str(n) for n in numbers])
+        return SampledCompletions(
+            Prompts(ids, torch.ones_like(ids) > 0), done, [str(n) for n in numbers]
+        )
 
 
 def equal(prompts, completions, answers):
@@ -136,14 +138,14 @@ def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
 def test_answers_that_were_all_cut_off_are_no_signal_where_they_do_not_count(monkeypatch):
     _, found = gathered([1, 3, 5, 7], mask_truncated=True)
     assert found.has_signal.all()
-    ask = Scripted.ask
+    sample = Scripted.sample
 
     def cut_off(self, *arguments):
-        answers = ask(self, *arguments)
+        answers = sample(self, *arguments)
         finished = torch.zeros_like(answers.completions.finished)
         return replace(answers, completions=replace(answers.completions, finished=finished))
 
-    monkeypatch.setattr(Scripted, "ask", cut_off)
+    monkeypatch.setattr(Scripted, "sample", cut_off)
     _, found = gathered([1, 3, 5, 7], mask_truncated=True)
     assert not found.has_signal.any()
 

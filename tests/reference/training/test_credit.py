@@ -11,7 +11,7 @@ from reference.training.collect import Experience
 from reference.training.config import TrainConfig
 from reference.training.credit import advantages_of
 from reference.training.errors import UserError
-from reference.training.model.policy import Answers
+from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.tasks.rewards import WeightedReward
 from reference.training.tasks.tasks import Question
@@ -31,7 +31,7 @@ def experience(rewards, rows):
     done = Completions(tokens, mask, torch.zeros(mask.shape), torch.ones(len(rows)).bool())
     questions = [Question("?", "!")] * len(rewards)
     empty = torch.zeros(len(rewards), 1).long()
-    answers = Answers(Prompts(empty, empty == 0), done, [decode(row) for row in rows])
+    answers = SampledCompletions(Prompts(empty, empty == 0), done, [decode(row) for row in rows])
     rewards = torch.tensor(rewards)
     has_signal = rewards.ne(rewards[:, :1]).any(-1)
     return Experience(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from reference.training.distributed import ALONE, Ranks, moved
 from reference.training.errors import UserError
-from reference.training.run.graceful_shutdown import Stop, Stopped
+from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 
 SCRIPT = Path(__file__).parents[3] / "reference" / "train.py"
 TINY = (
@@ -137,15 +137,15 @@ def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
         size, told = 2, 0
 
         def gathered(self, value):
-            stop._receive()  # in the midst of a collective
+            shutdown._receive()  # in the midst of a collective
             self.told += 1
             return [True, value]
 
-    stop = Stop(ranks := Pair())
+    shutdown = GracefulShutdown(ranks := Pair())
     with pytest.raises(Stopped):
-        stop.release()
+        shutdown.raise_if_requested()
     assert ranks.told == 1
-    stop._receive()  # they save, together
+    shutdown._receive()  # they save, together
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

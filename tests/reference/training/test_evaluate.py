@@ -6,7 +6,7 @@ import pytest
 
 from reference.training import evaluate
 from reference.training.distributed import ALONE
-from reference.training.model.policy import Answers
+from reference.training.model.policy import SampledCompletions
 from reference.training.tasks.tasks import Question, Task
 
 
@@ -18,12 +18,12 @@ class Scripted:
     def __init__(self):
         self.batches = []
 
-    def ask(self, questions, samples, temperature):
+    def sample(self, questions, samples, temperature):
         self.batches.append(len(questions) * samples)
         texts = ["right" if i < int(q.text) else "wrong" for q in questions for i in range(samples)]
-        return Answers(None, None, texts)
+        return SampledCompletions(None, None, texts)
 
-    def reply(self, messages, temperature, max_new_tokens):
+    def chat_reply(self, messages, temperature, max_new_tokens):
         return f"{len(messages)} messages, last {messages[-1]['content']}"
 
 

@@ -180,7 +180,7 @@ def test_without_memory_for_answers_the_flags_to_lower_are_named():
         UserError,
         match=r"^out of memory while answers were sampled: lower --prompts, --group-size or --max-",
     ):
-        learner.policy.ask(QUESTIONS, 4, 1.0, sampler)
+        learner.policy.sample(QUESTIONS, 4, 1.0, sampler)
 
 
 def test_the_optimiser_that_finds_no_memory_says_what_trains_less(monkeypatch):

@@ -286,6 +286,6 @@ def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monk
     assert sum(p.numel() for p in policy.model.parameters()) == 134_515_008
     assert not hasattr(policy.model.config, "quantization_config")
     questions = [Question("What is the capital of France?", ""), Question("Say hello.", "")]
-    france, hello = policy.ask(questions, 1, temperature=0.0).texts
+    france, hello = policy.sample(questions, 1, temperature=0.0).texts
     assert "Paris" in france and "hello" in hello.lower()
     shutil.rmtree(directory)

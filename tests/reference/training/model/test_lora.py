@@ -12,6 +12,10 @@ from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model import lora as adapters
 from reference.training.model import plain_scorer as causal_lm
+from reference.training.model.activation_checkpointing import (
+    checkpointable_layers,
+    recompute_activations,
+)
 
 IDS = torch.tensor([[2, 5, 11, 4, 7], [3, 3, 9, 12, 6]])
 RANK = 4
@@ -125,7 +129,7 @@ def test_the_gradient_of_the_adapters_is_the_same_up_to_hidden_states_and_up_to_
     for forward in (fused.forward, causal_lm.forward):
         trained.zero_grad()
         if checkpointed:
-            with adapters.recomputed(trained):
+            with recompute_activations(trained):
                 loss(forward, trained).backward()
         else:
             loss(forward, trained).backward()
@@ -168,7 +172,7 @@ def test_recomputed_layers_run_twice_and_others_once(plain):
     plain.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     loss(causal_lm.forward, plain).backward()
     assert len(runs) == 1
-    with adapters.recomputed(plain):
+    with recompute_activations(plain):
         recomputing = loss(causal_lm.forward, plain)
     assert len(runs) == 2
     recomputing.backward()
@@ -179,7 +183,7 @@ def test_recomputed_layers_run_twice_and_others_once(plain):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_transformers_own_checkpointing_is_skipped_by_a_model_that_evaluates(plain):
-    """Why there is `recomputed`: once this fails, their switch may do."""
+    """Why there is `recompute_activations`: once this fails, their switch may do."""
     plain.gradient_checkpointing_enable({"use_reentrant": False})
     runs = []
     plain.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -188,4 +192,4 @@ def test_transformers_own_checkpointing_is_skipped_by_a_model_that_evaluates(pla
 
 
 def test_the_layers_to_recompute_are_found_under_an_adapter(trained):
-    assert len(adapters.layers(trained)) == 2
+    assert len(checkpointable_layers(trained)) == 2

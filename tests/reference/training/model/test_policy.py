@@ -8,8 +8,8 @@ from grpo_kernels.backends import use
 from grpo_kernels.integrations import transformers as fused
 from reference.training.errors import UserError
 from reference.training.model import load as models
-from reference.training.model import lora as adapters
 from reference.training.model import plain_scorer as causal_lm
+from reference.training.model import policy as policy_module
 from reference.training.model.policy import Policy
 from reference.training.rollout.generate import Completions, encode
 from reference.training.rollout.samplers import shared_prompt
@@ -67,7 +67,7 @@ def batch(policy: Policy):
 def logprobs(policy) -> torch.Tensor:
     """[6, 5], 0 under the mask; of a policy or a reference."""
     prompts, tokens, mask = batch(getattr(policy, "policy", policy))
-    states, head = policy.states(prompts, tokens, mask)
+    states, head = policy.hidden_states(prompts, tokens, mask)
     with policy.autocast():
         return head.token_stats(states, tokens, mask=mask, entropy=False).logprob
 
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_keeps_fewer_activations():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            policy.states(*batch(policy))
+            policy.hidden_states(*batch(policy))
         kept[checkpointed] = sum(sizes)
     assert kept[True] < kept[False] / 2
 
@@ -130,12 +130,12 @@ def test_gradient_checkpointing_leaves_sampling_as_it_was():
     for checkpointed in (False, True):
         policy = load(gradient_checkpointing=checkpointed)
         torch.manual_seed(4)
-        texts.append(policy.ask(QUESTIONS, 3, 1.0).completions.tokens)
+        texts.append(policy.sample(QUESTIONS, 3, 1.0).completions.tokens)
     assert torch.equal(*texts)
 
 
 def test_gradient_checkpointing_of_a_model_without_layers_for_it_is_refused(monkeypatch):
-    monkeypatch.setattr(adapters, "layers", lambda model: [])
+    monkeypatch.setattr(policy_module, "checkpointable_layers", lambda model: [])
     with pytest.raises(UserError, match="--gradient-checkpointing: LlamaForCausalLM has no layers"):
         load(gradient_checkpointing=True)
 
@@ -153,7 +153,7 @@ def test_dropout_is_off_in_every_pass(options):
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_the_reference_is_the_policy_until_the_policy_moves(forward, autocast, options):
     policy = load(forward=forward, autocast=autocast, **options)
-    reference = policy.reference()
+    reference = policy.frozen_copy()
     before, counted = logprobs(policy), batch(policy)[2]
     at_first = logprobs(reference)
     # A product may be summed in another order where its operands lie elsewhere in memory, and in
@@ -166,7 +166,7 @@ def test_the_reference_is_the_policy_until_the_policy_moves(forward, autocast, o
 
 def test_the_reference_of_an_adapter_is_no_second_model():
     policy = load(lora_rank=2)
-    assert policy.reference().policy.model is policy.model
+    assert policy.frozen_copy().policy.model is policy.model
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -176,7 +176,7 @@ def test_a_look_at_the_reference_before_backward_leaves_the_adapters_gradient(ch
     expected = gradients(policy)
     policy.model.zero_grad()
     total = (logprobs(policy) * torch.randn(6, 5, generator=torch.Generator().manual_seed(3))).sum()
-    assert not logprobs(policy.reference()).requires_grad
+    assert not logprobs(policy.frozen_copy()).requires_grad
     total.backward()
     for name, parameter in policy.model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)
@@ -229,7 +229,7 @@ def test_a_tied_head_and_embedding_get_the_gradient_of_both_and_move_as_one(forw
 
 def test_the_system_prompt_goes_before_every_question():
     policy = load(system="Add.")
-    prompts = policy.ask(QUESTIONS, 1, 1.0).prompts
+    prompts = policy.sample(QUESTIONS, 1, 1.0).prompts
     rows = zip(prompts.ids, prompts.mask, strict=True)
     texts = [policy.tokenizer.decode(ids[mask]) for ids, mask in rows]
     assert texts == [f"system: Add.\nuser: {each.text}\nassistant: " for each in QUESTIONS]
@@ -245,7 +245,7 @@ def test_a_template_that_writes_the_beginning_of_text_gets_it_once():
     )
     tokenizer.chat_template = "<begin>" + tokenizer.chat_template
     assert tokenizer.encode("7")[0] == begin
-    prompts = policy.ask(QUESTIONS, 1, 1.0).prompts
+    prompts = policy.sample(QUESTIONS, 1, 1.0).prompts
     assert (prompts.ids == begin).sum(-1).tolist() == [1, 1]
 
 
@@ -260,7 +260,7 @@ def test_another_sampler_is_given_the_policy_and_its_completions_come_back():
         mask = torch.ones_like(tokens, dtype=torch.bool)
         return Completions(tokens, mask, torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
 
-    answers = policy.ask(QUESTIONS, 2, 0.7, sampler)
+    answers = policy.sample(QUESTIONS, 2, 0.7, sampler)
     assert given == [(policy, 2, 0.7)]
     assert answers.texts == ["12", "13", "14", "15"]
     assert len(answers.prompts.ids) == 2
@@ -269,8 +269,8 @@ def test_another_sampler_is_given_the_policy_and_its_completions_come_back():
 def test_a_reply_to_one_message_is_the_greedy_answer_to_that_question():
     policy = load(system="Add.")
     messages = [{"role": "user", "content": QUESTIONS[1].text}]
-    expected = policy.ask(QUESTIONS[1:], 1, 0.0).texts[0]
-    assert policy.reply(messages, 0.0, 6) == expected != ""
+    expected = policy.sample(QUESTIONS[1:], 1, 0.0).texts[0]
+    assert policy.chat_reply(messages, 0.0, 6) == expected != ""
     assert len(messages) == 1
 
 
@@ -285,9 +285,9 @@ def test_a_reply_has_read_the_whole_conversation():
     policy = load(system="Add.", sampler=note)
     turns = [("user", "7+5"), ("assistant", "12"), ("user", "and 1 more")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    policy.reply(messages, 1.0, 3)
+    policy.chat_reply(messages, 1.0, 3)
     own = [{"role": "system", "content": "Multiply."}, *messages]
-    policy.reply(own, 1.0, 3)
+    policy.chat_reply(own, 1.0, 3)
     conversation = "user: 7+5\nassistant: 12\nuser: and 1 more\nassistant: "
     assert seen == ["system: Add.\n" + conversation, "system: Multiply.\n" + conversation]
 
@@ -295,7 +295,7 @@ def test_a_reply_has_read_the_whole_conversation():
 def test_a_policy_to_save_is_plain():
     policy = load(lora_rank=2)
     perturb(policy)
-    saved = policy.to_save()
+    saved = policy.model_to_save()
     assert type(saved).__name__ == "LlamaForCausalLM"
     ids = torch.arange(10, 20)[None]
     with torch.no_grad():

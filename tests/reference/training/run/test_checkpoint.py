@@ -29,7 +29,7 @@ def two(tmp_path):
 
 
 def test_the_newest_is_read_as_it_was_written(two):
-    found = two.newest()
+    found = two.latest()
     assert found.state["step"] == 4 and found.state["lines"]["metrics.jsonl"] == 24
     assert torch.equal(found.tensors("model")["w"], torch.full((3,), 4.0))
     assert found.tensors("reference") == {}
@@ -49,7 +49,7 @@ def test_one_of_an_earlier_step_takes_the_place_of_later_ones(two):
 
 
 def test_a_run_without_any_has_none(tmp_path):
-    assert Checkpoints(tmp_path, 1).newest() is None
+    assert Checkpoints(tmp_path, 1).latest() is None
 
 
 def flip_a_bit(path):
@@ -86,7 +86,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path, message, da
         lines.write('{"step": 3}\n')
     newest = save(checkpoints, 4)
     damage(newest)
-    assert checkpoints.newest().state["step"] == 2
+    assert checkpoints.latest().state["step"] == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"checkpoint {newest} cannot be used: {message}")
 
@@ -94,33 +94,33 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path, message, da
 def test_another_format_is_not_guessed_at(two, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "FORMAT", 3)
     with pytest.raises(UserError, match="none of its 2 checkpoints can be used"):
-        two.newest()
+        two.latest()
     assert "its format is 2, and not this version's 3" in capsys.readouterr().err
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(two):
     flip_a_bit(two.directory / "step-000004" / "model.safetensors")
     save(two, 4)
-    assert two.newest().state["step"] == 4
+    assert two.latest().state["step"] == 4
 
 
 def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(two):
     flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    assert two.newest().state["step"] == 2
+    assert two.latest().state["step"] == 2
     save(two, 6)
     assert two.steps() == [2, 6]
 
 
 def test_where_the_last_one_could_not_be_saved_the_end_of_a_run_leaves_a_whole_one(two):
     flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    two.newest()
+    two.latest()
     two.prune(5, keep=1)
-    assert two.newest().state["step"] == 2
+    assert two.latest().state["step"] == 2
 
 
 def test_one_that_was_replaced_is_damaged_no_more(two):
     flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    two.newest()
+    two.latest()
     save(two, 4)
     save(two, 6)
     assert two.steps() == [4, 6]
@@ -151,23 +151,23 @@ def test_a_full_disk_leaves_those_of_before(two, owner, name, fault, monkeypatch
         with pytest.raises(UserError, match=r"^cannot write .*step-000006: .*No space left"):
             save(two, 6)
     assert sorted(path.name for path in two.directory.iterdir()) == ["step-000002", "step-000004"]
-    assert two.newest().state["step"] == 4
+    assert two.latest().state["step"] == 4
 
 
 def test_lines_written_later_are_taken_back(two):
     with (two.run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 5}\n{"st')
     (two.run / "completions.txt").write_text("step 5")
-    two.cut_lines(two.newest())
+    two.truncate_logs(two.latest())
     assert (two.run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert not (two.run / "completions.txt").exists()
-    two.cut_lines(None)
+    two.truncate_logs(None)
     assert not (two.run / "metrics.jsonl").exists()
 
 
 def test_reading_one_unpickles_nothing(two, monkeypatch):
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("unpickled"))
-    assert two.newest().tensors("model").keys() == {"w"}
+    assert two.latest().tensors("model").keys() == {"w"}
     files = {path.suffix for path in two.directory.rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}

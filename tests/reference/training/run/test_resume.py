@@ -24,7 +24,7 @@ from reference.training.distributed import ALONE
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.run import checkpoint, resume
-from reference.training.run.resume import settings_of
+from reference.training.run.resume import load_settings
 from reference.training.run.training_state import _digest_of_frozen
 from reference.training.update.learner import Learner
 from reference.training.update.micro_batches import MicroBatch
@@ -299,16 +299,16 @@ def test_settings_that_would_make_another_run_are_named(started, flags, monkeypa
 
 
 def test_settings_that_change_no_number_may_change(started):
-    config = settings_of(started)
+    config = load_settings(started)
     assert config.output_dir == started and config.steps == 2 and config.reward == ()
 
 
 def test_a_run_does_not_choose_where_a_model_is_written(tmp_path, started):
     found = json.loads((started / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
-    assert settings_of(tmp_path).cache_dir is None
+    assert load_settings(tmp_path).cache_dir is None
     config = parse_command_line(["--resume", str(tmp_path), "--cache-dir", "mine"])
-    assert resume.command(config, tmp_path).endswith(f"--resume {tmp_path} --cache-dir mine")
+    assert resume.resume_command(config, tmp_path).endswith(f"--resume {tmp_path} --cache-dir mine")
 
 
 @pytest.mark.parametrize(
@@ -324,9 +324,9 @@ def test_the_micro_batch_of_a_filter_that_ranks_its_tokens_may_not_change(flags,
         config = parse_command_line(["--resume", str(tmp_path), "--micro-batch", "4"])
         if refused:
             with pytest.raises(UserError, match="--micro-batch was None, not 4: these would make"):
-                resume.check_same(config, saved, 0)
+                resume.check_settings_match(config, saved, 0)
         else:
-            resume.check_same(config, saved, 0)
+            resume.check_settings_match(config, saved, 0)
 
 
 def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
@@ -390,7 +390,7 @@ def test_the_flags_to_add_are_quoted(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(saved))
     config = parse_command_line(["--resume", str(tmp_path)])
     with pytest.raises(UserError, match=r"if you trust it, add --reward 'my file\.py:f;g'$"):
-        resume.check_same(config, saved, 0)
+        resume.check_settings_match(config, saved, 0)
 
 
 def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
@@ -442,37 +442,37 @@ def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
     flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"]
     config = parse_command_line(flags)
     goes_on = replace(config, resume=tmp_path, overwrite=False)
-    assert resume.after_restart(config, ALONE) == config
-    resume.note_torchrun(tmp_path)
-    assert resume.after_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, ALONE) == config
+    resume.record_torchrun_run(tmp_path)
+    assert resume.resume_after_torchrun_restart(config, ALONE) == config
     torchrun(RESTART_COUNT="1")
-    assert resume.after_restart(config, ALONE) == goes_on
+    assert resume.resume_after_torchrun_restart(config, ALONE) == goes_on
     torchrun(RUN_ID="another")
-    assert resume.after_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, ALONE) == config
     # Of several nodes each counts its own failures: here another one had it.
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     torchrun()
-    assert resume.after_restart(config, ALONE) == goes_on
+    assert resume.resume_after_torchrun_restart(config, ALONE) == goes_on
 
 
 def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torchrun, monkeypatch):
     """In a container that was started again both may be what they were."""
     config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    resume.note_torchrun(tmp_path)
+    resume.record_torchrun_run(tmp_path)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
-    assert resume.after_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, ALONE) == config
 
 
 def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchrun, monkeypatch):
     """Linux has a process begin so long after the boot, and the boot at a time of the clock."""
     torchrun(RESTART_COUNT="1")
     config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
-    resume.note_torchrun(tmp_path)
+    resume.record_torchrun_run(tmp_path)
     for owner, name in ((psutil.Process, "create_time"), (psutil, "boot_time")):
         before = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *of, before=before: before(*of) + 60)
-    assert resume.after_restart(config, ALONE).resume == tmp_path
+    assert resume.resume_after_torchrun_restart(config, ALONE).resume == tmp_path
 
 
 def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
@@ -484,8 +484,8 @@ def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
 
     torchrun(RESTART_COUNT="1")
     config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
-    resume.note_torchrun(tmp_path)
-    assert resume.after_restart(config, Pair()).resume == tmp_path
+    resume.record_torchrun_run(tmp_path)
+    assert resume.resume_after_torchrun_restart(config, Pair()).resume == tmp_path
 
 
 @pytest.mark.slow

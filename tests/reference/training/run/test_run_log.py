@@ -151,7 +151,7 @@ def test_neither_tensorflow_nor_an_unused_package_is_imported(tmp_path):
         "import sys; from pathlib import Path\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "from reference.training.run.run_log import RunLog\n"
-        "import reference.plots\n"
+        "import reference.training.run.plots\n"
         "assert not {'tensorboard', 'wandb', 'matplotlib'} & set(sys.modules)\n"
         f"log = RunLog(Path({str(tmp_path)!r}), {{}})\n"
         "log.step({'step': 1, 'reward': 0.5}); log.close()\n"

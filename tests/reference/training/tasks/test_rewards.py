@@ -8,7 +8,7 @@ import torch
 
 from reference.training.errors import UserError
 from reference.training.tasks import rewards
-from reference.training.tasks.rewards import WeightedReward, chosen, load, score
+from reference.training.tasks.rewards import WeightedReward, choose_rewards, load_function, score
 
 
 def of(reward, completion, answer):
@@ -161,7 +161,7 @@ def test_no_completions_have_no_rewards():
 
 
 def test_a_reward_is_loaded_by_its_dotted_path():
-    assert load("reference.training.tasks.rewards.exact_match") is rewards.exact_match
+    assert load_function("reference.training.tasks.rewards.exact_match") is rewards.exact_match
 
 
 def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
@@ -171,7 +171,7 @@ def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
         "def length(prompts, completions, answers):\n"
         "    return [Weights().each * len(c) for c in completions]\n"
     )
-    assert of(load(f"{tmp_path}/math.py:length"), "abcd", "") == 1.0
+    assert of(load_function(f"{tmp_path}/math.py:length"), "abcd", "") == 1.0
     assert math.sqrt(4) == 2 and __import__("math") is math
 
 
@@ -195,13 +195,13 @@ def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
 )
 def test_what_cannot_be_loaded_is_named(path, says):
     with pytest.raises(UserError, match=says):
-        load(path)
+        load_function(path)
 
 
 def test_a_file_that_raises_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(UserError, match=r"importing .*broken.py raised ZeroDivisionError"):
-        load(f"{tmp_path}/broken.py:f")
+        load_function(f"{tmp_path}/broken.py:f")
 
 
 OWN = {
@@ -215,12 +215,12 @@ def test_rewards_of_the_task_keep_or_change_their_weight_and_others_join(tmp_pat
         "def zero(prompts, completions, answers):\n    return [0.0]\n"
     )
     more = ["reference.training.tasks.rewards.exact_match", f"{tmp_path}/mine.py:zero=-0.5"]
-    found = chosen(OWN, more, ["format=0"])
+    found = choose_rewards(OWN, more, ["format=0"])
     weights = {name: each.weight for name, each in found.items()}
     assert weights == {"correct": 1.0, "format": 0.0, "exact_match": 1.0, "zero": -0.5}
     assert found["exact_match"].function is rewards.exact_match
     assert found["format"].function is rewards.gsm8k_strict
-    assert chosen(OWN, [], []) == OWN
+    assert choose_rewards(OWN, [], []) == OWN
 
 
 @pytest.mark.parametrize(
@@ -245,4 +245,4 @@ def test_rewards_of_the_task_keep_or_change_their_weight_and_others_join(tmp_pat
 )
 def test_what_is_wrong_with_the_choice_of_rewards_is_named(more, weights, says):
     with pytest.raises(UserError, match=says):
-        chosen(OWN, more, weights)
+        choose_rewards(OWN, more, weights)

@@ -18,7 +18,7 @@ def quick():
 def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
     learner, answers = make_learner()
     before = [p.clone() for p in learner.policy.model.parameters()]
-    monkeypatch.setattr(Policy, "states", lambda *_: pytest.fail("a forward pass"))
+    monkeypatch.setattr(Policy, "hidden_states", lambda *_: pytest.fail("a forward pass"))
     metrics = learner.step(answers, advantages(REWARDS[[1, 3, 1, 3]]))
     assert metrics["grad_norm"] == 0.0 and "policy_loss" not in metrics
     assert all(map(torch.equal, learner.policy.model.parameters(), before))

@@ -81,7 +81,7 @@ def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
     ours = gradient(learner, answers, REWARDS)
     learner, answers = make_learner(loss=loss)
     done = answers.completions
-    logits, _ = learner.policy.states(answers.prompts, done.tokens, done.mask)
+    logits, _ = learner.policy.hidden_states(answers.prompts, done.tokens, done.mask)
     losses.grpo_loss(
         logits,
         done.tokens,
