@@ -1,4 +1,4 @@
-"""Advantages of groups: the laws that all obey, the reference implementation, wrong arguments."""
+"""Advantages of groups: their definitions in float64, the laws that all obey, wrong arguments."""
 
 from functools import partial
 from itertools import product
@@ -9,23 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-from reference import losses as reference
+from tests.helpers import advantage_formulas
 
-SIDES = [grpo_kernels, reference]
-both = pytest.mark.parametrize("losses", SIDES)
 sizes = {"seed": st.integers(0, 2**31), "prompts": st.integers(1, 4), "group": st.integers(2, 8)}
 property_test = settings(max_examples=40, deadline=None)
 
 
-def functions(losses):
-    return {
-        **losses.ADVANTAGES,
-        "pass_at_k": partial(losses.pass_at_k_advantage, k=2),
-        "summed": lambda rewards: losses.multi_reward_advantage(rewards[None]),
-    }
-
-
-NAMES = list(functions(reference))
+FUNCTIONS = {
+    **grpo_kernels.ADVANTAGES,
+    "pass_at_k": partial(grpo_kernels.pass_at_k_advantage, k=2),
+    "summed": lambda rewards: grpo_kernels.multi_reward_advantage(rewards[None]),
+}
+FORMULAS = {
+    **{
+        name: getattr(advantage_formulas, function.__name__)
+        for name, function in grpo_kernels.ADVANTAGES.items()
+    },
+    "pass_at_k": partial(advantage_formulas.pass_at_k_advantage, k=2),
+    "summed": lambda rewards: advantage_formulas.multi_reward_advantage(rewards[None]),
+}
+NAMES = list(FUNCTIONS)
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -37,19 +40,19 @@ def random_rewards(seed, prompts, group):
 @every
 @property_test
 @given(**sizes)
-def test_equals_the_reference(name, seed, prompts, group):
+def test_equals_the_formula(name, seed, prompts, group):
     rewards = 10 * random_rewards(seed, prompts, group)
-    ours, theirs = (functions(losses)[name](rewards) for losses in SIDES)
-    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
-    single = functions(grpo_kernels)[name](rewards.float())
-    torch.testing.assert_close(single.double(), theirs, rtol=1e-3, atol=1e-4)
+    expected = FORMULAS[name](rewards)
+    torch.testing.assert_close(FUNCTIONS[name](rewards), expected, rtol=1e-11, atol=1e-12)
+    single = FUNCTIONS[name](rewards.float())
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @every
 @property_test
 @given(**sizes)
 def test_depends_neither_on_the_order_in_a_group_nor_on_that_of_groups(name, seed, prompts, group):
-    advantage = functions(grpo_kernels)[name]
+    advantage = FUNCTIONS[name]
     rewards = random_rewards(seed, prompts, group)
     order = torch.randperm(group, generator=torch.Generator().manual_seed(seed))
     expected = advantage(rewards)
@@ -61,7 +64,7 @@ def test_depends_neither_on_the_order_in_a_group_nor_on_that_of_groups(name, see
 @property_test
 @given(**sizes, offset=st.sampled_from([-1e4, -3.0, 0.5, 1e4]))
 def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
-    advantage = functions(grpo_kernels)[name]
+    advantage = FUNCTIONS[name]
     rewards = random_rewards(seed, prompts, group)
     torch.testing.assert_close(
         advantage(rewards + offset), advantage(rewards), rtol=1e-7, atol=1e-7
@@ -78,7 +81,7 @@ def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
 @property_test
 @given(**sizes, scale=st.sampled_from([0.5, 3.0, 1e4]))
 def test_a_scale_divides_out_or_stays(name, degree, seed, prompts, group, scale):
-    advantage = functions(grpo_kernels)[name]
+    advantage = FUNCTIONS[name]
     rewards = 1 + random_rewards(seed, prompts, group)
     expected = scale**degree * advantage(rewards)
     torch.testing.assert_close(advantage(scale * rewards), expected, rtol=1e-5, atol=1e-9)
@@ -88,31 +91,29 @@ def test_a_scale_divides_out_or_stays(name, degree, seed, prompts, group, scale)
 @property_test
 @given(**sizes)
 def test_the_advantages_of_a_group_add_up_to_zero(name, seed, prompts, group):
-    sums = functions(grpo_kernels)[name](random_rewards(seed, prompts, group)).sum(-1)
+    sums = FUNCTIONS[name](random_rewards(seed, prompts, group)).sum(-1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-12)
 
 
-@both
 @every
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-8, 4.0, 12345.678])
 @pytest.mark.parametrize("group", [2, 3, 7, 8])
-def test_equal_rewards_give_exactly_zero_beside_others_that_differ(losses, name, value, group):
+def test_equal_rewards_give_exactly_zero_beside_others_that_differ(name, value, group):
     equal = torch.full((1, group), value)
-    assert (functions(losses)[name](equal) == 0).all()
+    assert (FUNCTIONS[name](equal) == 0).all()
     beside = torch.cat([torch.arange(float(group))[None], equal])
-    found = functions(losses)[name](beside)
+    found = FUNCTIONS[name](beside)
     assert (found[1] == 0).all() and (found[0] != 0).any()
 
 
-@both
 @every
 @pytest.mark.parametrize("value", [1e-3, 0.3, 1.0, 77.7, 1e6, 1e20])
 @pytest.mark.parametrize("group", [2, 8])
-def test_rewards_that_differ_by_a_rounding_stay_small(losses, name, value, group):
+def test_rewards_that_differ_by_a_rounding_stay_small(name, value, group):
     rewards = torch.full((2, group), value)
     rewards[:, 0] = rewards[:, 0].nextafter(torch.tensor(torch.inf))
     assert (rewards[:, 0] != rewards[:, 1]).all()
-    largest = functions(losses)[name](rewards).abs().max()
+    largest = FUNCTIONS[name](rewards).abs().max()
     has_the_unit_of_the_reward = name in ("centered", "leave_one_out", "pass_at_k")
     assert largest <= (2**-22 * value if has_the_unit_of_the_reward else 1 / 16)
 
@@ -124,30 +125,27 @@ def test_ordinary_groups_have_mini_grpo_s_advantages_to_the_bit(seed, prompts, g
     shifted = rewards - rewards[:, :1]
     std = shifted.std(dim=-1, keepdim=True).clamp_min(1e-6)
     expected = (shifted - shifted.mean(dim=-1, keepdim=True)) / std
-    for losses in SIDES:
-        assert torch.equal(losses.group_normalised_advantage(rewards), expected)
+    assert torch.equal(grpo_kernels.group_normalised_advantage(rewards), expected)
 
 
-@both
 @every
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32, torch.float64])
-def test_every_real_dtype_is_computed_in_fp32_or_fp64(losses, name, dtype):
-    advantage = functions(losses)[name]
+def test_every_real_dtype_is_computed_in_fp32_or_fp64(name, dtype):
+    advantage = FUNCTIONS[name]
     result = advantage(torch.tensor([[0, 1, 1], [2, 4, 3]], dtype=dtype))
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = advantage(torch.tensor([[0.0, 1, 1], [2, 4, 3]], dtype=torch.float64))
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@both
 @every
-def test_the_result_is_not_differentiable(losses, name):
-    assert not functions(losses)[name](torch.rand(2, 3, requires_grad=True)).requires_grad
+def test_the_result_is_not_differentiable(name):
+    assert not FUNCTIONS[name](torch.rand(2, 3, requires_grad=True)).requires_grad
 
 
 @every
 def test_compiles_to_one_graph_and_never_looks_at_values_off_the_cpu(name):
-    advantage, rewards = functions(grpo_kernels)[name], torch.rand(3, 4)
+    advantage, rewards = FUNCTIONS[name], torch.rand(3, 4)
     compiled = torch.compile(advantage, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(rewards), advantage(rewards))
     # On a meta device there are no values: a look at one raises, where a GPU would be waited for.
@@ -157,7 +155,7 @@ def test_compiles_to_one_graph_and_never_looks_at_values_off_the_cpu(name):
 @pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
 @every
 def test_no_prompts_have_no_advantages(name):
-    assert functions(grpo_kernels)[name](torch.zeros(0, 4)).shape == (0, 4)
+    assert FUNCTIONS[name](torch.zeros(0, 4)).shape == (0, 4)
 
 
 @every
@@ -172,12 +170,12 @@ def test_no_prompts_have_no_advantages(name):
 )
 def test_wrong_rewards_are_a_clear_error(name, error, rewards, message):
     with pytest.raises(error, match=message):
-        functions(grpo_kernels)[name](rewards)
+        FUNCTIONS[name](rewards)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "summed"])
 def test_rewards_of_another_shape_or_none_at_all_are_a_clear_error(name):
-    advantage = functions(grpo_kernels)[name]
+    advantage = FUNCTIONS[name]
     with pytest.raises(ValueError, match=r"rewards must be \[B, G\], got shape \(4,\)"):
         advantage(torch.ones(4))
     with pytest.raises(TypeError, match="rewards must be a tensor, got list"):

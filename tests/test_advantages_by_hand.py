@@ -9,36 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-from reference import losses as reference
+from tests.helpers import advantage_formulas
 
-both = pytest.mark.parametrize("losses", [grpo_kernels, reference])
 property_test = settings(max_examples=40, deadline=None)
 
 
-@both
-def test_group_by_hand_with_one_degree_of_freedom_less(losses):
+def test_group_by_hand_with_one_degree_of_freedom_less():
     rewards = [0.0, 1.0, 3.0, 4.0]
     expected = torch.tensor([[(r - 2.0) / statistics.stdev(rewards) for r in rewards]])
     for offset in (0.0, 1e5):
-        found = losses.group_normalised_advantage(torch.tensor([rewards]) + offset)
+        found = grpo_kernels.group_normalised_advantage(torch.tensor([rewards]) + offset)
         torch.testing.assert_close(found, expected)
 
 
-@both
-def test_batch_by_hand_and_a_batch_of_one_group_is_that_group(losses):
+def test_batch_by_hand_and_a_batch_of_one_group_is_that_group():
     rewards = torch.tensor([[0.0, 2.0], [3.0, 3.0], [5.0, -1.0]])
     expected = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [3.0, -3.0]]) / statistics.stdev(
         rewards.flatten().tolist()
     )
-    torch.testing.assert_close(losses.batch_normalised_advantage(rewards), expected)
+    torch.testing.assert_close(grpo_kernels.batch_normalised_advantage(rewards), expected)
     torch.testing.assert_close(
-        losses.batch_normalised_advantage(rewards[:1]),
-        losses.group_normalised_advantage(rewards[:1]),
+        grpo_kernels.batch_normalised_advantage(rewards[:1]),
+        grpo_kernels.group_normalised_advantage(rewards[:1]),
     )
 
 
-@both
-def test_centred_leave_one_out_and_max_rl_by_hand(losses):
+def test_centred_leave_one_out_and_max_rl_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 6.0]])
     cases = {
         "centered": [[0.75, -0.25, -0.25, -0.25], [-3.0, -1.0, 1.0, 3.0]],
@@ -46,14 +42,13 @@ def test_centred_leave_one_out_and_max_rl_by_hand(losses):
         "max_rl": [[3.0, -1.0, -1.0, -1.0], [-1.0, -1 / 3, 1 / 3, 1.0]],
     }
     for name, expected in cases.items():
-        found = losses.ADVANTAGES[name](rewards)
+        found = grpo_kernels.ADVANTAGES[name](rewards)
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-@both
-def test_max_rl_is_defined_for_rewards_of_at_least_zero(losses):
+def test_max_rl_is_defined_for_rewards_of_at_least_zero():
     with pytest.raises(ValueError, match=r"rewards must be at least 0, got -2.0"):
-        losses.max_rl_advantage(torch.tensor([[1.0, -2.0]]))
+        grpo_kernels.max_rl_advantage(torch.tensor([[1.0, -2.0]]))
 
 
 def best_of_sets(rewards, k):
@@ -68,28 +63,26 @@ def best_of_sets(rewards, k):
     return [added(i) for i in range(len(rewards))]
 
 
-@both
 @property_test
 @given(rewards=st.lists(st.integers(-3, 3), min_size=2, max_size=7), data=st.data())
-def test_pass_at_k_is_the_mean_over_sets_with_ties_too(losses, rewards, data):
+def test_pass_at_k_is_the_mean_over_sets_with_ties_too(rewards, data):
     k = data.draw(st.integers(2, len(rewards)))
-    found = losses.pass_at_k_advantage(torch.tensor([rewards], dtype=torch.float64), k)
+    found = grpo_kernels.pass_at_k_advantage(torch.tensor([rewards], dtype=torch.float64), k)
     expected = torch.tensor([best_of_sets(rewards, k)], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@both
-def test_pass_at_the_whole_group_rewards_a_single_best_completion_only(losses):
+def test_pass_at_the_whole_group_rewards_a_single_best_completion_only():
     rewards = torch.tensor([[0.0, 7.0, 3.0, 5.0], [4.0, 1.0, 4.0, 0.0]])
     expected = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0] * 4])
-    assert torch.equal(losses.pass_at_k_advantage(rewards, 4), expected)
+    assert torch.equal(grpo_kernels.pass_at_k_advantage(rewards, 4), expected)
 
 
 def test_pass_at_k_of_a_large_group_is_exact_in_fp32():
     rewards = torch.rand(1, 128, generator=torch.Generator().manual_seed(0))
     for k in (2, 16, 127):
         found = grpo_kernels.pass_at_k_advantage(rewards, k)
-        expected = reference.pass_at_k_advantage(rewards.double(), k)
+        expected = advantage_formulas.pass_at_k_advantage(rewards.double(), k)
         assert (found - expected).abs().max() <= 1e-5 * expected.max()
 
 
@@ -115,49 +108,47 @@ def several(seed, rewards=3, prompts=4, group=5):
     return torch.randn(rewards, prompts, group, generator=generator, dtype=torch.float64)
 
 
-@both
 @pytest.mark.parametrize("weights", [None, [2.0, -1.0, 0.5], torch.tensor([2.0, -1.0, 0.5])])
-def test_a_weighted_reward_is_the_sum_that_it_says(losses, weights):
+def test_a_weighted_reward_is_the_sum_that_it_says(weights):
     rewards = several(0)
     w = [1.0, 1.0, 1.0] if weights is None else [2.0, -1.0, 0.5]
     expected = w[0] * rewards[0] + w[1] * rewards[1] + w[2] * rewards[2]
-    torch.testing.assert_close(losses.weighted_reward(rewards, weights), expected)
+    torch.testing.assert_close(grpo_kernels.weighted_reward(rewards, weights), expected)
 
 
-@both
 @property_test
 @given(seed=st.integers(0, 2**31), weights=st.none() | st.just([2.0, -1.0, 0.5]))
-def test_summed_is_normalise_weigh_sum_whiten(losses, seed, weights):
+def test_summed_is_normalise_weigh_sum_whiten(seed, weights):
     rewards = several(seed)
     normalised = (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
     total = (torch.tensor(weights or [1.0] * 3)[:, None, None] * normalised).sum(0)
     expected = (total - total.mean()) / total.std()
-    found = losses.multi_reward_advantage(rewards, weights)
+    found = grpo_kernels.multi_reward_advantage(rewards, weights)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     # Not even the scale and the offset of a single reward matter.
     scaled = rewards * torch.tensor([100.0, 1.0, 0.01])[:, None, None] + 3
-    torch.testing.assert_close(losses.multi_reward_advantage(scaled, weights), expected)
+    torch.testing.assert_close(grpo_kernels.multi_reward_advantage(scaled, weights), expected)
 
 
-@both
-def test_summed_tells_apart_what_a_plain_sum_does_not(losses):
+def test_summed_tells_apart_what_a_plain_sum_does_not():
     """Groups (1, 0) and (2, 0) in sums; in the second both rewards speak for the first answer."""
     rewards = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
-    found = losses.multi_reward_advantage(rewards)
+    found = grpo_kernels.multi_reward_advantage(rewards)
     torch.testing.assert_close(found[1], 2 * found[0])
-    alone = losses.group_normalised_advantage(losses.weighted_reward(rewards))
+    alone = grpo_kernels.group_normalised_advantage(grpo_kernels.weighted_reward(rewards))
     torch.testing.assert_close(alone[1], alone[0])
 
 
-@both
-def test_summed_does_not_enlarge_what_is_left_of_rewards_that_cancel_or_are_equal(losses):
+def test_summed_does_not_enlarge_what_is_left_of_rewards_that_cancel_or_are_equal():
     residue = torch.tensor([[[1.0, 1.0, 1.0]], [[0.1, 0.2, 0.4]]])
     residue[0, 0, 0] += 2**-23
-    found = losses.multi_reward_advantage(residue)
-    torch.testing.assert_close(found, losses.multi_reward_advantage(residue[1:]), rtol=0, atol=0)
-    assert (losses.multi_reward_advantage(residue[:1]) == 0).all()
+    found = grpo_kernels.multi_reward_advantage(residue)
+    torch.testing.assert_close(
+        found, grpo_kernels.multi_reward_advantage(residue[1:]), rtol=0, atol=0
+    )
+    assert (grpo_kernels.multi_reward_advantage(residue[:1]) == 0).all()
     cancelling = torch.stack([residue[1], 3 * residue[1]])
-    assert losses.multi_reward_advantage(cancelling, [1.0, -1.0]).abs().max() < 1 / 4
+    assert grpo_kernels.multi_reward_advantage(cancelling, [1.0, -1.0]).abs().max() < 1 / 4
 
 
 @pytest.mark.parametrize("function", ["weighted_reward", "multi_reward_advantage"])
@@ -181,41 +172,38 @@ def test_wrong_rewards_or_weights_are_a_clear_error(function, error, arguments, 
 # Process supervision
 
 
-@both
-def test_a_step_s_reward_reaches_its_tokens_and_those_before_it(losses):
+def test_a_step_s_reward_reaches_its_tokens_and_those_before_it():
     """Rewards 0, 2, 1 of a group: normalised -1, 1, 0."""
     rewards = torch.tensor([[[0.0, 2.0], [1.0, torch.nan]]])
     ends = torch.tensor([[[0, 2], [1, -1]]])
     expected = torch.tensor([[[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    found = losses.process_advantage(rewards, ends, 4)
+    found = grpo_kernels.process_advantage(rewards, ends, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@both
-def test_equal_few_or_no_steps_have_no_advantage(losses):
+def test_equal_few_or_no_steps_have_no_advantage():
     rewards = torch.tensor([[[0.1], [0.1], [0.1]], [[5.0], [1.0], [1.0]]])
     ends = torch.tensor([[[0], [1], [0]], [[1], [-1], [-1]]])
-    assert (losses.process_advantage(rewards, ends, 2) == 0).all()
-    nothing = losses.process_advantage(torch.zeros(2, 3, 0), torch.zeros(2, 3, 0).long(), 4)
+    assert (grpo_kernels.process_advantage(rewards, ends, 2) == 0).all()
+    nothing = grpo_kernels.process_advantage(torch.zeros(2, 3, 0), torch.zeros(2, 3, 0).long(), 4)
     assert torch.equal(nothing, torch.zeros(2, 3, 4))
 
 
-@both
-def test_steps_that_differ_by_a_rounding_stay_small(losses):
+def test_steps_that_differ_by_a_rounding_stay_small():
     rewards = torch.full((1, 2, 2), 1e6)
     rewards[0, 0, 0] = rewards[0, 0, 0].nextafter(torch.tensor(torch.inf))
-    found = losses.process_advantage(rewards, torch.tensor([[[0, 1], [0, 1]]]), 2)
+    found = grpo_kernels.process_advantage(rewards, torch.tensor([[[0, 1], [0, 1]]]), 2)
     assert found.abs().max() <= 1 / 8
 
 
 @property_test
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_process_advantage_equals_the_reference_whatever_the_order_of_steps(seed, B, G, S):
+def test_process_advantage_equals_the_formula_in_any_order_of_steps(seed, B, G, S):
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(B, G, S, generator=generator, dtype=torch.float64) + 100
     ends = torch.randint(-1, 6, (B, G, S), generator=generator)
     found = grpo_kernels.process_advantage(rewards.where(ends >= 0, torch.nan), ends, 6)
-    expected = reference.process_advantage(rewards, ends, 6)
+    expected = advantage_formulas.process_advantage(rewards, ends, 6)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     flipped = grpo_kernels.process_advantage(rewards.flip(-1), ends.flip(-1), 6)
     torch.testing.assert_close(flipped, expected, rtol=1e-10, atol=1e-12)

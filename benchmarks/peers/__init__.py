@@ -76,7 +76,7 @@ def _loss(problem: Problem, package: ModuleType, *, inplace: bool = False, **con
     objective = {
         "mask": problem.mask,
         "old_logprob": problem.old_logprob,
-        "config": package.LossConfig(**config),
+        "config": grpo_kernels.LossConfig(**config),
     }
     given = problem.tokens, problem.advantages
     if problem.logits is not None:
@@ -96,7 +96,7 @@ def _cross_entropy(problem: Problem, package: ModuleType) -> Outputs:
         problem.tokens,
         torch.ones_like(problem.advantages),
         mask=problem.mask,
-        config=package.LossConfig(aggregation="token_mean"),
+        config=grpo_kernels.LossConfig(aggregation="token_mean"),
     )
     # Every ratio is 1, and so the loss is -1: its gradient is that of the mean log-prob.
     return {"surrogate": output.loss}
@@ -127,8 +127,6 @@ def _compiled(name: str) -> Callable:
 
 
 class _Compiled(SimpleNamespace):
-    LossConfig = reference.LossConfig
-
     def __getattr__(self, name: str) -> Callable:
         return _compiled(name)
 

@@ -98,7 +98,7 @@ def our_loss(side: str, settings: Mapping[str, Any], batch: Batch) -> Result:
         logprob,
         batch.advantages,
         entropy=entropy,
-        config=SIDES[side].LossConfig(**loss_fields(settings)),
+        config=grpo_kernels.LossConfig(**loss_fields(settings)),
         **keywords_of(settings, batch),
     )
     gradients = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)

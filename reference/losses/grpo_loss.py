@@ -1,10 +1,12 @@
 """The GRPO loss from logits and from hidden states: token statistics, then the objective."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from reference.losses.policy_loss import LossConfig, LossOutput, policy_loss
-from reference.losses.token_stats import TokenPacking, TokenStats, linear_token_stats, token_stats
+from reference.losses.policy_loss import LossOutput, policy_loss
+from reference.losses.token_stats import TokenStats, linear_token_stats, token_stats
 
 
 def grpo_loss(
@@ -17,7 +19,7 @@ def grpo_loss(
     ref_logprob: Tensor | None = None,
     ref_logits: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
-    config: LossConfig = LossConfig(),
+    config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -78,14 +80,14 @@ def linear_grpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
-    config: LossConfig = LossConfig(),
+    config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
-    packing: TokenPacking | None = None,
+    packing: Any = None,
 ) -> LossOutput:
     """`grpo_loss` of logits = hidden @ weight.T + bias, ref_logits likewise.
 

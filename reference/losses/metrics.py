@@ -1,9 +1,10 @@
 """What the objective reports beside the loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from reference.losses.loss_config import LossConfig
 from reference.losses.ratios import importance_weight, log_ratio, policy_ratio
 from reference.losses.sequences import Tokens, means_by_sequence, token_mean
 from reference.losses.surrogates import clipped, vespo_weight
@@ -13,7 +14,7 @@ from reference.losses.token_selection import has_filter
 @torch.no_grad()
 def objective_metrics(
     tokens: Tokens,
-    config: LossConfig,
+    config: Any,
     *,
     policy_loss: Tensor,
     kl: Tensor | None,
@@ -49,7 +50,7 @@ def objective_metrics(
     return metrics
 
 
-def _ratio_metrics(tokens: Tokens, config: LossConfig, sequences_known: bool) -> dict[str, Tensor]:
+def _ratio_metrics(tokens: Tokens, config: Any, sequences_known: bool) -> dict[str, Tensor]:
     """r and how often it is clipped; a ratio that belongs to the sequence counts once in each."""
     keep = tokens.keep
     r = policy_ratio(tokens, config.ratio_level)
@@ -75,7 +76,7 @@ def _ratio_metrics(tokens: Tokens, config: LossConfig, sequences_known: bool) ->
     return metrics
 
 
-def _sampling_metrics(tokens: Tokens, config: LossConfig) -> dict[str, Tensor]:
+def _sampling_metrics(tokens: Tokens, config: Any) -> dict[str, Tensor]:
     difference = (tokens.old - tokens.sampling).abs()[tokens.keep]
     weight = importance_weight(tokens, config)[tokens.keep]
     return {

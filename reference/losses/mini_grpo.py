@@ -3,16 +3,6 @@
 import torch
 from torch import Tensor
 
-from reference.losses.advantages import group_normalised_advantage
-
-__all__ = [
-    "approximate_kl_divergence",
-    "cross_entropy_from_logits",
-    "entropy_from_logits",
-    "group_normalised_advantage",
-    "kl_divergence",
-]
-
 
 def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool = True) -> Tensor:
     """Mean over the unmasked tokens of H(p) = -Σ p ln p, p = softmax(logits).

@@ -1,12 +1,11 @@
 """The policy objective on per-token tensors, written to be checked against its formula by eye."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reference.losses.kl_estimators import sampled_kl
-from reference.losses.loss_config import LossConfig
 from reference.losses.metrics import objective_metrics
 from reference.losses.ratios import importance_weight
 from reference.losses.sequences import Tokens, row_maker
@@ -31,7 +30,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     kl: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
-    config: LossConfig = LossConfig(),
+    config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -122,7 +121,7 @@ def _lay_out(logprob, advantages, *, mask, old, ref, sampling, entropy, kl, cu_s
     )
 
 
-def _policy_term(tokens: Tokens, kept: Tensor, config: LossConfig) -> Tensor:
+def _policy_term(tokens: Tokens, kept: Tensor, config: Any) -> Tensor:
     if config.surrogate not in SURROGATES:
         raise ValueError(f"no such surrogate: {config.surrogate!r}")
     policy = SURROGATES[config.surrogate](tokens, config)
@@ -135,9 +134,7 @@ def _policy_term(tokens: Tokens, kept: Tensor, config: LossConfig) -> Tensor:
     return policy
 
 
-def _aggregate(
-    x: Tensor, keep: Tensor, config: LossConfig, normalizer: float | Tensor | None
-) -> Tensor:
+def _aggregate(x: Tensor, keep: Tensor, config: Any, normalizer: float | Tensor | None) -> Tensor:
     """x, keep: [B, T]; a sequence without a token counts as 0 in the means over sequences."""
     x = torch.where(keep, x, 0.0)
     sequences = max(len(x), 1)
@@ -154,7 +151,7 @@ def _aggregate(
     return total / _nonzero(denominator if normalizer is None else normalizer)
 
 
-def _mean_entropy(tokens: Tokens, config: LossConfig, count: float | Tensor | None) -> Tensor:
+def _mean_entropy(tokens: Tokens, config: Any, count: float | Tensor | None) -> Tensor:
     """The mean over the tokens that the bonus acts on, times these tokens' share of `count`.
 
     `count` is the number of unmasked tokens of the whole batch, of which these may be a part.
@@ -188,7 +185,7 @@ def _check_inputs(logprob, ref_logprob, entropy, kl, config, cu_seqlens) -> None
         raise ValueError("a packed logprob needs cu_seqlens wherever sequences matter")
 
 
-def _reads_sequences(config: LossConfig) -> bool:
+def _reads_sequences(config: Any) -> bool:
     return (
         config.aggregation != "token_mean"
         or config.ratio_level != "token"

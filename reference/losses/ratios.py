@@ -1,11 +1,11 @@
 """Probability ratios: the policy's to the old one's, and the old one's to the sampler's."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference.losses.loss_config import LossConfig
 from reference.losses.sequences import Tokens, sequence_mean, sequence_sum
 
 
@@ -37,7 +37,7 @@ def policy_ratio(tokens: Tokens, level: str) -> Tensor:
     raise ValueError(f"no such ratio_level: {level!r}")
 
 
-def importance_weight(tokens: Tokens, config: LossConfig) -> Tensor | None:
+def importance_weight(tokens: Tokens, config: Any) -> Tensor | None:
     """w at every token, a constant; None where no sampler's log-probabilities are given.
 
     w = exp(old - sampling), of the sequence's sum of it at importance_level="sequence"; then

@@ -6,16 +6,16 @@ gradient. Every function returns what is minimised, [sequences, longest].
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference.losses.loss_config import LossConfig
 from reference.losses.ratios import importance_weight, log_ratio, policy_ratio, saturated_exp
 from reference.losses.sequences import Tokens, sequence_mean, sequence_sum
 
 
-def clip(tokens: Tokens, config: LossConfig) -> Tensor:
+def clip(tokens: Tokens, config: Any) -> Tensor:
     """-min(min(r, delta)·A, clip(r, 1 - epsilon_low, 1 + epsilon_high)·A).
 
     Where A < 0: at most dual_clip·|A|. Papers: 1707.06347, 2402.03300; 2503.14476 for two epsilons,
@@ -31,25 +31,25 @@ def clip(tokens: Tokens, config: LossConfig) -> Tensor:
     return loss
 
 
-def ratio(tokens: Tokens, config: LossConfig) -> Tensor:
+def ratio(tokens: Tokens, config: Any) -> Tensor:
     """-r·A."""
     return -policy_ratio(tokens, config.ratio_level) * tokens.advantage
 
 
-def cispo(tokens: Tokens, config: LossConfig) -> Tensor:
+def cispo(tokens: Tokens, config: Any) -> Tensor:
     """-s(min(r, ratio_cap))·A·logprob. Paper: 2506.13585."""
     weight = policy_ratio(tokens, config.ratio_level).clamp(max=config.ratio_cap)
     return -weight.detach() * tokens.advantage * tokens.logprob
 
 
-def sapo(tokens: Tokens, config: LossConfig) -> Tensor:
+def sapo(tokens: Tokens, config: Any) -> Tensor:
     """-A·(4/τ)·sigmoid(τ(r - 1)), τ = tau_positive where A > 0, else tau_negative: 2511.20347."""
     r, advantage = policy_ratio(tokens, config.ratio_level), tokens.advantage
     tau = _choose(advantage > 0, config.tau_positive, config.tau_negative, like=r)
     return -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
 
 
-def dppo(tokens: Tokens, config: LossConfig) -> Tensor:
+def dppo(tokens: Tokens, config: Any) -> Tensor:
     """-s(min(r, ratio_cap)·trusted)·A·logprob. Paper: 2602.04879, the binary total variation.
 
     trusted, p the token's probability: p - p_old <= epsilon_high where A > 0, else
@@ -68,17 +68,17 @@ def probability_change(tokens: Tokens) -> Tensor:
     return tokens.logprob.detach().exp() - tokens.old.exp()
 
 
-def reinforce(tokens: Tokens, config: LossConfig) -> Tensor:
+def reinforce(tokens: Tokens, config: Any) -> Tensor:
     """-A·logprob. GPG, 2504.02546, is its token mean."""
     return -tokens.advantage * tokens.logprob
 
 
-def vespo(tokens: Tokens, config: LossConfig) -> Tensor:
+def vespo(tokens: Tokens, config: Any) -> Tensor:
     """-φ·A·logprob, φ a constant: `vespo_weight`. Paper: 2602.10693."""
     return -vespo_weight(tokens, config) * tokens.advantage * tokens.logprob
 
 
-def vespo_weight(tokens: Tokens, config: LossConfig) -> Tensor:
+def vespo_weight(tokens: Tokens, config: Any) -> Tensor:
     """φ = exp(λ + k·ln w - λ·w), which is 1 at w = 1; k and λ by A >= 0 or A < 0.
 
     ln w is the sequence's sum of l, each clamped to ±20, and of the logarithms of the importance
@@ -96,7 +96,7 @@ def vespo_weight(tokens: Tokens, config: LossConfig) -> Tensor:
     return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
-def gmpo(tokens: Tokens, config: LossConfig) -> Tensor:
+def gmpo(tokens: Tokens, config: Any) -> Tensor:
     """-A·exp(mean over the sequence of b), at every token of the sequence. Paper: 2507.20673.
 
     b = min(l, epsilon_high) where A > 0, max(l, -epsilon_low) where A < 0, l where A = 0.
@@ -107,7 +107,7 @@ def gmpo(tokens: Tokens, config: LossConfig) -> Tensor:
     return -advantage * saturated_exp(sequence_mean(b, tokens.keep))
 
 
-SURROGATES: dict[str, Callable[[Tokens, LossConfig], Tensor]] = {
+SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
     "clip": clip,
     "ratio": ratio,
     "cispo": cispo,
@@ -119,7 +119,7 @@ SURROGATES: dict[str, Callable[[Tokens, LossConfig], Tensor]] = {
 }
 
 
-def clipped(tokens: Tokens, config: LossConfig) -> tuple[Tensor, Tensor]:
+def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
     """(low, high), bool: tokens with A < 0 below the lower bound, with A > 0 above the upper."""
     r = policy_ratio(tokens, config.ratio_level)
     nowhere = torch.zeros_like(tokens.keep)
@@ -132,7 +132,7 @@ def clipped(tokens: Tokens, config: LossConfig) -> tuple[Tensor, Tensor]:
     return low & (tokens.advantage < 0), high & (tokens.advantage > 0)
 
 
-def _outside(x: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+def _outside(x: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     return x < -config.epsilon_low, x > config.epsilon_high
 
 

@@ -1,21 +1,22 @@
 """Choices of tokens: whose policy term is kept, and who pays for a high covariance."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from reference.losses.loss_config import LossConfig
 from reference.losses.ratios import log_ratio
 from reference.losses.sequences import Tokens, sequence_mean, token_mean
 from reference.losses.surrogates import clipped
 
 
-def has_filter(config: LossConfig) -> bool:
+def has_filter(config: Any) -> bool:
     """Whether some token's policy term may be dropped."""
     filters = (config.off_policy_threshold, config.top_entropy, config.clip_cov)
     return any(each is not None for each in filters)
 
 
-def kept_tokens(tokens: Tokens, config: LossConfig) -> Tensor:
+def kept_tokens(tokens: Tokens, config: Any) -> Tensor:
     """bool: the unmasked tokens that no filter drops."""
     kept = tokens.keep
     if config.off_policy_threshold is not None:
@@ -53,7 +54,7 @@ def covariance(tokens: Tokens) -> Tensor:
     )
 
 
-def drawn_by_covariance(tokens: Tokens, config: LossConfig) -> Tensor:
+def drawn_by_covariance(tokens: Tokens, config: Any) -> Tensor:
     """Clip-Cov: the tokens drawn at random to be dropped. Paper: 2505.22617.
 
     From those with clip_cov_low < covariance < clip_cov_high that the surrogate's own bound does
@@ -69,7 +70,7 @@ def drawn_by_covariance(tokens: Tokens, config: LossConfig) -> Tensor:
     return candidates & chosen
 
 
-def kl_cov_term(tokens: Tokens, config: LossConfig) -> Tensor:
+def kl_cov_term(tokens: Tokens, config: Any) -> Tensor:
     """KL-Cov: kl_cov_coef·|l| on the tokens of largest covariance, 0 elsewhere: 2505.22617.
 
     There are max(1, floor(kl_cov·n)) of them, n the unmasked tokens; of equals, the first.

@@ -1,19 +1,9 @@
 """Per-token log-probability, entropy and KL of a categorical policy, with every logit in memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class TokenPacking(NamedTuple):
-    """`order` [N]: flat indices of tokens with a signal, of the others that count, of masked ones.
-
-    `counts` [2]: how many there are of the first two kinds.
-    """
-
-    order: Tensor
-    counts: Tensor
 
 
 class TokenStats(NamedTuple):
@@ -104,7 +94,7 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     chunk_tokens: int | None = None,
-    packing: TokenPacking | None = None,
+    packing: Any = None,
 ) -> TokenStats:
     """`token_stats` of logits = hidden @ weight.T + bias.
 
@@ -167,27 +157,3 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | 
         hidden = torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)
     logits = hidden @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
-
-
-def pack_tokens(
-    mask: Tensor, advantages: Tensor | None = None, *, cu_seqlens: Tensor | None = None
-) -> TokenPacking:
-    """The tokens that count: those with a nonzero advantage first, then the others, then masked.
-
-    Args:
-        mask: [B, T] or packed [N], bool or 0/1.
-        advantages: [B], [B, T], [N] or, with `cu_seqlens`, [sequences]; None: all have a signal.
-
-    Returns:
-        TokenPacking(order [N], counts [2]).
-    """
-    active = mask.bool()
-    live = active
-    if advantages is not None:
-        if cu_seqlens is not None and advantages.shape != mask.shape:
-            advantages = advantages.repeat_interleave(cu_seqlens.diff())
-        elif advantages.dim() < mask.dim():
-            advantages = advantages[:, None].expand_as(mask)
-        live = active & (advantages != 0)
-    kinds = [each.flatten().nonzero().flatten() for each in (live, active & ~live, ~active)]
-    return TokenPacking(torch.cat(kinds), torch.tensor([len(each) for each in kinds[:2]]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+import grpo_kernels
 from reference.training.collect import Experience
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
@@ -24,7 +25,6 @@ LARGEST = torch.finfo(torch.float32).max
 def advantages_of(
     found: Experience,
     config: TrainConfig,
-    losses,
     rewards: Mapping[str, WeightedReward],
     step_reward: StepReward | None,
     decode: Callable,
@@ -34,35 +34,36 @@ def advantages_of(
     With process supervision the outcome's advantages and those of the steps add up.
 
     Args:
-        losses: grpo_kernels or reference, which have the same functions.
         rewards: the task's, for their weights.
         decode: turns a list of token ids into text.
     """
-    outcome = _outcome_advantage(found, config, losses, rewards).flatten()
+    outcome = _outcome_advantage(found, config, rewards).flatten()
     if step_reward is None:
         return outcome
     mask = found.answers.completions.mask.cpu()
     steps = _steps_in_tokens(found, step_reward, decode)
-    of_steps = losses.process_advantage(*_as_tensors(steps, found.rewards.shape), mask.shape[1])
+    of_steps = grpo_kernels.process_advantage(
+        *_as_tensors(steps, found.rewards.shape), mask.shape[1]
+    )
     return outcome[:, None] + torch.where(mask, of_steps.flatten(0, 1), 0.0)
 
 
 def _outcome_advantage(
-    found: Experience, config: TrainConfig, losses, rewards: Mapping[str, WeightedReward]
+    found: Experience, config: TrainConfig, rewards: Mapping[str, WeightedReward]
 ) -> Tensor:
     """[B, G], the advantage that the rewards of whole answers give."""
     if config.normalise_each_reward:
         each = torch.stack([values.view_as(found.rewards) for values in found.by_name.values()])
         weights = [rewards[name].weight for name in found.by_name]
-        return losses.multi_reward_advantage(each, weights)
+        return grpo_kernels.multi_reward_advantage(each, weights)
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
     if name == "pass_at_k":
-        return losses.pass_at_k_advantage(found.rewards, config.pass_k)
+        return grpo_kernels.pass_at_k_advantage(found.rewards, config.pass_k)
     if name == "max_rl" and (found.rewards < 0).any():
         raise UserError(
             f"--advantage max_rl needs rewards of at least 0; got {found.rewards.min():g}"
         )
-    return losses.ADVANTAGES[name](found.rewards)
+    return grpo_kernels.ADVANTAGES[name](found.rewards)
 
 
 def _as_tensors(

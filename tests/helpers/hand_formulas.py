@@ -40,7 +40,7 @@ def evaluate(
     keywords = {"old_logprob": before, **(call or {})}
     if sampling is not None:
         keywords["sampling_logprob"] = before - torch.atleast_2d(f64(sampling))
-    config = implementation.LossConfig(**{"aggregation": "sequence_sum_mean", **fields})
+    config = grpo_kernels.LossConfig(**{"aggregation": "sequence_sum_mean", **fields})
     loss, metrics = implementation.policy_loss(logprob, advantages, config=config, **keywords)
     loss.backward()
     return loss.item(), logprob.grad.tolist(), {name: x.item() for name, x in metrics.items()}

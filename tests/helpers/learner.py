@@ -5,8 +5,6 @@ from contextlib import contextmanager
 import torch
 
 import grpo_kernels
-from grpo_kernels.integrations import transformers as fused_causal_lm
-from reference import losses as reference
 from reference.training.config import TrainConfig
 from reference.training.model import plain_scorer as causal_lm
 from reference.training.model.policy import Policy
@@ -26,18 +24,14 @@ def one_thread():
 
 
 def make_learner(forward=causal_lm.forward, **changes):
-    """A learner on a random model in fp64, and answers to four questions, four each.
-
-    Its losses are of the package that `forward` is of.
-    """
-    losses = grpo_kernels if forward is fused_causal_lm.forward else reference
+    """A learner on a random model in fp64, and answers to four questions, four each."""
     config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
     torch.manual_seed(0)
     policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
     policy.model.double()
-    loss_config = losses.LossConfig(**config.loss_fields())
+    loss_config = grpo_kernels.LossConfig(**config.loss_fields())
     answers = policy.sample(QUESTIONS, 4, 1.0)
-    return Learner(policy, losses, loss_config, config), answers
+    return Learner(policy, loss_config, config), answers
 
 
 def gradient(learner, answers, rewards):
@@ -48,7 +42,7 @@ def gradient(learner, answers, rewards):
 def advantages(rewards, loss="grpo"):
     if loss == "dr_grpo":
         return (rewards - rewards.mean(-1, keepdim=True)).flatten()
-    return reference.group_normalised_advantage(rewards).flatten()
+    return grpo_kernels.group_normalised_advantage(rewards).flatten()
 
 
 REWARDS = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1.2], [1, 1, 1, 1]])

@@ -13,7 +13,6 @@ from grpo_kernels.lm_head.chunk_size import (
     bytes_per_token,
     plan_chunk,
 )
-from reference import losses
 from tests.helpers.tensors import coin, normal
 
 LLAMA = {"V": 128_256, "H": 2048}
@@ -89,9 +88,14 @@ def test_pack_tokens_order_and_counts(shape, kind):
     }[kind]
     keywords = {"cu_seqlens": cu_seqlens} if kind == "per sequence" else {}
     ours = pack_tokens(mask, advantages, **keywords)
-    expected = losses.pack_tokens(mask, advantages, **keywords)
-    assert torch.equal(ours.order, expected.order)
-    assert torch.equal(ours.counts, expected.counts)
+    per_token = torch.ones(shape) if advantages is None else advantages
+    if kind == "per sequence":
+        lengths = torch.tensor([5, 5, 5]) if cu_seqlens is None else cu_seqlens.diff()
+        per_token = advantages.repeat_interleave(lengths).view(shape)
+    has_signal = mask & (per_token != 0)
+    parts = [x.flatten().nonzero().flatten() for x in (has_signal, mask & ~has_signal, ~mask)]
+    assert torch.equal(ours.order, torch.cat(parts))
+    assert ours.counts.tolist() == [len(part) for part in parts[:2]]
     assert ours.counts.sum() == mask.sum()
     live, inert = ours.counts.tolist()
     if kind == "per token":

@@ -1,13 +1,11 @@
 """LossConfig and the arguments of policy_loss: defaults, named constructors, error messages."""
 
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
-from reference import losses
 
 
 def test_named_constructors_are_points_of_the_table_and_keywords_override():
@@ -31,9 +29,8 @@ def test_named_constructors_are_points_of_the_table_and_keywords_override():
     assert LossConfig.vespo() == point(surrogate="vespo", **of_tokens)
 
 
-def test_config_is_frozen_hashable_and_has_the_reference_defaults():
+def test_config_is_frozen_and_hashable():
     config = LossConfig()
-    assert asdict(config) == asdict(losses.LossConfig())
     assert hash(config) == hash(LossConfig())
     with pytest.raises(AttributeError):
         config.beta = 0.1

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from grpo_kernels import LossConfig
 from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate, f64
 
 e, ln = math.exp, math.log
@@ -240,7 +241,7 @@ def test_vespo_weight_is_averaged_over_sequences(implementation):
     ],
 )
 def test_packed_tokens_need_boundaries_wherever_sequences_matter(implementation, fields):
-    config = implementation.LossConfig(**{"aggregation": "token_mean", **fields})
+    config = LossConfig(**{"aggregation": "token_mean", **fields})
     tokens = torch.zeros(3)
     with pytest.raises(ValueError, match="cu_seqlens"):
         implementation.policy_loss(tokens, tokens, sampling_logprob=tokens, config=config)

@@ -1,7 +1,5 @@
 """linear_grpo_loss against its reference: value, gradients, metrics, modes, inert tokens."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +41,7 @@ def run(module, case, advantages, scale=1.0, **keywords):
         name: case.pop(name).detach().clone().requires_grad_()
         for name in ("hidden", "weight", "bias")
     }
-    config = module.LossConfig(**asdict(keywords.pop("config", LossConfig())))
+    config = keywords.pop("config", LossConfig())
     loss, metrics = module.linear_grpo_loss(
         leaves["hidden"], leaves["weight"], case.pop("tokens"), advantages,
         bias=leaves["bias"], config=config, **case, **keywords,

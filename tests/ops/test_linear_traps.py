@@ -127,6 +127,7 @@ def test_fp16_gradients_do_not_underflow(backend):
     leaf = weight.clone().requires_grad_()
     scale = 2.0**20
     keywords = {"advantages": torch.tensor([1.0, -1.0]), "normalizer": scale}
+    keywords["config"] = LossConfig()
     loss, _ = linear_grpo_loss(hidden, leaf, tokens, **keywords)
     (scale * loss).backward()
     wide = weight.double().requires_grad_()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reference.losses.grpo_loss import grpo_loss
 from reference.losses.policy_loss import LossOutput
-from reference.losses.token_stats import TokenPacking, TokenStats, token_stats
+from reference.losses.token_stats import TokenStats, token_stats
 
 
 class Head:
@@ -69,7 +69,7 @@ def causal_lm_token_stats(
     ref_model: nn.Module | None = None,
     kl: str | None = None,
     chunk_tokens: int | None = None,
-    packing: TokenPacking | None = None,
+    packing: Any = None,
     **inputs: Any,
 ) -> TokenStats:
     """`token_stats` [B, L - 1] of input_ids[:, 1:] under the model's logits.

@@ -1,6 +1,5 @@
 """From answers and their advantages to optimiser steps: parts, losses, updates.
 
-The losses come in as a module, grpo_kernels or reference: both have the same functions.
 Sizes: B questions, G answers to each, T tokens of an answer.
 """
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from grpo_kernels import AdaptiveEntropy, LossConfig
 from reference.training.config import TrainConfig
 from reference.training.distributed import whole_tensor, without_sync
 from reference.training.errors import UserError
@@ -29,15 +29,14 @@ Metrics = dict[str, Tensor]
 class Learner:
     """The optimiser of a policy, and the frozen reference where beta asks for one."""
 
-    def __init__(self, policy: Policy, losses, loss_config, config: TrainConfig) -> None:
-        self.policy, self.losses = policy, losses
-        self.loss_config, self.config = loss_config, config
+    def __init__(self, policy: Policy, loss_config: LossConfig, config: TrainConfig) -> None:
+        self.policy, self.loss_config, self.config = policy, loss_config, config
         self.reference = self._frozen_policy() if config.beta > 0 else None
         # Called with gradient; sampling calls the model itself.
         self.learning = replace(policy, model=policy.ranks.wrapped(policy.model, config.parallel))
         self.entropy_control = None
         if config.entropy_target is not None:
-            self.entropy_control = losses.AdaptiveEntropy(
+            self.entropy_control = AdaptiveEntropy(
                 config.entropy_target,
                 coef=loss_config.entropy_coef,
                 step=config.entropy_coef_step,
