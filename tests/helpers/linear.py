@@ -1,8 +1,8 @@
-"""Inputs of the hidden level from a seed, its results and gradients, and the comparison to fp64."""
+"""Seeded inputs of linear_token_stats, its results and gradients, and the comparison to fp64."""
 
 import torch
 
-from grpo_kernels import backends as rows
+from grpo_kernels import backends
 from reference import losses
 from tests.helpers.tensors import normal, token_ids
 from tests.helpers.tolerance import assert_as_accurate
@@ -10,19 +10,19 @@ from tests.helpers.tolerance import assert_as_accurate
 LEAVES = ("hidden", "weight", "bias")
 
 
-def half_gradient():
-    """The relative error allowed where the gradient's operands are bf16.
+def half_gradient_tolerance():
+    """Relative error allowed in a half-precision gradient.
 
-    Triton's interpreter truncates to bf16, a GPU rounds: errors of one sign, twice as large.
+    It is twice as large in Triton's interpreter, which truncates to bf16 where a GPU rounds.
     """
-    interpreted = rows.HAS_TRITON and rows.INTERPRETED
+    interpreted = backends.HAS_TRITON and backends.INTERPRETED
     return 8e-3 if interpreted else 4e-3
 
 
 def make_linear_case(
     seed, *leading, V=37, H=8, dtype=torch.float32, std=2.0, ref_H=5, bias=True, device="cpu"
 ):
-    """The tensors of a linear_token_stats with every optional one but the mask, by name."""
+    """All tensor arguments of a linear_token_stats but the mask, by name."""
     case = {
         "hidden": normal(seed, *leading, H, dtype=dtype),
         "weight": normal(seed + 1, V, H, dtype=dtype, std=std / H**0.5),
@@ -32,7 +32,7 @@ def make_linear_case(
         "ref_weight": normal(seed + 5, V, ref_H, dtype=dtype, std=std / ref_H**0.5),
         "ref_bias": normal(seed + 6, V, dtype=dtype, std=0.5) if bias else None,
     }
-    return {name: each if each is None else each.to(device) for name, each in case.items()}
+    return {name: x if x is None else x.to(device) for name, x in case.items()}
 
 
 def without_reference(case):
@@ -45,7 +45,7 @@ def doubled(value):
 
 
 def linear_results(function, case, upstream, leaves=LEAVES, **keywords):
-    """Outputs by name, and as "d_<leaf>" the gradients under `upstream`, by name of output."""
+    """Outputs by name, and the gradients under `upstream` as "d_<leaf>"."""
     case = dict(case)
     for name in leaves:
         if case[name] is not None:
@@ -64,7 +64,7 @@ def linear_results(function, case, upstream, leaves=LEAVES, **keywords):
 
 
 def exact_linear_results(case, upstream, leaves=LEAVES, **keywords):
-    """The reference in fp64, from the very same numbers."""
+    """Results of the reference implementation in fp64, from the same numbers."""
     case = {name: doubled(value) for name, value in case.items()}
     keywords = {name: doubled(value) for name, value in keywords.items()}
     upstream = {name: doubled(value) for name, value in upstream.items()}
@@ -76,7 +76,10 @@ def relative_error(ours, exact):
 
 
 def check_linear(function, case, upstream, leaves=LEAVES, **keywords):
-    """A linear_token_stats against the reference in fp64, under the tolerance rule; our results."""
+    """Compare a linear_token_stats with the reference in fp64 under the tolerance rule.
+
+    Returns our results.
+    """
     ours = linear_results(function, case, upstream, leaves, **keywords)
     same_dtype = linear_results(losses.linear_token_stats, case, upstream, leaves, **keywords)
     exact = exact_linear_results(case, upstream, leaves, **keywords)
@@ -84,7 +87,7 @@ def check_linear(function, case, upstream, leaves=LEAVES, **keywords):
     for name, value in ours.items():
         if name.startswith("d_") and value.dtype in (torch.bfloat16, torch.float16):
             assert value.dtype == same_dtype[name].dtype and value.shape == exact[name].shape
-            assert relative_error(value, exact[name]) <= half_gradient(), name
+            assert relative_error(value, exact[name]) <= half_gradient_tolerance(), name
         else:
             assert_as_accurate(name, value, same_dtype[name], exact[name])
     return ours

@@ -1,4 +1,4 @@
-"""Inputs of token_stats from a seed, its results and gradient, and the comparison to fp64."""
+"""Seeded inputs of token_stats, its results and gradient, and the comparison to fp64."""
 
 import torch
 
@@ -14,7 +14,7 @@ def generator(seed):
 
 
 def normal(seed, *shape, dtype=torch.float32, device="cpu", std=1.0, mean=0.0):
-    """Normal numbers drawn in fp64 on the CPU, so that a seed means the same everywhere."""
+    """Normal numbers, drawn in fp64 on the CPU so that a seed gives the same on every device."""
     x = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
     return (x * std + mean).to(device=device, dtype=dtype)
 
@@ -28,7 +28,7 @@ def coin(seed, *shape, device="cpu", p=0.6):
 
 
 def make_case(seed, *shape, dtype=torch.float32, device="cpu", std=3.0):
-    """Logits of the shape and the tokens to score."""
+    """Logits of this shape, and one token per row."""
     logits = normal(seed, *shape, dtype=dtype, device=device, std=std)
     return logits, token_ids(seed + 1, *shape[:-1], V=shape[-1], device=device)
 
@@ -42,7 +42,7 @@ def upstream_like(seed, tokens, names=("logprob", "entropy"), dtype=torch.float3
 
 
 def results(function, logits, tokens, upstream, **keywords):
-    """The outputs of a token_stats by name, and as "d_logits" the gradient under `upstream`."""
+    """Outputs of a token_stats by name, and the gradient under `upstream` as "d_logits"."""
     logits = logits.detach().requires_grad_()
     stats = function(logits, tokens, **keywords)._asdict()
     stats = {name: value for name, value in stats.items() if value is not None}
@@ -54,7 +54,7 @@ def results(function, logits, tokens, upstream, **keywords):
 
 
 def exact_results(logits, tokens, upstream, **keywords):
-    """The reference in fp64, from the very same numbers."""
+    """Results of the reference implementation in fp64, from the same numbers."""
 
     def double(value):
         is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -66,7 +66,10 @@ def exact_results(logits, tokens, upstream, **keywords):
 
 
 def check_against_oracle(logits, tokens, upstream, **keywords):
-    """token_stats against the reference, in fp64 and in the dtype of the logits; our results."""
+    """Compare token_stats with the reference in fp64 and in the dtype of the logits.
+
+    Returns our results.
+    """
     ours = results(token_stats, logits, tokens, upstream, **keywords)
     same_dtype = results(losses.token_stats, logits, tokens, upstream, **keywords)
     exact = exact_results(logits, tokens, upstream, **keywords)

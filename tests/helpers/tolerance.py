@@ -1,9 +1,9 @@
-"""The one tolerance rule: we may err as much as PyTorch errs, twice, and a rounding on top."""
+"""The tolerance rule: at most twice the error of PyTorch in the same dtype, plus one rounding."""
 
 import torch
 
-# What accumulation may lose before the result is rounded to this dtype: two differences of about
-# 32 nats, each rounded once: 2 · 32 · 2^-24 in fp32. PyTorch's error at an entry may be 0 by luck.
+# Accumulation error allowed before the result is rounded to this dtype, because PyTorch's error at
+# an entry may be 0 by chance. In fp32: two differences of about 32 nats, each rounded once.
 FLOOR = {
     torch.float64: 1e-13,
     torch.float32: 4e-6,
@@ -15,8 +15,8 @@ FLOOR = {
 def assert_as_accurate(name, ours, same_dtype, exact):
     """|ours - exact| <= 2·|same_dtype - exact| + eps·|exact| + FLOOR, entry by entry.
 
-    exact is computed in fp64, same_dtype by plain PyTorch in the dtype that we were given. Where
-    exact is not finite, ours is the same infinity, or NaN too.
+    exact is computed in fp64, same_dtype by plain PyTorch in the dtype of the inputs. Where exact
+    is infinite or NaN, ours must be equal to it.
     """
     assert ours.dtype == same_dtype.dtype, f"{name}: {ours.dtype}, not {same_dtype.dtype}"
     assert ours.shape == exact.shape, f"{name}: {tuple(ours.shape)}, not {tuple(exact.shape)}"
@@ -30,9 +30,9 @@ def assert_as_accurate(name, ours, same_dtype, exact):
     allowed = torch.where(finite, 2 * (same_dtype.double() - exact).abs() + rounding, 0.0)
     excess = (error - allowed).nan_to_num(nan=torch.inf)
     if (excess > 0).any():
-        at = excess.argmax()
+        worst = excess.argmax()
         raise AssertionError(
             f"{name}: {(excess > 0).sum()} of {excess.numel()} entries too far from fp64; the "
-            f"worst is {ours.flatten()[at]:.9g}, exactly {exact.flatten()[at]:.9g}, in PyTorch "
-            f"{same_dtype.flatten()[at]:.9g}"
+            f"worst is {ours.flatten()[worst]:.9g}, fp64 {exact.flatten()[worst]:.9g}, PyTorch "
+            f"{same_dtype.flatten()[worst]:.9g}"
         )

@@ -1,6 +1,6 @@
-"""What each rank of a process group does in test_vocab_parallel.py: `ranks.py RANK RANKS STORE`.
+"""Run every case on one rank of a process group: `torchrun_worker.py RANK WORLD_SIZE STORE`.
 
-A case is a function; a rank whose case fails ends with its traceback, and a status other than 0.
+Used by test_vocab_parallel.py. A case is a function; a failing case ends its rank with a traceback.
 """
 
 import os
@@ -21,7 +21,7 @@ from grpo_kernels.lm_head import chunk_loop as linear_rows
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
 from tests.helpers.tensors import coin, normal
 
-SIZES = {2: (5, 18), 4: (1, 9, 2, 11)}  # of the shards
+SHARD_SIZES = {2: (5, 18), 4: (1, 9, 2, 11)}  # by world size
 V = 23
 HEAD = ("weight", "bias", "ref_weight", "ref_bias")
 LEAVES = ("hidden", "weight", "bias")
@@ -32,9 +32,11 @@ def group():
     return dist.group.WORLD
 
 
-def my_rows(sizes=None):
-    start = sum((sizes or SIZES[dist.get_world_size()])[: dist.get_rank()])
-    return slice(start, start + (sizes or SIZES[dist.get_world_size()])[dist.get_rank()])
+def local_rows():
+    """Rows of the head that this rank owns."""
+    sizes, rank = SHARD_SIZES[dist.get_world_size()], dist.get_rank()
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
 
 
 def make_case(seed=0, dtype=torch.float64, kl=True):
@@ -42,29 +44,31 @@ def make_case(seed=0, dtype=torch.float64, kl=True):
     return case if kl else without_reference(case)
 
 
-def sharded(case, at=None):
-    at = at or my_rows()
-    return {name: x[at] if name in HEAD and x is not None else x for name, x in case.items()}
+def shard(case, rows=None):
+    rows = rows or local_rows()
+    return {name: x[rows] if name in HEAD and x is not None else x for name, x in case.items()}
 
 
 def results(function, case, upstream=None, **keywords):
-    """Outputs by name and, as "d_<leaf>", gradients: under upstream, or of the loss."""
+    """Outputs by name, and gradients as "d_<leaf>": of the loss if `upstream` is None."""
     case = {name: x if x is None else x.clone() for name, x in case.items()}
     leaves = [name for name in LEAVES if case.get(name) is not None]
     for name in leaves:
         case[name].requires_grad_()
     tensors = {name: case[name] for name in leaves}
     arguments = [case.pop(name) for name in ("hidden", "weight", "tokens")]
-    found = function(*arguments, **case, **keywords)._asdict()
-    found |= found.pop("metrics", {})
-    found = {name: x for name, x in found.items() if x is not None}
+    outputs = function(*arguments, **case, **keywords)._asdict()
+    outputs |= outputs.pop("metrics", {})
+    outputs = {name: x for name, x in outputs.items() if x is not None}
     if upstream is None:
-        total = found["loss"]
+        total = outputs["loss"]
     else:
-        total = sum((torch.where(g != 0, found[name], 0) * g).sum() for name, g in upstream.items())
+        total = sum(
+            (torch.where(g != 0, outputs[name], 0) * g).sum() for name, g in upstream.items()
+        )
     total.backward()
-    found |= {f"d_{name}": x.grad for name, x in tensors.items()}
-    return {name: x.detach() for name, x in found.items()}
+    outputs |= {f"d_{name}": x.grad for name, x in tensors.items()}
+    return {name: x.detach() for name, x in outputs.items()}
 
 
 def assert_same_on_all_ranks(name, x):
@@ -75,15 +79,14 @@ def assert_same_on_all_ranks(name, x):
     )
 
 
-def check(case, function=linear_token_stats, at=None, expected=None, **keywords):
-    """The shards against the whole vocabulary in this process, in value and gradient."""
-    mine, at = sharded(case, at), at or my_rows()
-    if expected is None:
-        expected = results(function, case, **keywords)
-    ours = results(function, mine, vocab_group=group(), **keywords)
+def check(case, function=linear_token_stats, rows=None, **keywords):
+    """Compare values and gradients of the sharded head with the whole head in one process."""
+    rows = rows or local_rows()
+    expected = results(function, case, **keywords)
+    ours = results(function, shard(case, rows), vocab_group=group(), **keywords)
     assert ours.keys() == expected.keys()
     for name, x in ours.items():
-        like = expected[name][at] if name in ("d_weight", "d_bias") else expected[name]
+        like = expected[name][rows] if name in ("d_weight", "d_bias") else expected[name]
         if x.dtype == torch.bfloat16:
             assert relative_error(x, like.double()) < 8e-3, name
         else:
@@ -107,7 +110,7 @@ def upstream(case, *names, seed=50):
     return {name: normal(seed + i, *shape, dtype=dtype) for i, name in enumerate(names)}
 
 
-def statistics_under_any_upstream_gradient():
+def token_stats_under_any_upstream_gradient():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for kl in ("forward", "reverse"):
             case = make_case(1, dtype)
@@ -128,17 +131,17 @@ def masked_tokens_temperature_and_softcap():
     ours = check(case, upstream=given, kl="forward", mask=mask, **settings)
     assert (ours["logprob"][~mask] == 0).all() and (ours["d_hidden"][~mask] == 0).all()
     check(case, upstream=given, kl="reverse", mask=mask, packing=pack_tokens(mask), **settings)
-    nothing = torch.zeros_like(mask)
-    ours = check(case, upstream=given, kl="reverse", mask=nothing, **settings)
+    all_masked = torch.zeros_like(mask)
+    ours = check(case, upstream=given, kl="reverse", mask=all_masked, **settings)
     assert not ours["d_weight"].any()
 
 
-def shards_that_are_excluded():
-    sizes = SIZES[dist.get_world_size()]
-    for shard in range(len(sizes)):
-        case = make_case(6 + shard)
-        start = sum(sizes[:shard])
-        excluded = slice(start, start + sizes[shard])
+def excluded_shards():
+    sizes = SHARD_SIZES[dist.get_world_size()]
+    for i, size in enumerate(sizes):
+        case = make_case(6 + i)
+        start = sum(sizes[:i])
+        excluded = slice(start, start + size)
         for kl in ("forward", "reverse"):
             case["bias"][excluded] = case["ref_bias"][excluded] = -torch.inf
             given = upstream(case, "logprob", "entropy", "kl")
@@ -146,27 +149,26 @@ def shards_that_are_excluded():
             ours = check(case, upstream=given, kl=kl)
             assert (ours["logprob"].isinf() == outside).all() and ours["entropy"].isfinite().all()
             assert ours["kl"].isfinite().all()
-        # A token that only one of the two gives a probability.
+        # Excluded by the policy, not by the reference policy.
         case["ref_bias"][excluded] = 0.0
         finite = upstream(case, "logprob", "entropy")
         assert check(case, upstream=finite, kl="reverse")["kl"].isfinite().all()
         assert check(case, upstream=finite, kl="forward")["kl"].isinf().all()
 
 
-def a_padded_vocabulary():
-    """Rows of padding in the last shard: a bias of -inf on them, or a shard without them."""
-    whole, world = make_case(11), dist.get_world_size()
-    each = -(-V // world)
-    last = dist.get_rank() == world - 1
-    at = slice(dist.get_rank() * each, min(V, (dist.get_rank() + 1) * each))
+def padded_vocabulary():
+    """Padding rows in the last shard, with a bias of -inf, change nothing."""
+    whole, rank, world = make_case(11), dist.get_rank(), dist.get_world_size()
+    size = -(-V // world)
+    rows = slice(rank * size, min(V, (rank + 1) * size))
     given = upstream(whole, "logprob", "entropy", "kl")
-    expected = check(whole, at=at, upstream=given, kl="reverse")
-    mine = sharded(whole, at)
-    for name in HEAD if last else ():
-        padding = (world * each - V, *mine[name].shape[1:])
+    expected = check(whole, rows=rows, upstream=given, kl="reverse")
+    padded = shard(whole, rows)
+    for name in HEAD if rank == world - 1 else ():
+        padding = (world * size - V, *padded[name].shape[1:])
         fill = -torch.inf if name.endswith("bias") else 1.0
-        mine[name] = torch.cat((mine[name], mine[name].new_full(padding, fill)))
-    ours = results(linear_token_stats, mine, upstream=given, kl="reverse", vocab_group=group())
+        padded[name] = torch.cat((padded[name], padded[name].new_full(padding, fill)))
+    ours = results(linear_token_stats, padded, upstream=given, kl="reverse", vocab_group=group())
     for name, x in ours.items():
         if name in ("d_weight", "d_bias"):
             assert not x[len(expected[name]) :].any()
@@ -182,7 +184,7 @@ LOSSES = {
 }
 
 
-def losses():
+def linear_grpo_losses():
     advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
     for name, (config, reference) in LOSSES.items():
         for chunk_tokens in (None, 3):
@@ -194,15 +196,15 @@ def losses():
             )
             assert ours["d_hidden"].any(), name
     case = make_case(15, kl=False)
-    inert = {"advantages": torch.tensor([0.0, 1.0], dtype=torch.float64)}
-    check(case, linear_grpo_loss, **inert)
+    some_zero = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    check(case, linear_grpo_loss, advantages=some_zero)
     for dtype in (torch.float32, torch.bfloat16):
         check(make_case(16, dtype, kl=False), linear_grpo_loss, advantages=advantages.float())
 
 
 @contextmanager
-def counted():
-    """The collectives that are called meanwhile, by name."""
+def count_collectives():
+    """Count the collectives called inside the block, by name."""
     counts, originals = {}, {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
 
     def counting(name):
@@ -220,28 +222,28 @@ def counted():
 
 
 def one_collective_per_chunk_and_one_for_the_gradient():
-    case = sharded(make_case(17, kl=False))
+    case = shard(make_case(17, kl=False))
     hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     case |= {"vocab_group": group(), "chunk_tokens": 3}  # 8 tokens
-    with counted() as counts:
+    with count_collectives() as counts:
         loss = linear_grpo_loss(
             hidden, weight, tokens, normal(1, 2, dtype=torch.float64), **case
         ).loss
         assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
         loss.backward()
         assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
-    with counted() as counts:
+    with count_collectives() as counts:
         stats = linear_token_stats(*leaves, tokens, **case)
         assert counts == {"all_gather": 1 + 3}
         stats.logprob.sum().backward()
         assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
-    with counted() as counts:
+    with count_collectives() as counts:
         linear_token_stats(hidden.detach(), weight, tokens, **case).logprob.sum().backward()
         assert counts == {"all_gather": 1 + 3}
 
 
-def ranks_that_would_plan_other_chunks_agree():
+def ranks_agree_on_the_chunk_size():
     case, original = make_case(21), linear_rows.plan_chunk
     given = upstream(case, "logprob", "entropy", "kl")
     linear_rows.plan_chunk = lambda *_, **__: 2 + dist.get_rank()
@@ -249,10 +251,10 @@ def ranks_that_would_plan_other_chunks_agree():
     linear_rows.plan_chunk = original
 
 
-def compiled_whole():
+def compile_fullgraph():
     if dist.get_world_size() > 2:
-        return  # half a minute, and nothing that two ranks do not show
-    case = sharded(make_case(18, torch.float32))
+        return  # takes half a minute; two ranks cover it
+    case = shard(make_case(18, torch.float32))
     hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     config = LossConfig.grpo(beta=0.1, kl_estimator="reverse")
@@ -263,7 +265,7 @@ def compiled_whole():
             hidden, weight, tokens, torch.tensor([1.0, -0.5]), config=config, **keywords
         ).loss
         stats = linear_token_stats(hidden, weight, tokens, kl="forward", **keywords)
-        return loss + sum(each.sum() for each in stats)
+        return loss + sum(stat.sum() for stat in stats)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     ours, expected = compiled(*leaves), loss(*leaves)
@@ -272,40 +274,41 @@ def compiled_whole():
     torch.testing.assert_close(ours, torch.autograd.grad(expected, leaves))
 
 
-def a_group_within_the_world():
-    """Tensor parallel in pairs: each pair has a batch of its own."""
+def vocab_group_smaller_than_the_world():
+    """Tensor parallelism in pairs of ranks; each pair has its own batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [dist.new_group([start, start + 1]) for start in range(0, world, 2)]
-    case, mine = make_case(20 + rank // 2), groups[rank // 2]
-    at = slice(0, 7) if rank % 2 == 0 else slice(7, V)
+    case, pair = make_case(20 + rank // 2), groups[rank // 2]
+    rows = slice(0, 7) if rank % 2 == 0 else slice(7, V)
     given = upstream(case, "logprob", "entropy", "kl")
     expected = results(linear_token_stats, case, upstream=given, kl="reverse")
-    shard = sharded(case, at)
-    ours = results(linear_token_stats, shard, upstream=given, kl="reverse", vocab_group=mine)
+    ours = results(
+        linear_token_stats, shard(case, rows), upstream=given, kl="reverse", vocab_group=pair
+    )
     torch.testing.assert_close(ours["kl"], expected["kl"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours["d_hidden"], expected["d_hidden"], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours["d_weight"], expected["d_weight"][at], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours["d_weight"], expected["d_weight"][rows], rtol=1e-12, atol=1e-12)
 
 
-def megatron_adds_up_the_gradients_of_verl():
-    """Outside of verl's function, whose own kernel leaves each rank its share."""
+def verl_linear_cross_entropy_leaves_the_all_reduce_to_megatron():
+    """verl's contract: d_hidden holds this rank's part of the sum."""
     case = make_case(23, kl=False)
     hidden, weight, tokens = (case[name] for name in ("hidden", "weight", "tokens"))
     whole = hidden.clone().requires_grad_()
     expected = linear_cross_entropy(whole, weight, tokens)
-    mine = hidden.clone().requires_grad_()
-    found = linear_cross_entropy(
-        mine, weight[my_rows()].contiguous(), tokens, dist_process_group=group()
+    local = hidden.clone().requires_grad_()
+    ours = linear_cross_entropy(
+        local, weight[local_rows()].contiguous(), tokens, dist_process_group=group()
     )
-    for each in (found, expected):
-        (each[0].sum() + each[1].square().sum()).backward()
-    dist.all_reduce(mine.grad)
-    torch.testing.assert_close(mine.grad, whole.grad)
-    torch.testing.assert_close(found, expected)
+    for logprob, entropy in (ours, expected):
+        (logprob.sum() + entropy.square().sum()).backward()
+    dist.all_reduce(local.grad)
+    torch.testing.assert_close(local.grad, whole.grad)
+    torch.testing.assert_close(ours, expected)
 
 
-def errors_rise_on_every_rank():
-    case = sharded(make_case(19, kl=False))
+def error_messages_on_every_rank():
+    case = shard(make_case(19, kl=False))
     hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
 
     def message(hidden, weight, tokens, vocab_group):
@@ -315,8 +318,8 @@ def errors_rise_on_every_rank():
             return f"{type(error).__name__}: {error}"
 
     for outside in (V, -1):
-        found = message(hidden, weight, torch.full_like(tokens, outside), group())
-        assert found == (
+        error = message(hidden, weight, torch.full_like(tokens, outside), group())
+        assert error == (
             f"ValueError: tokens must lie in [0, {V}) where they are not masked, got {outside}"
         )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -328,10 +331,9 @@ def errors_rise_on_every_rank():
     assert message(hidden, weight, tokens, mesh).startswith(
         "TypeError: vocab_group must be a torch.distributed.ProcessGroup that this rank is in, got"
     )
-    more = 1 + dist.get_rank()
     counts = ", ".join(str(4 + 4 * (rank > 0)) for rank in range(dist.get_world_size()))
-    some = slice(0, min(2, more))
-    assert message(hidden[some], weight, tokens[some], group()) == (
+    sequences = slice(0, min(2, 1 + dist.get_rank()))  # one on rank 0, two on the others
+    assert message(hidden[sequences], weight, tokens[sequences], group()) == (
         f"ValueError: tokens must be the same on every rank of vocab_group, got {counts} of them"
     )
 
@@ -344,7 +346,7 @@ def data_parallel_meshes(world):
 
 
 def collectives(mode):
-    """By kind, whichever of the namespaces they are in."""
+    """Number of collectives by kind, summed over the operator namespaces."""
     kinds = {"gather": "all_gather", "reduce_scatter": "reduce_scatter", "reduce": "all_reduce"}
     counts = {}
     for operator, count in mode.get_comm_counts().items():
@@ -354,6 +356,7 @@ def collectives(mode):
 
 
 def data_parallel_batch(world):
+    """The inputs of all ranks, their advantages, and the slice of this rank."""
     whole = make_linear_case(30, world, 3, V=13, H=4)
     return whole, normal(31, world), slice(dist.get_rank(), dist.get_rank() + 1)
 
@@ -365,7 +368,7 @@ DATA_PARALLEL_LOSSES = (
 )
 
 
-def sharded_weights_are_gathered_once_and_get_the_mean_in_shards():
+def sharded_weights_are_gathered_once_and_their_gradient_is_reduced():
     world = dist.get_world_size()
     case, advantages, mine = data_parallel_batch(world)
     for config in DATA_PARALLEL_LOSSES:
@@ -386,40 +389,40 @@ def sharded_weights_are_gathered_once_and_get_the_mean_in_shards():
                 trained = ("bias",) if frozen else ("weight", "bias")
                 assert collectives(mode) == {k: len(trained) * n for k, n in in_backward.items()}
                 for name in trained:
-                    shard = shards[name]
-                    assert shard.grad.placements == shard.placements
-                    torch.testing.assert_close(shard.grad.full_tensor(), expected[f"d_{name}"])
+                    param = shards[name]
+                    assert param.grad.placements == param.placements
+                    torch.testing.assert_close(param.grad.full_tensor(), expected[f"d_{name}"])
                 assert not frozen or shards["weight"].grad is None
 
 
-class Sizes(TorchDispatchMode):
-    """Notes the number of entries of every tensor that is reduced, by kind of collective."""
+class ReducedSizes(TorchDispatchMode):
+    """Record the size of every reduced tensor, by kind of collective."""
 
     def __init__(self):
         super().__init__()
-        self.found = {"all_reduce": [], "reduce_scatter_tensor": []}
+        self.sizes = {"all_reduce": [], "reduce_scatter_tensor": []}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname in self.found:
-            self.found[function._opname].append(args[0].numel())
+        if function._opname in self.sizes:
+            self.sizes[function._opname].append(args[0].numel())
         return function(*args, **(kwargs or {}))
 
 
-def replicas_of_shards_are_reduced_in_shards():
-    """The whole gradient goes over the fast links of a shard's mesh, not over the replicas'."""
+def hybrid_sharding_reduces_shards_between_replicas():
+    """Reduce-scatter within the shard mesh first, then all-reduce only a shard between replicas."""
     if dist.get_world_size() != 4:
         return
     mesh = init_device_mesh("cpu", (2, 2))
     case = make_linear_case(32, 1, 3, V=12, H=4, bias=False)
     weight = distribute_tensor(case["weight"], mesh, [Replicate(), Shard(0)]).requires_grad_()
     logprob = linear_token_stats(case["hidden"], weight, case["tokens"]).logprob
-    with Sizes() as sizes:
+    with ReducedSizes() as reduced:
         logprob.sum().backward()
-    assert sizes.found == {"reduce_scatter_tensor": [12 * 4], "all_reduce": [12 * 4 // 2]}
+    assert reduced.sizes == {"reduce_scatter_tensor": [12 * 4], "all_reduce": [12 * 4 // 2]}
 
 
 class WithoutLogits(torch.nn.Module):
-    """A body and a head that its forward gives no position, as integrations do."""
+    """A body and a head; forward runs the head on zero positions, as the integrations do."""
 
     def __init__(self, case):
         super().__init__()
@@ -433,16 +436,16 @@ class WithoutLogits(torch.nn.Module):
         return self.body(x), self.head(x[..., :0, :])
 
 
-def fsdp_heads_on_their_own_and_within_the_root():
+def fsdp2_head_as_its_own_unit_and_within_the_root():
     world = dist.get_world_size()
     case, advantages, mine = data_parallel_batch(world)
     case = without_reference(case)
     config = LossConfig.dapo()
     expected = results(linear_grpo_loss, case, advantages=advantages, config=config)
     for mesh, _, _ in data_parallel_meshes(world):
-        for alone in (True, False):
+        for own_unit in (True, False):
             model = WithoutLogits(case)
-            if alone:
+            if own_unit:
                 fully_shard(model.head, mesh=mesh)
             fully_shard(model, mesh=mesh)
             hidden, _ = model(case["hidden"][mine])
@@ -450,26 +453,26 @@ def fsdp_heads_on_their_own_and_within_the_root():
                 hidden, model.head.weight, case["tokens"][mine], advantages[mine],
                 bias=model.head.bias, config=config,
             ).loss.backward()  # fmt: skip
-            for shard, name in ((model.head.weight, "d_weight"), (model.head.bias, "d_bias")):
-                assert isinstance(shard.grad, DTensor)
-                torch.testing.assert_close(shard.grad.full_tensor(), expected[name])
+            for param, name in ((model.head.weight, "d_weight"), (model.head.bias, "d_bias")):
+                assert isinstance(param.grad, DTensor)
+                torch.testing.assert_close(param.grad.full_tensor(), expected[name])
 
 
 CASES = (
-    statistics_under_any_upstream_gradient,
+    token_stats_under_any_upstream_gradient,
     masked_tokens_temperature_and_softcap,
-    shards_that_are_excluded,
-    losses,
-    a_padded_vocabulary,
+    excluded_shards,
+    linear_grpo_losses,
+    padded_vocabulary,
     one_collective_per_chunk_and_one_for_the_gradient,
-    ranks_that_would_plan_other_chunks_agree,
-    compiled_whole,
-    a_group_within_the_world,
-    megatron_adds_up_the_gradients_of_verl,
-    errors_rise_on_every_rank,
-    sharded_weights_are_gathered_once_and_get_the_mean_in_shards,
-    replicas_of_shards_are_reduced_in_shards,
-    fsdp_heads_on_their_own_and_within_the_root,
+    ranks_agree_on_the_chunk_size,
+    compile_fullgraph,
+    vocab_group_smaller_than_the_world,
+    verl_linear_cross_entropy_leaves_the_all_reduce_to_megatron,
+    error_messages_on_every_rank,
+    sharded_weights_are_gathered_once_and_their_gradient_is_reduced,
+    hybrid_sharding_reduces_shards_between_replicas,
+    fsdp2_head_as_its_own_unit_and_within_the_root,
 )
 
 
@@ -483,4 +486,4 @@ def main(rank, world, store):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    os._exit(0)  # tearing gloo's threads down sometimes aborts, long after what is tested here
+    os._exit(0)  # gloo sometimes aborts at teardown, after all cases have passed

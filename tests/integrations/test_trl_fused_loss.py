@@ -7,7 +7,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from tests.helpers.count_flops import issued
+from tests.helpers.count_flops import count_flops
 
 pytest.importorskip("trl")
 
@@ -247,8 +247,8 @@ def head_products(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
         hidden.sum().backward()
 
     body()  # the first call looks at the head
-    step = issued(lambda: trainer._compute_loss(trainer.model, inputs).backward())
-    return (step - issued(body)) / (2 * V * H), inputs["completion_mask"].sum(1).tolist()
+    step = count_flops(lambda: trainer._compute_loss(trainer.model, inputs).backward())
+    return (step - count_flops(body)) / (2 * V * H), inputs["completion_mask"].sum(1).tolist()
 
 
 def test_a_step_takes_three_products_where_the_plain_hook_takes_four():

@@ -1,4 +1,4 @@
-"""What the chunk loop holds: after its first chunk it asks for no memory of a chunk's size."""
+"""The chunk loop allocates its large tensors once, whatever the number of chunks."""
 
 import pytest
 import torch
@@ -10,23 +10,23 @@ from grpo_kernels.backends.pytorch import softmax
 from tests.helpers.tensors import normal
 
 V, H, CHUNK = 4096, 512, 128
-LARGE = CHUNK * H * 2  # bytes: the hidden states of a chunk in bf16, the smallest of its tensors
-PRODUCTS = ("aten::mm", "aten::addmm")
+LARGE = CHUNK * H * 2  # bytes of a chunk's smallest tensor, its hidden states in bf16
+MATMULS = ("aten::mm", "aten::addmm")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Eager rows, in blocks so small that their buffers are not mistaken for a chunk's."""
+    """The PyTorch backend with row blocks smaller than any tensor of a chunk."""
     use("pytorch")
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 2 * V * 4)
     assert 2 * softmax.BLOCK_BYTES < LARGE
 
 
 def large_allocations(call) -> int:
-    """How often the call asks the allocator for LARGE or more.
+    """Number of allocations of at least LARGE bytes during the call.
 
-    Not what a product works in, which is the library's: for bf16 oneDNN takes 300 KiB on an EPYC
-    with AVX-512, and nothing on others.
+    Scratch memory inside a matmul belongs to the library and does not count: oneDNN takes 300 KiB
+    for bf16 on an EPYC with AVX-512.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -35,7 +35,7 @@ def large_allocations(call) -> int:
         event = events.pop()
         if event.name == "[memory]":
             sizes.append(event.extra_fields.alloc_size)
-        if event.name not in PRODUCTS:
+        if event.name not in MATMULS:
             events += event.children
     assert max(sizes) >= CHUNK * V * 4, "the workspace was not seen"
     return sum(size >= LARGE for size in sizes)

@@ -1,4 +1,4 @@
-"""The chunk planner, and which tokens the chunks are made of."""
+"""plan_chunk, which chooses the chunk size, and pack_tokens, which orders the tokens."""
 
 import pytest
 import torch
@@ -64,16 +64,16 @@ def test_small_device_gets_small_workspace():
 def test_chunks_are_few_and_of_equal_size(N, V, H, dtype, memory, kl, gradient):
     size = plan_chunk(N, V, H, dtype, memory, kl=kl, gradient=gradient)
     assert 1 <= size <= max(1, N)
-    each = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient)
+    token_bytes = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient)
     budget = min(WORKSPACE, memory // MEMORY_SHARE)
-    assert size * each <= budget or size == 1
+    assert size * token_bytes <= budget or size == 1
     count = -(-N // size)
-    whole_tiles = budget // each // TILE * TILE
-    largest = whole_tiles or max(1, budget // each)
+    whole_tiles = budget // token_bytes // TILE * TILE
+    largest = whole_tiles or max(1, budget // token_bytes)
     assert count <= -(-N // largest), "more chunks than fit"
     if count > 1:
         last = N - (count - 1) * size
-        assert size - last < count * TILE, "the last chunk is a small one"
+        assert size - last < count * TILE, "the last chunk is too small"
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (15,)])
@@ -97,11 +97,12 @@ def test_pack_tokens_order_and_counts(shape, kind):
     assert torch.equal(ours.order, torch.cat(parts))
     assert ours.counts.tolist() == [len(part) for part in parts[:2]]
     assert ours.counts.sum() == mask.sum()
-    live, inert = ours.counts.tolist()
+    num_active, num_zero_grad = ours.counts.tolist()
     if kind == "per token":
-        assert (advantages.flatten()[ours.order[:live]] != 0).all()
-        assert (advantages.flatten()[ours.order[live : live + inert]] == 0).all()
-    assert not mask.flatten()[ours.order[live + inert :]].any()
+        assert (advantages.flatten()[ours.order[:num_active]] != 0).all()
+        zero_grad = ours.order[num_active : num_active + num_zero_grad]
+        assert (advantages.flatten()[zero_grad] == 0).all()
+    assert not mask.flatten()[ours.order[num_active + num_zero_grad :]].any()
 
 
 def test_pack_tokens_integer_and_empty_masks():
@@ -109,7 +110,7 @@ def test_pack_tokens_integer_and_empty_masks():
     packing = pack_tokens(mask)
     assert packing.order.tolist() == [1, 2, 3, 0, 4, 5] and packing.counts.tolist() == [3, 0]
     assert pack_tokens(torch.ones(0, 4)).counts.tolist() == [0, 0]
-    # A NaN advantage is a signal: it has to show.
+    # A NaN advantage counts as nonzero, so that it reaches the gradient.
     packing = pack_tokens(mask, torch.tensor([torch.nan, 0.0]))
     assert packing.order.tolist()[:3] == [1, 2, 3] and packing.counts.tolist() == [2, 1]
 
@@ -119,5 +120,5 @@ def test_pack_tokens_compile_and_opcheck():
     expected = pack_tokens(mask, advantages)
     compiled = torch.compile(pack_tokens, fullgraph=True, backend="aot_eager")(mask, advantages)
     assert all(map(torch.equal, compiled, expected))
-    live = (advantages != 0)[:, None].expand(3, 5).flatten()
-    torch.library.opcheck(torch.ops.grpo_kernels.pack_tokens, (mask.flatten(), live))
+    is_active = (advantages != 0)[:, None].expand(3, 5).flatten()
+    torch.library.opcheck(torch.ops.grpo_kernels.pack_tokens, (mask.flatten(), is_active))

@@ -1,4 +1,4 @@
-"""A vocabulary in shards: the merge of their partials in one process, and ranks that do it."""
+"""A vocabulary-parallel LM head: merged shards in one process, and real process groups."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels.backends import backend_for as room_of
+from grpo_kernels.backends import backend_for
 from grpo_kernels.lm_head.vocab_parallel import (
     ON_OTHER_RANK,
     OUT_OF_VOCAB,
@@ -30,11 +30,11 @@ def parts(x, sizes):
 
 
 def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None, kl=None, **cap):
-    """What `results` of token_stats returns, from shards that know only their own logits.
+    """token_stats and its gradient, computed shard by shard and merged.
 
-    logits: [1, T, V]; the gradient is that of `given`, by name of output.
+    logits: [1, T, V]; given: upstream gradients by name of output.
     """
-    functions, softcap = room_of(logits), cap.get("softcap")
+    functions, softcap = backend_for(logits), cap.get("softcap")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature = torch.full(tokens.shape, temperature, dtype=acc)
     ids = [local_ids(tokens, torch.tensor(sizes), rank) for rank in range(len(sizes))]
@@ -77,17 +77,17 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
 def test_merged_shards_match_unsharded_row(
     backend, seed, sizes, excluded, offset, std, kl, dtype, softcap
 ):
-    V, kept = sum(sizes), [i for i in range(len(sizes)) if i not in excluded] or [0]
-    offset = offset if dtype == torch.float32 else 0.0  # what is called exact is fp64 as well
-    std = min(std, 3.0) if kl else std  # p (ln p - ln q - KL) cancels in a whole row as well
+    V, included = sum(sizes), [i for i in range(len(sizes)) if i not in excluded] or [0]
+    offset = offset if dtype == torch.float32 else 0.0  # the fp64 oracle would round it too
+    std = min(std, 3.0) if kl else std  # p (ln p - ln q - KL) cancels in an unsharded row too
     logits, _ = make_case(seed, 1, 3, V, dtype=dtype, std=std)
     ref_logits = normal(seed + 7, 1, 3, V, dtype=dtype, std=std)
     for i, (x, y) in enumerate(zip(parts(logits, sizes), parts(ref_logits, sizes), strict=True)):
         x.add_(offset), y.sub_(offset)
-        if i not in kept:
+        if i not in included:
             x.fill_(-torch.inf), y.fill_(-torch.inf)
-    starts = [sum(sizes[:i]) for i in kept]
-    tokens = torch.tensor([[starts[(seed + t) % len(kept)] for t in range(3)]])
+    starts = [sum(sizes[:i]) for i in included]
+    tokens = torch.tensor([[starts[(seed + t) % len(included)] for t in range(3)]])
     names = ("logprob", "entropy", "kl") if kl else ("logprob", "entropy")
     given = upstream_like(seed + 9, tokens, names, dtype=dtype)
     keywords = {"softcap": softcap, **({"ref_logits": ref_logits, "kl": kl} if kl else {})}
@@ -129,7 +129,7 @@ def test_row_with_all_shards_excluded_is_nan(backend):
 
 @pytest.mark.parametrize(("kl", "infinite"), [("reverse", True), ("forward", False)])
 def test_kl_with_shard_excluded_by_reference_policy(backend, kl, infinite):
-    """The reference has no probability in the first shard, where the policy has some."""
+    """The reference policy excludes the first shard; the policy does not."""
     logits, tokens = make_case(6, 1, 2, 8)
     ref_logits = normal(7, 1, 2, 8)
     ref_logits[..., :4] = -torch.inf
@@ -150,11 +150,11 @@ def test_local_ids():
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_match_one_process(tmp_path, ranks):
-    """Vocabulary-parallel heads, DTensors and FSDP2: the cases of ranks.py."""
-    here = Path(__file__).parent
+    """Run the cases of torchrun_worker.py: vocabulary-parallel heads, DTensors and FSDP2."""
+    tests = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parents[1]), *sys.path])
-    command = [sys.executable, str(here.parent / "helpers" / "torchrun_worker.py")]
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), *sys.path])
+    command = [sys.executable, str(tests / "helpers" / "torchrun_worker.py")]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), str(tmp_path / "store")],
