@@ -8,7 +8,8 @@ MARGIN roundings of itself on top. A common offset of a row is no part of a logi
 must cost nothing. A threshold that lies within a rounding moves the result of the moved inputs too.
 """
 
-from dataclasses import replace
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -132,9 +133,10 @@ def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[s
         rounded = dict(zip(EXPONENTS, shake(exponents, exponents).tolist(), strict=True))
         for each in ("epsilon_low", "epsilon_high"):  # of probabilities, which underflow, in "dppo"
             rounded[each] = getattr(config, each) + _accumulation(call).tiny * numbers.coin().item()
-        arguments["config"] = replace(config, **rounded)
+        # A plain object: LossConfig refuses settings that its surrogate does not read.
+        arguments["config"] = SimpleNamespace(**(asdict(config) | rounded))
         if "logits" in arguments and numbers.coin().item():
-            arguments["config"] = replace(arguments["config"], **_with_ties(call, arguments, eps))
+            vars(arguments["config"]).update(_with_ties(call, arguments, eps))
     for each in REWARDS:
         if each in arguments:
             x = arguments[each]
