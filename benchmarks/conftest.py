@@ -1,14 +1,13 @@
-"""Options of `pytest benchmarks`, and the one harness of a run."""
+"""Options of `pytest benchmarks`, and the harness of a run."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks.core import clock
-from benchmarks.core import roofline as roofs
-from benchmarks.core.case import cases
 from benchmarks.core.harness import Harness
 from benchmarks.core.results import ResultFile
+from benchmarks.core.roofline import measure_roofs
 
 
 def pytest_addoption(parser):
@@ -17,16 +16,9 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, metavar="FILE", help="write a result file, as JSON")
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("quick")
-        found = cases(metafunc.module.LEVEL, clock.device(), quick=quick)
-        metafunc.parametrize("case", found, ids=str)
-
-
 @pytest.fixture(scope="session")
 def harness(pytestconfig):
-    quick, device = pytestconfig.getoption("quick"), clock.device()
-    found = {} if quick else roofs.all_roofs(device)
-    results = ResultFile(pytestconfig.getoption("results"), device, found)
+    quick, device = pytestconfig.getoption("quick"), clock.default_device()
+    roofs = {} if quick else measure_roofs(device)
+    results = ResultFile(pytestconfig.getoption("results"), device, roofs)
     return Harness(device, results, quick=quick)

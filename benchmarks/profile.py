@@ -1,9 +1,9 @@
-"""Where the time of the chunk loop goes: a loss and its gradients under torch.profiler.
+"""Profile the chunk loop: a loss and its gradients under torch.profiler.
 
     python -m benchmarks.profile [--model NAME] [--tokens N] [--chunk-tokens N] [--trace FILE]
 
-Prints the operators that take the most time, the share of the matrix products, and how often the
-host waited for the device; FILE is a trace for chrome://tracing or Perfetto.
+Prints the operators that take the most time, the share of the matmuls, and how often the host
+waited for the device. FILE is a trace for chrome://tracing or Perfetto.
 """
 
 import argparse
@@ -13,26 +13,29 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.core import clock
-from benchmarks.core import problem as problems
+from benchmarks.core.problem import make_problem
 from benchmarks.core.shapes import DTYPES, HEADS, Shape
 from grpo_kernels import linear_grpo_loss
 
-PRODUCTS = ("aten::mm", "aten::addmm")
+MATMULS = ("aten::mm", "aten::addmm")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-ROWS = 12  # printed
+ROWS = 12  # printed operators
 
 
-def traced(shape: Shape, chunk_tokens: int | None, device: torch.device) -> profile:
-    """The profile of one loss with its gradients, after another that warmed up."""
-    problem = problems.make("hidden", shape, device)
+def profile_loss(shape: Shape, chunk_tokens: int | None, device: torch.device) -> profile:
+    """Profile one loss with its gradients, after a warm-up."""
+    problem = make_problem("hidden", shape, device)
 
     def step() -> None:
-        leaves = list(problem.leaves.values())
-        inputs = (problem.hidden, problem.weight, problem.tokens, problem.advantages)
         output = linear_grpo_loss(
-            *inputs, old_logprob=problem.old_logprob, chunk_tokens=chunk_tokens
+            problem.hidden,
+            problem.weight,
+            problem.tokens,
+            problem.advantages,
+            old_logprob=problem.old_logprob,
+            chunk_tokens=chunk_tokens,
         )
-        torch.autograd.grad(output.loss, leaves)
+        torch.autograd.grad(output.loss, list(problem.leaves.values()))
 
     step()
     on_gpu = device.type == "cuda"
@@ -45,19 +48,20 @@ def traced(shape: Shape, chunk_tokens: int | None, device: torch.device) -> prof
 
 
 def summary(profiler: profile, device: torch.device) -> str:
-    """A table of the operators by the time that is their own, and what it adds up to."""
+    """Format a table of the operators by their own time, and the totals."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda each: -getattr(each, attribute))
-    total = sum(getattr(each, attribute) for each in events)
+    rows = [(getattr(event, attribute), event) for event in profiler.key_averages()]
+    rows.sort(key=lambda row: -row[0])
+    total = sum(own_time for own_time, _ in rows)
     lines = [f"{'operator':60}{'calls':>7}{'ms':>10}{'share':>8}"]
-    for each in events[:ROWS]:
-        own = getattr(each, attribute)
-        lines.append(f"{each.key[:58]:60}{each.count:7}{own / 1e3:10.2f}{own / total:8.1%}")
-    products = sum(getattr(each, attribute) for each in events if each.key in PRODUCTS)
-    waits = sum(each.count for each in events if each.key in WAITS)
-    lines.append(f"matrix products: {products / total:.1%} of {total / 1e3:.1f} ms")
+    for own_time, event in rows[:ROWS]:
+        text = f"{event.key[:58]:60}{event.count:7}{own_time / 1e3:10.2f}"
+        lines.append(f"{text}{own_time / total:8.1%}")
+    matmul_time = sum(own_time for own_time, event in rows if event.key in MATMULS)
+    lines.append(f"matmuls: {matmul_time / total:.1%} of {total / 1e3:.1f} ms")
     if device.type == "cuda":
-        # One is the end of the measurement, one the count of the tokens that are not masked.
+        # One wait ends the measurement, one is for the number of unmasked tokens.
+        waits = sum(event.count for _, event in rows if event.key in WAITS)
         lines.append(f"the host waited {waits} times")
     return "\n".join(lines)
 
@@ -70,9 +74,9 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int)
     parser.add_argument("--trace", type=Path, help="write the whole trace to this file")
     arguments = parser.parse_args()
-    device = clock.device()
+    device = clock.default_device()
     shape = Shape(arguments.model, arguments.tokens, arguments.dtype)
-    profiler = traced(shape, arguments.chunk_tokens, device)
+    profiler = profile_loss(shape, arguments.chunk_tokens, device)
     print(f"{shape}, on {device.type}\n{summary(profiler, device)}")
     if arguments.trace:
         profiler.export_chrome_trace(str(arguments.trace))

@@ -1,17 +1,18 @@
-"""Which task, in which phase, at which shape, by whom: the list of what is measured."""
+"""The list of measured cases: a task, a phase, a shape and a peer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
-from benchmarks.core.floors import FLOORS
+from benchmarks.core.results import Record
+from benchmarks.core.roofline import FLOORS
 from benchmarks.core.shapes import Shape, shapes
 from benchmarks.core.tasks import TASKS, Task
 from benchmarks.peers import PEERS
 
-# Beyond the base shape: those that a training loop calls; under other heads on a CPU, where a
-# product takes half a second, the losses only.
+# Tasks of a training loop: measured beyond the base shape. On a CPU a matmul takes half a second
+# under the head of a larger model, and only the losses are measured there.
 HEADLINES = ("token_stats", "grpo_loss", "linear_token_stats", "linear_grpo_loss")
 LOSSES = ("grpo_loss", "linear_grpo_loss")
 
@@ -21,41 +22,39 @@ class Case:
     task: Task
     phase: str
     shape: Shape
-    peer: str
+    peer: str  # of PEERS, or a floor
 
     def __str__(self) -> str:
-        return f"{self.task.name}, {self.phase}, {self.shape}, {self.peer}"
+        return f"{self.group}, {self.peer}"
 
     @property
     def group(self) -> str:
         return f"{self.task.name}, {self.phase}, {self.shape}"
 
-
-def cases(level: str, device: torch.device, *, quick: bool = False) -> list[Case]:
-    """Of "logits" or "hidden"; those of a shape together, so that its tensors are made once."""
-    found = shapes(device, quick=quick)
-    return [
-        Case(task, phase, shape, peer)
-        for shape in found
-        for task in TASKS.values()
-        if task.level == level and _is_measured(task, shape, found[0], device)
-        for phase in (task.cost if shape == found[0] else ("both",))
-        for peer in _peers(task, phase, is_base=shape == found[0])
-    ]
+    def new_record(self) -> Record:
+        return Record(self.task.name, self.phase, *astuple(self.shape), self.peer)
 
 
-def _is_measured(task: Task, shape: Shape, base: Shape, device: torch.device) -> bool:
-    if shape.inert:
-        return task.skips_inert
-    if device.type == "cpu" and shape.model != base.model:
-        return task.name in LOSSES
-    return shape == base or task.name in HEADLINES
-
-
-def _peers(task: Task, phase: str, *, is_base: bool) -> Iterator[str]:
-    floor, _ = FLOORS[task.level]
-    yield floor
-    for name, peer in PEERS.items():
-        clocked = peer.apart or phase == "both"
-        if task.name in peer.tasks and clocked and (is_base or peer.everywhere):
-            yield name
+def cases(level: str, device: torch.device, *, quick: bool = False) -> Iterator[Case]:
+    """Yield the cases of a level, those of one shape together: its tensors are made once."""
+    floor, _ = FLOORS[level]
+    base, *variations = shapes(device, quick=quick)
+    for shape in (base, *variations):
+        for task in TASKS.values():
+            if shape.inert:
+                measured = task.skips_inert
+            elif device.type == "cpu" and shape.model != base.model:
+                measured = task.name in LOSSES
+            else:
+                measured = shape == base or task.name in HEADLINES
+            if task.level != level or not measured:
+                continue
+            for phase in task.cost if shape == base else ("both",):
+                yield Case(task, phase, shape, floor)
+                for peer in PEERS.values():
+                    if (
+                        task.name in peer.tasks
+                        and (peer.every_phase or phase == "both")
+                        and (peer.every_shape or shape == base)
+                    ):
+                        yield Case(task, phase, shape, peer.name)

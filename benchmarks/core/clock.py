@@ -1,4 +1,4 @@
-"""Time on a device that works on its own: synchronised, warmed up, inputs past the cache."""
+"""The clock: device synchronised, calls warmed up, inputs rotated past the cache."""
 
 import statistics
 import time
@@ -9,38 +9,38 @@ import torch
 
 from benchmarks.core.problem import Problem
 
-CACHE_BYTES = 64 << 20  # an H100's second level holds 50 MB, a server CPU's third 32 MB
-COPIES = 64  # at most: a few rows are not worth more memory
+CACHE_BYTES = 64 << 20  # the L2 of an H100 has 50 MB, the L3 of a server CPU 32 MB
+MAX_COPIES = 64
 
 
-def device() -> torch.device:
+def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def now() -> float:
-    """Seconds, when all that was asked of the device is done; pytest-benchmark's timer here."""
+    """Return seconds after the device has finished its work; pytest-benchmark's timer here."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     start = now()
     call()
     return now() - start
 
 
 def median_seconds(call: Callable[[], object], rounds: int = 7) -> float:
-    """Of a call that takes milliseconds at least, the first one left out."""
+    """Return the median time of a call that takes milliseconds at least, after a warm-up."""
     call()
-    return statistics.median(seconds_of(call) for _ in range(rounds))
+    return statistics.median(time_call(call) for _ in range(rounds))
 
 
 def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
-    """(rounds, calls in each) for a call of about so many seconds.
+    """Return (rounds, calls per round) for a call of about so many seconds.
 
-    A round lasts 10 ms, so that neither the timer nor a launch is what is measured. As many as the
-    budget allows, five at least: a median needs them. A call of over 5 s is clocked once.
+    A round lasts at least 10 ms, so that the timer and the launch do not count. The median needs
+    five rounds at least; more are made if the budget allows. A call of over 5 s is timed once.
     """
     if seconds > 5.0:
         return 1, 1
@@ -48,12 +48,12 @@ def plan_rounds(seconds: float, budget: float) -> tuple[int, int]:
     return max(5, min(15, round(budget / (calls * seconds)))), calls
 
 
-def rotated(problem: Problem) -> Iterator[Problem]:
-    """Forever the same numbers at other places, so that no call finds its inputs in a cache."""
-    size = sum(each.nbytes for each in problem.leaves.values())
-    return cycle([problem, *(problem.copy() for _ in range(copies(size) - 1))])
+def rotate(problem: Problem) -> Iterator[Problem]:
+    """Yield copies of a problem in turn, so that no call finds its inputs in a cache."""
+    size = sum(leaf.nbytes for leaf in problem.leaves.values())
+    return cycle([problem, *(problem.copy() for _ in range(copies_past_cache(size) - 1))])
 
 
-def copies(size: int) -> int:
-    """How many of so many bytes are more than a cache holds."""
-    return 1 if size > CACHE_BYTES else min(COPIES, 1 + -(-2 * CACHE_BYTES // size))
+def copies_past_cache(size: int) -> int:
+    """Return how many copies of `size` bytes exceed the cache."""
+    return 1 if size > CACHE_BYTES else min(MAX_COPIES, 1 + -(-2 * CACHE_BYTES // size))

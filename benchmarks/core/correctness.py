@@ -1,8 +1,8 @@
-"""No clock runs for a wrong answer: values and gradients against the reference in fp64.
+"""The correctness gate: values and gradients against the reference in fp64, before the clock.
 
-Two limits. A peer may round its logits to the dtype of its inputs and still be timed, its error
-beside its time; what errs more computes something else, and is refused. Ours must keep the
-numerics that its documentation promises.
+There are two limits. A peer that rounds its logits to the dtype of its inputs is timed, and its
+error is shown beside its time; a larger error means that it computes something else, and it is
+refused. Ours must meet the accuracy that its documentation promises.
 """
 
 from dataclasses import replace
@@ -11,85 +11,75 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from benchmarks.core import problem as problems
+from benchmarks.core.problem import Problem, make_problem
 from benchmarks.core.shapes import Shape
 from benchmarks.core.tasks import TASKS, Task, gradients
-from benchmarks.peers import OURS, PEERS, REFERENCE, Peer
+from benchmarks.peers import OURS, PEERS, REFERENCE
 
 TOKENS = 32
 
-# The largest error of a value (root mean square, relative where values are above 1), and of a
-# gradient (norm of the difference over the norm). Gradients from bf16 are rounded to it once.
-PROMISED = {"fp32": (1e-5, 1e-5), "bf16": (1e-5, 4e-3)}
-# Entropies of thousands of terms, and log-probs near 10, from logits rounded at 16.
-TOLERATED = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 0.1)}
+# Limits (of values, of gradients). The error of a value is the root mean square, relative if values
+# are above 1; that of a gradient is the norm of the difference over the norm. bf16 gradients are
+# rounded once.
+OUR_LIMITS = {"fp32": (1e-5, 1e-5), "bf16": (1e-5, 4e-3)}
+# For entropies of thousands of terms and log-probs near 10 from logits near 16, rounded to bf16.
+PEER_LIMITS = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 0.1)}
 
 
 class Refused(AssertionError):
-    """An answer too far from fp64 to be worth timing."""
-
-
-def limits(peer: str, dtype: str) -> tuple[float, float]:
-    return (PROMISED if peer.startswith(OURS) else TOLERATED)[dtype]
+    """Raised if the result of an implementation is too far from fp64 to be worth timing."""
 
 
 def check(task: Task, shape: Shape, peer: str, device: torch.device) -> dict[str, float]:
-    """Errors of a peer by output and gradient, at TOKENS tokens of the shape's head and dtype.
+    """Return the errors of a peer by output and gradient ("d_hidden"), at TOKENS tokens.
 
     Raises:
-        Refused: one is above the limit, or is NaN, or an output is missing.
+        Refused: an error is above the limit or NaN, or an output is missing.
     """
-    found = errors(task, _gate_shape(shape), PEERS[peer], device)
-    of_values, of_gradients = limits(peer, shape.dtype)
-    for name, error in found.items():
-        limit = of_gradients if name.startswith("d_") else of_values
+    problem, exact_values, exact_gradients = exact_results(
+        task.name, replace(shape, N=TOKENS), device
+    )
+    problem = PEERS[peer].prepare(problem)
+    outputs = PEERS[peer].tasks[task.name](problem)
+    if missing := exact_values.keys() - outputs.keys():
+        raise Refused(f"no {', '.join(sorted(missing))}")
+    errors = {}
+    for name, value in exact_values.items():
+        difference = outputs[name].detach().double().flatten() - value.flatten()
+        size = value.square().mean().sqrt().clamp(min=1.0)
+        errors[name] = (difference.square().mean().sqrt() / size).item()
+    for name, gradient in gradients(outputs, problem).items():
+        errors[f"d_{name}"] = gradient_error(gradient, exact_gradients[name])
+
+    limits = OUR_LIMITS if peer.startswith(OURS) else PEER_LIMITS
+    value_limit, gradient_limit = limits[shape.dtype]
+    for name, error in errors.items():
+        limit = gradient_limit if name.startswith("d_") else value_limit
         if not error <= limit:
             raise Refused(f"error of {name} {error:.1e}, above {limit:.0e}")
-    return found
+    return errors
 
 
-def errors(task: Task, shape: Shape, peer: Peer, device: torch.device) -> dict[str, float]:
-    """By output name, and "d_" and the name of each leaf."""
-    problem, exact_values, exact_gradients = _exact(task.name, shape, device)
-    problem = peer.prepare(problem)
-    outputs = peer.tasks[task.name](problem)
-    if missing := set(exact_values) - set(outputs):
-        raise Refused(f"no {', '.join(sorted(missing))}")
-    found = gradients(outputs, problem)
-    values = {name: _error_of_values(outputs[name], exact) for name, exact in exact_values.items()}
-    return values | {
-        f"d_{name}": _error_of_gradient(found[name], exact)
-        for name, exact in exact_gradients.items()
-    }
-
-
-def _gate_shape(shape: Shape) -> Shape:
-    return replace(shape, N=TOKENS)
-
-
-@lru_cache(maxsize=1)  # a weight's gradient in fp64 takes 2 GB under Llama's head
-def _exact(task: str, shape: Shape, device: torch.device):
-    task = TASKS[task]
-    problem = problems.make(task.level, shape, device, reference=task.reference)
+@lru_cache(maxsize=1)  # the weight's gradient in fp64 takes 2 GB under Llama's head
+def exact_results(
+    task_name: str, shape: Shape, device: torch.device
+) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
+    """Return (problem, values, gradients), the latter two in fp64."""
+    task = TASKS[task_name]
+    problem = make_problem(task.level, shape, device, reference=task.reference)
     double = problem.double()
     outputs = PEERS[REFERENCE].tasks[task.name](double)
-    found = gradients(outputs, double)
-    return problem, {name: outputs[name].detach() for name in task.outputs}, found
+    values = {name: outputs[name].detach() for name in task.outputs}
+    return problem, values, gradients(outputs, double)
 
 
-def _error_of_values(value: Tensor, exact: Tensor) -> float:
-    difference = value.detach().double().flatten() - exact.flatten()
-    return (_rms(difference) / exact.square().mean().sqrt().clamp(min=1.0)).item()
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
-
-
-def _error_of_gradient(gradient: Tensor, exact: Tensor) -> float:
-    if gradient.shape != exact.shape:  # one more position, for a peer that asked for it
+def gradient_error(gradient: Tensor, exact: Tensor) -> float:
+    if gradient.shape != exact.shape:  # Liger's has one more position
         gradient = gradient[:, : exact.shape[1]]
-    rows = zip(gradient.flatten(0, -2).split(1024), exact.flatten(0, -2).split(1024), strict=True)
-    # By rows: a whole weight's difference in fp64 is gigabytes that are touched once.
-    squares = sum((mine.double() - theirs).square().sum() for mine, theirs in rows)
+    # By blocks of rows: the difference of a whole weight in fp64 takes gigabytes.
+    blocks, exact_blocks = (x.flatten(0, -2).split(1024) for x in (gradient, exact))
+    squares = sum(
+        (block.double() - exact_block).square().sum()
+        for block, exact_block in zip(blocks, exact_blocks, strict=True)
+    )
     return (squares.sqrt() / exact.norm()).item()

@@ -1,4 +1,4 @@
-"""Peak extra memory of a call: what its tensors took at once, inputs not counted."""
+"""Peak extra memory of a call: the most that its tensors take at once, inputs not counted."""
 
 import gc
 from collections.abc import Callable
@@ -8,12 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """As the allocator counts: a GPU's reports its peak, a CPU's its every step."""
+    """Return the peak that the allocator of this machine's device reports."""
     gc.collect()
-    return _peak_on_device(call) if torch.cuda.is_available() else peak_tensor_bytes(call)
-
-
-def _peak_on_device(call: Callable[[], object]) -> int:
+    if not torch.cuda.is_available():
+        return peak_tensor_bytes(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -23,14 +21,14 @@ def _peak_on_device(call: Callable[[], object]) -> int:
 
 
 def peak_tensor_bytes(call: Callable[[], object]) -> int:
-    """The most that tensors made during `call` took at once: exact, but blind to libraries' own."""
+    """Return the peak of CPU tensors; memory that libraries allocate themselves is not seen."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
         del result
     events = profiler.profiler.kineto_results.events()
-    allocations = [each for each in events if each.name() == "[memory]"]
+    allocations = [event for event in events if event.name() == "[memory]"]
     current = peak = 0
-    for each in sorted(allocations, key=lambda each: each.start_ns()):
-        current += each.nbytes()
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        current += event.nbytes()
         peak = max(peak, current)
     return peak

@@ -1,22 +1,24 @@
-"""Four panels per level: time and memory against N, percentage of the roof, accuracy against time.
+"""The chart of a level: time and memory against N, percentage of the roof, accuracy against time.
 
-Drawn twice, for a light page and for a dark one. Each file names the digest of the data in it.
+Each chart is drawn for a light page and for a dark one. A file names the digest of its data.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.core.floors import FLOORS
 from benchmarks.core.results import Record
+from benchmarks.core.roofline import FLOORS
 from benchmarks.core.shapes import Shape
 from benchmarks.core.tasks import PHASES, TASKS
 from benchmarks.peers import OURS, PEERS
 
 HEADLINE = {"logits": "grpo_loss", "hidden": "linear_grpo_loss"}
-THEMES = {"light": "#1f2328", "dark": "#e6edf3"}  # the ink; the page shines through
-# One a peer. Okabe and Ito's without the yellow, and more: apart for most eyes, on white and black.
+THEMES = {"light": "#1f2328", "dark": "#e6edf3"}  # colour of text; the background is transparent
+# One per peer: those of Okabe and Ito without the yellow, and more that most eyes can tell apart on
+# white and on black.
 COLOURS = ("#0072b2", "#56b4e9", "#8c8c8c", "#cc79a7", "#e69f00", "#009e73", "#d55e00")
 COLOURS += ("#b08d57", "#7f63d2")
 MARKERS = "osXDv^P*h"
@@ -25,13 +27,13 @@ PHASE_SHADES = {"forward": 0.4, "backward": 0.7, "both": 1.0}
 
 
 @dataclass(frozen=True)
-class Data:
-    """What the panels of a level show."""
+class ChartData:
+    """The numbers that a chart shows."""
 
     level: str
     base: Shape
     against_n: dict[str, list[tuple[int, float, float]]]  # by peer: N, seconds, MiB
-    of_roof: dict[str, dict[str, float]]  # by task and phase: ours
+    of_roof: dict[str, dict[str, float]]  # ours, by task and phase
     accuracy: dict[str, tuple[float, float]]  # by peer: seconds, error of the gradient
 
     @property
@@ -40,55 +42,62 @@ class Data:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def data_of(records: list[Record], level: str, base: Shape) -> Data:
-    """From the records of one machine."""
-    done = [each for each in records if each.status == "ok" and each.seconds is not None]
-    along = [each for each in done if _differs_in_n_only(each, base) and each.phase == "both"]
-    headline = [each for each in along if each.task == HEADLINE[level]]
+class Chart(NamedTuple):
+    data: ChartData
+    theme: str
+    title: str
+
+
+def chart_data(records: list[Record], level: str, base: Shape) -> ChartData:
+    """Select the numbers from the records of one machine."""
+    along_n = [
+        record
+        for record in records
+        if record.status == "ok"
+        and record.seconds is not None
+        and replace(record.shape, N=base.N) == base
+    ]
+    headline = [
+        record for record in along_n if (record.task, record.phase) == (HEADLINE[level], "both")
+    ]
     against_n: dict[str, list] = {}
-    for each in sorted(headline, key=lambda each: each.N):
-        memory = (each.extra_bytes or 0) / 2**20
-        against_n.setdefault(each.peer, []).append((each.N, each.seconds, memory))
+    accuracy = {}
+    for record in sorted(headline, key=lambda record: record.N):
+        mebibytes = (record.extra_bytes or 0) / 2**20
+        against_n.setdefault(record.peer, []).append((record.N, record.seconds, mebibytes))
+    for record in headline:
+        if record.N == base.N and record.errors:
+            errors = [error for name, error in record.errors.items() if name.startswith("d_")]
+            accuracy[record.peer] = record.seconds, max(errors)
     of_roof: dict[str, dict[str, float]] = {}
-    for each in done:
-        if each.peer == OURS and _differs_in_n_only(each, base) and each.N == base.N:
-            if each.task in TASKS and TASKS[each.task].level == level:
-                of_roof.setdefault(each.task, {})[each.phase] = each.percent_of_roof
-    accuracy = {
-        each.peer: (each.seconds, max(e for name, e in each.errors.items() if name[:2] == "d_"))
-        for each in headline
-        if each.N == base.N and each.errors
-    }
-    return Data(level, base, against_n, of_roof, accuracy)
+    for record in along_n:
+        if record.peer == OURS and record.N == base.N:
+            if record.task in TASKS and TASKS[record.task].level == level:
+                of_roof.setdefault(record.task, {})[record.phase] = record.percent_of_roof
+    return ChartData(level, base, against_n, of_roof, accuracy)
 
 
-def _differs_in_n_only(record: Record, base: Shape) -> bool:
-    kept = (base.model, base.dtype, base.masked, base.inert)
-    return (record.model, record.dtype, record.masked, record.inert) == kept
-
-
-def draw(data: Data, theme: str, title: str, path: Path) -> None:
+def draw(chart: Chart, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ink = THEMES[theme]
+    data, theme, title = chart
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    settings = dict.fromkeys(names, ink) | {
+    settings = dict.fromkeys(names, THEMES[theme]) | {
         "font.size": 9,
         "svg.fonttype": "none",
         "svg.hashsalt": "grpo_kernels",
     }
     with pyplot.rc_context(settings):
-        figure, ((time, memory), (roof, accuracy)) = pyplot.subplots(
-            2, 2, figsize=(9.5, 7.5), layout="constrained"
-        )
-        _against_n(time, data, 1, "seconds, forward and backward")
-        _against_n(memory, data, 2, "extra memory, MiB")
-        _of_roof(roof, data)
-        _accuracy(accuracy, data)
-        for axis in (time, memory, roof, accuracy):
+        figure, axes = pyplot.subplots(2, 2, figsize=(9.5, 7.5), layout="constrained")
+        (time, memory), (roof, accuracy) = axes
+        draw_against_n(time, data, 1, "seconds, forward and backward")
+        draw_against_n(memory, data, 2, "extra memory, MiB")
+        draw_percent_of_roof(roof, data)
+        draw_accuracy(accuracy, data)
+        for axis in axes.flat:
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_facecolor("none")
         handles, labels = time.get_legend_handles_labels()
@@ -99,30 +108,16 @@ def draw(data: Data, theme: str, title: str, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _style(peer: str) -> dict:
+def style(peer: str) -> dict[str, Any]:
     if peer not in PEERS:
         return {"color": FLOOR_COLOUR, "linestyle": "--", "linewidth": 1.2}
     index = list(PEERS).index(peer) % len(COLOURS)
-    weight = 2.4 if peer == OURS else 1.3
-    return {"color": COLOURS[index], "marker": MARKERS[index], "linewidth": weight}
+    width = 2.4 if peer == OURS else 1.3
+    return {"color": COLOURS[index], "marker": MARKERS[index], "linewidth": width}
 
 
-def _against_n(axis, data: Data, column: int, label: str) -> None:
-    for peer, points in data.against_n.items():
-        shown = [(each[0], each[column]) for each in points if each[column]]
-        if shown and not (column == 2 and peer not in PEERS):  # a floor's buffers mean nothing
-            axis.plot(*zip(*shown, strict=True), label=peer, markersize=5, **_style(peer))
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set_yscale("log")
-    _plain_ticks(axis.yaxis)
-    axis.set_xlabel("N, tokens")
-    axis.set_title(f"{HEADLINE[data.level]}: {label}", fontsize=9, loc="left")
-    axis.grid(alpha=0.2)
-
-
-def _plain_ticks(axis) -> None:
-    """1, 2, 5 and 10 of each decade, written out: few decades are shown."""
+def set_log_ticks(axis: Any) -> None:
+    """Label 1, 2, 5 and 10 of each decade in full, because few decades are shown."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -130,36 +125,54 @@ def _plain_ticks(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _of_roof(axis, data: Data) -> None:
-    """A bar per phase and task."""
+def draw_against_n(axis: Any, data: ChartData, column: int, label: str) -> None:
+    for peer, points in data.against_n.items():
+        shown = [(point[0], point[column]) for point in points if point[column]]
+        is_memory_of_floor = column == 2 and peer not in PEERS  # its buffers are no measurement
+        if shown and not is_memory_of_floor:
+            axis.plot(*zip(*shown, strict=True), label=peer, markersize=5, **style(peer))
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set_yscale("log")
+    set_log_ticks(axis.yaxis)
+    axis.set_xlabel("N, tokens")
+    axis.set_title(f"{HEADLINE[data.level]}: {label}", fontsize=9, loc="left")
+    axis.grid(alpha=0.2)
+
+
+def draw_percent_of_roof(axis: Any, data: ChartData) -> None:
+    """Draw a bar per task and phase."""
     height = 0.8 / len(PHASES)
     for row, phases in enumerate(data.of_roof.values()):
-        for at, phase in enumerate(PHASES):
+        for index, phase in enumerate(PHASES):
             if phase in phases:
-                place = row + (at - 1) * height
-                axis.barh(place, phases[phase], height, color=COLOURS[0], alpha=PHASE_SHADES[phase])
-                label = f" {phase} {phases[phase]:.0f}%"
-                axis.annotate(label, (phases[phase], place), va="center", fontsize=6)
+                bars = axis.barh(
+                    row + (index - 1) * height,
+                    phases[phase],
+                    height,
+                    color=COLOURS[0],
+                    alpha=PHASE_SHADES[phase],
+                )
+                axis.bar_label(bars, fmt=f" {phase} {{:.0f}}%", fontsize=6)
     axis.set_yticks(range(len(data.of_roof)), list(data.of_roof), fontsize=7)
     axis.invert_yaxis()
-    longest = max([100, *(each for phases in data.of_roof.values() for each in phases.values())])
-    axis.set_xlim(0, 1.25 * longest)
+    axis.margins(x=0.25)  # for the labels
     axis.axvline(100, color=FLOOR_COLOUR, linestyle="--", linewidth=1.2)
     roof = "copy bandwidth" if data.level == "logits" else "rate of torch.mm"
     axis.set_title(f"{OURS}: % of the {roof}, {data.base.N:,} tokens", fontsize=9, loc="left")
 
 
-def _accuracy(axis, data: Data) -> None:
+def draw_accuracy(axis: Any, data: ChartData) -> None:
     for peer, (seconds, error) in data.accuracy.items():
-        axis.plot(seconds, error, **_style(peer) | {"linestyle": "", "markersize": 8})
+        axis.plot(seconds, error, **style(peer) | {"linestyle": "", "markersize": 8})
     floor, _ = FLOORS[data.level]
     for N, seconds, _ in data.against_n.get(floor, ()):
         if N == data.base.N:
-            axis.axvline(seconds, **_style(floor))
+            axis.axvline(seconds, **style(floor))
     axis.set_xscale("log")
     axis.set_yscale("log")
-    _plain_ticks(axis.xaxis)
-    _plain_ticks(axis.yaxis)
+    set_log_ticks(axis.xaxis)
+    set_log_ticks(axis.yaxis)
     axis.set_xlabel("seconds")
     axis.set_title(f"error of the gradient, {data.base.N:,} tokens", fontsize=9, loc="left")
     axis.grid(alpha=0.2)

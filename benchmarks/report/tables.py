@@ -1,4 +1,4 @@
-"""Records as rows of Markdown."""
+"""Records as rows of Markdown tables."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ NONE = "–"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are figures."""
+    """Format a table; the first column is text, the others are figures."""
     lines = [heads, [":--", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -33,31 +33,15 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.0f}%"
 
 
-def error(errors: Iterable[float]) -> str:
-    return f"{found:.0e}" if (found := max(errors, default=None)) is not None else NONE
-
-
-def error_of_values(record: Record) -> str:
-    return error(each for name, each in record.errors.items() if not name.startswith("d_"))
-
-
-def error_of_gradients(record: Record) -> str:
-    return error(each for name, each in record.errors.items() if name.startswith("d_"))
-
-
-def rate(record: Record) -> str:
-    """GB/s of the counted bytes, or TFLOP/s of the counted products."""
-    if record.seconds is None:
-        return NONE
-    if record.bytes is not None:
-        return f"{record.bytes / record.seconds / 1e9:.3g} GB/s"
-    if record.flops is not None:
-        return f"{record.flops / record.seconds / 1e12:.3g} TFLOP/s"
-    return NONE
+def largest_error(record: Record, *, gradients: bool) -> str:
+    """Return the largest error of the record's gradients, or of its values."""
+    errors = record.errors.items()
+    found = [error for name, error in errors if name.startswith("d_") is gradients]
+    return f"{max(found):.0e}" if found else NONE
 
 
 def outcome(record: Record | None) -> str:
-    """Its time, or in one word why it has none."""
+    """Return the time, or the status that explains why there is none."""
     if record is None:
         return NONE
     return time(record.seconds) if record.status == "ok" else record.status
@@ -68,16 +52,22 @@ DETAILS += ("error of values", "error of gradients")
 
 
 def details(record: Record) -> list[str]:
+    """Return the row under DETAILS."""
     if record.status != "ok":
         reason = f"{record.status}: {record.reason}" if record.reason else record.status
         return [record.peer, reason.replace("|", "\\|"), *[NONE] * (len(DETAILS) - 2)]
+    rate = NONE
+    if record.seconds is not None and record.bytes is not None:
+        rate = f"{record.bytes / record.seconds / 1e9:.3g} GB/s"
+    elif record.seconds is not None and record.flops is not None:
+        rate = f"{record.flops / record.seconds / 1e12:.3g} TFLOP/s"
     return [
         record.peer,
         time(record.seconds),
         f"{time(record.lower_quartile)} to {time(record.upper_quartile)}",
-        rate(record),
+        rate,
         percent(record.percent_of_roof),
         memory(record.extra_bytes),
-        error_of_values(record),
-        error_of_gradients(record),
+        largest_error(record, gradients=False),
+        largest_error(record, gradients=True),
     ]

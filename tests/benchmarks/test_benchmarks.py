@@ -1,4 +1,4 @@
-"""The benchmarks can be believed: wrong is refused, slow is slow, bytes are bytes."""
+"""The benchmarks can be trusted: wrong results are refused, slow ones slow, bytes are counted."""
 
 import re
 import time
@@ -9,15 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from benchmarks import gpu
-from benchmarks import max_tokens as ceilings
-from benchmarks import profile as trace
-from benchmarks.core import clock, floors
-from benchmarks.core import correctness as gate
-from benchmarks.core import problem as problems
-from benchmarks.core import roofline as roofs
+from benchmarks import gpu, max_tokens, profile
+from benchmarks.core import clock, correctness, roofline
 from benchmarks.core.case import Case, cases
-from benchmarks.core.harness import Harness, call_of, record_of
+from benchmarks.core.harness import Harness, call_of
+from benchmarks.core.problem import make_problem
 from benchmarks.core.results import ResultFile, read
 from benchmarks.core.shapes import Shape
 from benchmarks.core.tasks import TASKS
@@ -29,57 +25,57 @@ SHAPE = Shape("tiny", 64, "fp32")
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """The harness is under test here, not the kernels: the interpreter would take minutes."""
+def pytorch_backend(monkeypatch):
+    """Tests the harness, not the kernels: Triton's interpreter would take minutes."""
     use("pytorch")
 
 
-def honest(problem):
+def correct(problem):
     stats = grpo_kernels.token_stats(problem.logits, problem.tokens, mask=problem.mask)
     return {"logprob": stats.logprob, "entropy": stats.entropy}
 
 
 def entropy_too_large(problem):
-    outputs = honest(problem)
+    outputs = correct(problem)
     return outputs | {"entropy": 1.01 * outputs["entropy"]}
 
 
 def entropy_without_gradient(problem):
-    outputs = honest(problem)
+    outputs = correct(problem)
     return outputs | {"entropy": outputs["entropy"].detach()}
 
 
 def nan_logprob(problem):
-    outputs = honest(problem)
+    outputs = correct(problem)
     return outputs | {"logprob": outputs["logprob"] * float("nan")}
 
 
 def no_entropy(problem):
-    return {"logprob": honest(problem)["logprob"]}
+    return {"logprob": correct(problem)["logprob"]}
 
 
 def other_tokens(problem):
-    return honest(replace(problem, tokens=problem.tokens.roll(1)))
+    return correct(replace(problem, tokens=problem.tokens.roll(1)))
 
 
 @pytest.fixture
-def as_peer(monkeypatch):
-    def register(adapter, name="suspect"):
+def add_peer(monkeypatch):
+    def add(adapter, name="suspect"):
         tasks = dict.fromkeys(("token_stats", "linear_token_stats"), adapter)
-        monkeypatch.setitem(PEERS, name, Peer(tasks, "the truth"))
+        monkeypatch.setitem(PEERS, name, Peer(name, tasks, "the truth"))
         return name
 
-    return register
+    return add
 
 
-def test_an_honest_implementation_passes_the_gate_with_its_errors(as_peer):
-    found = gate.check(TASKS["token_stats"], SHAPE, as_peer(honest), CPU)
-    assert set(found) == {"logprob", "entropy", "d_logits"}
-    assert max(found.values()) < 1e-5
+def test_correct_implementation_passes_with_its_errors(add_peer):
+    errors = correctness.check(TASKS["token_stats"], SHAPE, add_peer(correct), CPU)
+    assert set(errors) == {"logprob", "entropy", "d_logits"}
+    assert max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("wrong", "why"),
+    ("wrong", "reason"),
     [
         (entropy_too_large, "error of entropy"),
         (entropy_without_gradient, "error of d_logits"),
@@ -88,72 +84,67 @@ def test_an_honest_implementation_passes_the_gate_with_its_errors(as_peer):
         (other_tokens, "error of logprob"),
     ],
 )
-def test_a_wrong_implementation_is_refused(as_peer, wrong, why):
-    with pytest.raises(gate.Refused, match=why):
-        gate.check(TASKS["token_stats"], SHAPE, as_peer(wrong), CPU)
+def test_wrong_implementation_is_refused(add_peer, wrong, reason):
+    with pytest.raises(correctness.Refused, match=reason):
+        correctness.check(TASKS["token_stats"], SHAPE, add_peer(wrong), CPU)
 
 
-def test_ours_is_held_to_the_documented_accuracy_and_peers_are_not(as_peer):
+def test_limits_of_ours_are_tighter_than_those_of_peers(add_peer):
     def rounded(problem):
-        return honest(replace(problem, logits=problem.hidden @ problem.weight.T))
+        return correct(replace(problem, logits=problem.hidden @ problem.weight.T))
 
     bf16 = replace(SHAPE, dtype="bf16")
     task = TASKS["linear_token_stats"]
-    gate.check(task, bf16, as_peer(rounded), CPU)
-    with pytest.raises(gate.Refused, match="error of logprob"):
-        gate.check(task, bf16, as_peer(rounded, OURS), CPU)
+    correctness.check(task, bf16, add_peer(rounded), CPU)
+    with pytest.raises(correctness.Refused, match="error of logprob"):
+        correctness.check(task, bf16, add_peer(rounded, OURS), CPU)
 
 
 @pytest.fixture
 def harness():
-    def make(*, quick=False):
-        return Harness(CPU, ResultFile(None, CPU, {}), quick=quick)
-
-    return make
+    return Harness(CPU, ResultFile(None, CPU, {}), quick=False)
 
 
 @pytest.mark.parametrize(
     ("wrong", "status"), [(entropy_too_large, "refused"), (lambda problem: 1 / 0, "failed")]
 )
-def test_a_peer_that_is_refused_or_raises_is_a_record_without_a_time(
-    as_peer, harness, request, wrong, status
+def test_refused_or_failed_peer_has_a_record_without_time(
+    add_peer, harness, request, wrong, status
 ):
-    measured = harness()
-    case = Case(TASKS["token_stats"], "both", SHAPE, as_peer(wrong))
+    case = Case(TASKS["token_stats"], "both", SHAPE, add_peer(wrong))
     with pytest.raises(pytest.xfail.Exception):
-        measured.measure(case, request)
-    (record,) = measured.results.records.values()
+        harness.measure(case, request)
+    (record,) = harness.results.records.values()
     assert (record.status, record.seconds) == (status, None)
     assert record.reason
 
 
-def test_ours_failing_is_no_result_but_an_error(as_peer, harness, request):
-    case = Case(TASKS["token_stats"], "both", SHAPE, as_peer(entropy_too_large, OURS))
-    with pytest.raises(gate.Refused):
-        harness().measure(case, request)
+def test_wrong_result_of_ours_is_an_error(add_peer, harness, request):
+    case = Case(TASKS["token_stats"], "both", SHAPE, add_peer(entropy_too_large, OURS))
+    with pytest.raises(correctness.Refused):
+        harness.measure(case, request)
 
 
 @pytest.mark.benchmark(timer=clock.now)
 @pytest.mark.clock
-def test_a_slowed_implementation_shows_slower_by_what_it_was_slowed(as_peer, harness, request):
+def test_delay_shows_in_the_time(add_peer, harness, request):
     delay = 0.05
 
-    def slowed(problem):
+    def slow(problem):
         time.sleep(delay)
-        return honest(problem)
+        return correct(problem)
 
-    case = Case(TASKS["token_stats"], "both", SHAPE, as_peer(slowed))
-    measured = harness()
-    problem = problems.make("logits", SHAPE, CPU)
-    fast = clock.median_seconds(call_of(honest, "both", problem))
-    measured.measure(case, request)
-    (record,) = measured.results.records.values()
+    case = Case(TASKS["token_stats"], "both", SHAPE, add_peer(slow))
+    problem = make_problem("logits", SHAPE, CPU)
+    fast = clock.median_seconds(call_of(correct, "both", problem))
+    harness.measure(case, request)
+    (record,) = harness.results.records.values()
     assert fast + 0.9 * delay < record.seconds < fast + 3 * delay
     assert record.lower_quartile <= record.seconds <= record.upper_quartile
 
 
 class CopiedBytes(TorchDispatchMode):
-    """What copies read and write, counted by PyTorch's dispatcher and not by us."""
+    """Counts what copies read and write, by PyTorch's dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -168,65 +159,64 @@ class CopiedBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["token_stats", "forward_kl", "grpo_loss"])
 @pytest.mark.parametrize("masked", [0.0, 0.5])
-def test_the_plain_copy_moves_the_counted_bytes(name, masked):
-    task, shape = TASKS[name], replace(SHAPE, masked=masked)
-    problem = problems.make("logits", shape, CPU)
+def test_plain_copy_moves_the_counted_bytes(name, masked):
+    task = TASKS[name]
+    problem = make_problem("logits", replace(SHAPE, masked=masked), CPU)
     for phase in task.cost:
-        copy = floors.plain_copy(task, phase, problem)
+        copy = roofline.plain_copy(task, phase, problem)
         with CopiedBytes() as copied:
             copy()
         assert copied.count == task.bytes(problem, phase)
 
 
-def test_counted_bytes_are_those_of_rows_read_and_rows_written():
+def test_counted_bytes_are_rows_read_and_rows_written():
     row, N = 4 * 512, 64
-    problem = problems.make("logits", replace(SHAPE, masked=0.5), CPU)
+    problem = make_problem("logits", replace(SHAPE, masked=0.5), CPU)
     task = TASKS["token_stats"]
     assert task.bytes(problem, "forward") == row * N // 2
     assert task.bytes(problem, "backward") == row * (N // 2 + N)
 
 
 @pytest.mark.clock
-def test_counted_bytes_of_a_plain_copy_give_the_copy_bandwidth(monkeypatch):
-    # On a shared machine the clock is rough: the best of five pairs, within a third. Each copy is
+def test_plain_copy_runs_at_the_copy_bandwidth(monkeypatch):
+    # The clock is rough on a shared machine: the best of five pairs, within a third. Each copy is
     # new, as in a case: its buffers are rotated, and none may be touched for the first time.
-    monkeypatch.setitem(roofs.COPIED, "cpu", 128 << 20)
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 128 << 20)
     task = TASKS["token_stats"]
-    problem = problems.make("logits", Shape("SmolLM2 135M", 64, "fp32"), CPU)
-    wanted = task.bytes(problem, "both")
-    assert clock.copies(wanted // 2) > 4
+    problem = make_problem("logits", Shape("SmolLM2 135M", 64, "fp32"), CPU)
+    size = task.bytes(problem, "both")
+    assert clock.copies_past_cache(size // 2) > 4
     ratios = []
     for _ in range(5):
-        copy = floors.plain_copy(task, "both", problem)
-        roofs.copy_bandwidth.cache_clear()
-        rate = wanted / clock.median_seconds(copy, rounds=5)
-        ratios.append(rate / roofs.copy_bandwidth(CPU))
-    roofs.copy_bandwidth.cache_clear()
+        copy = roofline.plain_copy(task, "both", problem)
+        roofline.copy_bandwidth.cache_clear()
+        rate = size / clock.median_seconds(copy, rounds=5)
+        ratios.append(rate / roofline.copy_bandwidth(CPU))
+    roofline.copy_bandwidth.cache_clear()
     assert min(abs(ratio - 1) for ratio in ratios) < 1 / 3, ratios
 
 
-def test_counted_products_are_those_of_live_tokens():
+def test_counted_flops_depend_on_mask_and_advantages():
     shape = replace(SHAPE, masked=0.5, inert=0.5)
-    problem = problems.make("hidden", shape, CPU)
-    product = 2 * 512 * 32  # of one token
+    problem = make_problem("hidden", shape, CPU)
+    token_flops = 2 * 512 * 32  # of one matmul
     task = TASKS["linear_grpo_loss"]
-    assert (problem.counted, problem.live) == (32, 16)
-    assert task.flops(problem, "forward") == product * 32
-    assert task.flops(problem, "both") == product * (32 + 2 * 16)
-    assert TASKS["linear_token_stats"].flops(problem, "both") == product * 4 * 32
+    assert (problem.num_active, problem.num_with_gradient) == (32, 16)
+    assert task.flops(problem, "forward") == token_flops * 32
+    assert task.flops(problem, "both") == token_flops * (32 + 2 * 16)
+    assert TASKS["linear_token_stats"].flops(problem, "both") == token_flops * 4 * 32
 
 
 def test_inputs_are_rotated_past_the_cache():
-    problem = problems.make("logits", SHAPE, CPU)
-    rotated = clock.rotated(problem)
-    places = {next(rotated).logits.data_ptr() for _ in range(clock.COPIES)}
-    assert len(places) == clock.COPIES  # 64 of 128 KiB: as many as are allowed
+    problems = clock.rotate(make_problem("logits", SHAPE, CPU))
+    addresses = {next(problems).logits.data_ptr() for _ in range(clock.MAX_COPIES)}
+    assert len(addresses) == clock.MAX_COPIES  # 64 of 128 KiB: as many as are allowed
 
 
-def test_a_result_file_keeps_the_records_of_the_same_run_only(tmp_path, monkeypatch):
+def test_result_file_resumes_the_same_commit_only(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     monkeypatch.setenv("GRPO_KERNELS_COMMIT", "one")
-    record = record_of(Case(TASKS["token_stats"], "both", SHAPE, OURS))
+    record = Case(TASKS["token_stats"], "both", SHAPE, OURS).new_record()
     ResultFile(path, CPU, {}).add(record)
     assert ResultFile(path, CPU, {}).records == {record.key: record}
     assert read(path)[0]["commit"] == "one"
@@ -235,16 +225,16 @@ def test_a_result_file_keeps_the_records_of_the_same_run_only(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("limit", [0, 1023, 1024, 5000, 70_000, 1 << 21])
-def test_a_ceiling_is_found_within_six_percent(limit):
-    asked = []
+def test_max_tokens_are_found_within_six_percent(limit):
+    tried = []
 
     def fits(N):
-        asked.append(N)
+        tried.append(N)
         return N <= limit
 
-    found = ceilings.largest(fits, 1024, 512, 1 << 20)
+    found = max_tokens.find_largest(fits, 1024, 512, 1 << 20)
     assert found <= limit
-    assert all(N % 512 == 0 for N in asked)
+    assert all(N % 512 == 0 for N in tried)
     if 512 <= limit < 1 << 20:
         assert limit < found + max(512, found // 16) + 512
     elif limit >= 1 << 20:
@@ -253,13 +243,13 @@ def test_a_ceiling_is_found_within_six_percent(limit):
         assert found == 0
 
 
-def test_the_gpu_command_keeps_going_and_says_what_became_of_each_part(tmp_path, monkeypatch):
-    written = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{}')"
+def test_gpu_command_continues_after_a_failed_part(tmp_path, monkeypatch):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{}')"
     suites = {
         "hidden": ("-c", "raise SystemExit(3)"),
-        "logits": ("-c", written),
+        "logits": ("-c", write),
         "step": ("-c", "import time; time.sleep(60)"),
-        "memory": ("-c", written),
+        "memory": ("-c", write),
     }
     monkeypatch.setattr(gpu, "SUITES", suites)
     started = time.monotonic()
@@ -274,17 +264,17 @@ def test_the_gpu_command_keeps_going_and_says_what_became_of_each_part(tmp_path,
     assert [path.name.split("-")[-1] for path in tmp_path.iterdir()] == ["logits.json"]
 
 
-def test_records_name_every_case_apart():
-    for level in ("logits", "hidden"):
-        keys = [record_of(case).key for case in cases(level, CPU)]
-        assert len(keys) == len(set(keys)) > 50
+@pytest.mark.parametrize("level", ["logits", "hidden"])
+def test_keys_of_records_are_unique(level):
+    keys = [case.new_record().key for case in cases(level, CPU)]
+    assert len(keys) == len(set(keys)) > 50
 
 
-def test_a_trace_attributes_the_chunk_loop_s_time_to_its_operators():
-    profiler = trace.traced(SHAPE, 8, CPU)
-    text = trace.summary(profiler, CPU)
-    calls = {each.key: each.count for each in profiler.key_averages()}
+def test_profile_attributes_the_time_to_operators():
+    profiler = profile.profile_loss(SHAPE, 8, CPU)
+    text = profile.summary(profiler, CPU)
+    calls = {event.key: event.count for event in profiler.key_averages()}
     chunks = -(-SHAPE.N // 8)
-    assert sum(calls.get(name, 0) for name in trace.PRODUCTS) == 3 * chunks
+    assert sum(calls.get(name, 0) for name in profile.MATMULS) == 3 * chunks
     shares = [float(share) for share in re.findall(r"([\d.]+)%$", text, re.M)]
-    assert len(shares) == trace.ROWS and shares == sorted(shares, reverse=True)
+    assert len(shares) == profile.ROWS and shares == sorted(shares, reverse=True)

@@ -1,4 +1,4 @@
-"""The times to reach on one H100 under Llama 3.2 1B's head in bf16: its limits, and some room.
+"""Times to reach on one H100 under Llama 3.2 1B's head in bf16: its limits, and some room.
 
 An H100 reads and writes 3.35 TB/s and multiplies bf16 at about 800 TFLOP/s.
 """

@@ -1,0 +1,223 @@
+"""The written pages: the figures in README.md, and results/README.md with all cases."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks.core.results import DIRECTORY, ROOT, DeviceResults, Record, load, slug
+from benchmarks.core.roofline import FLOORS
+from benchmarks.core.shapes import PLANS, Shape
+from benchmarks.core.tasks import TASKS
+from benchmarks.peers import OURS, PEERS
+from benchmarks.report import tables, targets
+from benchmarks.report.charts import HEADLINE, THEMES, Chart, chart_data
+
+README = ROOT / "README.md"
+ALL_CASES = DIRECTORY / "README.md"
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def texts(devices: list[DeviceResults]) -> dict[Path, str]:
+    """Return the new text of each page."""
+    readme = README.read_text(encoding="utf-8")
+    for kind in KINDS:
+        readme = replace_marked(readme, kind, readme_section(kind, devices))
+    return {README: readme, ALL_CASES: all_cases(devices)}
+
+
+def all_charts(devices: list[DeviceResults]) -> dict[Path, Chart]:
+    charts = {}
+    for results in devices:
+        base, kind = results.base, KINDS[results.machine["kind"]]
+        for level, task in HEADLINE.items():
+            title = f"{task}, {base.model}'s head, {base.dtype}, "
+            title += f"on {kind}: {results.machine['device']}"
+            data = chart_data(results.records, level, base)
+            for theme in THEMES:
+                charts[chart_path(results, level, theme)] = Chart(data, theme, title)
+    return charts
+
+
+def stale() -> list[str]:
+    """Return the files that do not show what the result files say."""
+    devices = load()
+    pages, charts = texts(devices), all_charts(devices)
+    written = {
+        path: path.read_text(encoding="utf-8") if path.exists() else ""
+        for path in (*pages, *charts)
+    }
+    old = [path for path, text in pages.items() if written[path] != text]
+    old += [path for path, chart in charts.items() if chart.data.digest not in written[path]]
+    return [link(path) for path in old]
+
+
+def replace_marked(text: str, kind: str, content: str) -> str:
+    """Replace what stands between the markers of a kind of machine."""
+    start, end = f"<!-- {kind} figures -->", f"<!-- end of {kind} figures -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
+    replaced, count = pattern.subn(lambda _: f"{start}\n{content}\n{end}", text)
+    if count != 1:
+        raise ValueError(f"expected one pair of markers {start} … {end}, found {count}")
+    return replaced
+
+
+def link(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def chart_path(results: DeviceResults, level: str, theme: str) -> Path:
+    return DIRECTORY / f"{slug(results.machine['device'])}-{level}-{theme}.svg"
+
+
+def picture(results: DeviceResults, level: str, directory: Path = ROOT) -> str:
+    """Return the HTML of a chart; links are relative to the directory of the page."""
+    light, dark = (
+        chart_path(results, level, theme).relative_to(directory).as_posix() for theme in THEMES
+    )
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{HEADLINE[level]}: time, memory, percentage of the roof, accuracy" '
+        f'src="{light}"></picture>'
+    )
+
+
+def machine_line(machine: dict) -> str:
+    versions = machine["versions"]
+    place = machine["device"]
+    place += f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
+    place += f", driver {machine['driver']}" if machine["driver"] else ""
+    return (
+        f"{place}, torch {versions['torch']}, triton {versions.get('triton', 'absent')}, "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+
+
+def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
+    """Return the figures of a kind of machine, as they stand between the README's markers."""
+    parts = []
+    for results in devices:
+        if results.machine["kind"] != kind:
+            continue
+        base = results.base
+        parts += [
+            f"{machine_line(results.machine)}. Forward and backward of {base.N:,} tokens under the "
+            f"head of {base.model} (V = {base.head.V:,}, H = {base.head.H:,}) in {base.dtype}, "
+            "medians.",
+            loss_table(results, base),
+            loss_table(results, PLANS[kind].other_dtype),
+            function_table(results),
+            *trainer_table(results),
+            *([target_table(results), *max_tokens_table(results)] if kind == "cuda" else []),
+            picture(results, "hidden"),
+            f"[Every case, quartile and failure]({link(ALL_CASES)}).",
+        ]
+    return "\n\n".join(parts) or "not measured yet"
+
+
+def loss_table(results: DeviceResults, shape: Shape) -> str:
+    """Return the table of linear_grpo_loss by every implementation: time, memory and accuracy."""
+    rows = []
+    for peer in (FLOORS["hidden"][0], *PEERS):
+        if record := results.find("linear_grpo_loss", "both", peer, shape):
+            # The buffers of a floor are no measurement.
+            memory = tables.memory(record.extra_bytes) if peer in PEERS else tables.NONE
+            error = tables.largest_error(record, gradients=True)
+            percent = tables.percent(record.percent_of_roof)
+            rows.append([peer, tables.outcome(record), percent, memory, error])
+    heads = [
+        f"`linear_grpo_loss`, {shape.dtype}, {shape.N:,} tokens",
+        "time",
+        "of the rate of `torch.mm`",
+        "extra memory",
+        "error of gradients",
+    ]
+    return tables.table(heads, rows)
+
+
+def function_table(results: DeviceResults) -> str:
+    """Return the table of all functions, a column per implementation that was tried."""
+    tried = {record.peer for record in results.records}
+    peers = [name for name in PEERS if name in tried]
+    rows = []
+    for task in TASKS.values():
+        floor = results.find(task.name, "both", FLOORS[task.level][0])
+        found = [results.find(task.name, "both", peer) for peer in peers]
+        if any(found):
+            rows.append([f"`{task.name}`", *map(tables.outcome, (floor, *found))])
+    steps = {record.peer: record for record in records_of(results, "training_step")}
+    if steps:
+        step = next(iter(steps.values()))
+        name = f"training step, {step.model}, {step.N:,} tokens, {step.dtype}"
+        found = [steps.get(peer) for peer in ("no head", *peers)]  # the former is its floor
+        rows.append([name, *map(tables.outcome, found)])
+    floors = " or ".join(sorted(floor for floor, _ in FLOORS.values()))
+    return tables.table(["", floors, *peers], rows)
+
+
+def records_of(results: DeviceResults, task: str) -> list[Record]:
+    return [record for record in results.records if record.task == task]
+
+
+def trainer_table(results: DeviceResults) -> list[str]:
+    """Return the table of the training script beside TRL's trainer, if it was measured."""
+    heads = ["training SmolLM2 135M to add", "a step", "peak memory", "held-out accuracy"]
+    rows = [
+        [record.peer, tables.outcome(record), tables.memory(record.extra_bytes), record.reason]
+        for record in records_of(results, "grpo_training")
+    ]
+    return [tables.table(heads, rows)] if rows else []
+
+
+def target_table(results: DeviceResults) -> str:
+    rows = []
+    for task, phase, N, milliseconds in targets.TARGETS:
+        shape = Shape(targets.MODEL, N, targets.DTYPE)
+        floor = results.find(task, phase, FLOORS[TASKS[task].level][0], shape)
+        ours = tables.outcome(results.find(task, phase, OURS, shape))
+        name = f"`{task}`, {phase}, N = {N:,}"
+        rows.append([name, tables.outcome(floor), f"{milliseconds:g} ms", ours])
+    return tables.table(["target on an H100", "floor", "target", "measured"], rows)
+
+
+def max_tokens_table(results: DeviceResults) -> list[str]:
+    rows = [
+        [record.peer, f"{record.N:,}", record.reason or tables.NONE]
+        for record in records_of(results, "memory_ceiling")
+    ]
+    return [tables.table(["most tokens of a loss", "N", "beyond"], rows)] if rows else []
+
+
+def all_cases(devices: list[DeviceResults]) -> str:
+    """Return the page with every record."""
+    parts = [
+        "# All cases",
+        "Written by `python -m benchmarks.report`; the columns are explained in "
+        "[benchmarks/README.md](../README.md).",
+        "## What each leaves out",
+        "\n".join(f"* {name}: {peer.leaves_out}." for name, peer in PEERS.items()),
+    ]
+    for results in devices:
+        machine = results.machine
+        roofs = ", ".join(f"{name} {value:.3g}" for name, value in machine["roofs"].items())
+        versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
+        tried = {record.peer for record in results.records}
+        absent = ", ".join(name for name in PEERS if name not in tried)
+        parts += [
+            f"## {KINDS[machine['kind']]}: {machine['device']}",
+            f"{machine_line(machine)}. {versions}. Roofs: {roofs}.",
+            *([f"Not installed: {absent}."] if absent else []),
+            *([f"Tests on the device: {results.tests}."] if results.tests else []),
+            *(picture(results, level, DIRECTORY) for level in HEADLINE),
+            *case_tables(results),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def case_tables(results: DeviceResults) -> Iterator[str]:
+    """Yield a heading and a table per task, phase and shape."""
+    groups: dict[tuple[str, str, Shape], list[Record]] = {}
+    for record in results.records:
+        groups.setdefault((record.task, record.phase, record.shape), []).append(record)
+    for (task, phase, shape), records in groups.items():
+        yield f"### {task}, {phase}: {shape}"
+        yield tables.table(tables.DETAILS, map(tables.details, records))
