@@ -14,7 +14,8 @@ from benchmarks.core.case import cases
 def pytest_generate_tests(metafunc):
     level = metafunc.function.__name__.removeprefix("test_")
     quick = metafunc.config.getoption("quick")
-    metafunc.parametrize("case", cases(level, clock.default_device(), quick=quick), ids=str)
+    found = list(cases(level, clock.default_device(), quick=quick))
+    metafunc.parametrize("case", found, ids=str)
 
 
 @pytest.mark.benchmark(timer=clock.now)
