@@ -93,7 +93,7 @@ def variants() -> Iterator[Variant]:
             )
 
     for name, absent, changes in (
-        ("clip", ("entropy_weight_ptr", "ref_ptr", "sampling_ptr"), {}),
+        ("clip", ("entropy_weight_ptr", "ref_logprob_ptr", "sampling_logprob_ptr"), {}),
         ("k3, entropy, importance", (), {}),
         ("k3_corrected, entropy, softcap", (), {"ESTIMATOR": "k3_corrected", "SOFTCAP": 30.0}),
         ("SAPO, k3, entropy, importance", (), {"SURROGATE": "sapo"}),

@@ -8,8 +8,8 @@ B = 1. Rows may be strided; their entries are contiguous.
         writes every row's gradient to d_logits [B, T, V], which may be rows.logits itself
     grpo_loss(rows, loss_inputs, config, d_logits) -> (logprob, entropy)
         a token-level loss: its gradient goes to d_logits, which may be rows.logits itself
-    approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
-    approximate_kl_backward(logits, ref_logits, mask, saved, d_total, log2_eps, d_logits)
+    approximate_kl_forward(logits, ref_logits, mask, log2_eps) -> ApproximateKL
+    approximate_kl_backward(logits, ref_logits, mask, kl, d_total, log2_eps, d_logits)
     scale_(x, factor)
         multiplies x [B, T, V] in place; a factor of 1 touches nothing
 
@@ -51,6 +51,15 @@ class RowStats(NamedTuple):
     def map(self, function) -> "RowStats":
         """Apply a function to every tensor that is there."""
         return RowStats(*(x if x is None else function(x) for x in self))
+
+
+class ApproximateKL(NamedTuple):
+    """mini-GRPO's approximate KL of rows, and what its gradient needs."""
+
+    total: Tensor  # [B, T], in the accumulation dtype, like all of them
+    weight_sum: Tensor  # [B, T], the sum of w in backends/triton/approximate_kl.py
+    row_lse: Tensor  # [B, T, 2]
+    ref_row_lse: Tensor  # [B, T, 2]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

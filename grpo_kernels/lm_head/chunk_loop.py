@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import backend_for
+from ..backends import RowInputs, backend_for
 from ..objective.token_gradients import LossInputs, TokenGrads, token_gradients
 from ..workspace import Buffers
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
@@ -150,41 +150,23 @@ class ChunkedLMHead:
 
     def forward(self, at: Tensor) -> RowStats:
         """The statistics [n] of the chunk whose logits were written last."""
-        logits, ref_logits, tokens, temperature = self._rows(at)
-        of = self.inputs
-        outputs = backend_for(logits).token_stats_forward(
-            logits, tokens, temperature, None, ref_logits, of.softcap, of.entropy, of.kl
-        )
-        outputs = tuple(each if each is None else each.squeeze(0) for each in outputs)
+        rows, of = self._rows(at), self.inputs
+        outputs = backend_for(rows.logits).token_stats_forward(rows, entropy=of.entropy)
+        outputs = outputs.map(lambda x: x.squeeze(0))
         if of.vocab_group:
-            rows = tokens.squeeze(0), temperature.squeeze(0)
-            outputs = merge_over(of.vocab_group, outputs, *rows, of.kl)
+            token = rows.tokens.squeeze(0), rows.temperature.squeeze(0)
+            outputs = merge_over(of.vocab_group, outputs, *token, of.kl)
         return RowStats(*outputs)
 
     def backward(self, at: Tensor, stats: RowStats, upstream: TokenGrads) -> Tensor:
         """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
-        logits, ref_logits, tokens, temperature = self._rows(at)
-        stats = RowStats(*(each if each is None else each.unsqueeze(0) for each in stats))
-        d_logprob, d_entropy, d_kl = (
-            each if each is None else each.contiguous().unsqueeze(0) for each in upstream
+        rows, d_logits = self._rows(at), self._gradient_rows(at)
+        grads = TokenGrads(
+            *(each if each is None else each.contiguous().unsqueeze(0) for each in upstream)
         )
-        d_logits = self._gradient_rows(at)
-        backend_for(logits).token_stats_backward(
-            logits,
-            tokens,
-            temperature,
-            None,
-            None if d_kl is None else ref_logits,
-            stats.row_lse,
-            None if d_kl is None else stats.ref_row_lse,
-            None if d_entropy is None else stats.entropy,
-            None if d_kl is None else stats.kl,
-            d_logprob,
-            d_entropy,
-            d_kl,
-            self.inputs.softcap,
-            None if d_kl is None else self.inputs.kl,
-            d_logits[: len(at)].unsqueeze(0),
+        stats = RowStats(*(each if each is None else each.unsqueeze(0) for each in stats))
+        backend_for(rows.logits).token_stats_backward(
+            rows, stats, grads, d_logits[: len(at)].unsqueeze(0)
         )
         return d_logits
 
@@ -200,20 +182,13 @@ class ChunkedLMHead:
             return stats, self.backward(
                 at, stats, token_gradients(stats.logprob, loss_inputs, config)
             )
-        logits, _, tokens, temperature = self._rows(at)
+        rows = self._rows(at)
         loss_inputs = LossInputs(
             *(x if x is None or x.dim() == 0 else x.unsqueeze(0) for x in loss_inputs)
         )
         d_logits = self._gradient_rows(at)
-        logprob, entropy = backend_for(logits).grpo_loss(
-            logits,
-            tokens,
-            temperature,
-            None,
-            self.inputs.softcap,
-            loss_inputs,
-            config,
-            d_logits[: len(at)].unsqueeze(0),
+        logprob, entropy = backend_for(rows.logits).grpo_loss(
+            rows, loss_inputs, config, d_logits[: len(at)].unsqueeze(0)
         )
         return RowStats(logprob.squeeze(0), entropy.squeeze(0), None, None, None), d_logits
 
@@ -223,15 +198,17 @@ class ChunkedLMHead:
         d_logits[len(at) :].zero_()
         return d_logits
 
-    def _rows(self, at: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(logits, ref_logits, tokens, temperature) of a chunk, as one sequence."""
+    def _rows(self, at: Tensor) -> RowInputs:
+        """A chunk as one sequence."""
         ref_logits = None if self._ref_logits is None else self._ref_logits[: len(at)].unsqueeze(0)
-        logits = self._logits[: len(at)].unsqueeze(0)
-        return (
-            logits,
-            ref_logits,
+        return RowInputs(
+            self._logits[: len(at)].unsqueeze(0),
             self.inputs.tokens[at].unsqueeze(0),
             self.inputs.temperature[at].unsqueeze(0),
+            None,
+            ref_logits,
+            self.inputs.softcap,
+            self.inputs.kl,
         )
 
 

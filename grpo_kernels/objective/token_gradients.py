@@ -135,7 +135,7 @@ def weighted_sum(terms: TokenLosses, loss_inputs: LossInputs, config: "LossConfi
 class TokenGrads(NamedTuple):
     """The gradient of a loss in the statistics of its tokens; None is zero."""
 
-    logprob: Tensor
+    logprob: Tensor | None
     entropy: Tensor | None
     kl: Tensor | None
 

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_for
+from ..backends.interface import ApproximateKL, accumulation_dtype
 
 
 @torch.library.custom_op("grpo_kernels::approximate_kl_forward", mutates_args=())
 def _forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _accumulation_dtype(logits)
-    return backend_for(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
+    return tuple(backend_for(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps))
 
 
 @_forward.register_fake
 def _(logits, ref_logits, mask, log2_eps):
     def output(*pair: int) -> Tensor:
-        return logits.new_empty((*mask.shape, *pair), dtype=_accumulation_dtype(logits))
+        return logits.new_empty((*mask.shape, *pair), dtype=accumulation_dtype(logits.dtype))
 
     return output(), output(), output(2), output(2)
 
@@ -29,15 +29,16 @@ def _backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor,
-    weight: Tensor,
+    weight_sum: Tensor,
     row_lse: Tensor,
     ref_row_lse: Tensor,
     d_total: Tensor,
     log2_eps: float,
 ) -> Tensor:
     d_logits = logits.new_empty(logits.shape)
+    kl = ApproximateKL(weight_sum, weight_sum, row_lse, ref_row_lse)  # the total is not read
     backend_for(logits).approximate_kl_backward(
-        logits, ref_logits, mask, weight, row_lse, ref_row_lse, d_total, log2_eps, d_logits
+        logits, ref_logits, mask, kl, d_total, log2_eps, d_logits
     )
     return d_logits
 
@@ -70,7 +71,3 @@ def approximate_kl_sums(ref_logits: Tensor, new_logits: Tensor, mask: Tensor, ep
         [B, T], fp32 (fp64 for fp64 logits), 0 where masked, differentiable in `new_logits`.
     """
     return _forward(new_logits, ref_logits.detach(), mask, math.log2(eps))[0]
-
-
-def _accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import backend_for
+from ..backends import RowInputs, backend_for
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
     LossConfig,
@@ -42,9 +42,8 @@ def _rows_(
     loss_inputs = LossInputs(
         advantage, weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
     )
-    return backend_for(logits).grpo_loss(
-        logits, tokens, temperature, mask, softcap, loss_inputs, LossConfig.decode(config), d_logits
-    )
+    rows = RowInputs(logits, tokens, temperature, mask, None, softcap, None)
+    return backend_for(logits).grpo_loss(rows, loss_inputs, LossConfig.decode(config), d_logits)
 
 
 @_rows_.register_fake

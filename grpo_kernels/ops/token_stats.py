@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import backend_for
+from ..backends import RowInputs, RowStats, backend_for
+from ..objective.token_gradients import TokenGrads
 
 
 class TokenStats(NamedTuple):
@@ -34,9 +35,8 @@ def _forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_token_ids(tokens, mask, logits.shape[-1])
-    outputs = backend_for(logits).token_stats_forward(
-        logits, tokens, temperature, mask, ref_logits, softcap, entropy, kl
-    )
+    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
+    outputs = backend_for(logits).token_stats_forward(rows, entropy=entropy)
     return tuple(temperature.new_empty(0) if each is None else each for each in outputs)
 
 
@@ -67,10 +67,10 @@ def _backward(
     kl: str | None,
 ) -> Tensor:
     d_logits = logits.new_empty(logits.shape)
-    backend_for(logits).token_stats_backward(
-        logits, tokens, temperature, mask, ref_logits, row_lse, ref_row_lse,
-        entropy_value, kl_value, d_logprob, d_entropy, d_kl, softcap, kl, d_logits,
-    )  # fmt: skip
+    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
+    stats = RowStats(row_lse[..., 0], entropy_value, kl_value, row_lse, ref_row_lse)
+    grads = TokenGrads(d_logprob, d_entropy, d_kl)
+    backend_for(logits).token_stats_backward(rows, stats, grads, d_logits)
     return d_logits
 
 
@@ -96,10 +96,10 @@ def _backward_(
     softcap: float | None,
     kl: str | None,
 ) -> None:
-    backend_for(logits).token_stats_backward(
-        logits, tokens, temperature, mask, ref_logits, row_lse, ref_row_lse,
-        entropy_value, kl_value, d_logprob, d_entropy, d_kl, softcap, kl, logits,
-    )  # fmt: skip
+    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
+    stats = RowStats(row_lse[..., 0], entropy_value, kl_value, row_lse, ref_row_lse)
+    grads = TokenGrads(d_logprob, d_entropy, d_kl)
+    backend_for(logits).token_stats_backward(rows, stats, grads, logits)
 
 
 @_backward_.register_fake

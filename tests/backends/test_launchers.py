@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo_kernels import LossConfig, grpo_loss, token_stats
 from grpo_kernels import backends as rows
 from grpo_kernels import workspace as buffers
-from grpo_kernels.backends import use
+from grpo_kernels.backends import RowInputs, pytorch, use
 from grpo_kernels.backends.pytorch import softmax
-from grpo_kernels.backends.pytorch import token_stats as eager
 from grpo_kernels.backends.triton.launch_configs import (
     ACCESS_BYTES,
     ROWS_PER_MULTIPROCESSOR,
     TABLE,
     pick_row_launch,
 )
+from grpo_kernels.objective.token_gradients import TokenGrads
 from tests.helpers.tensors import (
     assert_same_bits,
     check_against_oracle,
@@ -58,16 +58,11 @@ def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
     logits, tokens = make_case(1, 4, 100, 1024)
     ref_logits = normal(2, 4, 100, 1024)
     d_logits = torch.empty_like(logits)
-    temperature = torch.ones(4, 100)
     ones = torch.ones(4, 100)
+    inputs = RowInputs(logits, tokens, ones, None, ref_logits, 30.0, "reverse")
     with LargestAllocation(logits, ref_logits, d_logits) as largest:
-        _, entropy, kl, row_lse, ref_row_lse = eager.token_stats_forward(
-            logits, tokens, temperature, None, ref_logits, 30.0, True, "reverse"
-        )
-        eager.token_stats_backward(
-            logits, tokens, temperature, None, ref_logits, row_lse, ref_row_lse,
-            entropy, kl, ones, ones, ones, 30.0, "reverse", d_logits,
-        )  # fmt: skip
+        stats = pytorch.token_stats_forward(inputs, entropy=True)
+        pytorch.token_stats_backward(inputs, stats, TokenGrads(ones, ones, ones), d_logits)
     exact = exact_results(
         logits,
         tokens,
@@ -259,9 +254,9 @@ def test_few_rows_are_split_over_programs(monkeypatch):
     launched = []
     launch = calls._launch
 
-    def noted(kernel, *arguments, parts=1, **loss_inputs):
-        launched.append((kernel.fn.__name__, parts))
-        launch(kernel, *arguments, parts=parts, **loss_inputs)
+    def noted(kernel, *arguments, programs_per_row=1, **keywords):
+        launched.append((kernel.fn.__name__, programs_per_row))
+        launch(kernel, *arguments, programs_per_row=programs_per_row, **keywords)
 
     monkeypatch.setattr(calls, "_launch", noted)
     logits, tokens = make_case(3, 1, 2, 300)

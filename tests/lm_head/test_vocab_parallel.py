@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels.backends import backend_for
+from grpo_kernels.backends import RowInputs, RowStats, backend_for
 from grpo_kernels.lm_head.vocab_parallel import (
     ON_OTHER_RANK,
     OUT_OF_VOCAB,
@@ -18,6 +18,7 @@ from grpo_kernels.lm_head.vocab_parallel import (
     local_ids,
     merge_shards,
 )
+from grpo_kernels.objective.token_gradients import TokenGrads
 from reference import losses
 from tests.helpers.tensors import exact_results, make_case, normal, results, upstream_like
 from tests.helpers.tolerance import assert_as_accurate
@@ -38,25 +39,22 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature = torch.full(tokens.shape, temperature, dtype=acc)
     ids = [local_ids(tokens, torch.tensor(sizes), rank) for rank in range(len(sizes))]
-    shards = list(zip(parts(logits, sizes), ids, parts(ref_logits, sizes), strict=True))
+    shards = [
+        RowInputs(x, own, temperature, None, y, softcap, kl)
+        for x, own, y in zip(parts(logits, sizes), ids, parts(ref_logits, sizes), strict=True)
+    ]
     found = [
-        as_shard(
-            functions.token_stats_forward(x, own, temperature, None, y, softcap, True, kl), own
-        )
-        for x, own, y in shards
+        as_shard(functions.token_stats_forward(rows, entropy=True), rows.tokens) for rows in shards
     ]
     stacked = (None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True))
     merged = merge_shards(tuple(stacked), temperature, kl)
-    logprob, entropy, kl_value, row_lse, ref_row_lse = merged
+    merged = RowStats(*merged)
     d_logits = torch.full_like(logits, torch.nan)
-    upstream = [given.get(name) for name in ("logprob", "entropy", "kl")]
-    d_kl = upstream[-1]
-    for (x, own, y), out in zip(shards, parts(d_logits, sizes), strict=True):
-        functions.token_stats_backward(
-            x, own, temperature, None, y, row_lse, ref_row_lse, entropy, kl_value,
-            *upstream, softcap, None if d_kl is None else kl, out,
-        )  # fmt: skip
-    stats = {"logprob": logprob, "entropy": entropy, "kl": kl_value, "d_logits": d_logits}
+    grads = TokenGrads(*(given.get(name) for name in ("logprob", "entropy", "kl")))
+    for rows, out in zip(shards, parts(d_logits, sizes), strict=True):
+        functions.token_stats_backward(rows, merged, grads, out)
+    stats = {name: getattr(merged, name) for name in ("logprob", "entropy", "kl")}
+    stats["d_logits"] = d_logits
     return {name: each for name, each in stats.items() if each is not None}
 
 

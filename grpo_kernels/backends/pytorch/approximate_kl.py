@@ -1,13 +1,14 @@
 """mini-GRPO's approximate KL and its gradient, a block of rows at a time.
 
-The quantities are those of kernels/approximate_kl.py: t, the log2 of q / p with both at least eps,
-and W, the sum over a row of w = (1 - 2^t) where p >= eps.
+The quantities are those of backends/triton/approximate_kl.py: t, the log2 of q / p with both at
+least eps, and W, the sum over a row of w = (1 - 2^t) where p >= eps.
 """
 
 import torch
 from torch import Tensor
 
 from ...workspace import thread_buffers
+from ..interface import ApproximateKL, accumulation_dtype
 from .softmax import LN2, LOG2E, Softmax, clear, exp2, row_blocks
 
 
@@ -24,47 +25,44 @@ def _floored(p: Softmax, log2_eps: float) -> Tensor:
 
 
 def approximate_kl_forward(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, W, row_lse, ref_row_lse) of every row of [B, T, V]; mask [B, T]."""
-    total = logits.new_zeros(mask.shape, dtype=dtype)
-    weight = torch.zeros_like(total)
-    row_lse = logits.new_zeros((*mask.shape, 2), dtype=dtype)
-    ref_row_lse = torch.zeros_like(row_lse)
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
+) -> ApproximateKL:
+    """The approximate KL of every row of [B, T, V]; mask [B, T]."""
+    total = logits.new_zeros(mask.shape, dtype=accumulation_dtype(logits.dtype))
+    row_lse = total.new_zeros((*mask.shape, 2))
+    kl = ApproximateKL(total, torch.zeros_like(total), row_lse, torch.zeros_like(row_lse))
     scale = total.new_full((1, 1), LOG2E)
     buffers = thread_buffers(logits.device)
-    for at in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.of(logits[at], scale, None, buffers, "policy")
-        q = Softmax.of(ref_logits[at], scale, None, buffers, "reference")
-        row_lse[at], ref_row_lse[at] = p.row_lse, q.row_lse
+    for block in row_blocks(mask, logits.shape[-1]):
+        p = Softmax.of(logits[block], scale, None, buffers, "policy")
+        q = Softmax.of(ref_logits[block], scale, None, buffers, "reference")
+        kl.row_lse[block], kl.ref_row_lse[block] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
-        total[at] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
-        weight[at] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
-    return total, weight, row_lse, ref_row_lse
+        kl.total[block] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
+        kl.weight_sum[block] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
+    return kl
 
 
 def approximate_kl_backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor,
-    weight: Tensor,
-    row_lse: Tensor,
-    ref_row_lse: Tensor,
+    kl: ApproximateKL,
     d_total: Tensor,
     log2_eps: float,
     d_logits: Tensor,
 ) -> None:
     """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
-    scale = weight.new_full((1, 1), LOG2E)
+    scale = kl.weight_sum.new_full((1, 1), LOG2E)
     clear(d_logits, ~mask)
     buffers = thread_buffers(logits.device)
-    for at in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.again(logits[at], row_lse[at], scale, None, buffers, "policy")
-        again = ref_logits[at], ref_row_lse[at], scale, None, buffers, "reference"
+    for block in row_blocks(mask, logits.shape[-1]):
+        p = Softmax.again(logits[block], kl.row_lse[block], scale, None, buffers, "policy")
+        again = ref_logits[block], kl.ref_row_lse[block], scale, None, buffers, "reference"
         q = Softmax.again(*again)
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_floored(p, log2_eps), 0.0)
-        row_weight = weight[at].unsqueeze(-1) / p.total
+        row_weight = kl.weight_sum[block].unsqueeze(-1) / p.total
         dx = exp2(p.z, out=p.e).mul_(row_weight).add_(excess)
-        d_logits[at] = dx.mul_(-d_total[at].unsqueeze(-1)).to(d_logits.dtype)
+        d_logits[block] = dx.mul_(-d_total[block].unsqueeze(-1)).to(d_logits.dtype)

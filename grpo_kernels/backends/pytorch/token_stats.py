@@ -6,44 +6,38 @@ The same contract as kernels/token_stats.py. Masked rows are not read.
 import torch
 from torch import Tensor
 
+from ...objective.token_gradients import TokenGrads
 from ...workspace import thread_buffers
+from ..interface import RowInputs, RowStats
 from .softmax import FLOOR, LN2, LOG2E, Rows, Softmax, clear, exp2, row_blocks
 
 
-def token_stats_forward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    softcap: float | None,
-    entropy: bool,
-    kl: str | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """(logprob, entropy, kl, row_lse, ref_row_lse) of every row of logits [B, T, V].
-
-    temperature is [B, T] in the accumulation dtype; a row_lse [B, T, 2] is (pivot, log_sum).
-    """
-    V = logits.shape[-1]
+def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
+    """The statistics of every row."""
+    logits, tokens, temperature, mask, ref_logits, softcap, kl = rows
     logprob = temperature.new_zeros(tokens.shape)
     row_lse = temperature.new_zeros((*tokens.shape, 2))
-    entropy_value = torch.zeros_like(logprob) if entropy else None
-    kl_value = torch.zeros_like(logprob) if kl else None
-    ref_row_lse = torch.zeros_like(row_lse) if kl else None
-    active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    stats = RowStats(
+        logprob,
+        torch.zeros_like(logprob) if entropy else None,
+        torch.zeros_like(logprob) if kl else None,
+        row_lse,
+        torch.zeros_like(row_lse) if kl else None,
+    )
+    active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     buffers = thread_buffers(logits.device)
-    for at in row_blocks(active, V):
-        scale = LOG2E / temperature[at].unsqueeze(-1)
-        p = Softmax.of(logits[at], scale, softcap, buffers, "policy")
-        logprob[at] = p.logprob(tokens[at])
-        row_lse[at] = p.row_lse
+    for block in row_blocks(active, logits.shape[-1]):
+        scale = LOG2E / temperature[block].unsqueeze(-1)
+        p = Softmax.of(logits[block], scale, softcap, buffers, "policy")
+        stats.logprob[block] = p.logprob(tokens[block])
+        stats.row_lse[block] = p.row_lse
         if entropy:
-            entropy_value[at] = p.entropy()
+            stats.entropy[block] = p.entropy()
         if kl is not None:
-            q = Softmax.of(ref_logits[at], scale, softcap, buffers, "reference")
-            kl_value[at] = p.divergence(q) if kl == "reverse" else q.divergence(p)
-            ref_row_lse[at] = q.row_lse
-    return logprob, entropy_value, kl_value, row_lse, ref_row_lse
+            q = Softmax.of(ref_logits[block], scale, softcap, buffers, "reference")
+            stats.kl[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
+            stats.ref_row_lse[block] = q.row_lse
+    return stats
 
 
 class RowWeights:
@@ -139,39 +133,25 @@ def write_gradient(
 
 
 def token_stats_backward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    row_lse: Tensor,
-    ref_row_lse: Tensor | None,
-    entropy_value: Tensor | None,
-    kl_value: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_kl: Tensor | None,
-    softcap: float | None,
-    kl: str | None,
-    d_logits: Tensor,
+    rows: RowInputs, stats: RowStats, grads: TokenGrads, d_logits: Tensor
 ) -> None:
-    """Write every row's gradient to d_logits [B, T, V], which may be logits itself."""
-    wanted = torch.zeros_like(tokens, dtype=torch.bool)
-    for upstream in (d_logprob, d_entropy, d_kl):
-        if upstream is not None:
-            wanted |= upstream != 0
-    if mask is not None:
-        wanted &= mask != 0
-    clear(d_logits, ~wanted)
-    buffers = thread_buffers(logits.device)
-    of_token = (d_logprob, d_entropy, entropy_value, d_kl, kl_value)
-    for at in row_blocks(wanted, logits.shape[-1]):
-        inverse = temperature[at].reciprocal().unsqueeze(-1)
-        rows, scale, q = logits[at], LOG2E * inverse, None
-        p = Softmax.again(rows, row_lse[at], scale, softcap, buffers, "policy")
+    """Write every row's gradient to d_logits [B, T, V], which may be rows.logits itself."""
+    active = torch.zeros_like(rows.tokens, dtype=torch.bool)
+    for grad in grads:
+        if grad is not None:
+            active |= grad != 0
+    if rows.mask is not None:
+        active &= rows.mask
+    clear(d_logits, ~active)
+    buffers = thread_buffers(rows.logits.device)
+    of_token = (grads.logprob, grads.entropy, stats.entropy, grads.kl, stats.kl)
+    for block in row_blocks(active, rows.logits.shape[-1]):
+        inverse = rows.temperature[block].reciprocal().unsqueeze(-1)
+        logits, scale, q = rows.logits[block], LOG2E * inverse, None
+        p = Softmax.again(logits, stats.row_lse[block], scale, rows.softcap, buffers, "policy")
         exp2(p.z, out=p.e)
-        if d_kl is not None:
-            again = ref_logits[at], ref_row_lse[at], scale, softcap, buffers, "reference"
-            q = Softmax.again(*again)
-        weights = RowWeights(inverse, *(x if x is None else x[at] for x in of_token), kl)
-        write_gradient(d_logits, at, p, q, weights, tokens, rows, softcap)
+        if grads.kl is not None:
+            again = rows.ref_logits[block], stats.ref_row_lse[block], scale, rows.softcap
+            q = Softmax.again(*again, buffers, "reference")
+        weights = RowWeights(inverse, *(x if x is None else x[block] for x in of_token), rows.kl)
+        write_gradient(d_logits, block, p, q, weights, rows.tokens, logits, rows.softcap)

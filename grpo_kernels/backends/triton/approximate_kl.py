@@ -34,15 +34,15 @@ def _approximate_kl_forward_kernel(
     ref_logits_ptr,  # [B, T, V], strided rows
     mask_ptr,  # [N]
     total_ptr,  # [N]
-    weight_ptr,  # [N]: W
+    weight_sum_ptr,  # [N]: W
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
     T,
     V,
     stride_logits_b,
     stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
+    stride_ref_logits_b,
+    stride_ref_logits_t,
     LOG2_EPS: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -52,13 +52,13 @@ def _approximate_kl_forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(mask_ptr + row) == 0:
         tl.store(total_ptr + row, 0.0)
-        tl.store(weight_ptr + row, 0.0)
+        tl.store(weight_sum_ptr + row, 0.0)
         tl.store(row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
         tl.store(ref_row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
+    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
     TILE: tl.constexpr = UNROLL * LANES * VEC
@@ -87,7 +87,7 @@ def _approximate_kl_forward_kernel(
         total += tile_sum(tl.exp2(t) - 1.0 - t * LN2)
         weight += tile_sum(_weight(z, t, log2_eps))
     tl.store(total_ptr + row, tl.sum(total, axis=0))
-    tl.store(weight_ptr + row, tl.sum(weight, axis=0))
+    tl.store(weight_sum_ptr + row, tl.sum(weight, axis=0))
     tl.store(row_lse_ptr + 2 * row, pivot)
     tl.store(row_lse_ptr + 2 * row + 1, log_sum)
     tl.store(ref_row_lse_ptr + 2 * row, ref_pivot)
@@ -113,7 +113,7 @@ def _approximate_kl_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows
     mask_ptr,  # [N]
-    weight_ptr,  # [N]: W
+    weight_sum_ptr,  # [N]: W
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
     d_total_ptr,  # [N]
@@ -122,8 +122,8 @@ def _approximate_kl_backward_kernel(
     V,
     stride_logits_b,
     stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
+    stride_ref_logits_b,
+    stride_ref_logits_t,
     stride_d_logits_b,
     stride_d_logits_t,
     LOG2_EPS: tl.constexpr,
@@ -141,14 +141,14 @@ def _approximate_kl_backward_kernel(
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
+    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
     pivot = tl.load(row_lse_ptr + 2 * row)
     log_sum = tl.load(row_lse_ptr + 2 * row + 1)
     ref_pivot = tl.load(ref_row_lse_ptr + 2 * row)
     ref_log_sum = tl.load(ref_row_lse_ptr + 2 * row + 1)
-    row_weight = tl.load(weight_ptr + row)
+    row_weight = tl.load(weight_sum_ptr + row)
     d_total = tl.load(d_total_ptr + row).to(ACC_DTYPE)
     for start in range(0, V, TILE):
         x = load_tile(logits_row, start + offsets, V, True, ACC_DTYPE, False)

@@ -32,8 +32,8 @@ from .token_stats import row_counts, token_logit
 
 @triton.jit
 def _log_prob_gradient(
-    row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-    SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
+    row, logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
+    sampling_logprob_ptr, settings_ptr, SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
 ):  # fmt: skip
     """d loss / d logprob of a token."""
     lowest = tl.load(settings_ptr)
@@ -41,18 +41,18 @@ def _log_prob_gradient(
     cap = tl.load(settings_ptr + 2)
     beta = tl.load(settings_ptr + 3)
     old = logprob
-    if old_ptr is not None:
-        old = tl.load(old_ptr + row)
+    if old_logprob_ptr is not None:
+        old = tl.load(old_logprob_ptr + row)
     ratio, d_ratio = ratio_of(logprob - old)
     advantage = tl.load(advantage_ptr + row)
     grad = surrogate_grad(logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE)
-    if sampling_ptr is not None:
+    if sampling_logprob_ptr is not None:
         least = tl.load(settings_ptr + 4)
         most = tl.load(settings_ptr + 5)
         outside = tl.load(settings_ptr + 6)
-        grad *= importance_weight(old - tl.load(sampling_ptr + row), least, most, outside)
-    if ref_ptr is not None:
-        d = logprob - tl.load(ref_ptr + row)
+        grad *= importance_weight(old - tl.load(sampling_logprob_ptr + row), least, most, outside)
+    if ref_logprob_ptr is not None:
+        d = logprob - tl.load(ref_logprob_ptr + row)
         grad += beta * kl_grad(d, ratio, d_ratio, ESTIMATOR)
     return grad * tl.load(weight_ptr + row)
 
@@ -66,9 +66,9 @@ def _grpo_loss_kernel(
     advantage_ptr,  # [N]
     weight_ptr,  # [N]
     entropy_weight_ptr,  # [1]; None: no bonus
-    old_ptr,  # [N]; None: the policy's own
-    ref_ptr,  # [N]; None: no KL in the loss
-    sampling_ptr,  # [N]; None: no importance weight
+    old_logprob_ptr,  # [N]; None: the policy's own
+    ref_logprob_ptr,  # [N]; None: no KL in the loss
+    sampling_logprob_ptr,  # [N]; None: no importance weight
     settings_ptr,  # [7]: three of the surrogate, beta; two bounds of the importance, if it masks
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]
@@ -113,8 +113,8 @@ def _grpo_loss_kernel(
     tl.store(entropy_ptr + row, entropy)
 
     d_logprob = inverse * _log_prob_gradient(
-        row, logprob, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampling_ptr, settings_ptr,
-        SURROGATE, ESTIMATOR,
+        row, logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
+        sampling_logprob_ptr, settings_ptr, SURROGATE, ESTIMATOR,
     )  # fmt: skip
     weight = -d_logprob
     weight_log = inverse * 0.0

@@ -5,13 +5,16 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...objective.config import LossConfig
 from ...objective.surrogates import two_sided_cap
+from ...objective.token_gradients import LossInputs, TokenGrads
+from ..interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
 from .launch_configs import RowLaunch, are_few, pick_row_launch
@@ -21,10 +24,6 @@ from .token_stats import (
     _token_stats_merge_kernel,
     _token_stats_part_kernel,
 )
-
-if TYPE_CHECKING:
-    from ...objective.config import LossConfig
-    from ...objective.token_gradients import LossInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED_MULTIPROCESSORS = 2  # so that property tests have few rows, and not few
@@ -51,128 +50,116 @@ def _parts(logits: Tensor, pick: RowLaunch) -> int:
 
 
 def _launch(
-    kernel, pick: RowLaunch, logits: Tensor, acc: torch.dtype, *arguments, parts=1, **loss_inputs
+    kernel: Any, pick: RowLaunch, logits: Tensor, programs_per_row: int = 1, **arguments: Any
 ) -> None:
-    """`parts` programs per row of logits [B, T, V], none if there are none."""
-    programs = logits.shape[0] * logits.shape[1] * parts
+    """Run a kernel over the rows of logits [B, T, V]; no rows are no launch."""
+    programs = logits.shape[0] * logits.shape[1] * programs_per_row
     if programs == 0:
         return
-    sizes = {"UNROLL": pick.unroll, "LANES": pick.lanes, "VEC": pick.vector, "PART": pick.part}
+    tile = {"UNROLL": pick.unroll, "LANES": pick.lanes, "VEC": pick.vector}
+    if kernel is _token_stats_merge_kernel:
+        tile = {"LANES": pick.lanes}
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
         kernel[(programs,)](
-            *arguments,
-            **loss_inputs,
-            ACC_DTYPE=tl.float64 if acc == torch.float64 else tl.float32,
-            **{name: size for name, size in sizes.items() if name in kernel.arg_names},
+            **arguments,
+            **tile,
+            ACC_DTYPE=tl.float64 if logits.dtype == torch.float64 else tl.float32,
             num_warps=pick.num_warps,
         )
 
 
-def _row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else tensor.stride()[:2]
+def _row_arguments(rows: RowInputs) -> dict[str, Any]:
+    """The arguments that every kernel over RowInputs takes, by name."""
+    _, T, V = rows.logits.shape
+    return {
+        "logits_ptr": rows.logits,
+        "temperature_ptr": rows.temperature,
+        "mask_ptr": rows.mask,
+        "T": T,
+        "V": V,
+        **_strides(logits=rows.logits),
+        "stride_temperature": rows.temperature.stride(-1),
+        "SOFTCAP": rows.softcap,
+    }
 
 
-def token_stats_forward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    softcap: float | None,
-    entropy: bool,
-    kl: str | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """(logprob, entropy, kl, row_lse, ref_row_lse) of every row of logits [B, T, V].
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    """The row strides of tensors [B, T, V] as kernel arguments; 0 for None."""
+    return {
+        f"stride_{name}_{dim}": 0 if x is None else x.stride(axis)
+        for name, x in tensors.items()
+        for axis, dim in enumerate("bt")
+    }
 
-    temperature is [B, T] in the accumulation dtype; a row_lse [B, T, 2] is (pivot, log_sum).
-    """
-    logprob = temperature.new_empty(tokens.shape)
-    row_lse = temperature.new_empty((*tokens.shape, 2))
-    outputs = (
+
+def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
+    """The statistics of every row."""
+    logprob = rows.temperature.new_empty(rows.tokens.shape)
+    row_lse = rows.temperature.new_empty((*rows.tokens.shape, 2))
+    stats = RowStats(
         logprob,
         torch.empty_like(logprob) if entropy else None,
-        torch.empty_like(logprob) if kl else None,
+        torch.empty_like(logprob) if rows.kl else None,
         row_lse,
-        torch.empty_like(row_lse) if kl else None,
+        torch.empty_like(row_lse) if rows.kl else None,
     )
-    (_, T, V), pick = logits.shape, _pick("token_stats_forward", logits)
-    parts, acc = _parts(logits, pick), temperature.dtype
-    model = {"KL": kl or "none", "SOFTCAP": softcap}
-    strides, by_temperature = _row_strides(logits), temperature.stride(-1)
-    of_rows = (*strides, *_row_strides(ref_logits), by_temperature)
+    pick = _pick("token_stats_forward", rows.logits)
+    parts = _parts(rows.logits, pick)
+    common = {**_row_arguments(rows), "KL": rows.kl or "none"}
+    reference = {"ref_logits_ptr": rows.ref_logits, **_strides(ref_logits=rows.ref_logits)}
+    outputs = {"tokens_ptr": rows.tokens}
+    outputs |= {f"{name}_ptr": x for name, x in stats._asdict().items()}
     if parts == 1:
         _launch(
-            _token_stats_forward_kernel, pick, logits, acc,
-            logits, ref_logits, tokens, temperature, mask, *outputs, T, V, *of_rows, **model,
+            _token_stats_forward_kernel, pick, rows.logits, **common, **reference, **outputs,
+            PART=pick.part,
         )  # fmt: skip
-        return outputs
-    partials = temperature.new_empty((tokens.numel(), parts, 6, pick.lanes))
+        return stats
+    partials = logprob.new_empty((logprob.numel(), parts, 6, pick.lanes))
+    common |= {"partials_ptr": partials, "parts": parts}
     _launch(
-        _token_stats_part_kernel, pick, logits, acc,
-        logits, ref_logits, temperature, mask, partials, T, V, parts, *of_rows,
-        parts=parts, HAS_ENTROPY=entropy, **model,
+        _token_stats_part_kernel, pick, rows.logits, programs_per_row=parts, **common, **reference,
+        HAS_ENTROPY=entropy, PART=pick.part,
     )  # fmt: skip
-    _launch(
-        _token_stats_merge_kernel, pick, logits, acc,
-        logits, tokens, temperature, mask, partials, *outputs, T, V, parts, *strides,
-        by_temperature, **model,
-    )  # fmt: skip
-    return outputs
+    _launch(_token_stats_merge_kernel, pick, rows.logits, **common, **outputs)
+    return stats
 
 
 def token_stats_backward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    row_lse: Tensor,
-    ref_row_lse: Tensor | None,
-    entropy_value: Tensor | None,
-    kl_value: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_kl: Tensor | None,
-    softcap: float | None,
-    kl: str | None,
-    d_logits: Tensor,
+    rows: RowInputs, stats: RowStats, grads: TokenGrads, d_logits: Tensor
 ) -> None:
-    """Write every row's gradient to d_logits [B, T, V], which may be logits itself."""
-    pick = _pick("token_stats_backward", logits)
-    parts = _parts(logits, pick)
+    """Write every row's gradient to d_logits [B, T, V], which may be rows.logits itself."""
+    pick = _pick("token_stats_backward", rows.logits)
+    parts = _parts(rows.logits, pick)
+    # A kernel that gets no gradient of the KL, or of the entropy, is one that reads neither.
+    has_kl, has_entropy = grads.kl is not None, grads.entropy is not None
+    ref_logits = rows.ref_logits if has_kl else None
     _launch(
         _token_stats_backward_kernel,
         pick,
-        logits,
-        temperature.dtype,
-        logits,
-        ref_logits,
-        tokens,
-        temperature,
-        mask,
-        row_lse,
-        ref_row_lse,
-        entropy_value,
-        kl_value,
-        d_logprob,
-        d_entropy,
-        d_kl,
-        d_logits,
-        *logits.shape[1:],
-        parts,
-        *_row_strides(logits),
-        *_row_strides(ref_logits),
-        *_row_strides(d_logits),
-        temperature.stride(-1),
+        rows.logits,
+        programs_per_row=parts,
+        **_row_arguments(rows),
+        **_strides(ref_logits=ref_logits, d_logits=d_logits),
         parts=parts,
-        KL=kl or "none",
-        SOFTCAP=softcap,
+        tokens_ptr=rows.tokens,
+        ref_logits_ptr=ref_logits,
+        row_lse_ptr=stats.row_lse,
+        ref_row_lse_ptr=stats.ref_row_lse if has_kl else None,
+        entropy_ptr=stats.entropy if has_entropy else None,
+        kl_ptr=stats.kl if has_kl else None,
+        d_logprob_ptr=grads.logprob,
+        d_entropy_ptr=grads.entropy,
+        d_kl_ptr=grads.kl,
+        d_logits_ptr=d_logits,
+        KL=rows.kl if has_kl else "none",
+        PART=pick.part,
     )
 
 
 # The kernel's form of each surrogate, and what its two bounds and its cap are.
-_KERNEL_FORMS: dict[str, tuple[str, Callable[["LossConfig"], tuple[float, float, float]]]] = {
+_KERNEL_FORMS: dict[str, tuple[str, Callable[[LossConfig], tuple[float, float, float]]]] = {
     "clip": ("clip", lambda c: (1 - c.epsilon_low, 1 + c.epsilon_high, two_sided_cap(c))),
     "ratio": ("clip", lambda c: (-math.inf, math.inf, math.inf)),
     "sapo": ("sapo", lambda c: (c.tau_negative, c.tau_positive, 0.0)),
@@ -182,7 +169,7 @@ _KERNEL_FORMS: dict[str, tuple[str, Callable[["LossConfig"], tuple[float, float,
 }
 
 
-def _settings(config: "LossConfig", like: Tensor) -> Tensor:
+def _settings(config: LossConfig, like: Tensor) -> Tensor:
     """What the kernel reads of a config, on the device and in the dtype of `like`."""
     floor, cap = config.importance_floor, config.importance_cap
     numbers = (
@@ -202,114 +189,91 @@ def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 def grpo_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    loss_inputs: "LossInputs",
-    config: "LossConfig",
-    d_logits: Tensor,
+    rows: RowInputs, loss_inputs: LossInputs, config: LossConfig, d_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(logprob, entropy) of every row of logits [B, T, V], and its loss's gradient to d_logits.
-
-    d_logits [B, T, V] may be logits itself; the loss_inputs of a token are [B, T].
-    """
-    logprob = temperature.new_empty(tokens.shape)
+    """(logprob, entropy) of every row; the gradient of its loss goes to d_logits [B, T, V]."""
+    logprob = rows.temperature.new_empty(rows.tokens.shape)
     entropy = torch.empty_like(logprob)
     _launch(
         _grpo_loss_kernel,
-        _pick("grpo_loss", logits),
-        logits,
-        temperature.dtype,
-        logits,
-        tokens,
-        temperature,
-        mask,
-        loss_inputs.advantage,
-        loss_inputs.weight,
-        loss_inputs.entropy_weight,
-        loss_inputs.old_logprob,
-        loss_inputs.ref_logprob if config.beta != 0 else None,
-        loss_inputs.sampling_logprob,
-        _settings(config, temperature),
-        logprob,
-        entropy,
-        d_logits,
-        *logits.shape[1:],
-        *_row_strides(logits),
-        *_row_strides(d_logits),
-        temperature.stride(-1),
+        _pick("grpo_loss", rows.logits),
+        rows.logits,
+        **_row_arguments(rows),
+        **_strides(d_logits=d_logits),
+        tokens_ptr=rows.tokens,
+        advantage_ptr=loss_inputs.advantage,
+        weight_ptr=loss_inputs.weight,
+        entropy_weight_ptr=loss_inputs.entropy_weight,
+        old_logprob_ptr=loss_inputs.old_logprob,
+        ref_logprob_ptr=loss_inputs.ref_logprob if config.beta != 0 else None,
+        sampling_logprob_ptr=loss_inputs.sampling_logprob,
+        settings_ptr=_settings(config, rows.temperature),
+        logprob_ptr=logprob,
+        entropy_ptr=entropy,
+        d_logits_ptr=d_logits,
         SURROGATE=_KERNEL_FORMS[config.surrogate][0],
         ESTIMATOR=config.kl_estimator,
-        SOFTCAP=softcap,
     )
     return logprob, entropy
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """Multiply x [B, T, V] by a number on its device, without looking at it from the host."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    strides = _row_strides(x)
-    _launch(_scale_kernel, _pick("scale", x), x, acc, x, factor, *x.shape[1:], *strides)
+    """Multiply x [B, T, V] by a number on its device, without reading it on the host."""
+    _, T, V = x.shape
+    _launch(
+        _scale_kernel, _pick("scale", x), x, x_ptr=x, factor_ptr=factor, T=T, V=V, **_strides(x=x)
+    )
 
 
 def approximate_kl_forward(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, W, row_lse, ref_row_lse) of every row of [B, T, V]; mask [B, T]."""
-    total = logits.new_empty(mask.shape, dtype=dtype)
-    weight = torch.empty_like(total)
-    row_lse = logits.new_empty((*mask.shape, 2), dtype=dtype)
-    ref_row_lse = torch.empty_like(row_lse)
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
+) -> ApproximateKL:
+    """The approximate KL of every row of [B, T, V]; mask [B, T]."""
+    _, T, V = logits.shape
+    total = logits.new_empty(mask.shape, dtype=accumulation_dtype(logits.dtype))
+    row_lse = total.new_empty((*mask.shape, 2))
+    kl = ApproximateKL(total, torch.empty_like(total), row_lse, torch.empty_like(row_lse))
     _launch(
         _approximate_kl_forward_kernel,
         _pick("approximate_kl_forward", logits),
         logits,
-        dtype,
-        logits,
-        ref_logits,
-        mask,
-        total,
-        weight,
-        row_lse,
-        ref_row_lse,
-        *logits.shape[1:],
-        *_row_strides(logits),
-        *_row_strides(ref_logits),
+        logits_ptr=logits,
+        ref_logits_ptr=ref_logits,
+        mask_ptr=mask,
+        T=T,
+        V=V,
+        **_strides(logits=logits, ref_logits=ref_logits),
+        **{f"{name}_ptr": x for name, x in kl._asdict().items()},
         LOG2_EPS=log2_eps,
     )
-    return total, weight, row_lse, ref_row_lse
+    return kl
 
 
 def approximate_kl_backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor,
-    weight: Tensor,
-    row_lse: Tensor,
-    ref_row_lse: Tensor,
+    kl: ApproximateKL,
     d_total: Tensor,
     log2_eps: float,
     d_logits: Tensor,
 ) -> None:
-    """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
+    """Write the gradient of every row to d_logits [B, T, V]."""
+    _, T, V = logits.shape
     _launch(
         _approximate_kl_backward_kernel,
         _pick("approximate_kl_backward", logits),
         logits,
-        weight.dtype,
-        logits,
-        ref_logits,
-        mask,
-        weight,
-        row_lse,
-        ref_row_lse,
-        d_total,
-        d_logits,
-        *logits.shape[1:],
-        *_row_strides(logits),
-        *_row_strides(ref_logits),
-        *_row_strides(d_logits),
+        logits_ptr=logits,
+        ref_logits_ptr=ref_logits,
+        mask_ptr=mask,
+        weight_sum_ptr=kl.weight_sum,
+        row_lse_ptr=kl.row_lse,
+        ref_row_lse_ptr=kl.ref_row_lse,
+        d_total_ptr=d_total,
+        d_logits_ptr=d_logits,
+        T=T,
+        V=V,
+        **_strides(logits=logits, ref_logits=ref_logits, d_logits=d_logits),
         LOG2_EPS=log2_eps,
     )

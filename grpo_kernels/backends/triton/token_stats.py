@@ -109,8 +109,8 @@ def _token_stats_forward_kernel(
     V,
     stride_logits_b,
     stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
+    stride_ref_logits_b,
+    stride_ref_logits_t,
     stride_temperature,
     KL: tl.constexpr,  # "none", "forward" or "reverse"
     SOFTCAP: tl.constexpr,  # a constant of the model; None: no cap
@@ -132,7 +132,7 @@ def _token_stats_forward_kernel(
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = logits_row
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
+        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     partial = empty_partial(LANES, ACC_DTYPE)
     for begin in range(0, V, PART):
         part = accumulate_row_stats(
@@ -159,8 +159,8 @@ def _token_stats_part_kernel(
     parts,
     stride_logits_b,
     stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
+    stride_ref_logits_b,
+    stride_ref_logits_t,
     stride_temperature,
     HAS_ENTROPY: tl.constexpr,
     KL: tl.constexpr,
@@ -180,7 +180,7 @@ def _token_stats_part_kernel(
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = logits_row
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
+        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     begin = (program % parts).to(tl.int32) * PART
     partial = accumulate_row_stats(
         logits_row, ref_row, begin, min(begin + PART, V), scale,
@@ -292,8 +292,8 @@ def _token_stats_backward_kernel(
     parts,  # programs to a row
     stride_logits_b,
     stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
+    stride_ref_logits_b,
+    stride_ref_logits_t,
     stride_d_logits_b,
     stride_d_logits_t,
     stride_temperature,
@@ -329,7 +329,7 @@ def _token_stats_backward_kernel(
     ref_pivot = inverse
     ref_log_sum = inverse
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_b, stride_ref_t)
+        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
         ref_pivot = tl.load(ref_row_lse_ptr + 2 * row)
         ref_log_sum = tl.load(ref_row_lse_ptr + 2 * row + 1)
     pivot = tl.load(row_lse_ptr + 2 * row)
