@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import grpo_kernels
-from grpo_kernels.integrations import transformers as fused_causal_lm
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference.training.collect import describe, gather, samples
 from reference.training.command_line import parse_command_line
 from reference.training.config import TrainConfig
@@ -85,8 +85,8 @@ reward.
 """
 CHAT_TOKENS = 256
 TRACKERS = ("tensorboard", "wandb")
-# --loss-impl: two modules with the same functions, which run a model and compute its loss.
-LOSS_IMPLS = {"fused": fused_causal_lm, "reference": causal_lm}
+# --loss-impl: how a model runs up to its losses.
+LOSS_IMPLS = {"fused": forward_to_hidden, "reference": causal_lm.forward}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,14 +117,14 @@ def run(config: TrainConfig) -> dict[str, float]:
     transformers_logging.disable_progress_bar()
 
     # What can be wrong with the settings is found here, before any model is loaded.
-    scorer = LOSS_IMPLS[config.loss_impl]
+    forward = LOSS_IMPLS[config.loss_impl]
     config.check_loss(grpo_kernels.LossConfig)
     loss_config = grpo_kernels.LossConfig(**config.loss_fields())
     sampler = pick_sampler(config.sampler)
     ranks, device = start(pick_device(config.device))
     ranks.check(config.prompts, config.sampler)
     if config.chat:
-        policy, _ = make_policy(config, device, scorer.forward, sampler, config.system)
+        policy, _ = make_policy(config, device, forward, sampler, config.system)
         chat(policy, config.temperature, CHAT_TOKENS, input)
         return {}
     task = task_of(config)
@@ -132,7 +132,7 @@ def run(config: TrainConfig) -> dict[str, float]:
     if config.wandb:
         load_wandb()
     if config.eval_only:
-        policy, _ = make_policy(config, device, scorer.forward, sampler, task.system, ranks)
+        policy, _ = make_policy(config, device, forward, sampler, task.system, ranks)
         with ranks.quiet():
             return evaluate(policy, task, config)
 
@@ -145,7 +145,7 @@ def run(config: TrainConfig) -> dict[str, float]:
     ):
         checkpoints = Checkpoints(ranks.told(directory), config.keep_checkpoints)
         found = find_checkpoint(config, checkpoints)
-        policy, order = make_policy(config, device, scorer.forward, sampler, task.system, ranks)
+        policy, order = make_policy(config, device, forward, sampler, task.system, ranks)
         if config.model == "scratch" and found is None:
             alone = replace(policy, ranks=ALONE)  # all ranks alike
             print(f"warm start: {warm_start(alone, task, order)} supervised steps")

@@ -73,6 +73,13 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture
+def pytorch_backend():
+    """Use the PyTorch backend: for tests above the kernels, which the interpreter makes slow."""
+    with backends.use("pytorch"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def restore_backend():
     """A test that calls `use` does not choose for the next one."""

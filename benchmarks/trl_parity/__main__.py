@@ -30,7 +30,7 @@ from benchmarks.trl_parity.options import (
     settings_of,
 )
 from benchmarks.trl_parity.oracle import Batch, Result, trl_loss
-from grpo_kernels.integrations.trl_loss import loss_fields
+from grpo_kernels.integrations.trl_loss import loss_config
 from reference import losses as reference
 
 RESULTS = DIRECTORY / "trl_parity.md"
@@ -98,7 +98,7 @@ def our_loss(side: str, settings: Mapping[str, Any], batch: Batch) -> Result:
         logprob,
         batch.advantages,
         entropy=entropy,
-        config=grpo_kernels.LossConfig(**loss_fields(settings)),
+        config=loss_config(settings),
         **keywords_of(settings, batch),
     )
     gradients = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.trl_parity.oracle import GMPO, Batch
-from grpo_kernels.integrations.trl_loss import WINDOW, loss_denominators
+from grpo_kernels.integrations.trl_loss import WINDOW, loss_config, loss_denominators
 
 Options = Mapping[str, Any]
 
@@ -89,8 +89,9 @@ def keywords_of(settings: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     if steps == 1 and settings["loss_type"] not in WINDOW:
         return keywords  # the aggregation's own denominator
     return keywords | loss_denominators(
-        settings,
+        loss_config(settings),
         batch.mask,
+        loss_type=settings["loss_type"],
         generated_tokens=batch.generated_tokens,
         batches=settings["steps_per_generation"],
         accumulated=steps,

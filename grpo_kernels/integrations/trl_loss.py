@@ -1,42 +1,36 @@
-"""TRL's loss by us: what a GRPOConfig's settings are called here, and the loss itself.
+"""TRL's GRPO losses as a LossConfig, and TRL's `_compute_loss` with a fused gradient.
 
-    config = LossConfig(**loss_fields(settings))
-    policy_loss(logprob, advantages, mask=mask, config=config, **loss_denominators(settings, ...))
+    config = loss_config(settings)
+    policy_loss(logprob, advantages, mask=mask, config=config, **loss_denominators(config, ...))
 
-`settings` are a GRPOConfig's by name, epsilon_high not None, and a loss_type "gmpo" that stands for
-the trainer of that name among TRL's experiments. Nothing of TRL is imported. `fused_loss` is
-`_compute_loss` of a trainer.
+`settings` are the fields of a GRPOConfig by name, with epsilon_high set. loss_type "gmpo" stands
+for TRL's experimental GMPOTrainer. TRL itself is not imported.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..objective.policy_loss import LossConfig
-from .trl_logprobs import check_inputs, run
+from .trl_logprobs import run_model
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-SCORES = "_get_per_token_logps_and_entropies"  # of GRPOTrainer, what its `_compute_loss` calls
+SCORES = (
+    "_get_per_token_logps_and_entropies"  # the method of GRPOTrainer that `_compute_loss` calls
+)
 
+# A loss_type of TRL is the named constructor of LossConfig; these settings of TRL are its fields.
+_CLIP = {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high", "delta": "delta"}
 OBJECTIVES: dict[str, dict[str, str]] = {
-    "grpo": {"aggregation": "sequence_mean"},
-    "bnpo": {"aggregation": "token_mean"},
-    "dr_grpo": {"aggregation": "fixed_length"},
-    "dapo": {"aggregation": "token_mean"},
-    "luspo": {"aggregation": "sequence_sum_mean"},
-    "cispo": {"surrogate": "cispo", "aggregation": "token_mean"},
-    "sapo": {"surrogate": "sapo", "aggregation": "sequence_mean"},
-    "vespo": {"surrogate": "vespo", "aggregation": "token_mean"},
-    "gmpo": {"surrogate": "gmpo", "aggregation": "sequence_mean"},
-}
-# What TRL calls the numbers that a surrogate reads, and what they are called here.
-NUMBERS: dict[str, dict[str, str]] = {
-    "clip": {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high", "delta": "delta"},
+    "grpo": _CLIP,
+    "bnpo": _CLIP,
+    "dr_grpo": _CLIP | {"max_completion_length": "max_completion_length"},
+    "dapo": _CLIP,
+    "luspo": _CLIP,
     "cispo": {"epsilon_high": "ratio_cap"},
     "sapo": {"sapo_temperature_pos": "tau_positive", "sapo_temperature_neg": "tau_negative"},
     "vespo": {
@@ -47,66 +41,63 @@ NUMBERS: dict[str, dict[str, str]] = {
     },
     "gmpo": {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high"},
 }
-LEAST_DECAY = 1e-4  # what a lambda of VESPO is raised to in TRL
-OF_SEQUENCES = ("vespo", "gmpo")  # whose ratios are of whole sequences at either level
-WINDOW = ("dapo", "cispo", "vespo")  # divided by the tokens of all that was generated at once
+MIN_DECAY = 1e-4  # TRL's lower bound of VESPO's lambdas
+SEQUENCE_LEVEL = ("vespo", "gmpo")  # losses of whole sequences, whatever importance_sampling_level
+WINDOW = ("dapo", "cispo", "vespo")  # divided by the tokens of all completions generated at once
 
 
-def loss_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the LossConfig that means what these settings do."""
+def loss_config(settings: Mapping[str, Any]) -> LossConfig:
+    """Return the LossConfig with the meaning of TRL's settings."""
     loss_type, quantile = settings["loss_type"], settings["top_entropy_quantile"]
     corrected = settings["use_bias_correction_kl"] and loss_type != "gmpo"
-    fields: dict[str, Any] = OBJECTIVES[loss_type] | {
+    fields: dict[str, Any] = {
         "beta": settings["beta"],
         "kl_estimator": "k3_corrected" if corrected else "k3",
         "entropy_coef": settings["entropy_coef"],
         "top_entropy": None if quantile == 1 else quantile,
         "off_policy_threshold": settings["off_policy_mask_threshold"],
     }
-    if loss_type not in OF_SEQUENCES:
+    if loss_type not in SEQUENCE_LEVEL:
         fields["ratio_level"] = settings["importance_sampling_level"]
-    names = NUMBERS[fields.get("surrogate", "clip")]
-    fields |= {ours: settings[name] for name, ours in names.items() if name in settings}
-    for name in ("lambda_positive", "lambda_negative"):
-        if name in fields:
-            fields[name] = max(fields[name], LEAST_DECAY)
-    if loss_type == "dr_grpo":
-        fields["max_completion_length"] = settings["max_completion_length"]
+    for name, field in OBJECTIVES[loss_type].items():
+        if name in settings:
+            is_decay = field.startswith("lambda")
+            fields[field] = max(settings[name], MIN_DECAY) if is_decay else settings[name]
     if settings["use_vllm"] and settings["vllm_importance_sampling_correction"]:
         level, mode = settings["vllm_importance_sampling_mode"].split("_")
         fields |= {"importance_level": level, "importance_mode": mode}
         fields["importance_floor"] = settings["vllm_importance_sampling_clip_min"]
         fields["importance_cap"] = settings["vllm_importance_sampling_clip_max"]
-    return fields
+    return getattr(LossConfig, loss_type)(**fields)
 
 
 def loss_denominators(
-    settings: Mapping[str, Any],
+    config: LossConfig,
     mask: Tensor,
     *,
+    loss_type: str,
     generated_tokens: int | Tensor,
     batches: float,
     accumulated: int,
 ) -> dict[str, Tensor | float]:
-    """The denominators of a micro-batch's loss, the keywords of `policy_loss`.
+    """Return TRL's denominators of a micro-batch's loss, as keywords of `policy_loss`.
 
     Args:
-        mask: [B, T], the tokens that count.
-        generated_tokens: of all that was generated at once, on each rank.
-        batches: how many micro-batches that makes.
+        config: the `loss_config` of the settings.
+        mask: [B, T], True on the tokens that count.
+        generated_tokens: tokens of all completions generated at once, per rank.
+        batches: the number of micro-batches they make.
         accumulated: micro-batches whose gradients are added up before an update.
     """
     sequences, tokens = len(mask), mask.sum()
-    denominators = {
-        "sequence_mean": sequences,
-        "token_mean": tokens,
-        "fixed_length": sequences * settings["max_completion_length"],
-        "sequence_sum_mean": sequences,
-    }
-    if settings["loss_type"] in WINDOW:
+    if loss_type in WINDOW:
         denominator = generated_tokens / batches
+    elif config.aggregation == "token_mean":
+        denominator = tokens
+    elif config.aggregation == "fixed_length":
+        denominator = sequences * config.max_completion_length
     else:
-        denominator = denominators[OBJECTIVES[settings["loss_type"]]["aggregation"]]
+        denominator = sequences
     return {"normalizer": denominator * accumulated, "entropy_normalizer": tokens * accumulated}
 
 
@@ -116,13 +107,14 @@ def fused_loss(
     model: nn.Module,
     inputs: dict[str, Any],
 ) -> Tensor:
-    """The loss whose value, metrics and controller are TRL's, and whose gradient came with it.
+    """Return TRL's loss with the gradient of `linear_grpo_loss`.
 
-    TRL's own `compute_loss` gets log-probs and entropies that are detached.
+    TRL's own `compute_loss` gets detached log-probs and entropies. It computes the value and the
+    metrics, and updates the entropy controller.
     """
     losses = []
 
-    def scores(
+    def score_and_compute_loss(
         model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -130,117 +122,116 @@ def fused_loss(
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **images: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        check_inputs(images)
-        ran = run(
-            trainer, model, input_ids, attention_mask, logits_to_keep, aux_loss=compute_aux_loss
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output = run_model(
+            trainer,
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            aux_loss=compute_aux_loss,
+            images=images,
         )
-        keywords = _loss_keywords(trainer, inputs, ran.hidden.device)
-        with ran.precision:
-            output, stats = ran.head.grpo_loss_and_stats(
-                ran.hidden, ran.tokens, temperature=trainer.temperature, **keywords
+        keywords = _loss_keywords(trainer, inputs, output.hidden.device)
+        with output.autocast:
+            loss_output, stats = output.head.grpo_loss_and_stats(
+                output.hidden, output.tokens, temperature=trainer.temperature, **keywords
             )
-        losses.append(output.loss)
+        losses.append(loss_output.loss)
         logprob = stats.logprob
-        if keywords["old_logprob"] is not None:  # under the tool mask too: a ratio of 1
-            counts = keywords["mask"] != 0
-            logprob = torch.where(counts, logprob, keywords["old_logprob"])
-        return logprob, stats.entropy, ran.aux_loss
+        if keywords["old_logprob"] is not None:  # a ratio of 1 where tool_mask is 0
+            logprob = torch.where(keywords["mask"] != 0, logprob, keywords["old_logprob"])
+        return logprob, stats.entropy, output.aux_loss
 
-    with _replaced(trainer, SCORES, scores):
+    own = vars(trainer).get(SCORES)  # set by `fuse_trainer`
+    setattr(trainer, SCORES, score_and_compute_loss)
+    try:
         value = compute_loss(model, inputs)
+    finally:
+        delattr(trainer, SCORES) if own is None else setattr(trainer, SCORES, own)
     (loss,) = losses
     return value + (loss - loss.detach())
-
-
-@contextmanager
-def _replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    """While this lasts, owner.name is the value."""
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _loss_keywords(
     trainer: "GRPOTrainer", inputs: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """Those of `linear_grpo_loss`, for a micro-batch as TRL's `_compute_loss` gets it."""
-    settings = _settings(trainer)
+    """Return the keywords of `linear_grpo_loss` for a micro-batch of TRL's `_compute_loss`."""
+    config = loss_config(_settings(trainer))
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
     training = trainer.model.training
-    denominators = loss_denominators(
-        settings,
+    keywords = {
+        "advantages": inputs["advantages"],
+        "mask": mask,
+        "old_logprob": inputs.get("old_per_token_logps"),
+        "ref_logprob": inputs["ref_per_token_logps"] if trainer.beta != 0 else None,
+    }
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        sampling = inputs["sampling_per_token_logps"]
+        # vLLM did not score the NaN tokens: a weight of 1.
+        sampling = torch.where(sampling.isnan(), keywords["old_logprob"], sampling)
+        keywords["sampling_logprob"] = sampling
+    keywords |= loss_denominators(
+        config,
         mask,
+        loss_type=trainer.loss_type,
         generated_tokens=inputs["num_items_in_batch"] / trainer.accelerator.num_processes,
         batches=trainer.args.steps_per_generation if training else 1,
         accumulated=trainer.current_gradient_accumulation_steps if training else 1,
     )
-    old, sampling = inputs.get("old_per_token_logps"), None
-    if _weighs_samples(trainer):
-        sampling = inputs["sampling_per_token_logps"]
-        sampling = torch.where(sampling.isnan(), old, sampling)  # not scored: of weight 1
-    tensors = {
-        "advantages": inputs["advantages"],
-        "mask": mask,
-        "old_logprob": old,
-        "ref_logprob": inputs["ref_per_token_logps"] if trainer.beta != 0 else None,
-        "sampling_logprob": sampling,
-        **denominators,
+    keywords = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in keywords.items()
     }
-    tensors = {
-        name: each.to(device) if isinstance(each, Tensor) else each
-        for name, each in tensors.items()
-    }
-    return tensors | {"config": LossConfig(**loss_fields(settings))}
+    return keywords | {"config": config}
 
 
 def _settings(trainer: "GRPOTrainer") -> dict[str, Any]:
-    """What `loss_fields` reads: of the trainer what TRL's loss reads there, else of its arguments.
+    """Return the settings for `loss_config`, from the trainer's attributes before its arguments.
 
-    The entropy's coefficient is that of the present step.
+    TRL's loss reads the same attributes. entropy_coef is that of the current step.
     """
     coef = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         coef = 0.0
-    now = {"epsilon": trainer.epsilon_low, "entropy_coef": coef}
-    return vars(trainer.args) | vars(trainer) | now
-
-
-def _weighs_samples(trainer: "GRPOTrainer") -> bool:
-    return trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    current = {"epsilon": trainer.epsilon_low, "entropy_coef": coef}
+    return vars(trainer.args) | vars(trainer) | current
 
 
 def check_loss(trainer: "GRPOTrainer") -> None:
-    """What the fused loss would compute otherwise than TRL raises here."""
-    without, processes = "leave fuse_loss out", trainer.accelerator.num_processes
-    if trainer.loss_type not in OBJECTIVES:
-        raise ValueError(
-            f"fuse_loss needs a loss_type of {', '.join(OBJECTIVES)}, got {trainer.loss_type!r}: "
-            f"{without}"
-        )
-    of_sequence = trainer.importance_sampling_level == "sequence"
-    if trainer.beta != 0 and trainer.args.use_bias_correction_kl and of_sequence:
-        raise ValueError(
-            "use_bias_correction_kl at importance_sampling_level='sequence' corrects by the "
-            f"sequence's ratio in TRL, and by each token's own in the fused loss: {without}"
-        )
-    if trainer.top_entropy_quantile < 1 and processes > 1:
-        raise ValueError(
-            f"top_entropy_quantile={trainer.top_entropy_quantile} is a quantile over all "
-            f"{processes} processes in TRL, and over each one's tokens in the fused loss: {without}"
-        )
+    """Raise a ValueError for settings where the fused loss would differ from TRL's."""
+    processes = trainer.accelerator.num_processes
     has_sampler = trainer.use_vllm or trainer.rollout_func is not None
-    if trainer.off_policy_mask_threshold is not None and has_sampler:
-        raise ValueError(
+    refusals = (
+        (
+            trainer.loss_type not in OBJECTIVES,
+            f"fuse_loss needs a loss_type of {', '.join(OBJECTIVES)}, got {trainer.loss_type!r}",
+        ),
+        (
+            trainer.beta != 0
+            and trainer.args.use_bias_correction_kl
+            and trainer.importance_sampling_level == "sequence",
+            "use_bias_correction_kl at importance_sampling_level='sequence' corrects by the "
+            "sequence's ratio in TRL, and by each token's own in the fused loss",
+        ),
+        (
+            trainer.top_entropy_quantile < 1 and processes > 1,
+            f"top_entropy_quantile={trainer.top_entropy_quantile} is a quantile over all "
+            f"{processes} processes in TRL, and over each one's tokens in the fused loss",
+        ),
+        (
+            trainer.off_policy_mask_threshold is not None and has_sampler,
             "off_policy_mask_threshold with a sampler's own log-probs (use_vllm, rollout_func) "
-            f"passes over the NaN among them in TRL, which the fused loss cannot: {without}"
-        )
+            "ignores their NaN in TRL, which the fused loss cannot",
+        ),
+    )
+    for is_refused, message in refusals:
+        if is_refused:
+            raise ValueError(f"{message}: leave fuse_loss out")
     try:
-        LossConfig(**loss_fields(_settings(trainer)))
+        loss_config(_settings(trainer))
     except ValueError as error:
-        raise ValueError(f"the fused loss has no such setting, {error}: {without}") from error
+        message = f"the fused loss has no such setting, {error}: leave fuse_loss out"
+        raise ValueError(message) from error

@@ -17,7 +17,7 @@ from benchmarks.trl_parity.differences import DIFFERS, left_out
 from benchmarks.trl_parity.options import OPTIONS, PLAIN, combinations, settings_of
 from benchmarks.trl_parity.oracle import GMPO, TrlHasMoved, trl_loss
 from grpo_kernels import LossConfig
-from grpo_kernels.integrations.trl_loss import NUMBERS
+from grpo_kernels.integrations.trl_loss import OBJECTIVES
 
 pytest.importorskip("trl")
 
@@ -117,7 +117,7 @@ def test_the_constructors_have_trl_s_defaults():
         theirs = {each.name: each.default for each in fields(config)}
         theirs["epsilon_high"] = theirs["epsilon_high"] or theirs["epsilon"]
         ours = getattr(LossConfig, name)()
-        for of_trl, here in NUMBERS[ours.surrogate].items():
+        for of_trl, here in OBJECTIVES[name].items():
             assert getattr(ours, here) == theirs[of_trl], of_trl
 
 

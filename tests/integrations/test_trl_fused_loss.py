@@ -16,8 +16,8 @@ from trl.experimental.gmpo import GMPOTrainer
 
 from benchmarks.trl_parity.oracle import add_sampler, in_double
 from grpo_kernels.backends import use
-from grpo_kernels.integrations import transformers as causal_lm
 from grpo_kernels.integrations import trl_loss
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
 from tests.helpers.trl import CASES, check_same, make_trainer, train, trained_by_trl
 
@@ -241,7 +241,7 @@ def head_products(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
             torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1)
             for name in ("ids", "mask")
         )
-        hidden, _, _ = causal_lm.forward(
+        hidden, _, _ = forward_to_hidden(
             trainer.model, input_ids=ids, attention_mask=attention, use_cache=False
         )
         hidden.sum().backward()
@@ -267,15 +267,16 @@ def test_a_group_without_a_signal_costs_no_gradient(level):
 
 
 def test_a_coefficient_of_the_entropy_that_changes_makes_no_other_operator(monkeypatch):
-    trainer, texts, plain = trainer_of(fused=True), [], trl_loss.LossConfig
+    trainer, texts, loss_config = trainer_of(fused=True), [], trl_loss.loss_config
     configure(trainer, PLAIN | {"entropy": "adaptive"})
 
-    def noted(**fields):
-        texts.append(plain(**fields).text)  # what the operator gets
-        return plain(**fields)
+    def record(settings):
+        config = loss_config(settings)
+        texts.append(config.encode())  # the argument of the operator
+        return config
 
     fuse_trainer(trainer, fuse_loss=True)
-    monkeypatch.setattr(trl_loss, "LossConfig", noted)
+    monkeypatch.setattr(trl_loss, "loss_config", record)
     coefficients = []
     for _ in range(3):
         computed(trainer, make_inputs(PLAIN, seed=0))
@@ -367,7 +368,9 @@ def test_methods_that_would_be_lost_are_refused():
 
 @pytest.mark.parametrize(("kind", "below"), [(LongerBelow, "Longer"), (LossBelow, "GMPOTrainer")])
 def test_a_class_that_ours_would_stand_before_is_named(kind, below):
-    with pytest.raises(TypeError, match=f"must come after {below} .*{kind.__name__}: it is in"):
+    with pytest.raises(
+        TypeError, match=f"must come after {below} .*{kind.__name__}: it would hide"
+    ):
         make_trainer(partial(kind, fuse_loss=True))
     with pytest.raises(TypeError, match=f"must come after {below} "):
         fuse_trainer(make_trainer(kind), fuse_loss=True)
@@ -407,7 +410,7 @@ def test_settings_that_cannot_be_honoured_say_why(settings, message):
     [
         ({"loss_type": "gmp"}, "needs a loss_type of grpo, .*got 'gmp': leave fuse_loss out"),
         ({"use_vllm": True, "off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold with a"),
-        ({"rollout_func": print, "off_policy_mask_threshold": 0.1}, "passes over the NaN"),
+        ({"rollout_func": print, "off_policy_mask_threshold": 0.1}, "ignores their NaN"),
     ],
 )
 def test_so_do_those_that_are_written_later(attributes, message):

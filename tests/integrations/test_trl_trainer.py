@@ -14,8 +14,8 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from grpo_kernels.backends import use
-from grpo_kernels.integrations import transformers as causal_lm
 from grpo_kernels.integrations import trl as ours
+from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
 from tests.helpers.trl import (
     CASES,
@@ -153,13 +153,13 @@ def test_scores_and_gradients_are_those_of_the_tempered_logits():
 @pytest.mark.usefixtures("pytorch_backend")
 def test_only_the_completion_reaches_the_head_and_no_logits_are_made(monkeypatch):
     trainer, seen = make_trainer(FusedGRPOTrainer), []
-    plain = causal_lm.Head.token_stats
+    plain = LMHead.token_stats
 
     def spy(self, hidden, *arguments, **keywords):
         seen.append(hidden.shape[:2])
         return plain(self, hidden, *arguments, **keywords)
 
-    monkeypatch.setattr(causal_lm.Head, "token_stats", spy)
+    monkeypatch.setattr(LMHead, "token_stats", spy)
     trainer.model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     score(trainer, *batch())
     assert seen == [(3, 0, 64), (3, 4)]
@@ -185,7 +185,7 @@ def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer, **settings), batch()
     found = score(trainer, ids, attention)[0]
     with trainer.accelerator.autocast():
-        hidden, head, _ = causal_lm.forward(
+        hidden, head, _ = forward_to_hidden(
             trainer.model, input_ids=ids, attention_mask=attention, use_cache=False
         )
     hidden, weight = (
@@ -223,7 +223,7 @@ class OwnScores(GRPOTrainer):
         ("args", "use_liger_kernel", True, "use_liger_kernel must be False, got True"),
         ("args", "deepspeed_plugin", SimpleNamespace(zero_stage=3), "must be at most 2, got 3"),
         ("accelerator", "distributed_type", "FSDP", "fsdp_version must be 2, got 1"),
-        (None, "_is_vlm", True, "model must be one of text alone, got LlamaForCausalLM"),
+        (None, "_is_vlm", True, "model must be text-only, got LlamaForCausalLM"),
     ],
 )
 def test_settings_that_cannot_be_honoured_say_why(monkeypatch, part, name, value, message):
@@ -258,7 +258,7 @@ def test_a_head_with_a_copy_is_refused_at_construction():
 def test_what_is_no_trainer_or_scores_by_itself_is_not_patched():
     with pytest.raises(TypeError, match=r"must be a trl.GRPOTrainer, got Linear"):
         fuse_trainer(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="got OwnScores with its own, which would be lost"):
+    with pytest.raises(TypeError, match="got OwnScores with its own, which would not be called"):
         fuse_trainer(make_trainer(OwnScores))
 
 

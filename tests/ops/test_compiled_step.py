@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels import LossConfig, linear_grpo_loss
 from grpo_kernels.backends import use
-from grpo_kernels.integrations.transformers import forward
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from tests.helpers.tensors import normal, token_ids
 
 V = 53
@@ -128,7 +128,7 @@ def test_compiled_model_skips_lm_head_without_recompiling():
         mark_lengths(body)
         stance = "fail_on_recompile" if seed > 1 else "default"  # the first measures the head
         with torch.compiler.set_stance(stance):
-            hidden, _, output = forward(compiled, **body, use_cache=False)
+            hidden, _, output = forward_to_hidden(compiled, **body, use_cache=False)
         expected = model.model(**body, use_cache=False).last_hidden_state
         torch.testing.assert_close(hidden, expected)
         assert hidden.requires_grad

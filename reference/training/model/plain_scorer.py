@@ -5,7 +5,6 @@ The states that its `forward` returns are the logits themselves, and its head on
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from reference.losses.grpo_loss import grpo_loss
@@ -56,39 +55,6 @@ def forward(model: nn.Module, **inputs: Any) -> Forward:
     """Run a causal language model, whose logits stand for its hidden states."""
     output = model(**inputs)
     return Forward(output.logits, Head(), output)
-
-
-def causal_lm_token_stats(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    entropy: bool = True,
-    ref_model: nn.Module | None = None,
-    kl: str | None = None,
-    chunk_tokens: int | None = None,
-    packing: Any = None,
-    **inputs: Any,
-) -> TokenStats:
-    """`token_stats` [B, L - 1] of input_ids[:, 1:] under the model's logits.
-
-    Args:
-        input_ids, attention_mask: [B, L]; mask: [B, L - 1], None: as the attention mask has it.
-        ref_model: for `kl`; run without gradient.
-        chunk_tokens, packing: accepted for the sake of the signature.
-    """
-    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    if mask is None and attention_mask is not None:
-        mask = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-    logits = model(**inputs).logits[:, :-1]
-    ref_logits = None
-    if ref_model is not None:
-        with torch.no_grad():
-            ref_logits = ref_model(**inputs).logits[:, :-1]
-    settings = {"temperature": temperature, "entropy": entropy, "mask": mask}
-    return token_stats(logits, input_ids[:, 1:], ref_logits=ref_logits, kl=kl, **settings)
 
 
 def _without_hidden(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_kernels.backends import use
-from grpo_kernels.integrations import transformers as fused
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model import lora as adapters
@@ -126,7 +126,7 @@ def test_the_gradient_of_the_adapters_is_the_same_up_to_hidden_states_and_up_to_
     trained, checkpointed
 ):
     gradients = []
-    for forward in (fused.forward, causal_lm.forward):
+    for forward in (forward_to_hidden, causal_lm.forward):
         trained.zero_grad()
         if checkpointed:
             with recompute_activations(trained):

@@ -5,7 +5,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from grpo_kernels.backends import use
-from grpo_kernels.integrations import transformers as fused
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model import plain_scorer as causal_lm
@@ -17,7 +17,7 @@ from reference.training.tasks.tasks import Question
 
 QUESTIONS = [Question("7+5=", "12"), Question("a longer one: 90+12=", "102")]
 CPU = torch.device("cpu")
-FORWARDS = [causal_lm.forward, fused.forward]
+FORWARDS = [causal_lm.forward, forward_to_hidden]
 
 
 @pytest.fixture(autouse=True)

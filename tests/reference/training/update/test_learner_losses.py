@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_kernels.integrations import transformers as fused_causal_lm
+from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference import losses
 from reference.training.loss_settings import LOSSES
 from reference.training.model import plain_scorer as causal_lm
@@ -66,7 +66,7 @@ def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend,
         changes |= {"clip_cov": 1.0, "clip_cov_low": 0.01}
     learner, answers = make_learner(**changes)
     expected = learner.step(answers, ADVANTAGES)
-    fused, answers = make_learner(forward=fused_causal_lm.forward, **changes)
+    fused, answers = make_learner(forward=forward_to_hidden, **changes)
     metrics = fused.step(answers, ADVANTAGES)
     assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
     for ours, plain in zip(
@@ -112,9 +112,7 @@ def test_groups_without_signal_stay_where_something_else_reads_them(settings):
 
 
 @EAGER
-@pytest.mark.parametrize(
-    "forward", [causal_lm.forward, fused_causal_lm.forward], ids=["plain", "fused"]
-)
+@pytest.mark.parametrize("forward", [causal_lm.forward, forward_to_hidden], ids=["plain", "fused"])
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo"])
 @pytest.mark.parametrize("top_entropy", [None, 0.3])
 def test_the_denominators_are_those_that_the_loss_takes_by_itself(

@@ -1,0 +1,91 @@
+"""Small random Hugging Face causal language models, one per family, and a batch for them."""
+
+import torch
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+V = 41
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
+    "gemma2, softcap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.5)
+    ),
+    "granite, divided": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=0.3)),
+    "cohere, multiplied": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=1.7)),
+    "phi, bias": lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ),
+}
+MORE_MODELS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "gemma3, softcap": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SMALL, head_dim=8, final_logit_softcapping=1.5)
+    ),
+    "cohere2, multiplied": lambda: Cohere2ForCausalLM(
+        Cohere2Config(**SMALL, logit_scale=0.6, layer_types=["full_attention"] * 2)
+    ),
+    "gpt-j, bias": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=V, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    ),
+    "falcon-h1, multiplied": lambda: FalconH1ForCausalLM(
+        FalconH1Config(
+            **SMALL, head_dim=8, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4,
+            mamba_n_groups=1, mamba_chunk_size=4, lm_head_multiplier=0.4,
+        )
+    ),
+}  # fmt: skip
+
+
+def make_model(name, seed=0):
+    """A model of a family in fp64, with random heads and biases, so that each of them matters."""
+    torch.manual_seed(seed)
+    model = (MODELS | MORE_MODELS)[name]().double().eval()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    return model
+
+
+def make_batch():
+    """Token ids and attention mask [3, 6], padded on the right."""
+    ids = torch.randint(1, V, (3, 6), generator=torch.Generator().manual_seed(1))
+    attention = torch.ones(3, 6, dtype=torch.int64)
+    attention[0, 5:] = attention[2, 3:] = 0
+    return ids, attention
