@@ -1,4 +1,4 @@
-"""Configs, inputs and one call of a grpo_loss, for the tests of its value and its gradient."""
+"""Configs and seeded inputs of grpo_loss, its result and gradient."""
 
 import torch
 
@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 def make_inputs(seed, *leading, dtype=torch.float64, sequences=B):
-    """Logits, tokens, advantages per sequence, and the keywords of every config."""
+    """Logits, tokens, one advantage per sequence, and keywords that serve every config."""
     logits, tokens = make_case(seed, *leading, V, dtype=dtype)
     ref_logits = logits + normal(seed + 1, *leading, V, dtype=dtype, std=0.5)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def make_inputs(seed, *leading, dtype=torch.float64, sequences=B):
 
 
 def run(function, logits, tokens, advantages, scale=1.0, **keywords):
-    """Loss, metrics and the gradient of scale · loss."""
+    """Return the loss, the metrics and the gradient of scale · loss."""
     logits = logits.detach().clone().requires_grad_()
     loss, metrics = function(logits, tokens, advantages, **keywords)
     (scale * loss).backward()

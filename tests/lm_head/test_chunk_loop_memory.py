@@ -5,7 +5,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats
-from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
 from tests.helpers.tensors import normal
 
@@ -15,9 +14,8 @@ MATMULS = ("aten::mm", "aten::addmm")
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """The PyTorch backend with row blocks smaller than any tensor of a chunk."""
-    use("pytorch")
+def small_blocks(pytorch_backend, monkeypatch):
+    """Make row blocks smaller than any tensor of a chunk."""
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 2 * V * 4)
     assert 2 * softmax.BLOCK_BYTES < LARGE
 

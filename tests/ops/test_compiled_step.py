@@ -1,4 +1,4 @@
-"""A training step compiled whole: model, loss and backward in one graph that serves every batch."""
+"""A training step under torch.compile: model, loss and backward in one graph for any batch."""
 
 import copy
 
@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels import LossConfig, linear_grpo_loss
-from grpo_kernels.backends import use
 from grpo_kernels.integrations.transformers import forward_to_hidden
 from tests.helpers.tensors import normal, token_ids
 
@@ -27,8 +26,7 @@ STEPS = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch):
-    use("pytorch")  # the graph is of operators, in either backend
+def reset_dynamo(pytorch_backend):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -42,7 +40,7 @@ def make_model():
 
 
 def padded_batch(seed, B, L):
-    """What the body reads and what the loss reads, of B completions of 2 to L tokens."""
+    """Inputs of the model body and of the loss for B completions of 2 to L tokens."""
     lengths = torch.tensor([2 + (seed + 5 * i) % (L - 1) for i in range(B)])
     attention = torch.arange(L) < lengths[:, None]
     ids = token_ids(seed, B, L, V=V)
@@ -52,7 +50,7 @@ def padded_batch(seed, B, L):
 
 
 def packed_batch(seed, B, L):
-    """The same in one row: attention within sequences, whose last token predicts nothing."""
+    """The same completions packed in one row; each sequence's last token predicts nothing."""
     lengths = torch.tensor([2 + (seed + 5 * i) % (L - 1) for i in range(B)])
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     N = int(cu_seqlens[-1])
@@ -89,18 +87,18 @@ def compute_loss(model, config, body, inputs):
 
 
 def mark_lengths(tensors):
-    """Every size varies but those of the one row that packed sequences are in."""
-    for each in tensors.values():
-        for dim in (dim for dim, size in enumerate(each.shape) if size > 1):
-            torch._dynamo.mark_dynamic(each, dim)
+    """Mark every dimension as dynamic, except the leading 1 of packed input."""
+    for tensor in tensors.values():
+        for dim in (dim for dim, size in enumerate(tensor.shape) if size > 1):
+            torch._dynamo.mark_dynamic(tensor, dim)
 
 
 @pytest.mark.parametrize(("layout", "name", "backend"), STEPS)
 def test_compiled_training_step_matches_eager_without_recompiling(layout, name, backend):
     ours = make_model()
-    theirs = copy.deepcopy(ours)
+    eager = copy.deepcopy(ours)
     compiled = torch.compile(compute_loss, fullgraph=True, backend=backend)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (ours, theirs)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (ours, eager)]
     make = {"padded": padded_batch, "packed": packed_batch}[layout]
     for seed, (B, L) in enumerate(SHAPES):
         body, inputs = make(seed, B, L)
@@ -108,11 +106,11 @@ def test_compiled_training_step_matches_eager_without_recompiling(layout, name, 
         with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
             loss, metrics = compiled(ours, CONFIGS[name], body, inputs)
             loss.backward()
-        expected, expected_metrics = compute_loss(theirs, CONFIGS[name], body, inputs)
+        expected, expected_metrics = compute_loss(eager, CONFIGS[name], body, inputs)
         expected.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(metrics, expected_metrics)
-        gradients = [[p.grad for p in each.parameters()] for each in (ours, theirs)]
+        gradients = [[p.grad for p in model.parameters()] for model in (ours, eager)]
         torch.testing.assert_close(*gradients)
         for optimizer in optimizers:
             optimizer.step()
@@ -120,13 +118,13 @@ def test_compiled_training_step_matches_eager_without_recompiling(layout, name, 
 
 
 def test_compiled_model_skips_lm_head_without_recompiling():
-    """The hooks are registered anew in every call: dynamo must take them for the same."""
+    """The hooks are registered again in every call; dynamo must treat them as the same."""
     model = make_model()
     compiled = torch.compile(model, backend="eager")
     for seed, (B, L) in enumerate(SHAPES):
         body, _ = padded_batch(seed, B, L)
         mark_lengths(body)
-        stance = "fail_on_recompile" if seed > 1 else "default"  # the first measures the head
+        stance = "fail_on_recompile" if seed > 1 else "default"  # the first call measures the head
         with torch.compiler.set_stance(stance):
             hidden, _, output = forward_to_hidden(compiled, **body, use_cache=False)
         expected = model.model(**body, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Wrong input is one error, which names the argument, what was expected and what came."""
+"""Error messages name the argument, the expectation and what was passed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""grpo_loss against its reference: value, gradient and metrics over configs; the in-place mode."""
+"""grpo_loss against the reference implementation: value, gradient and metrics over configs."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_packed_input_matches_reference_and_padded_batch(backend, name):
     loss, metrics, gradient = check_against_reference(
         logits, tokens, advantages, config, cu_seqlens=cu_seqlens, softcap=20.0, **keywords
     )
-    rows = torch.tensor([[0, 1, 1], [2, 3, 4]])  # the third of the first row is padding
+    rows = torch.tensor([[0, 1, 1], [2, 3, 4]])  # the last of the first row is padding
     padded = {key: value[rows] for key, value in keywords.items()}
     padded["mask"][0, 2] = False
     padded_loss, padded_metrics, padded_gradient = run(
@@ -89,22 +89,22 @@ def test_micro_batches_add_up_to_batch(backend, aggregation):
     logits, tokens, advantages, keywords = make_inputs(11, B, T)
     config = LossConfig(aggregation=aggregation, entropy_coef=0.1, beta=0.1)
     whole_loss, _, whole = run(grpo_loss, logits, tokens, advantages, config=config, **keywords)
-    counted = keywords["mask"].sum()
-    normalizer = counted if aggregation == "token_mean" else B
-    total, parts = 0.0, []
-    for at in (slice(0, 1), slice(1, 2)):
-        part = {name: value[at] for name, value in keywords.items()}
+    num_tokens = keywords["mask"].sum()
+    normalizer = num_tokens if aggregation == "token_mean" else B
+    total, gradients = 0.0, []
+    for sequences in (slice(0, 1), slice(1, 2)):
+        batch = {name: value[sequences] for name, value in keywords.items()}
         loss, _, gradient = run(
-            grpo_loss, logits[at], tokens[at], advantages[at], config=config,
-            normalizer=normalizer, entropy_normalizer=counted, **part,
+            grpo_loss, logits[sequences], tokens[sequences], advantages[sequences], config=config,
+            normalizer=normalizer, entropy_normalizer=num_tokens, **batch,
         )  # fmt: skip
-        total, parts = total + loss, [*parts, gradient]
+        total, gradients = total + loss, [*gradients, gradient]
     torch.testing.assert_close(total, whole_loss)
-    torch.testing.assert_close(torch.cat(parts), whole)
+    torch.testing.assert_close(torch.cat(gradients), whole)
 
 
 def test_grpo_loss_equals_policy_loss_of_token_stats(backend):
-    """In fp32 too, to the last bit."""
+    """Bitwise, in fp32."""
     logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
     config = LossConfig(beta=0.1, kl_estimator="reverse", entropy_coef=0.1)
     ref_logits = keywords.pop("ref_logits")

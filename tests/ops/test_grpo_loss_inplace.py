@@ -1,4 +1,4 @@
-"""grpo_loss(inplace=True): the same gradient in the logits' own memory, and no second use."""
+"""grpo_loss(inplace=True): the gradient overwrites the logits, which cannot be used again."""
 
 import pytest
 import torch
@@ -8,17 +8,12 @@ from grpo_kernels.ops import token_stats as operators
 from tests.helpers.grpo_loss import CONFIGS, B, T, V, make_inputs, run
 
 
-def model(hidden, weight, dtype):
-    """Logits that are no leaf, as a language model's."""
-    return (hidden @ weight).to(dtype)
-
-
 def gradient_of_hidden(inplace, config, dtype, **extra):
     _, tokens, advantages, keywords = make_inputs(1, B, T, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, 8, generator=generator).requires_grad_()
     weight = torch.randn(8, V, generator=generator)
-    logits = model(hidden, weight, dtype)
+    logits = (hidden @ weight).to(dtype)  # not a leaf, like the logits of a language model
     loss, metrics = grpo_loss(
         logits, tokens, advantages, config=config, inplace=inplace, **keywords, **extra
     )
@@ -41,16 +36,16 @@ def test_gradient_overwrites_logits(backend, monkeypatch):
     _, _, expected = run(grpo_loss, logits, tokens, advantages, **keywords)
 
     def refuse(*arguments):
-        raise AssertionError("a second tensor of the logits' size was made")
+        raise AssertionError("a second tensor of the logits' size was allocated")
 
     monkeypatch.setattr(operators, "_backward", refuse)
     leaf = logits.clone().requires_grad_()
     values = leaf * 1.0
-    seen = []
-    values.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    pointers = []
+    values.register_hook(lambda gradient: pointers.append(gradient.data_ptr()))
     grpo_loss(values, tokens, advantages, inplace=True, **keywords).loss.backward()
     assert torch.equal(values.detach(), expected) and torch.equal(leaf.grad, expected)
-    assert seen == [values.data_ptr()]
+    assert pointers == [values.data_ptr()]
 
 
 @pytest.mark.parametrize("name", ["every term", "entropy bonus"])
@@ -71,20 +66,20 @@ def test_overwritten_logits_cannot_be_scored_again(backend):
     logits, tokens, advantages, keywords = make_inputs(4, B, T, dtype=torch.float32)
     values = logits.requires_grad_() * 1.0
     loss, _ = grpo_loss(values, tokens, advantages, inplace=True, **keywords)
-    for again in (
+    for score_again in (
         lambda: grpo_loss(values, tokens, advantages, **keywords),
         lambda: grpo_loss(values, tokens, advantages, inplace=True, **keywords),
         lambda: token_stats(values, tokens),
     ):
         with pytest.raises(ValueError, match="logits must not be used again after inplace=True"):
-            again()
+            score_again()
     loss.backward()
 
 
 def test_second_backward_raises(backend):
     logits, tokens, advantages, keywords = make_inputs(5, B, T, dtype=torch.float32)
     values = logits.requires_grad_() * 1.0
-    config = CONFIGS["beta, forward"]  # its gradient is made in backward, of the logits
+    config = CONFIGS["beta, forward"]  # its gradient is computed in backward from the logits
     loss, _ = grpo_loss(values, tokens, advantages, config=config, inplace=True, **keywords)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

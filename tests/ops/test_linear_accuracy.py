@@ -1,4 +1,4 @@
-"""What the hidden level promises at a real vocabulary: accuracy from bf16, and bounded memory."""
+"""Accuracy of bf16 and peak memory at the size of a real vocabulary."""
 
 import pytest
 import torch
@@ -6,10 +6,8 @@ import torch
 import grpo_kernels
 from benchmarks.core.memory import peak_tensor_bytes
 from grpo_kernels import linear_grpo_loss, linear_token_stats
-from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch import softmax
-from grpo_kernels.lm_head import chunk_size as chunks
-from grpo_kernels.lm_head import matmul as head
+from grpo_kernels.lm_head import chunk_size, matmul
 from reference import losses
 from tests.helpers.linear import relative_error
 from tests.helpers.tensors import normal, token_ids
@@ -18,16 +16,15 @@ MIB = 1 << 20
 
 
 def make_head(N, V, H, *, dtype=torch.bfloat16, std=4.0):
-    """Hidden states, weight and tokens, with logits of that standard deviation."""
+    """Hidden states, weight and tokens; `std` is the standard deviation of the logits."""
     hidden = normal(0, N, H, dtype=dtype)
     weight = normal(1, V, H, dtype=dtype, std=std / H**0.5)
     return hidden.requires_grad_(), weight.requires_grad_(), token_ids(2, N, V=V)
 
 
 @pytest.mark.slow
-def test_bf16_accuracy_at_vocabulary_65_536(monkeypatch):
-    """Logits of std 4. Rounding them to bf16 would cost 1.4e-2 of log-prob."""
-    use("pytorch")
+def test_bf16_accuracy_at_vocabulary_65_536(pytorch_backend):
+    """Logits have std 4; rounding them to bf16 would cost 1.4e-2 of log-prob."""
     hidden, weight, tokens = make_head(64, 65_536, 256)
     d_logprob, d_entropy = normal(3, 64), normal(4, 64)
 
@@ -37,7 +34,7 @@ def test_bf16_accuracy_at_vocabulary_65_536(monkeypatch):
         return stats, torch.autograd.grad(total, leaves)
 
     exact, exact_gradients = results(
-        losses, *(each.detach().double().requires_grad_() for each in (hidden, weight))
+        losses, *(leaf.detach().double().requires_grad_() for leaf in (hidden, weight))
     )
     ours, gradients = results(grpo_kernels, hidden, weight)
     errors = {
@@ -56,11 +53,10 @@ def test_bf16_accuracy_at_vocabulary_65_536(monkeypatch):
 
 
 @pytest.fixture
-def workspace(monkeypatch):
-    """A small one, so that a small problem has many chunks."""
-    use("pytorch")
+def workspace(pytorch_backend, monkeypatch):
+    """A small workspace, so that a small problem has many chunks."""
     monkeypatch.setattr(softmax, "BLOCK_BYTES", MIB)
-    monkeypatch.setattr(chunks, "WORKSPACE", 4 * MIB)
+    monkeypatch.setattr(chunk_size, "WORKSPACE", 4 * MIB)
     return 4 * MIB
 
 
@@ -89,35 +85,34 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peak_memory_does_not_hold_all_logits(workspace, mode, dtype):
-    """Eight times the tokens take no more memory, but for what is as large as the hidden states."""
+    """Memory grows with the hidden states, not with tokens times vocabulary."""
     V, H = 8192, 32
     accumulated = {"statistics": 0, "loss": 2, "both": 2}[mode] * V * H * 4
-    blocks = 8 * MIB  # of the eager rows, about six at a time
+    blocks = 8 * MIB  # row blocks of the PyTorch backend, about six at a time
     for N in (256, 2048):
         inputs = make_head(N, V, H, dtype=dtype)
         peak = peak_tensor_bytes(lambda inputs=inputs: MODES[mode](*inputs))
-        states = 4 * N * H * 4  # gathered, and their gradient in two dtypes
+        states = 4 * N * H * 4  # compacted hidden states, and their gradient in two dtypes
         print(f"{mode}, N = {N}: {peak / MIB:.1f} MiB, all logits {N * V * 4 / MIB:.0f} MiB")
         assert peak <= workspace + accumulated + blocks + states
         assert N < 2048 or peak < N * V * 4 / 3
 
 
 def test_default_workspace_size():
-    assert chunks.WORKSPACE == 1 << 30
+    assert chunk_size.WORKSPACE == 1 << 30
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 8])  # a single chunk, and several added up
-def test_bf16_matmul_fallback_on_cpu_without_bf16_units(monkeypatch, chunk_tokens):
-    use("pytorch")  # the products are the same, the rest is faster
+@pytest.mark.parametrize("chunk_tokens", [None, 8])  # one chunk, and several that accumulate
+def test_bf16_matmul_fallback_on_cpu_without_bf16_units(pytorch_backend, monkeypatch, chunk_tokens):
     hidden, weight, tokens = make_head(24, 300, 16)
-    monkeypatch.setattr(head, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow
-    found = []
+    monkeypatch.setattr(matmul, "TILE_BYTES", 4 * 16 * 64)  # five tiles, the last one narrow
+    gradients = []
     for has_units in (True, False):
-        monkeypatch.setattr(head, "has_bf16_units", lambda has_units=has_units: has_units)
+        monkeypatch.setattr(matmul, "has_bf16_units", lambda has_units=has_units: has_units)
         stats = linear_token_stats(hidden, weight, tokens, chunk_tokens=chunk_tokens)
         total = stats.logprob.sum() + stats.entropy.sum()
-        found.append(torch.autograd.grad(total, (hidden, weight)))
-    for native, upcast in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(total, (hidden, weight)))
+    for native, upcast in zip(*gradients, strict=True):
         assert upcast.dtype == torch.bfloat16
-        # Sums of the same products in another order, rounded to bf16 once.
+        # The same products are summed in another order and rounded to bf16 once.
         assert (native.float() - upcast.float()).norm() <= 4e-3 * native.float().norm()

@@ -1,4 +1,4 @@
-"""Wrong input at the hidden level is one error, which names the argument and what came."""
+"""Error messages of the linear ops name the argument, the expectation and what was passed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""linear_grpo_loss against its reference: value, gradients, metrics, modes, inert tokens."""
+"""linear_grpo_loss against the reference implementation: value, gradients and metrics."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)
 
 
 def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, device="cpu"):
-    """The linear case, and the keywords of every config."""
+    """Tensor arguments, advantages, and keywords that serve every config."""
     case = make_linear_case(seed, *leading, dtype=dtype, device=device)
     head = {name: case[name] for name in ("hidden", "weight", "tokens", "bias")}
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -35,7 +35,7 @@ def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, devi
 
 
 def run(module, case, advantages, scale=1.0, **keywords):
-    """Loss, metrics and the gradients of scale · loss in hidden, weight and bias."""
+    """Return the loss, the metrics and the gradients of scale · loss by leaf."""
     case = dict(case)
     leaves = {
         name: case.pop(name).detach().clone().requires_grad_()
@@ -110,31 +110,31 @@ def test_per_token_advantages_and_ref_logprob(backend):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("live_on_cpu_too", [False, True])
+@pytest.mark.parametrize("skips_zero_gradients", [False, True])
 def test_zero_advantage_tokens_in_active_sequence(
-    backend, level, packed, live_on_cpu_too, monkeypatch
+    backend, level, packed, skips_zero_gradients, monkeypatch
 ):
-    """At sequence level such a token still has a gradient: it is in its sequence's ratio."""
+    """At sequence level such a token has a gradient through its sequence's ratio."""
     case, _, keywords = make_inputs(6, B, T)
     advantages = normal(3, B, T, dtype=torch.float64) * coin(4, B, T)
     advantages[1] = 0.0
     if packed:
         keywords["packing"] = pack_tokens(keywords["mask"], advantages)
-    if not live_on_cpu_too:  # as on a GPU, where upstream gradients are not looked at
+    if not skips_zero_gradients:  # as on a GPU, where upstream gradients are not inspected
         monkeypatch.setattr(
             statistics_operators, "_with_gradient",
             lambda order, counts, _, skip: order[: counts[0] if skip else sum(counts)],
         )  # fmt: skip
     config = LossConfig(ratio_level=level)
     _, _, gradients = check_against_reference(case, advantages, config=config, **keywords)
-    inert = (advantages == 0) & keywords["mask"]
-    assert (gradients["hidden"][inert] == 0).all() == (level == "token")
+    zero_advantage = (advantages == 0) & keywords["mask"]
+    assert (gradients["hidden"][zero_advantage] == 0).all() == (level == "token")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "every term", "beta, k3"])
 def test_one_pass_and_two_pass_agree(backend, device, dtype, name, monkeypatch):
-    """Three products, or four by way of linear_token_stats and policy_loss."""
+    """Three matmuls, or four through linear_token_stats and policy_loss."""
     case, advantages, keywords = make_inputs(7, B, T, dtype=dtype, device=device)
     keywords |= {"config": CONFIGS[name], "chunk_tokens": 4}
     loss, metrics, gradients = run(grpo_kernels, case, advantages, **keywords)
@@ -181,27 +181,28 @@ def test_micro_batches_add_up_to_batch(backend, aggregation, level):
         ratio_level=level,
     )  # fmt: skip
     whole_loss, _, whole = run(grpo_kernels, case, advantages, config=config, **keywords)
-    counted = keywords["mask"].sum()
+    num_tokens = keywords["mask"].sum()
     total, weight = 0.0, 0.0
-    for at in (slice(0, 1), slice(1, 3)):
-        part = {
-            name: value[at] if name in ("hidden", "tokens", "ref_hidden") else value
+    for sequences in (slice(0, 1), slice(1, 3)):
+        batch = {
+            name: value[sequences] if name in ("hidden", "tokens", "ref_hidden") else value
             for name, value in case.items()
         }
         loss, _, gradients = run(
-            grpo_kernels, part, advantages[at], config=config,
-            normalizer=counted if aggregation == "token_mean" else B,
-            entropy_normalizer=counted, **{name: each[at] for name, each in keywords.items()},
+            grpo_kernels, batch, advantages[sequences], config=config,
+            normalizer=num_tokens if aggregation == "token_mean" else B,
+            entropy_normalizer=num_tokens,
+            **{name: value[sequences] for name, value in keywords.items()},
         )  # fmt: skip
         total, weight = total + loss, weight + gradients["weight"]
-        torch.testing.assert_close(gradients["hidden"], whole["hidden"][at])
+        torch.testing.assert_close(gradients["hidden"], whole["hidden"][sequences])
     torch.testing.assert_close(total, whole_loss)
     torch.testing.assert_close(weight, whole["weight"])
 
 
 def test_loss_without_gradient(backend):
     case, advantages, keywords = make_inputs(9, B, T, dtype=torch.float32)
-    keywords["chunk_tokens"] = 4  # so that every product has the same shape, and bits are the same
+    keywords["chunk_tokens"] = 4  # equal matmul shapes, so that the metrics are bitwise equal
     expected, metrics, _ = run(grpo_kernels, case, advantages, **keywords)
     with torch.no_grad():
         loss, others = linear_grpo_loss(
@@ -220,7 +221,7 @@ def test_all_tokens_masked(backend, name):
     keywords["mask"] = torch.zeros(B, T, dtype=torch.bool)
     case |= {"hidden": case["hidden"] * torch.nan, "tokens": case["tokens"] - 1000}
     loss, metrics, gradients = run(grpo_kernels, case, advantages, config=CONFIGS[name], **keywords)
-    assert loss == 0 and all((each == 0).all() for each in gradients.values())
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
     assert all((value == 0).all() for value in metrics.values())
 
 

@@ -1,4 +1,4 @@
-"""linear_token_stats against its reference in fp64: values, gradients, chunks, masks, bits."""
+"""linear_token_stats against the reference in fp64: values, gradients, chunks and masks."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_outputs_and_gradients_are_as_accurate_as_torch(backend, device, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_reference_policy_in_another_dtype(backend, device, dtype):
-    """Rounded to bf16 its states and weight cost the KL 2e-3."""
+    """Rounding its hidden states and weight to bf16 would cost 2e-3 of KL."""
     case = make_linear_case(3, 2, 5, dtype=dtype, device=device)
     wide = make_linear_case(3, 2, 5, device=device)
     case |= {name: wide[name] for name in wide if name.startswith("ref_")}
@@ -138,19 +138,19 @@ def test_chunk_size_changes_rounding_only(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fixed_chunk_size_is_batch_invariant(backend, device, dtype):
-    """Three tokens alone, in a product of 8 rows, and among 11 others."""
+    """Three tokens alone, padded to a matmul of 8 rows, equal the same among 11 others."""
     case = make_linear_case(11, 14, V=65, H=24, dtype=dtype, device=device)
     upstream = upstream_like(3, case["tokens"], ALL)
     keywords = {"kl": "forward", "chunk_tokens": 8}
     whole = linear_results(linear_token_stats, case, upstream, **keywords)
-    for few in (slice(0, 3), slice(6, 9), slice(13, 14)):
+    for rows in (slice(0, 3), slice(6, 9), slice(13, 14)):
         part = dict(case)
         for name in ("hidden", "tokens", "ref_hidden"):
-            part[name] = case[name][few]
-        incoming = {name: g[few] for name, g in upstream.items()}
+            part[name] = case[name][rows]
+        incoming = {name: g[rows] for name, g in upstream.items()}
         alone = linear_results(linear_token_stats, part, incoming, **keywords)
         for name in (*ALL, "d_hidden"):
-            assert torch.equal(alone[name], whole[name][few]), name
+            assert torch.equal(alone[name], whole[name][rows]), name
 
 
 def test_fixed_chunk_size_is_mask_invariant(backend):
@@ -184,10 +184,10 @@ def test_precomputed_packing_is_bitwise_equal(backend):
 
 
 def test_half_precision_logits_are_not_rounded(backend):
-    """The token's log-prob is that of the exact logits, which bf16 could not hold."""
+    """The log-prob is computed from fp32 logits, which bf16 cannot represent."""
     logits, tokens = make_case(1, 4, 33, dtype=torch.float64)
     eye = torch.eye(33, dtype=torch.bfloat16)
-    # Two bf16 parts whose sum has 16 bits: the head adds them up.
+    # Two bf16 parts whose sum needs 16 bits of mantissa; the matmul adds them.
     high = logits.bfloat16()
     low = (logits - high.double()).bfloat16()
     hidden, weight = torch.cat((high, low), dim=-1), torch.cat((eye, eye), dim=-1)

@@ -1,4 +1,4 @@
-"""The hidden level inside PyTorch: gradcheck, opcheck, compile, autocast, checkpoint."""
+"""The linear ops in PyTorch: gradcheck, opcheck, compile, autocast, activation checkpointing."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CONFIGS = {
 def make_inputs(dtype=torch.float32, bias=True):
     case = make_linear_case(1, 2, 3, V=11, H=4, dtype=dtype, bias=bias)
     leaves = [case.pop(name) for name in ("hidden", "weight")]
-    return [each.requires_grad_() for each in leaves], case.pop("tokens"), case
+    return [leaf.requires_grad_() for leaf in leaves], case.pop("tokens"), case
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
@@ -32,7 +32,7 @@ def test_gradcheck(backend, kl):
 
     def outputs(hidden, weight, bias):
         stats = linear_token_stats(hidden, weight, tokens, bias=bias, **keywords)
-        return tuple(each for each in stats if each is not None)
+        return tuple(stat for stat in stats if stat is not None)
 
     torch.autograd.gradcheck(outputs, (hidden, weight, bias), fast_mode=True)
 
@@ -52,8 +52,8 @@ def test_gradcheck_of_loss(backend, name):
     torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=True)
 
 
-class Recorder(TorchDispatchMode):
-    """Notes the arguments of our operators as they pass."""
+class RecordOperators(TorchDispatchMode):
+    """Record the arguments of every call of a grpo_kernels operator."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def test_opcheck(backend, kl, level):
     config = LossConfig(
         beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1, ratio_level=level
     )
-    with Recorder() as recorder:
+    with RecordOperators() as recorder:
         linear_grpo_loss(
             hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config,
             **(case if kl else {}),
@@ -85,10 +85,8 @@ def test_opcheck(backend, kl, level):
     }  # fmt: skip
     assert recorder.calls.keys() == expected[level]
     for name, arguments in recorder.calls.items():
-        arguments = [
-            each.detach() if isinstance(each, torch.Tensor) else each for each in arguments
-        ]
-        if name == "linear_token_stats_forward":  # the one that autograd sees
+        arguments = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
+        if name == "linear_token_stats_forward":  # the operator that has an autograd formula
             arguments[0].requires_grad_()
             arguments[1].requires_grad_()
         torch.library.opcheck(getattr(torch.ops.grpo_kernels, name), tuple(arguments))
@@ -107,7 +105,7 @@ def test_loss_compiles_fullgraph_for_any_length(backend, name):
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for T, temperature in ((3, 1.0), (4, 0.9), (5, 0.8), (6, 0.7)):
         case = make_linear_case(T, 2, T, V=11, H=4)
-        hidden, weight = (case.pop(each).requires_grad_() for each in ("hidden", "weight"))
+        hidden, weight = (case.pop(leaf).requires_grad_() for leaf in ("hidden", "weight"))
         tokens, mask = case.pop("tokens"), coin(T, 2, T)
         arguments = (hidden, weight, tokens, ADVANTAGES, mask, case, temperature)
         value, metrics = compiled(*arguments)
@@ -116,7 +114,7 @@ def test_loss_compiles_fullgraph_for_any_length(backend, name):
         torch.testing.assert_close(metrics, expected_metrics)
         ours = torch.autograd.grad(value, (hidden, weight))
         torch.testing.assert_close(ours, torch.autograd.grad(expected, (hidden, weight)))
-    assert counter.frame_count <= 2  # the first shapes, and any others
+    assert counter.frame_count <= 2  # the first shapes, then dynamic shapes
 
 
 def test_token_stats_compile_fullgraph(backend):
@@ -135,12 +133,12 @@ def test_token_stats_compile_fullgraph(backend):
 def test_autocast_gives_fp32_gradients(backend, level):
     (hidden, weight), tokens, _ = make_inputs(bias=False)
     config = LossConfig(ratio_level=level)
-    half = [each.detach().bfloat16().float().requires_grad_() for each in (hidden, weight)]
+    half = [leaf.detach().bfloat16().float().requires_grad_() for leaf in (hidden, weight)]
     exact = linear_grpo_loss(*half, tokens, ADVANTAGES, config=config)
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES, config=config)
         mixed = linear_token_stats(hidden.bfloat16(), weight, tokens)
-    # The very numbers that bf16 operands give, not rounded any further.
+    # Equal to bf16 operands with an unrounded result.
     torch.testing.assert_close(ours.metrics["entropy"], exact.metrics["entropy"])
     assert mixed.logprob.dtype == torch.float32
     gradients = torch.autograd.grad(ours.loss, (hidden, weight))
@@ -172,7 +170,7 @@ def test_inference_mode(backend):
 
 def test_token_level_backward_only_scales(backend):
     (hidden, weight), tokens, _ = make_inputs()
-    with Recorder() as recorder:
+    with RecordOperators() as recorder:
         loss = linear_grpo_loss(hidden, weight, tokens, ADVANTAGES).loss
         recorder.calls.clear()
         loss.backward(torch.tensor(0.25))

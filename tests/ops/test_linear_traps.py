@@ -1,4 +1,4 @@
-"""Inputs that have broken other implementations, at the hidden level."""
+"""Inputs of the linear ops that break naive implementations."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_masked_tokens_have_no_effect(backend, chunk_tokens):
 
 
 def test_bias_of_minus_infinity_equals_smaller_vocabulary(backend):
-    """A padded vocabulary, its whole leading block."""
+    """A padded vocabulary whose first block is all padding."""
     case = make_linear_case(2, 2, 3, V=24, dtype=torch.float64)
     upstream = upstream_like(3, case["tokens"], ALL)
     small = linear_results(linear_token_stats, case, upstream, kl="forward")
@@ -45,8 +45,8 @@ def test_bias_of_minus_infinity_equals_smaller_vocabulary(backend):
     for name in ("weight", "ref_weight"):
         padded[name] = torch.cat((normal(9, 20, case[name].shape[1]).double(), case[name]))
     for name in ("bias", "ref_bias"):
-        nowhere = torch.full((20,), -torch.inf, dtype=torch.float64)
-        padded[name] = torch.cat((nowhere, case[name]))
+        padding = torch.full((20,), -torch.inf, dtype=torch.float64)
+        padded[name] = torch.cat((padding, case[name]))
     padded["tokens"] = case["tokens"] + 20
     ours = linear_results(linear_token_stats, padded, upstream, kl="forward")
     for name in (*ALL, "d_hidden"):
@@ -57,7 +57,7 @@ def test_bias_of_minus_infinity_equals_smaller_vocabulary(backend):
 
 
 def test_common_offset_of_logits(backend):
-    """+1e4 by the bias: fp32 holds such logits to 1e-3 / 2, and nothing is lost beyond that."""
+    """A bias of +1e4 rounds the logits to 5e-4 in fp32; the oracle takes the rounded logits."""
     case = without_reference(make_linear_case(3, 2, 4, V=50))
     logits = (case["hidden"] @ case["weight"].T + (case["bias"] + 1e4)).double()
     case["bias"] = case["bias"] + 1e4
@@ -72,10 +72,10 @@ def test_nan_hidden_state_stays_in_its_row(backend):
     clean = linear_token_stats(**case)
     case["hidden"][1, 2] = torch.nan
     ours = linear_token_stats(**case)
-    spoilt = torch.zeros(2, 4, dtype=torch.bool)
-    spoilt[1, 2] = True
-    assert ours.logprob[spoilt].isnan().all() and ours.entropy[spoilt].isnan().all()
-    assert torch.equal(ours.logprob[~spoilt], clean.logprob[~spoilt])
+    is_nan = torch.zeros(2, 4, dtype=torch.bool)
+    is_nan[1, 2] = True
+    assert ours.logprob[is_nan].isnan().all() and ours.entropy[is_nan].isnan().all()
+    assert torch.equal(ours.logprob[~is_nan], clean.logprob[~is_nan])
 
 
 def test_one_hot_rows(backend):
@@ -120,7 +120,7 @@ def test_extreme_log_ratios_give_finite_gradient(backend):
 
 
 def test_fp16_gradients_do_not_underflow(backend):
-    """The mean over a batch with a loss scale that comes in only with backward."""
+    """The loss scale arrives with backward, after the gradient was computed."""
     case = without_reference(make_linear_case(8, 2, 4, dtype=torch.float16, bias=False))
     case.pop("bias")
     hidden, weight, tokens = (case[name] for name in ("hidden", "weight", "tokens"))

@@ -1,11 +1,11 @@
-"""Gradients that are ready with the loss: scaled, handed out without a copy, and repeatable."""
+"""Gradients computed together with the loss: backward scales them without a copy."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss
-from grpo_kernels.ops import precomputed_gradient as ready_gradient
+from grpo_kernels.ops import precomputed_gradient
 from tests.helpers.grpo_loss import CONFIGS, B, T, make_inputs, run
 
 
@@ -24,20 +24,20 @@ def loss_of_hidden(dtype=torch.float32):
     return weight, loss
 
 
-class StoragesMade(TorchDispatchMode):
-    """The sizes in bytes of the storages behind every tensor that an operation returned."""
+class RecordStorages(TorchDispatchMode):
+    """Record the size in bytes of the storage behind every returned tensor."""
 
     def __init__(self):
         super().__init__()
         self.sizes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(each, torch.Tensor):
-                storage = each.untyped_storage()
+        result = function(*args, **(kwargs or {}))
+        for output in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(output, torch.Tensor):
+                storage = output.untyped_storage()
                 self.sizes[storage.data_ptr()] = storage.nbytes()
-        return made
+        return result
 
 
 LOSSES = [loss_of_logits, loss_of_hidden]
@@ -45,7 +45,7 @@ LOSSES = [loss_of_logits, loss_of_hidden]
 
 @pytest.mark.parametrize("compute_loss", LOSSES)
 def test_second_backward_gives_same_gradient(backend, compute_loss):
-    """With retain_graph, under other incoming gradients, whatever became of the first result."""
+    """With retain_graph and other incoming gradients."""
     leaf, loss = compute_loss()
     first, second, third = (
         torch.autograd.grad(loss, leaf, torch.tensor(factor), retain_graph=True)[0].clone()
@@ -68,8 +68,8 @@ def test_gradients_accumulate_with_retain_graph(backend, compute_loss):
 @pytest.mark.parametrize("compute_loss", LOSSES)
 def test_backward_after_zero_gradient_raises(backend, compute_loss):
     leaf, loss = compute_loss()
-    (nothing,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
-    assert (nothing == 0).all()
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.tensor(0.0), retain_graph=True)
+    assert (gradient == 0).all()
     with pytest.raises(RuntimeError, match="after one in which the loss's gradient was 0"):
         torch.autograd.grad(loss, leaf)
 
@@ -86,24 +86,24 @@ def test_incoming_gradient_may_change_between_backwards(backend):
 @pytest.mark.parametrize("compute_loss", LOSSES)
 def test_backward_allocates_no_large_tensor(backend, compute_loss):
     leaf, loss = compute_loss()
-    with StoragesMade() as made:
+    with RecordStorages() as storages:
         loss.backward()
-    large = {pointer for pointer, nbytes in made.sizes.items() if nbytes >= leaf.nbytes}
+    large = {pointer for pointer, nbytes in storages.sizes.items() if nbytes >= leaf.nbytes}
     assert large <= {leaf.grad.data_ptr()} and leaf.grad.abs().sum() > 0
 
 
 def test_accumulate_grad_takes_gradient_without_copy(backend, monkeypatch):
-    made = []
-    scale_ = ready_gradient._scale_
+    pointers = []
+    scale_ = precomputed_gradient._scale_
 
-    def noted(x, factor):
-        made.append(x.data_ptr())
+    def recording(x, factor):
+        pointers.append(x.data_ptr())
         scale_(x, factor)
 
-    monkeypatch.setattr(ready_gradient, "_scale_", noted)
+    monkeypatch.setattr(precomputed_gradient, "_scale_", recording)
     leaf, loss = loss_of_hidden()
     loss.backward()
-    assert leaf.grad.data_ptr() in made, "AccumulateGrad copied instead of taking"
+    assert leaf.grad.data_ptr() in pointers, "AccumulateGrad copied the gradient"
 
 
 def test_power_of_two_scale_does_not_round_bf16_gradient(backend):
@@ -116,7 +116,7 @@ def test_power_of_two_scale_does_not_round_bf16_gradient(backend):
 
 
 def test_fp16_gradient_with_loss_scale(backend):
-    """1/65,536 of it underflows in fp16: made before the scale came, it would be 0."""
+    """Without its scale of 65,536 the gradient would underflow to 0 in fp16."""
     logits, tokens, advantages, keywords = make_inputs(3, B, T, dtype=torch.float16)
     advantages = advantages * 1e-6
     _, _, scaled = run(grpo_loss, logits, tokens, advantages, 2.0**16, **keywords)
@@ -148,6 +148,6 @@ def test_one_pass_compiles_fullgraph(backend, name):
 
 
 def test_config_encode_decode_round_trip():
-    """All but the entropy's coefficient, which the operators get as the weight of a sum."""
+    """Every field but entropy_coef, which the operators get as a tensor."""
     config = LossConfig.dapo(beta=0.1, kl_estimator="k3+", delta=2.0)
-    assert ready_gradient.config_of(config.text) == config
+    assert LossConfig.decode(config.encode()) == config

@@ -1,4 +1,4 @@
-"""Calls at the same time from two threads, and on two streams, give the bits they give alone."""
+"""Concurrent calls from two threads or on two streams are bitwise equal to single calls."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +13,13 @@ ROUNDS = 12
 
 
 def assert_same(results, expected):
-    for seed, found in results:
-        assert all(torch.equal(x, y) for x, y in zip(found, expected[seed], strict=True)), seed
+    for seed, tensors in results:
+        assert all(torch.equal(x, y) for x, y in zip(tensors, expected[seed], strict=True)), seed
 
 
 @pytest.fixture
-def eager_switches():
-    """Threads that take turns every 20 us, not every 5 ms."""
+def frequent_thread_switches():
+    """Switch threads every 20 us instead of every 5 ms."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-5)
     yield
@@ -27,17 +27,16 @@ def eager_switches():
 
 
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
-def test_two_threads_are_bitwise_equal_to_one(backend, eager_switches):
-    """Backward too: autograd runs it on the thread that asks."""
+def test_two_threads_are_bitwise_equal_to_one(backend, frequent_thread_switches):
     expected = [run_every_op(seed) for seed in range(2)]
-    together = Barrier(2)
+    start = Barrier(2)
 
-    def many(seed):
-        together.wait()
+    def run_rounds(seed):
+        start.wait()
         return [(seed, run_every_op(seed)) for _ in range(ROUNDS)]
 
     with ThreadPoolExecutor(2) as pool:
-        for results in pool.map(many, range(2)):
+        for results in pool.map(run_rounds, range(2)):
             assert_same(results, expected)
 
 

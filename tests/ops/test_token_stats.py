@@ -1,4 +1,4 @@
-"""token_stats against the reference in fp64: values and gradients, in every dtype and layout."""
+"""token_stats against the reference in fp64: values and gradients, dtypes and strides."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.helpers.tensors import (
     upstream_like,
 )
 
-V = 83  # two whole interpreted tiles and a tail
+V = 83  # two whole tiles of the interpreter and a tail
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,13 +30,13 @@ def test_outputs_and_gradient_are_as_accurate_as_torch(backend, device, dtype, k
     check_against_oracle(logits, tokens, upstream, kl=kl, ref_logits=ref_logits, temperature=0.7)
 
 
-@pytest.mark.parametrize("wanted", ["logprob", "entropy", "kl"])
+@pytest.mark.parametrize("output", ["logprob", "entropy", "kl"])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_gradient_of_each_output(backend, device, kl, wanted):
+def test_gradient_of_each_output(backend, device, kl, output):
     logits, tokens = make_case(2, 5, V, device=device)
     ref_logits = normal(9, 5, V, device=device, std=3.0)
     check_against_oracle(
-        logits, tokens, upstream_like(5, tokens, (wanted,)), kl=kl, ref_logits=ref_logits
+        logits, tokens, upstream_like(5, tokens, (output,)), kl=kl, ref_logits=ref_logits
     )
 
 
@@ -101,7 +101,7 @@ def test_masked_tokens_get_zeros(backend, device, dtype):
 
 
 def test_strided_logits(backend, device):
-    """logits[:, :-1] of a model's output, and a reference with strides of its own."""
+    """logits[:, :-1] of a model, and reference logits with other strides."""
     wide, tokens = make_case(10, 2, 4, V + 7, device=device)
     logits, tokens = wide[:, :-1, :V], tokens[:, 1:] % V
     ref_logits = normal(9, 3, 2, V, device=device).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Laws of token_stats on random small cases: what changes nothing, and what changes how."""
+"""Properties of token_stats on random small inputs: invariances and bounds."""
 
 import math
 
@@ -27,7 +27,7 @@ few = settings(max_examples=8)
 
 
 def make_all(seed, N, V, kl=None, dtype=torch.float32, device="cpu", std=3.0):
-    """Logits, tokens, an upstream gradient of every output, and keywords."""
+    """Logits, tokens, upstream gradients of every output, and keywords."""
     logits, tokens = make_case(seed, N, V, dtype=dtype, device=device, std=std)
     names = ("logprob", "entropy", "kl") if kl else ("logprob", "entropy")
     keywords = {"temperature": normal(seed + 7, N, device=device).abs() + 0.5}
@@ -38,7 +38,7 @@ def make_all(seed, N, V, kl=None, dtype=torch.float32, device="cpu", std=3.0):
 
 
 def select_rows(index, logits, tokens, upstream, keywords):
-    """The same case with only, or in another order, the rows of `index`."""
+    """Index the rows of every per-row argument."""
     upstream = {name: g[index] for name, g in upstream.items()}
     keywords = {k: v[index] if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     return logits[index], tokens[index], upstream, keywords
@@ -58,7 +58,7 @@ def test_any_input_is_as_accurate_as_torch(backend, seed, N, V, kl, softcap):
 @given(seed=SEEDS, N=ROWS, V=VOCABULARIES, kl=KL, shift=st.integers(-64, 64))
 @few
 def test_shift_invariance(backend, seed, N, V, kl, shift):
-    """Logits on a grid, so that the shift itself does not round: then not a bit changes."""
+    """Bitwise, for logits on a grid where the shift itself does not round."""
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     logits = (logits * 128).round() / 128
     expected = run(logits, tokens, upstream, keywords)
@@ -122,9 +122,9 @@ def test_repeated_runs_are_bitwise_equal(backend, seed, N, V, kl):
 def test_masked_equals_compacted(backend, seed, N, V, kl, softcap):
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
     mask = coin(seed + 9, N)
-    kept = mask.nonzero().squeeze(-1)
+    rows = mask.nonzero().squeeze(-1)
     masked = run(logits, tokens, upstream, keywords | {"mask": mask, "softcap": softcap})
-    logits, tokens, upstream, keywords = select_rows(kept, logits, tokens, upstream, keywords)
+    logits, tokens, upstream, keywords = select_rows(rows, logits, tokens, upstream, keywords)
     compacted = run(logits, tokens, upstream, keywords | {"softcap": softcap})
     assert_same_bits({name: value[mask] for name, value in masked.items()}, compacted)
     assert all((value[~mask] == 0).all() for value in masked.values())
@@ -137,13 +137,13 @@ def test_masked_tokens_have_no_effect(backend, seed, N, V, kl):
     mask = coin(seed + 9, N)
     keywords["mask"] = mask
     expected = run(logits, tokens, upstream, keywords)
-    hole = ~mask
+    masked = ~mask
     logits, tokens = logits.clone(), tokens.clone()
-    logits[hole, ::2], logits[hole, 1::2], tokens[hole] = torch.nan, torch.inf, -100
-    upstream = {name: torch.where(hole, torch.nan, g) for name, g in upstream.items()}
-    keywords["temperature"] = torch.where(hole, torch.inf, keywords["temperature"])
+    logits[masked, ::2], logits[masked, 1::2], tokens[masked] = torch.nan, torch.inf, -100
+    upstream = {name: torch.where(masked, torch.nan, g) for name, g in upstream.items()}
+    keywords["temperature"] = torch.where(masked, torch.inf, keywords["temperature"])
     if kl:
-        keywords["ref_logits"] = keywords["ref_logits"].masked_fill(hole[:, None], torch.nan)
+        keywords["ref_logits"] = keywords["ref_logits"].masked_fill(masked[:, None], torch.nan)
     assert_same_bits(run(logits, tokens, upstream, keywords), expected)
 
 
@@ -151,23 +151,23 @@ def test_masked_tokens_have_no_effect(backend, seed, N, V, kl):
 @example(seed=0, N=2, V=100, kl="reverse", lead=64)
 @example(seed=0, N=2, V=100, kl="forward", lead=99)
 def test_excluded_entries_have_no_effect(backend, seed, N, V, kl, lead):
-    """-inf in a leading block and at random: the row without these entries, gradient 0 on them."""
+    """Entries of -inf, in a leading block and at random, equal a row without these entries."""
     logits, tokens, upstream, keywords = make_all(seed, N, V, kl)
-    kept = coin(seed + 9, V)
-    kept[: lead % V] = False
-    kept[-1] = True
-    place = kept.nonzero().squeeze(-1)
-    tokens = tokens % len(place)
-    excluded = logits.masked_fill(~kept, -torch.inf)
+    included = coin(seed + 9, V)
+    included[: lead % V] = False
+    included[-1] = True
+    ids = included.nonzero().squeeze(-1)
+    tokens = tokens % len(ids)
+    excluded = logits.masked_fill(~included, -torch.inf)
     if kl:
         ref_logits = keywords["ref_logits"]
-        keywords["ref_logits"] = ref_logits.masked_fill(~kept, -torch.inf)
-    actual = run(excluded, place[tokens], upstream, keywords)
+        keywords["ref_logits"] = ref_logits.masked_fill(~included, -torch.inf)
+    actual = run(excluded, ids[tokens], upstream, keywords)
     if kl:
-        keywords["ref_logits"] = ref_logits[:, place].contiguous()
-    expected = run(logits[:, place].contiguous(), tokens, upstream, keywords)
-    assert (actual["d_logits"][:, ~kept] == 0).all()
-    actual["d_logits"] = actual["d_logits"][:, place]
+        keywords["ref_logits"] = ref_logits[:, ids].contiguous()
+    expected = run(logits[:, ids].contiguous(), tokens, upstream, keywords)
+    assert (actual["d_logits"][:, ~included] == 0).all()
+    actual["d_logits"] = actual["d_logits"][:, ids]
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=4e-6, atol=8e-6)
 
@@ -181,7 +181,7 @@ def test_entropy_and_kl_bounds(backend, seed, N, V):
         assert (stats["entropy"] >= -1e-6).all()
         assert (stats["entropy"] <= math.log(V) + 1e-5).all()
         assert (stats["logprob"] <= 1e-6).all() and (stats["kl"] >= -1e-6).all()
-        itself = run(
+        same = run(
             logits, tokens, {"kl": torch.ones(N)}, keywords | {"kl": kl, "ref_logits": logits}
         )
-        assert (itself["kl"].abs() <= 1e-6).all() and (itself["d_logits"].abs() <= 2e-6).all()
+        assert (same["kl"].abs() <= 1e-6).all() and (same["d_logits"].abs() <= 2e-6).all()

@@ -1,4 +1,4 @@
-"""token_stats inside PyTorch: gradcheck, opcheck, compile, autocast, checkpointing, autograd."""
+"""token_stats in PyTorch: gradcheck, opcheck, compile, autocast, activation checkpointing."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_gradcheck(backend, kl, softcap):
 
     def outputs(logits):
         stats = token_stats(logits, tokens, temperature=temperature, softcap=softcap, **keywords)
-        return tuple(each for each in stats if each is not None)
+        return tuple(stat for stat in stats if stat is not None)
 
     torch.autograd.gradcheck(outputs, logits.requires_grad_(), fast_mode=True)
 
@@ -68,7 +68,7 @@ def test_opcheck_backward(backend, kl):
 
 
 def test_stride_0_gradient_equals_dense_gradient(backend):
-    """The sum of an output hands back an expanded scalar."""
+    """The gradient of a sum is an expanded scalar."""
     logits, tokens = make_case(5, 2, 3, 7)
     stats = token_stats(logits.requires_grad_(), tokens)
     (gradient,) = torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), logits)
@@ -160,17 +160,17 @@ def test_activation_checkpointing(backend):
 def test_saved_tensors_are_inputs_and_row_scalars(backend):
     logits, tokens = make_case(12, 4, 500)
     ref_logits = normal(13, 4, 500)
-    known = {logits.data_ptr(), ref_logits.data_ptr()}
-    made = []
+    inputs = {logits.data_ptr(), ref_logits.data_ptr()}
+    sizes = []
 
     def pack(tensor):
-        if tensor.data_ptr() not in known:
-            made.append(tensor.numel())
+        if tensor.data_ptr() not in inputs:
+            sizes.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_stats(logits.requires_grad_(), tokens, kl="reverse", ref_logits=ref_logits)
-    assert max(made) <= 2 * 4
+    assert max(sizes) <= 2 * 4
 
 
 def test_only_logits_are_differentiable(backend):
@@ -179,7 +179,7 @@ def test_only_logits_are_differentiable(backend):
     upstream = upstream_like(16, tokens, ALL)
     keywords = {"kl": "reverse", "ref_logits": ref_logits}
     stats = token_stats(logits, tokens, **keywords)
-    assert not any(each.requires_grad for each in stats)
+    assert not any(stat.requires_grad for stat in stats)
     ours = results(token_stats, logits, tokens, upstream, **keywords)
     exact = exact_results(logits, tokens, upstream, **keywords)
     torch.testing.assert_close(ours["d_logits"].double(), exact["d_logits"], rtol=1e-5, atol=1e-5)

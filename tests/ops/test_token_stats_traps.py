@@ -1,4 +1,4 @@
-"""Inputs that have bitten published implementations: extreme logits, exclusions, NaN, sizes."""
+"""Inputs of token_stats that break naive implementations: extreme logits, -inf, NaN, sizes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.helpers.tensors import (
     upstream_like,
 )
 
-V = 83  # two whole interpreted tiles and a tail
+V = 83  # two whole tiles of the interpreter and a tail
 ALL = ("logprob", "entropy", "kl")
 INF = torch.inf
 
@@ -24,7 +24,7 @@ INF = torch.inf
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_common_offset_of_1e4(backend, device, offset, kl):
-    """Against fp64 from the very same, rounded, fp32 logits."""
+    """The oracle takes the same rounded fp32 logits."""
     logits = normal(1, 4, V, device=device, std=4.0, mean=offset)
     ref_logits = normal(2, 4, V, device=device, std=4.0, mean=-offset)
     tokens = token_ids(3, 4, V=V, device=device)
@@ -38,7 +38,7 @@ def test_common_offset_of_1e4(backend, device, offset, kl):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_bf16_logits_at_llama_vocabulary(backend, device, temperature):
-    """128,256 entries of standard deviation 4: the statistics err by less than 1e-5."""
+    """128,256 logits of standard deviation 4: the error is below 1e-5."""
     size = 128_256
     logits = normal(1, 2, size, dtype=torch.bfloat16, device=device, std=4.0)
     tokens = torch.tensor([size - 1, 7], device=device)
@@ -49,7 +49,7 @@ def test_bf16_logits_at_llama_vocabulary(backend, device, temperature):
 
 
 def test_batch_invariance_at_large_vocabulary(backend, device):
-    """Wide enough that blocks of rows and shares of threads are cut inside the batch."""
+    """Wide enough that row blocks and thread blocks are split within the batch."""
     size = 40_001
     logits, tokens = make_case(2, 5, size, device=device)
     upstream = upstream_like(3, tokens)
@@ -81,13 +81,13 @@ def test_one_hot_rows(backend, device, peak):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("hole", [slice(0, 1), slice(0, 32), slice(0, 75), slice(70, V)])
+@pytest.mark.parametrize("excluded", [slice(0, 1), slice(0, 32), slice(0, 75), slice(70, V)])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-def test_excluded_entries(backend, device, hole, softcap, kl):
-    """One -inf, whole leading blocks of them, and a padded vocabulary."""
+def test_excluded_entries(backend, device, excluded, softcap, kl):
+    """One -inf, leading blocks of -inf, and a padded vocabulary."""
     logits, _ = make_case(6, 3, V, device=device)
     ref_logits = normal(7, 3, V, device=device)
-    logits[:, hole], ref_logits[:, hole] = -INF, -INF
+    logits[:, excluded], ref_logits[:, excluded] = -INF, -INF
     tokens = logits.argmax(-1)
     ours = check_against_oracle(
         logits,
@@ -98,7 +98,7 @@ def test_excluded_entries(backend, device, hole, softcap, kl):
         ref_logits=ref_logits,
     )
     assert all(value.isfinite().all() for value in ours.values())
-    assert (ours["d_logits"][:, hole] == 0).all()
+    assert (ours["d_logits"][:, excluded] == 0).all()
 
 
 def test_single_entry_left(backend, device):
@@ -182,16 +182,16 @@ def test_all_tokens_masked(backend, device):
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_zero_upstream_gradient_gives_zero_gradient(backend, device, kl):
     logits, tokens = make_case(10, 4, V, device=device)
-    wanted = torch.tensor([1.0, 0.0, 2.0, 0.0], device=device)
-    upstream = {name: wanted * g for name, g in upstream_like(5, tokens, ALL).items()}
+    scale = torch.tensor([1.0, 0.0, 2.0, 0.0], device=device)
+    upstream = {name: scale * g for name, g in upstream_like(5, tokens, ALL).items()}
     ours = check_against_oracle(
         logits, tokens, upstream, kl=kl, ref_logits=normal(7, 4, V, device=device)
     )
-    assert (ours["d_logits"][wanted == 0] == 0).all()
+    assert (ours["d_logits"][scale == 0] == 0).all()
 
 
 def test_uninitialised_memory_has_no_effect(backend, device):
-    """Deterministic mode fills every empty tensor with NaN."""
+    """Deterministic mode fills every torch.empty with NaN."""
     logits, tokens = make_case(11, 2, 3, V, device=device)
     mask = coin(12, 2, 3, device=device)
     case = (logits, tokens, upstream_like(5, tokens, ALL))
@@ -206,9 +206,9 @@ def test_uninitialised_memory_has_no_effect(backend, device):
 
 
 def test_softcap_precision_for_small_logits(backend, device):
-    """1 - e^-v cancels for small v; a low temperature shows what is left."""
+    """1 - e^-v cancels for small v; a low temperature amplifies the error."""
     logits, tokens = make_case(21, 4, V, device=device, std=0.05)
     temperature = 0.01
     upstream = upstream_like(5, tokens, ("logprob", "entropy"))
-    upstream = {name: temperature * each for name, each in upstream.items()}
+    upstream = {name: temperature * g for name, g in upstream.items()}
     check_against_oracle(logits, tokens, upstream, temperature=temperature, softcap=30.0)

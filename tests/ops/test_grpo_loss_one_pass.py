@@ -1,4 +1,4 @@
-"""The loss and its gradient in one launch, against policy_loss of token_stats over its settings."""
+"""grpo_loss with loss and gradient in one launch, against policy_loss of token_stats."""
 
 import numpy as np
 import pytest
@@ -22,15 +22,15 @@ def one_launch(monkeypatch):
 
 
 def count_launches(monkeypatch):
-    """A list that grows with each, so that a test cannot pass on the way that takes two."""
+    """Return a list that grows by one with every one-pass launch."""
     launched = []
     rows_ = operators._rows_
 
-    def noted(*arguments):
+    def counting(*arguments):
         launched.append(1)
         return rows_(*arguments)
 
-    monkeypatch.setattr(operators, "_rows_", noted)
+    monkeypatch.setattr(operators, "_rows_", counting)
     return launched
 
 
@@ -49,7 +49,7 @@ def inputs(seed, names, B=2, T=3, V=37, dtype=torch.float64, spread=0.5):
 
 
 def in_two_steps(logits, tokens, advantages, *, mask=None, config, rows=None, **given):
-    """policy_loss of token_stats, by autograd; `rows` are the keywords of token_stats."""
+    """policy_loss of token_stats with autograd; `rows` are the keywords of token_stats."""
     stats = token_stats(logits, tokens, mask=mask, **(rows or {}))
     return policy_loss(
         stats.logprob, advantages, entropy=stats.entropy, mask=mask, config=config, **given
@@ -86,7 +86,9 @@ def test_any_config_matches_policy_loss_of_token_stats(backend, seed, config, na
     names = names | ({"ref_logprob"} if config.beta else set())
     names = names | ({"sampling_logprob"} if config.importance_mode == "mask" else set())
     logits, tokens, advantages, given = inputs(seed, names, spread=spread)
-    tolerance = 1e-10 if config.kl_estimator != "k3_corrected" else 1e-7  # autograd's, of e^20
+    tolerance = (
+        1e-10 if config.kl_estimator != "k3_corrected" else 1e-7
+    )  # autograd's own error with ratios of e^20
     with pytest.MonkeyPatch.context() as patch:
         check(count_launches(patch), logits, tokens, advantages, config,
               tolerance=tolerance, **given)  # fmt: skip
@@ -94,7 +96,7 @@ def test_any_config_matches_policy_loss_of_token_stats(backend, seed, config, na
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles_match_policy_loss_of_token_stats(backend, one_launch, dtype):
-    """Whole tiles and a tail, backwards in the second walk; a temperature per token, a softcap."""
+    """Whole tiles and a tail, with a temperature per token and a softcap."""
     logits, tokens, advantages, given = inputs(4, GIVEN, V=333, dtype=dtype)
     logits[0, 0, :150] = -torch.inf
     tokens[0, 0] = 200
@@ -118,11 +120,10 @@ def test_masked_garbage_and_nan_row_stay_in_their_rows(backend, one_launch):
         given[name][0, 2] = torch.nan
     leaf = logits.clone().requires_grad_()
     grpo_loss(leaf, tokens, advantages, config=config, **given).loss.backward()
-    spoiled = torch.zeros(2, 3, dtype=torch.bool)
-    spoiled[1, 1] = True
-    assert (leaf.grad[0, 2] == 0).all() and leaf.grad[spoiled].isnan().all()
-    sound = ~spoiled
-    torch.testing.assert_close(leaf.grad[sound], clean[sound] / 1.7)
+    is_nan = torch.zeros(2, 3, dtype=torch.bool)
+    is_nan[1, 1] = True
+    assert (leaf.grad[0, 2] == 0).all() and leaf.grad[is_nan].isnan().all()
+    torch.testing.assert_close(leaf.grad[~is_nan], clean[~is_nan] / 1.7)
 
 
 def test_nan_row_with_zero_advantage_has_zero_gradient(backend, one_launch):
@@ -136,20 +137,20 @@ def test_nan_row_with_zero_advantage_has_zero_gradient(backend, one_launch):
     assert leaf.grad.isfinite().all() and (leaf.grad[1] != 0).any()
 
 
-@pytest.mark.parametrize("few", [1, 5])
-def test_batch_invariance(backend, one_launch, few):
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_batch_invariance(backend, one_launch, num_rows):
     logits, tokens, _, given = inputs(7, GIVEN[1:], 1, 6, V=333, dtype=torch.float32)
     advantages = normal(3, 1, 6)
     config = LossConfig(beta=0.1, entropy_coef=0.1, aggregation="token_mean")
 
-    def gradient(at):
-        leaf = logits[:, at].clone().requires_grad_()
-        part = {name: value[:, at] for name, value in given.items()}
-        numbers = {"normalizer": 6, "config": config}
-        grpo_loss(leaf, tokens[:, at], advantages[:, at], **numbers, **part).loss.backward()
+    def gradient(rows):
+        leaf = logits[:, rows].clone().requires_grad_()
+        batch = {name: value[:, rows] for name, value in given.items()}
+        batch |= {"normalizer": 6, "config": config}
+        grpo_loss(leaf, tokens[:, rows], advantages[:, rows], **batch).loss.backward()
         return leaf.grad
 
-    assert torch.equal(gradient(slice(0, few)), gradient(slice(None))[:, :few])
+    assert torch.equal(gradient(slice(0, num_rows)), gradient(slice(None))[:, :num_rows])
 
 
 @pytest.mark.parametrize(
@@ -210,13 +211,13 @@ def test_normalizer_dtype_does_not_change_loss_dtype(name):
 
 def test_every_token_level_surrogate_has_a_kernel_form():
     calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
-    of_tokens = {name for name, each in SURROGATES.items() if not each.of_sequences}
+    of_tokens = {name for name, surrogate in SURROGATES.items() if not surrogate.of_sequences}
     assert calls._KERNEL_FORMS.keys() == of_tokens
 
 
 @pytest.mark.parametrize("compute_loss", ["logits", "hidden"])
 def test_compile_with_changing_coefficients(compute_loss):
-    """dynamo makes a float that changes a symbol, which has no text."""
+    """dynamo turns a float that changes into a symbol, which cannot be encoded as text."""
     torch._dynamo.reset()
     logits, tokens, advantages, given = inputs(4, ["mask", "ref_logprob"], dtype=torch.float32)
     head = torch.eye(logits.shape[-1])
