@@ -1,4 +1,4 @@
-"""What a run writes while it goes on, and the lines at its end."""
+"""The log files of a run and its summary."""
 
 import io
 import json
@@ -15,11 +15,9 @@ from reference.training.errors import UserError
 from reference.training.run.run_log import (
     RunLog,
     describe_completions,
-    duration,
-    finite,
+    finite_values,
+    format_number,
     load_wandb,
-    percent,
-    short,
     summary_table,
     tenths,
     wilson,
@@ -36,7 +34,7 @@ def lines(directory: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def sample(completion: str, advantage: float = 0.5, question: str = "7 + 5?", **rewards) -> dict:
+def example(completion: str, advantage: float = 0.5, question: str = "7 + 5?", **rewards) -> dict:
     rewards = rewards or {"correct": 1.0}
     return {
         "question": question,
@@ -47,7 +45,7 @@ def sample(completion: str, advantage: float = 0.5, question: str = "7 + 5?", **
     }
 
 
-def test_a_step_is_a_line_of_json_with_null_for_what_is_no_number(tmp_path):
+def test_step_is_a_json_line_with_null_for_nan_and_infinity(tmp_path):
     log = RunLog(tmp_path, {}, tensorboard=False)
     log.step({"step": 1, "reward": 0.25, "kl": NAN, "grad_norm": INF, "entropy": None})
     log.step({"step": 2, "reward": torch.tensor(0.5), "kl": np.float32(0.25)})
@@ -57,7 +55,7 @@ def test_a_step_is_a_line_of_json_with_null_for_what_is_no_number(tmp_path):
     ]
 
 
-def test_an_evaluation_is_a_line_of_its_own_with_names_under_eval(tmp_path):
+def test_evaluation_is_a_separate_line_with_names_under_eval(tmp_path):
     log = RunLog(tmp_path, {}, tensorboard=False)
     log.evaluation(0, {"strict": 0.25, "lenient": 0.5})
     log.evaluation(8, {"step": 8, "strict": 0.75, "pass@4": 1.0})
@@ -67,17 +65,17 @@ def test_an_evaluation_is_a_line_of_its_own_with_names_under_eval(tmp_path):
     ]
 
 
-def test_a_later_log_goes_on_in_the_same_files(tmp_path):
+def test_later_log_appends_to_the_same_files(tmp_path):
     for step in (1, 2):
         log = RunLog(tmp_path, {}, tensorboard=False)
         log.step({"step": step})
-        log.completions(step, [sample("12")])
+        log.completions(step, [example("12")])
         log.close()
     assert [row["step"] for row in lines(tmp_path)] == [1, 2]
     assert (tmp_path / "completions.txt").read_text().count("answer:   12") == 2
 
 
-def test_lines_and_completions_go_out_in_one_write_each(tmp_path, monkeypatch):
+def test_each_line_and_each_block_of_completions_is_one_write(tmp_path, monkeypatch):
     written = []
     opened = Path.open
 
@@ -100,7 +98,7 @@ def test_lines_and_completions_go_out_in_one_write_each(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda *args, **more: Recorder(opened(*args, **more)))
         log.step({"step": 1} | {f"metric/{i}": i / 7 for i in range(2_000)})
-        log.completions(1, [sample("word " * 200) for _ in range(200)])
+        log.completions(1, [example("word " * 200) for _ in range(200)])
     sizes = [(tmp_path / name).stat().st_size for name in ("metrics.jsonl", "completions.txt")]
     assert written == sizes and min(sizes) > 20_000
 
@@ -133,18 +131,18 @@ def test_tensorboard_files_hold_the_finite_numbers(tmp_path):
     }
 
 
-def test_without_tensorboard_one_line_says_so_and_the_log_goes_on(tmp_path, monkeypatch, capsys):
+def test_missing_tensorboard_is_reported_and_logging_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     log = RunLog(tmp_path, {})
     log.step({"step": 1, "reward": 0.5})
     log.close()
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and "pip install tensorboard" in said[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "pip install tensorboard" in line
     assert lines(tmp_path) == [{"step": 1, "reward": 0.5}]
 
 
-def test_neither_tensorflow_nor_an_unused_package_is_imported(tmp_path):
+def test_tensorflow_and_unused_packages_are_not_imported(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('imported')")
     code = (
@@ -180,7 +178,7 @@ class FakeWandb(SimpleNamespace):
         self.finished += 1
 
 
-def test_wandb_gets_the_settings_and_the_finite_numbers(tmp_path, monkeypatch):
+def test_wandb_receives_settings_and_finite_numbers(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(tmp_path, {"steps": 3}, tensorboard=False, wandb=True)
@@ -193,12 +191,12 @@ def test_wandb_gets_the_settings_and_the_finite_numbers(tmp_path, monkeypatch):
     assert fake.finished == 1
 
 
-def test_wandb_is_not_imported_unless_asked_for(tmp_path, monkeypatch):
+def test_wandb_is_imported_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # any import of it raises
     RunLog(tmp_path, {}, tensorboard=False).close()
 
 
-def test_missing_wandb_is_an_error_of_the_user_that_leaves_no_file(tmp_path, monkeypatch):
+def test_missing_wandb_raises_user_error_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^--wandb needs .* pip install wandb$"):
         load_wandb()
@@ -207,19 +205,19 @@ def test_missing_wandb_is_an_error_of_the_user_that_leaves_no_file(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+def test_wandb_start_failure_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no key configured\nread the manual"))
     with pytest.raises(UserError, match=r"^--wandb: no key configured \(WANDB_MODE[^\n]*$"):
         RunLog(tmp_path, {}, tensorboard=False, wandb=True)
 
 
-def test_completions_stand_under_their_question_and_right_answer():
+def test_completions_are_grouped_under_question_and_answer():
     text = describe_completions(
         12,
         [
-            sample("It is 12.\nSure.", 0.87, correct=1.0, format=0.5),
-            sample("", -0.875, correct=0.0, format=0.0),
-            sample("12", 0.0, question="Add:\n5 + 7"),
+            example("It is 12.\nSure.", 0.87, correct=1.0, format=0.5),
+            example("", -0.875, correct=0.0, format=0.0),
+            example("12", 0.0, question="Add:\n5 + 7"),
         ],
     )
     assert text == (
@@ -235,17 +233,17 @@ def test_completions_stand_under_their_question_and_right_answer():
     )
 
 
-def test_a_long_completion_keeps_its_start_and_its_end():
-    text = describe_completions(1, [sample("start " + "x" * 5_000 + " end 12")])
+def test_long_completion_is_cut_in_the_middle():
+    text = describe_completions(1, [example("start " + "x" * 5_000 + " end 12")])
     assert "| start xxx" in text and text.endswith("xxx end 12\n\n")
     assert "[... 3,813 characters ...]" in text and len(text) < 1_500
     whole = "y" * 1_200
-    assert f"| {whole}\n" in describe_completions(1, [sample(whole)])
+    assert f"| {whole}\n" in describe_completions(1, [example(whole)])
 
 
-def test_a_completion_cannot_move_the_cursor_or_break_the_file(tmp_path):
+def test_control_characters_in_completions_are_escaped(tmp_path):
     log = RunLog(tmp_path, {}, tensorboard=False)
-    log.completions(1, [sample("\x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六")])
+    log.completions(1, [example("\x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六")])
     text = (tmp_path / "completions.txt").read_text(encoding="utf-8")
     assert r"| \x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六" in text
 
@@ -263,29 +261,29 @@ HISTORY = [
 ]
 
 
-def test_the_summary_tells_before_and_after_with_intervals():
+def test_summary_shows_before_and_after_with_intervals():
     before = {"strict": 0.125, "lenient": 0.25, "pass@4": 0.5, "questions": 128}
     after = {"strict": 0.75, "lenient": 0.75, "pass@4": 0.875, "questions": 128}
     assert summary_table(before, after, HISTORY) == (
         "held-out, 128 questions (95% interval)   before               after\n"
         "  accuracy, strict                       12.5% (8% to 19%)    75.0% (67% to 82%)\n"
         "  accuracy, lenient                      25.0% (18% to 33%)   75.0% (67% to 82%)\n"
-        "  pass@4                                 50%                  88%\n"
+        "  pass@4                                 50.0%                87.5%\n"
         "sampled, 20 steps                        first tenth          last tenth\n"
         "  reward                                 0.075                0.975\n"
         "  entropy (nats per token)               1.9                  1\n"
         "  completion length (tokens)             11.5                 11.5\n"
-        "in all                                   6 min 40 s           20,000 tokens"
+        "in all                                   6.67 min             20,000 tokens"
     )
 
 
-def test_the_summary_has_one_accuracy_where_both_are_the_same_and_no_interval_without_a_count():
+def test_summary_merges_equal_accuracies_and_omits_intervals_without_a_count():
     table = summary_table({"strict": 0.25, "lenient": 0.25}, {"strict": 0.5, "lenient": 0.5}, [])
     assert table.splitlines() == [
         "held-out           before        after",
         "  accuracy         25.0%         50.0%",
         "sampled, 0 steps   first tenth   last tenth",
-        "in all             0 s",
+        "in all             0 min",
     ]
 
 
@@ -298,16 +296,16 @@ def test_the_summary_has_one_accuracy_where_both_are_the_same_and_no_interval_wi
         (1 / 29, 29, 0.0061, 0.1718),
     ],
 )
-def test_wilson_gives_the_published_intervals(share, count, low, high):
+def test_wilson_matches_published_intervals(share, count, low, high):
     assert wilson(share, count) == pytest.approx((low, high), abs=5e-5)
     assert wilson(1 - share, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_only_finite_numbers_count():
+def test_finite_values_skips_nan_infinity_and_missing():
     rows = [{"step": 1, "a": NAN}, {"step": 2, "a": 3}, {"step": 3}, {"step": 4, "a": None}]
-    steps, values = finite([*rows, {"step": 5, "a": -INF}, {"step": 6, "a": 0.5}], "a")
+    steps, values = finite_values([*rows, {"step": 5, "a": -INF}, {"step": 6, "a": 0.5}], "a")
     assert (steps.tolist(), values.tolist()) == ([2, 6], [3, 0.5])
-    assert [len(each) for each in finite([], "a")] == [0, 0]
+    assert [len(column) for column in finite_values([], "a")] == [0, 0]
 
 
 def test_tenths_average_the_ends():
@@ -317,29 +315,15 @@ def test_tenths_average_the_ends():
 
 
 @pytest.mark.parametrize(
-    ("form", "value", "text"),
+    ("value", "text"),
     [
-        (short, 0.0, "0"),
-        (short, 0.00123, "0.0012"),
-        (short, -0.12345, "-0.123"),
-        (short, 11.52, "11.5"),
-        (short, 999.4, "999"),
-        (short, 999.6, "1k"),
-        (short, 12_345, "12.3k"),
-        (short, 999_600, "1M"),
-        (short, 4e9, "4G"),
-        (short, 3e-7, "3e-7"),
-        (short, 1e20, "1e+20"),
-        (percent, 0.0, "0%"),
-        (percent, 0.0043, "0.43%"),
-        (percent, 0.055, "5.5%"),
-        (percent, 0.0999, "10%"),
-        (percent, 1.0, "100%"),
-        (duration, 0.4, "0 s"),
-        (duration, 59.6, "1 min 00 s"),
-        (duration, 401, "6 min 41 s"),
-        (duration, 3_725, "1 h 02 min"),
+        (0.0, "0"),
+        (0.00123, "0.00123"),
+        (-0.12345, "-0.123"),
+        (999.4, "999"),
+        (12_345, "12,345"),
+        (1e20, "1e+20"),
     ],
 )
-def test_numbers_are_short(form, value, text):
-    assert form(value) == text
+def test_numbers_are_short(value, text):
+    assert format_number(value) == text
