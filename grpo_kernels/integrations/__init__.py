@@ -1,1 +1,1 @@
-"""Other libraries' objects in front of the fused losses; each module is imported on demand."""
+"""Adapters for other libraries; each module is imported on demand."""

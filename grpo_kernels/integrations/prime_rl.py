@@ -1,4 +1,4 @@
-"""prime-rl's loss and head, by ours.
+"""Adapters for prime-rl: a custom loss, and an LM head with fused log-probs.
 
     [trainer.loss]
     type = "custom"
@@ -20,31 +20,31 @@ from ..ops.linear_token_stats import linear_token_stats
 
 
 def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
-    """The loss of one sample for prime-rl's `[trainer.loss] type = "custom"`.
+    """Compute the loss of one sample, for prime-rl's `[trainer.loss] type = "custom"`.
 
-    The ratio is that of the trainer to the inference policy. prime-rl adds up samples and divides
-    by the tokens of the global batch, so that every objective is averaged over tokens.
+    The ratio is that of the trainer's policy to the inference policy. prime-rl sums samples and
+    divides by the tokens of the global batch, so every objective is averaged over tokens.
 
     Args:
         inputs: prime-rl's LossInputs, whose tensors are [seq]. Its loss_weights, >= 0, scale the
-            policy term of their tokens.
+            policy term per token.
         objective: a named constructor of LossConfig, such as "grpo", "dapo", "gspo", "cispo".
-        settings: fields of LossConfig that replace what the constructor sets. With beta > 0 the
-            reference is `ref_logprobs`, which prime-rl has where an algorithm asks for it.
+        settings: fields of LossConfig that override the constructor's. With beta > 0 the log-probs
+            of the reference policy are `ref_logprobs`, which prime-rl has for some algorithms only.
 
     Returns:
         prime-rl's LossOutputs: the 0-dim sum over tokens, and the metrics of `policy_loss` with
-        prime-rl's is_masked, is_masked_low and is_masked_high: the share of tokens that are clipped
-        or dropped.
+        prime-rl's is_masked, is_masked_low and is_masked_high: the fraction of tokens that are
+        clipped or dropped.
 
     Raises:
-        ValueError, TypeError: no such objective or setting, one that averages otherwise, or one
-            that needs what LossInputs does not have, such as entropies; weights where more than
-            the policy term would need them.
+        ValueError, TypeError: an unknown objective or setting, another aggregation, or a setting
+            that needs what LossInputs does not have, such as entropies; loss_weights together with
+            terms that they would not scale.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
-    config = _config(objective, **settings)
+    config = _loss_config(objective, **settings)
     advantages = inputs.advantages
     if inputs.loss_weights is not None:
         if config.beta != 0 or config.clip_cov is not None or config.kl_cov is not None:
@@ -52,7 +52,7 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
                 "beta, clip_cov and kl_cov must be off with loss_weights, which would not scale "
                 "what they add, and change which tokens they choose"
             )
-        # A term is as large as its advantage, of which only the sign decides on clips.
+        # A policy term is proportional to its advantage, and clips depend on its sign: keep that.
         advantages = advantages * inputs.loss_weights.clamp(min=1e-30)
     ref_logprob = None if config.beta == 0 else inputs.ref_logprobs
     total, metrics = policy_loss(
@@ -64,18 +64,19 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
         config=config,
         normalizer=1,
     )
-    del metrics["policy_loss"]  # a sum, where prime-rl averages what it is told
-    names = {"is_masked": "region_mean", "is_masked_low": "low_mean", "is_masked_high": "high_mean"}
-    metrics |= {name: metrics[f"clip_ratio/{ours}"] for name, ours in names.items()}
+    del metrics["policy_loss"]  # a sum, and prime-rl averages its metrics
+    metrics["is_masked"] = metrics["clip_ratio/region_mean"]
+    metrics["is_masked_low"] = metrics["clip_ratio/low_mean"]
+    metrics["is_masked_high"] = metrics["clip_ratio/high_mean"]
     return LossOutputs(loss=total, metrics=metrics)
 
 
 class FusedOutputLinear(torch.nn.Linear):
-    """prime-rl's head that returns log-probs and entropies, with the entropy's gradient.
+    """An LM head for prime-rl that returns log-probs and entropies, both differentiable.
 
-    Put in the place of `prime_rl.trainer.models.layers.lm_head.FusedOutputLinear` before the model
-    is set up. `chunk_size`, in tokens, is not read: there a chunk is tiled over the vocabulary
-    too, and here it would be so many tokens wide; about 1 GiB of workspace is planned for instead.
+    Assign it to `prime_rl.trainer.models.layers.lm_head.FusedOutputLinear` before the model is set
+    up. `chunk_size` is ignored: prime-rl tiles a chunk of tokens over the vocabulary too, and this
+    head does not. Its workspace is about 1 GiB.
     """
 
     def __init__(self, in_features: int, out_features: int, chunk_size: int | None) -> None:
@@ -88,30 +89,25 @@ class FusedOutputLinear(torch.nn.Linear):
         labels: Tensor | None = None,
         temperature: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{"logprobs", "entropy"}, both [B, L], fp32, differentiable.
+        """Return {"logprobs", "entropy"}, both [B, L], fp32, differentiable.
 
         Args:
-            hidden_states: [B, L, H]; labels: [B, L], what each of them predicts.
+            hidden_states: [B, L, H].
+            labels: [B, L], the token that each hidden state predicts.
             temperature: [B, L], > 0.
 
         Raises:
-            ValueError: labels or temperature is None; TypeError, ValueError: as
-                `linear_token_stats`.
+            ValueError, TypeError: labels or temperature is None; else as `linear_token_stats`.
         """
-        for name, given in {"labels": labels, "temperature": temperature}.items():
-            if given is None:
-                raise ValueError(f"{name} must be a tensor, got None: this head makes no logits")
-        stats = linear_token_stats(
-            hidden_states,
-            self.weight,
-            labels,
-            temperature=temperature,
-        )
+        for name, value in {"labels": labels, "temperature": temperature}.items():
+            if value is None:
+                raise ValueError(f"{name} must be a tensor, got None: this head computes no logits")
+        stats = linear_token_stats(hidden_states, self.weight, labels, temperature=temperature)
         return {"logprobs": stats.logprob, "entropy": stats.entropy}
 
 
 @functools.cache
-def _config(objective: str, **settings: Any) -> LossConfig:
+def _loss_config(objective: str, **settings: Any) -> LossConfig:
     constructor = getattr(LossConfig, objective, None)
     if objective.startswith("_") or not callable(constructor):
         raise ValueError(f"objective must be a named constructor of LossConfig, got {objective!r}")

@@ -1,8 +1,8 @@
-"""verl's log-probs and policy losses, by ours: adapters with the signatures that verl calls.
+"""Adapters with the signatures that verl calls: fused log-probs, and policy losses.
 
 The contract is that of verl 0.10.0.dev, August 2026: its `utils/kernel/linear_cross_entropy.py` and
-`trainer/ppo/core_algos.py`. verl is imported by `register` and `install_kernel` only. Its workers
-import what is their `external_lib`, so that two settings choose one of our objectives:
+`trainer/ppo/core_algos.py`. Only `register` and `install_kernel` import verl. Its workers import
+their `external_lib`, so two settings choose an objective of this package:
 
     actor_rollout_ref.model.external_lib=grpo_kernels.integrations.verl_plugin
     actor_rollout_ref.actor.policy_loss.loss_mode=grpo_kernels/gspo
@@ -12,16 +12,68 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..objective.policy_loss import LossConfig
-from ..objective.policy_loss import policy_loss as loss_of_tokens
+from ..objective.policy_loss import LossConfig, policy_loss
 from ..ops.linear_token_stats import linear_token_stats
+from ..validation import expect_choice
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
+
+# A key is a named constructor of LossConfig; it sets these fields from verl's actor config.
+_CLIP = {"epsilon_low": "clip_ratio_low", "epsilon_high": "clip_ratio_high"}
+OBJECTIVES: dict[str, dict[str, str]] = {
+    "grpo": _CLIP | {"dual_clip": "clip_ratio_c"},
+    "gspo": _CLIP,
+    "gspo_token": _CLIP,
+    "gmpo": _CLIP,
+    "cispo": {},
+    "sapo": {"tau_positive": "tau_pos", "tau_negative": "tau_neg"},
+    "vespo": {},
+    "dppo": _CLIP | {"ratio_cap": "clip_ratio_c"},
+    "reinforce": {},
+    "clip_covariance": {
+        **_CLIP,
+        "clip_cov": "policy_loss.clip_cov_ratio",
+        "clip_cov_low": "policy_loss.clip_cov_lb",
+        "clip_cov_high": "policy_loss.clip_cov_ub",
+    },
+    "kl_covariance": {
+        "kl_cov": "policy_loss.kl_cov_ratio",
+        "kl_cov_coef": "policy_loss.ppo_kl_coef",
+    },
+}
+
+# Fields of a LossConfig that must have their default, because verl does what they would do.
+_OWN_TERMS = "passes no reference log-probs and no entropies, and adds both terms itself"
+_OWN_WEIGHTS = "weights the tokens of a sampler itself, by rollout_is_weights"
+_VERL_DOES = {
+    "beta": _OWN_TERMS,
+    "entropy_coef": _OWN_TERMS,
+    "top_entropy": _OWN_TERMS,
+    "importance_mode": _OWN_WEIGHTS,
+    "importance_level": _OWN_WEIGHTS,
+    "importance_floor": _OWN_WEIGHTS,
+    "importance_cap": _OWN_WEIGHTS,
+}
+
+_AGGREGATIONS = {
+    "token-mean": "token_mean",
+    "token-sum": "token_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "seq-mean-token-sum": "sequence_sum_mean",
+    "seq-mean-token-sum-norm": "fixed_length",
+}
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda logprob: logprob,
+    "sum": Tensor.sum,
+    "mean": Tensor.mean,
+}
 
 
 def linear_cross_entropy(
@@ -34,40 +86,43 @@ def linear_cross_entropy(
     *,
     impl_backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """The log-probs of labels and the entropies, as verl's function of this name returns them.
+    """Compute log-probs of labels and entropies, like verl's function of this name.
 
     Args:
-        hidden: [..., H]; weight: [V, H], or with `dist_process_group` this rank's [V / ranks, H].
+        hidden: [..., H].
+        weight: [V, H]; with `dist_process_group` the shard [V / ranks, H] of this rank.
         labels: [...], the N tokens that `hidden` predicts, in the same order.
         temperature: > 0; a number, or a tensor of one or N.
         reduction: of the log-probs: "none", "sum" or "mean".
-        impl_backend: verl's choice among its own kernels, not read.
+        dist_process_group: the tensor-parallel group that shards the vocabulary.
+        impl_backend: ignored; verl chooses among its own kernels with it.
 
     Returns:
-        (log-probs [N], or 0-dim if reduced; entropies [N], never reduced), in nats, fp32 (fp64 of
-        fp64), differentiable in `hidden` and `weight`. With `dist_process_group` the gradients of
-        `hidden` add up over its ranks to the whole, which verl leaves to Megatron and its
-        `sequence_parallel`: without that nobody adds them up.
+        (log-probs [N], or 0-dim if reduced; entropies [N], never reduced), in nats, fp32 (fp64 for
+        fp64), differentiable in `hidden` and `weight`. With `dist_process_group` each rank gets its
+        share of the gradient of `hidden`: the sum over ranks is the gradient. verl leaves the sum
+        to Megatron's `sequence_parallel`; without that nothing adds them up.
 
     Raises:
         ValueError, TypeError: as `linear_token_stats`, and for an unknown reduction.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
+    expect_choice("reduction", reduction, _REDUCTIONS)
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
-    ranks = {}
     if dist_process_group is not None:
-        ranks = {"vocab_group": dist_process_group}
-        hidden = _Share.apply(hidden, dist_process_group.size())
+        hidden = _GradientShare.apply(hidden, dist_process_group.size())
     stats = linear_token_stats(
-        hidden.flatten(0, -2), weight, labels.flatten(), temperature=temperature, **ranks
+        hidden.flatten(0, -2),
+        weight,
+        labels.flatten(),
+        temperature=temperature,
+        vocab_group=dist_process_group,
     )
     return _REDUCTIONS[reduction](stats.logprob), stats.entropy
 
 
-class _Share(torch.autograd.Function):
-    """Hidden states whose gradient is this rank's share: Megatron adds up those of all ranks."""
+class _GradientShare(torch.autograd.Function):
+    """Identity whose gradient is divided by the number of ranks: Megatron sums over all ranks."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, ranks: int) -> Tensor:
@@ -75,121 +130,75 @@ class _Share(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.ranks, None
+    def backward(ctx, d_hidden: Tensor) -> tuple[Tensor, None]:
+        return d_hidden / ctx.ranks, None
 
 
-def policy_loss(config: LossConfig | str) -> PolicyLoss:
-    """A policy loss for verl's registry.
+def make_policy_loss(config: LossConfig | str) -> PolicyLoss:
+    """Make a policy loss for verl's registry.
 
-    What is aggregated and divided by follows verl: `loss_agg_mode`, whatever the objective, with
-    the `global_batch_info` and `loss_scale_factor` of the actor's config; so do the entropy bonus
-    and the KL, which verl adds itself.
+    The aggregation and the denominator follow verl: `loss_agg_mode`, whatever the objective, with
+    `global_batch_info` and `loss_scale_factor` of the actor's config. verl adds the entropy bonus
+    and the KL itself.
 
     Args:
-        config: the name of an objective, a key of OBJECTIVES, whose settings are then verl's own,
-            clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, tau_neg, clip_cov_ratio,
-            clip_cov_lb, clip_cov_ub, kl_cov_ratio, ppo_kl_coef, where the objective has such a
-            thing; or a LossConfig, which is taken as it is but for its aggregation.
+        config: a key of OBJECTIVES, whose settings are then read from verl's actor config
+            (clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, tau_neg, clip_cov_ratio,
+            clip_cov_lb, clip_cov_ub, kl_cov_ratio, ppo_kl_coef); or a LossConfig, used as it is
+            except for its aggregation.
 
     Returns:
-        A function of verl's keywords: old_log_prob, log_prob, advantages, response_mask [B, T],
+        A function with verl's keywords: old_log_prob, log_prob, advantages, response_mask [B, T],
         loss_agg_mode, config, rollout_is_weights [B, T] >= 0 or None. It returns the 0-dim loss
-        and metrics, floats: actor/pg_clipfrac (of sequences where the ratio is of sequences),
-        actor/pg_clipfrac_lower (where the dual clip acts) and actor/ppo_kl as in verl, and ours of
-        `policy_loss` behind "actor/".
+        and metrics, floats: actor/pg_clipfrac (of sequences for a sequence-level ratio),
+        actor/pg_clipfrac_lower (where the dual clip is active) and actor/ppo_kl as in verl, and
+        the metrics of `policy_loss` prefixed by "actor/".
 
     Raises:
-        ValueError: an unknown name or mode, or a LossConfig that reads what verl does not pass on.
+        ValueError: an unknown name or mode, or a LossConfig that needs inputs verl does not pass.
     """
     if isinstance(config, str):
-        if config not in OBJECTIVES:
-            raise ValueError(f"config must be one of {sorted(OBJECTIVES)}, got {config!r}")
-        return functools.partial(_policy_loss, OBJECTIVES[config])
-    for name, (off, reason) in _UNREAD.items():
-        if getattr(config, name) != off:
-            raise ValueError(f"{name} must be {off}, got {getattr(config, name)}: verl {reason}")
+        expect_choice("config", config, sorted(OBJECTIVES))
+        return functools.partial(_policy_loss, functools.partial(read_objective, config))
+    default = LossConfig()
+    for name, reason in _VERL_DOES.items():
+        value, expected = getattr(config, name), getattr(default, name)
+        if value != expected:
+            raise ValueError(f"{name} must be {expected}, got {value}: verl {reason}")
     return functools.partial(_policy_loss, lambda actor: config)
 
 
-_TERMS = "passes no reference and no entropies, and adds both terms itself"
-_WEIGHTS = "weighs a sampler's tokens itself, by rollout_is_weights"
-# The fields of a LossConfig that must be as they are by default.
-_UNREAD = {
-    "beta": (0, _TERMS),
-    "entropy_coef": (0, _TERMS),
-    "top_entropy": (None, _TERMS),
-    "importance_mode": ("truncate", _WEIGHTS),
-    "importance_level": ("token", _WEIGHTS),
-    "importance_floor": (None, _WEIGHTS),
-    "importance_cap": (2.0, _WEIGHTS),
-}
+def read_objective(name: str, actor: Any) -> LossConfig:
+    """Return the LossConfig of a key of OBJECTIVES with the settings of verl's actor config."""
+    fields = {field: attrgetter(setting)(actor) for field, setting in OBJECTIVES[name].items()}
+    for field in _CLIP:
+        if field in fields and fields[field] is None:
+            fields[field] = actor.clip_ratio
+    return getattr(LossConfig, name)(**fields)
 
 
 def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
-    """Make every objective, and each config by its name, a `loss_mode` of verl.
+    """Register every objective, and each config under its name, as a `loss_mode` of verl.
 
     Returns:
         The names: prefix + a key of OBJECTIVES or of `configs`.
     """
     from verl.trainer.ppo.core_algos import register_policy_loss
 
-    losses = {prefix + name: each for name, each in (dict.fromkeys(OBJECTIVES) | configs).items()}
+    losses = {name: name for name in OBJECTIVES} | configs
     for name, config in losses.items():
-        register_policy_loss(name)(policy_loss(config or name.removeprefix(prefix)))
-    return list(losses)
+        register_policy_loss(prefix + name)(make_policy_loss(config))
+    return [prefix + name for name in losses]
 
 
 def install_kernel() -> None:
-    """Put our `linear_cross_entropy` in the place of verl's, read with `use_fused_kernels=True`.
+    """Replace verl's `linear_cross_entropy`, which `use_fused_kernels=True` calls.
 
-    Models of transformers look for it at each call, Megatron's when verl's module is imported.
+    transformers models look it up at each call, Megatron models when verl's module is imported.
     """
     from verl.utils.kernel import linear_cross_entropy as module
 
     module.linear_cross_entropy = linear_cross_entropy
-
-
-def _clip(actor: Any) -> dict[str, float]:
-    bounds = {"epsilon_low": actor.clip_ratio_low, "epsilon_high": actor.clip_ratio_high}
-    return {k: actor.clip_ratio if v is None else v for k, v in bounds.items()}
-
-
-def _dual_clip(actor: Any) -> dict[str, float]:
-    return {**_clip(actor), "dual_clip": actor.clip_ratio_c}
-
-
-def _clip_covariance(actor: Any) -> dict[str, float]:
-    own = actor.policy_loss
-    bounds = {"clip_cov_low": own.clip_cov_lb, "clip_cov_high": own.clip_cov_ub}
-    return {**_clip(actor), "clip_cov": own.clip_cov_ratio, **bounds}
-
-
-def _kl_covariance(actor: Any) -> dict[str, float]:
-    own = actor.policy_loss
-    return {"kl_cov": own.kl_cov_ratio, "kl_cov_coef": own.ppo_kl_coef}
-
-
-# Name -> the objective with the settings of verl's actor config.
-OBJECTIVES: dict[str, Callable[[Any], LossConfig]] = {
-    "grpo": lambda actor: LossConfig.grpo(**_dual_clip(actor)),
-    "gspo": lambda actor: LossConfig.gspo(**_clip(actor)),
-    "gspo_token": lambda actor: LossConfig.gspo_token(**_clip(actor)),
-    "gmpo": lambda actor: LossConfig.gmpo(**_clip(actor)),
-    "cispo": lambda actor: LossConfig.cispo(),
-    "sapo": lambda actor: LossConfig.sapo(tau_positive=actor.tau_pos, tau_negative=actor.tau_neg),
-    "vespo": lambda actor: LossConfig.vespo(),
-    "dppo": lambda actor: LossConfig.dppo(**_clip(actor), ratio_cap=actor.clip_ratio_c),
-    "reinforce": lambda actor: LossConfig.reinforce(),
-    "clip_covariance": lambda actor: LossConfig.clip_covariance(**_clip_covariance(actor)),
-    "kl_covariance": lambda actor: LossConfig.kl_covariance(**_kl_covariance(actor)),
-}
-
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda logprob: logprob,
-    "sum": Tensor.sum,
-    "mean": Tensor.mean,
-}
 
 
 def _policy_loss(
@@ -202,30 +211,40 @@ def _policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
+    """Compute a policy loss with verl's signature; `objective` reads verl's actor config."""
     mask = response_mask.bool()
     aggregation, normalizer = _aggregation(loss_agg_mode, mask, **config.global_batch_info)
-    chosen = dataclasses.replace(objective(config), **aggregation)
-    by_covariance = chosen.clip_cov is not None or chosen.kl_cov is not None
-    if rollout_is_weights is not None and by_covariance:
-        raise ValueError(
-            "rollout_is_weights must be None with clip_cov and kl_cov, got a tensor: it would "
-            "change which tokens are chosen"
-        )
+    loss_config = dataclasses.replace(objective(config), **aggregation)
     weighted = advantages
     if rollout_is_weights is not None:
-        # A term is as large as its advantage, of which only the sign decides on clips: that stays.
+        if loss_config.clip_cov is not None or loss_config.kl_cov is not None:
+            raise ValueError(
+                "rollout_is_weights must be None with clip_cov and kl_cov, got a tensor: it would "
+                "change which tokens are chosen"
+            )
+        # A policy term is proportional to its advantage, and clips depend on its sign: keep that.
         weighted = advantages * rollout_is_weights.clamp(min=1e-30)
-    loss, metrics = loss_of_tokens(
+    loss, metrics = policy_loss(
         log_prob,
         weighted,
         mask=mask,
         old_logprob=old_log_prob,
-        config=chosen,
+        config=loss_config,
         normalizer=normalizer,
     )
     del metrics["policy_loss"], metrics["num_tokens"]  # verl has its own
-    metrics |= _verl_metrics(log_prob.detach() - old_log_prob, advantages, mask, chosen, metrics)
-    values = torch.stack(list(metrics.values())).tolist()  # one wait for the device, not one each
+
+    # Add the metrics that verl plots, under its names.
+    log_ratio, count = log_prob.detach() - old_log_prob, mask.sum().clamp(min=1)
+    is_capped = torch.zeros_like(mask)
+    if loss_config.dual_clip is not None:
+        is_capped = mask & (advantages < 0) & (log_ratio > math.log(loss_config.dual_clip))
+    metrics |= {
+        "pg_clipfrac": metrics["clip_ratio/region_mean"],
+        "pg_clipfrac_lower": is_capped.sum() / count,
+        "ppo_kl": -log_ratio.clamp(-20, 20).masked_fill(~mask, 0).sum() / count,
+    }
+    values = torch.stack(list(metrics.values())).tolist()  # one device sync for all
     return loss, {f"actor/{name}": value for name, value in zip(metrics, values, strict=True)}
 
 
@@ -237,58 +256,21 @@ def _aggregation(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> tuple[dict[str, Any], float | Tensor]:
-    """(fields of LossConfig, normalizer): in verl a sequence that is all masked does not count."""
-    settings: dict[str, Any] = {
-        "aggregation": _AGGREGATIONS.get(mode),
-        "max_completion_length": None,  # of the config's own aggregation
-    }
+    """Return (fields of LossConfig, normalizer); verl does not count fully masked sequences."""
+    expect_choice("loss_agg_mode", mode, _AGGREGATIONS)
+    fields = {"aggregation": _AGGREGATIONS[mode], "max_completion_length": None}
     if mode == "token-sum":
-        return settings, 1 / dp_size
-    given = batch_num_tokens if mode == "token-mean" else global_batch_size
-    if given is None and dp_size > 1:
+        return fields, 1 / dp_size
+    count = batch_num_tokens if mode == "token-mean" else global_batch_size
+    if count is None and dp_size > 1:
         raise ValueError(
             f"global_batch_info must have the counts of the whole batch with dp_size={dp_size}, "
             f"got none for {mode}"
         )
-    match mode:
-        case "token-mean":
-            count = mask.sum() if given is None else given
-        case "seq-mean-token-mean" | "seq-mean-token-sum":
-            count = mask.any(-1).sum() if given is None else given
-        case "seq-mean-token-sum-norm":
-            length = mask.shape[-1] if loss_scale_factor is None else loss_scale_factor
-            settings["max_completion_length"] = length
-            count = (mask.any(-1).sum() if given is None else given) * length
-        case _:
-            modes = list(_AGGREGATIONS)
-            raise ValueError(f"loss_agg_mode must be one of {modes}, got {mode!r}")
-    return settings, count / dp_size
-
-
-_AGGREGATIONS = {
-    "token-mean": "token_mean",
-    "token-sum": "token_mean",
-    "seq-mean-token-mean": "sequence_mean",
-    "seq-mean-token-sum": "sequence_sum_mean",
-    "seq-mean-token-sum-norm": "fixed_length",
-}
-
-
-def _verl_metrics(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    config: LossConfig,
-    metrics: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """What verl plots, under its names."""
-    count = mask.sum().clamp(min=1)
-    capped = torch.zeros_like(mask)
-    if config.dual_clip is not None:
-        capped = mask & (advantages < 0) & (log_ratio > math.log(config.dual_clip))
-    moved = log_ratio.clamp(-20, 20).masked_fill(~mask, 0)
-    return {
-        "pg_clipfrac": metrics["clip_ratio/region_mean"],
-        "pg_clipfrac_lower": capped.sum() / count,
-        "ppo_kl": -moved.sum() / count,
-    }
+    if count is None:
+        count = mask.sum() if mode == "token-mean" else mask.any(-1).sum()
+    if mode == "seq-mean-token-sum-norm":
+        length = mask.shape[-1] if loss_scale_factor is None else loss_scale_factor
+        fields["max_completion_length"] = length
+        count = count * length
+    return fields, count / dp_size

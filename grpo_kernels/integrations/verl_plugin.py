@@ -1,4 +1,4 @@
-"""For verl's `external_lib`: to import this is to register our objectives with verl."""
+"""For verl's `external_lib`: importing this module registers the objectives with verl."""
 
 from .verl import register
 

@@ -142,7 +142,7 @@ def check(name, mode, info, **weights):
     tensors = list(inputs.values())
     term = TERMS[name](*tensors) * weights.get("rollout_is_weights", 1.0)
     expected = aggregated(term, tensors[3], mode, info)
-    loss, _ = verl.policy_loss(name)(
+    loss, _ = verl.make_policy_loss(name)(
         **inputs, loss_agg_mode=mode, config=make_actor(info), **weights
     )
     torch.testing.assert_close(loss, expected)
@@ -167,25 +167,27 @@ def test_rollout_weights_scale_each_token(name):
 @pytest.mark.parametrize("name", ["clip_covariance", "kl_covariance"])
 def test_rollout_weights_would_change_what_covariances_choose(name):
     with pytest.raises(ValueError, match="rollout_is_weights must be None with clip_cov"):
-        verl.policy_loss(name)(
+        verl.make_policy_loss(name)(
             **make_inputs(), config=make_actor(), rollout_is_weights=torch.ones(B, T)
         )
 
 
 def test_settings_of_verl_reach_the_objective():
     actor = make_actor(clip_ratio_low=None)
-    assert verl.OBJECTIVES["grpo"](actor) == LossConfig.grpo(
+    assert verl.read_objective("grpo", actor) == LossConfig.grpo(
         epsilon_low=0.15, epsilon_high=0.3, dual_clip=1.5
     )
-    assert verl.OBJECTIVES["clip_covariance"](actor) == LossConfig.clip_covariance(
+    assert verl.read_objective("clip_covariance", actor) == LossConfig.clip_covariance(
         epsilon_low=0.15, epsilon_high=0.3, clip_cov=0.5, clip_cov_low=-9.0, clip_cov_high=9.0
     )
-    assert verl.OBJECTIVES["vespo"](actor) == LossConfig.vespo()
+    assert verl.read_objective("vespo", actor) == LossConfig.vespo()
 
 
 def test_a_config_s_own_length_goes_with_its_own_aggregation():
     of_length, plain = (
-        verl.policy_loss(config)(**make_inputs(), loss_agg_mode="token-mean", config=make_actor())
+        verl.make_policy_loss(config)(
+            **make_inputs(), loss_agg_mode="token-mean", config=make_actor()
+        )
         for config in (LossConfig.dr_grpo(1024), LossConfig.grpo())
     )
     torch.testing.assert_close(of_length, plain)
@@ -193,7 +195,7 @@ def test_a_config_s_own_length_goes_with_its_own_aggregation():
 
 def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
     inputs = make_inputs()
-    own = verl.policy_loss(LossConfig.two_sided(epsilon_low=0.05, delta=2.0))
+    own = verl.make_policy_loss(LossConfig.two_sided(epsilon_low=0.05, delta=2.0))
     loss, _ = own(**inputs, loss_agg_mode="token-sum", config=make_actor())
     old, new, A, mask = inputs.values()
     r = ratio_of(old, new)
@@ -203,7 +205,7 @@ def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
 
 def test_metrics_are_floats_under_the_names_of_verl():
     inputs = make_inputs()
-    _, metrics = verl.policy_loss("grpo")(**inputs, config=make_actor())
+    _, metrics = verl.make_policy_loss("grpo")(**inputs, config=make_actor())
     old, new, A, mask = (each.detach() for each in inputs.values())
     on, r = mask.bool(), ratio_of(old, new)
     outside = torch.where(A < 0, r < 0.9, r > 1.3)
@@ -224,31 +226,38 @@ def test_nothing_to_train_on_is_no_loss():
     inputs = make_inputs()
     inputs["response_mask"] = torch.zeros(B, T)
     for mode in MODES:
-        loss, metrics = verl.policy_loss("grpo")(**inputs, loss_agg_mode=mode, config=make_actor())
+        loss, metrics = verl.make_policy_loss("grpo")(
+            **inputs, loss_agg_mode=mode, config=make_actor()
+        )
         assert loss == 0 and all(math.isfinite(each) for each in metrics.values())
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: verl.policy_loss("ppo"), "config must be one of .*'cispo'.*got 'ppo'"),
-        (lambda: verl.policy_loss(LossConfig(beta=0.1)), "beta must be 0, got 0.1: verl pass"),
+        (lambda: verl.make_policy_loss("ppo"), "config must be one of .*'cispo'.*got 'ppo'"),
         (
-            lambda: verl.policy_loss(LossConfig.icepop()),
+            lambda: verl.make_policy_loss(LossConfig(beta=0.1)),
+            "beta must be 0.0, got 0.1: verl pass",
+        ),
+        (
+            lambda: verl.make_policy_loss(LossConfig.icepop()),
             "importance_mode must be truncate",
         ),
         (
-            lambda: verl.policy_loss(LossConfig(importance_cap=9.0)),
-            "got 9.0: verl weighs",
+            lambda: verl.make_policy_loss(LossConfig(importance_cap=9.0)),
+            "got 9.0: verl weights",
         ),
         (
-            lambda: verl.policy_loss("grpo")(
+            lambda: verl.make_policy_loss("grpo")(
                 **make_inputs(), loss_agg_mode="mean", config=make_actor()
             ),
             "loss_agg_mode must be one of .*got 'mean'",
         ),
         (
-            lambda: verl.policy_loss("grpo")(**make_inputs(), config=make_actor({"dp_size": 2})),
+            lambda: verl.make_policy_loss("grpo")(
+                **make_inputs(), config=make_actor({"dp_size": 2})
+            ),
             "global_batch_info must have the counts of the whole batch with dp_size=2",
         ),
         (
@@ -302,7 +311,7 @@ def test_registered_losses_are_found_by_name(fake_verl):
     inputs = make_inputs()
     for name, config in {"gspo": "gspo", "mine": LossConfig.two_sided(epsilon_low=0.05)}.items():
         found, _ = fake_verl[f"grpo_kernels/{name}"](**inputs, config=make_actor())
-        expected, _ = verl.policy_loss(config)(**inputs, config=make_actor())
+        expected, _ = verl.make_policy_loss(config)(**inputs, config=make_actor())
         assert found == expected
 
 
