@@ -1,4 +1,4 @@
-"""The adapters for prime-rl, against its contract and formulas by hand."""
+"""The adapters for prime-rl match its contract, and formulas by hand."""
 
 import sys
 import types
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels.backends import use
 from grpo_kernels.integrations import prime_rl
 from tests.helpers.tensors import coin, normal, token_ids
+
+pytestmark = pytest.mark.usefixtures("pytorch_backend")
 
 N = 9
 
@@ -32,8 +33,7 @@ class LossOutputs:
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-    use("pytorch")
+def fake_prime_rl(monkeypatch):
     for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.rl.loss"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["prime_rl.trainer.rl.loss"].LossOutputs = LossOutputs
@@ -58,7 +58,7 @@ def clipped(inputs, low=0.2, high=0.2):
 
 
 def trusted(inputs):
-    """prime-rl's own default but for the KL: 0 where the probability moved too far."""
+    """prime-rl's default without the KL: 0 where the probability changed too much."""
     new, old, A = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages
     gap = new.exp() - old.exp()
     inside = torch.where(A > 0, gap <= 0.2, gap >= -0.2)
@@ -70,7 +70,7 @@ def capped(inputs):
     return -(new - old).exp().clamp(max=1.2).detach() * inputs.advantages * new
 
 
-def of_the_sequence(inputs):
+def sequence_clipped(inputs):
     d = inputs.trainer_logprobs - inputs.inference_logprobs
     r = d[inputs.loss_mask].mean().exp()
     A = inputs.advantages
@@ -82,7 +82,7 @@ CASES = {
     "dapo": ({}, lambda inputs: clipped(inputs, high=0.28)),
     "dppo": ({"epsilon_low": 0.2, "epsilon_high": 0.2}, trusted),
     "cispo": ({"ratio_cap": 1.2}, capped),
-    "gspo": ({"epsilon_low": 0.03, "epsilon_high": 0.04}, of_the_sequence),
+    "gspo": ({"epsilon_low": 0.03, "epsilon_high": 0.04}, sequence_clipped),
 }
 
 
@@ -90,16 +90,14 @@ def check(inputs, expected, objective, **settings):
     found = prime_rl.loss(inputs, objective=objective, **settings)
     assert isinstance(found, LossOutputs)
     torch.testing.assert_close(found.loss, expected)
-    gradients = [
-        torch.autograd.grad(each, inputs.trainer_logprobs) for each in (found.loss, expected)
-    ]
+    gradients = [torch.autograd.grad(x, inputs.trainer_logprobs) for x in (found.loss, expected)]
     torch.testing.assert_close(*gradients)
     return found
 
 
 @pytest.mark.parametrize("objective", CASES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_loss_is_the_weighted_sum_over_tokens(objective, weighted):
+def test_loss_is_weighted_sum_over_tokens(objective, weighted):
     weights = normal(7, N, dtype=torch.float64).abs() if weighted else None
     inputs = make_inputs(loss_weights=weights)
     settings, term = CASES[objective]
@@ -107,26 +105,26 @@ def test_the_loss_is_the_weighted_sum_over_tokens(objective, weighted):
     check(inputs, terms[inputs.loss_mask].sum(), objective, **settings)
 
 
-def test_samples_over_the_count_of_all_tokens_are_the_mean_over_the_batch():
-    """As prime-rl's compute_loss has it."""
+def test_samples_add_up_to_batch_mean():
+    """prime-rl's compute_loss divides the sum of samples by the tokens of the batch."""
     samples = [make_inputs(seed) for seed in (0, 10, 20)]
-    scale = sum(each.loss_mask.sum() for each in samples)
-    found = sum(prime_rl.loss(each, objective="dapo").loss for each in samples) / scale
-    terms = torch.cat([clipped(each, high=0.28)[each.loss_mask] for each in samples])
+    scale = sum(sample.loss_mask.sum() for sample in samples)
+    found = sum(prime_rl.loss(sample, objective="dapo").loss for sample in samples) / scale
+    terms = torch.cat([clipped(sample, high=0.28)[sample.loss_mask] for sample in samples])
     torch.testing.assert_close(found, terms.mean())
 
 
-def test_a_kl_to_the_reference():
+def test_kl_to_reference_policy():
     ref = -normal(5, N, dtype=torch.float64).abs()
     inputs = make_inputs(ref_logprobs=ref)
     d = inputs.trainer_logprobs - ref
     terms = clipped(inputs) + 0.1 * (torch.exp(-d) - 1 + d)
     check(inputs, terms[inputs.loss_mask].sum(), "grpo", beta=0.1)
-    check(inputs, clipped(inputs)[inputs.loss_mask].sum(), "grpo")  # there, and not read
+    check(inputs, clipped(inputs)[inputs.loss_mask].sum(), "grpo")  # ref_logprobs is ignored
 
 
-def test_a_weight_of_0_leaves_the_clip_of_its_token_to_the_others():
-    """In GMPO a sequence's ratio is a mean over its tokens, each clipped on one side."""
+def test_zero_weight_keeps_the_clip_of_its_token():
+    """GMPO's ratio is a mean over a sequence's tokens, each clipped on one side."""
     gradients = []
     for weight in (0.0, 1e-20):
         inputs = make_inputs(
@@ -136,13 +134,13 @@ def test_a_weight_of_0_leaves_the_clip_of_its_token_to_the_others():
                 0, torch.tensor([2]), weight
             ),
         )
-        inputs.trainer_logprobs.data[2] = inputs.inference_logprobs[2] + 3  # far beyond the bound
+        inputs.trainer_logprobs.data[2] = inputs.inference_logprobs[2] + 3  # far outside the bound
         prime_rl.loss(inputs, objective="gmpo").loss.backward()
         gradients.append(inputs.trainer_logprobs.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_metrics_have_no_dimension_and_prime_rl_s_names():
+def test_metrics():
     inputs = make_inputs()
     metrics = prime_rl.loss(inputs, objective="dppo").metrics
     gap = (inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()).detach()
@@ -152,10 +150,10 @@ def test_metrics_have_no_dimension_and_prime_rl_s_names():
     for name, flags in expected.items():
         torch.testing.assert_close(metrics[name], flags[inputs.loss_mask].double().mean())
     assert metrics["is_masked"] > 0
-    assert all(each.dim() == 0 and not each.requires_grad for each in metrics.values())
+    assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
 
 
-def test_a_sample_without_a_token_is_no_loss():
+def test_all_masked():
     inputs = make_inputs(loss_mask=torch.zeros(N, dtype=torch.bool))
     found = prime_rl.loss(inputs)
     found.loss.backward()
@@ -173,19 +171,19 @@ def test_a_sample_without_a_token_is_no_loss():
         ({"entropy_coef": 0.1}, "entropy"),
     ],
 )
-def test_what_would_train_something_else_is_refused(settings, message):
+def test_unsupported_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         prime_rl.loss(make_inputs(), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.1}, {"kl_cov": 0.1}, {"clip_cov": 0.1}])
-def test_weights_scale_the_policy_term_only(settings):
+def test_weights_with_other_terms_raise(settings):
     inputs = make_inputs(loss_weights=torch.ones(N), ref_logprobs=torch.zeros(N))
     with pytest.raises(ValueError, match="must be off with loss_weights"):
         prime_rl.loss(inputs, **settings)
 
 
-def test_the_head_returns_log_probs_and_entropies_with_gradients():
+def test_head_log_probs_and_entropies():
     head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3).double()
     hidden = normal(0, 2, 5, 4, dtype=torch.float64).requires_grad_()
     labels = token_ids(1, 2, 5, V=7)
@@ -196,15 +194,14 @@ def test_the_head_returns_log_probs_and_entropies_with_gradients():
     expected = {"logprobs": policy.log_prob(labels), "entropy": policy.entropy()}
     torch.testing.assert_close(found, expected)
     gradients = [
-        torch.autograd.grad((each["logprobs"] + each["entropy"].square()).sum(),
-                            (hidden, head.weight))
-        for each in (found, expected)
+        torch.autograd.grad((x["logprobs"] + x["entropy"].square()).sum(), (hidden, head.weight))
+        for x in (found, expected)
     ]  # fmt: skip
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("missing", ["labels", "temperature"])
-def test_the_head_makes_no_logits(missing):
+def test_head_without_labels_or_temperature_raises(missing):
     head = prime_rl.FusedOutputLinear(4, 7, chunk_size=None)
     given = {"labels": torch.zeros(1, 2, dtype=torch.int64), "temperature": torch.ones(1, 2)}
     with pytest.raises(ValueError, match=f"{missing} must be a tensor, got None"):

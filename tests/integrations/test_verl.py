@@ -1,4 +1,4 @@
-"""The adapters for verl, against its formulas written out by hand."""
+"""The adapters for verl match its formulas, written out by hand."""
 
 import math
 import sys
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from grpo_kernels import LossConfig
-from grpo_kernels.backends import use
 from grpo_kernels.integrations import verl
 from tests.helpers.tensors import coin, normal, token_ids
+
+pytestmark = pytest.mark.usefixtures("pytorch_backend")
 
 B, T = 4, 5
 MODES = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum",
@@ -19,13 +20,8 @@ MODES = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum",
 WHOLE = {"dp_size": 2, "batch_num_tokens": 23, "global_batch_size": 7, "loss_scale_factor": 11}
 
 
-@pytest.fixture(autouse=True)
-def eager_rooms(monkeypatch):
-    use("pytorch")
-
-
 def make_actor(info=None, **changes):
-    """What the losses read of verl's ActorConfig, whose defaults these are but for the bounds."""
+    """The fields of verl's ActorConfig that the losses read."""
     own = {"clip_cov_ratio": 0.5, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0, "kl_cov_ratio": 0.3}
     settings = {
         "clip_ratio": 0.15,
@@ -41,11 +37,11 @@ def make_actor(info=None, **changes):
 
 
 def make_inputs(seed=0):
-    """old and new log-probs far enough apart that every bound acts, advantages, the mask."""
+    """Log-probs far enough apart that every bound is active, advantages and a mask."""
     old = -normal(seed, B, T, dtype=torch.float64).abs()
     new = old + normal(seed + 1, B, T, dtype=torch.float64, std=0.5)
     mask = coin(seed + 2, B, T, p=0.7).long()
-    mask[1] = 0  # a sequence that does not count
+    mask[1] = 0  # a fully masked sequence
     return {
         "old_log_prob": old,
         "log_prob": new.requires_grad_(),
@@ -112,13 +108,13 @@ def kl_covariance(old, new, A, mask):
     return -A * ratio_of(old, new) + torch.where(picked, 0.7 * (new - old).abs(), 0.0)
 
 
-TERMS = {each.__name__: each for each in (
+TERMS = {term.__name__: term for term in (
     grpo, gspo, gspo_token, gmpo, cispo, sapo, dppo, reinforce, kl_covariance,
 )}  # fmt: skip
 
 
 def aggregated(term, mask, mode, info):
-    """verl's number from terms: what a rank hands to backward, gradients being averaged."""
+    """verl's loss of one rank, of whose gradients the mean over ranks is taken."""
     rank, counts = info.get("dp_size", 1), mask.sum(-1)
     of_sequences = (term * mask).sum(-1)
     tokens = info.get("batch_num_tokens", counts.sum())
@@ -146,33 +142,33 @@ def check(name, mode, info, **weights):
         **inputs, loss_agg_mode=mode, config=make_actor(info), **weights
     )
     torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(each, inputs["log_prob"]) for each in (loss, expected)]
+    gradients = [torch.autograd.grad(x, inputs["log_prob"]) for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("info", [{}, WHOLE])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", TERMS)
-def test_each_objective_in_each_mode_is_its_formula(name, mode, info):
+def test_objectives_match_formulas(name, mode, info):
     check(name, mode, info)
 
 
 @pytest.mark.parametrize("name", sorted(TERMS.keys() - {"kl_covariance"}))
-def test_rollout_weights_scale_each_token(name):
+def test_rollout_weights_scale_tokens(name):
     weights = normal(9, B, T, dtype=torch.float64).abs()
     weights[0, :2] = 0
     check(name, "token-mean", WHOLE, rollout_is_weights=weights)
 
 
 @pytest.mark.parametrize("name", ["clip_covariance", "kl_covariance"])
-def test_rollout_weights_would_change_what_covariances_choose(name):
+def test_rollout_weights_with_covariance_raise(name):
     with pytest.raises(ValueError, match="rollout_is_weights must be None with clip_cov"):
         verl.make_policy_loss(name)(
             **make_inputs(), config=make_actor(), rollout_is_weights=torch.ones(B, T)
         )
 
 
-def test_settings_of_verl_reach_the_objective():
+def test_actor_settings_reach_the_config():
     actor = make_actor(clip_ratio_low=None)
     assert verl.read_objective("grpo", actor) == LossConfig.grpo(
         epsilon_low=0.15, epsilon_high=0.3, dual_clip=1.5
@@ -183,7 +179,7 @@ def test_settings_of_verl_reach_the_objective():
     assert verl.read_objective("vespo", actor) == LossConfig.vespo()
 
 
-def test_a_config_s_own_length_goes_with_its_own_aggregation():
+def test_max_completion_length_of_config_is_ignored():
     of_length, plain = (
         verl.make_policy_loss(config)(
             **make_inputs(), loss_agg_mode="token-mean", config=make_actor()
@@ -193,7 +189,7 @@ def test_a_config_s_own_length_goes_with_its_own_aggregation():
     torch.testing.assert_close(of_length, plain)
 
 
-def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
+def test_custom_config():
     inputs = make_inputs()
     own = verl.make_policy_loss(LossConfig.two_sided(epsilon_low=0.05, delta=2.0))
     loss, _ = own(**inputs, loss_agg_mode="token-sum", config=make_actor())
@@ -203,10 +199,10 @@ def test_a_config_of_one_s_own_is_taken_as_it_is_but_for_the_aggregation():
     torch.testing.assert_close(loss, (term * mask).sum())
 
 
-def test_metrics_are_floats_under_the_names_of_verl():
+def test_metrics():
     inputs = make_inputs()
     _, metrics = verl.make_policy_loss("grpo")(**inputs, config=make_actor())
-    old, new, A, mask = (each.detach() for each in inputs.values())
+    old, new, A, mask = (x.detach() for x in inputs.values())
     on, r = mask.bool(), ratio_of(old, new)
     outside = torch.where(A < 0, r < 0.9, r > 1.3)
     expected = {
@@ -215,21 +211,21 @@ def test_metrics_are_floats_under_the_names_of_verl():
         "actor/ppo_kl": (old - new)[on].mean(),
         "actor/ratio_max": r[on].max(),
     }
-    assert all(type(each) is float for each in metrics.values())
-    assert all(each != 0 for each in expected.values())
+    assert all(type(value) is float for value in metrics.values())
+    assert all(value != 0 for value in expected.values())
     assert {name: metrics[name] for name in expected} == {
-        name: pytest.approx(each.item()) for name, each in expected.items()
+        name: pytest.approx(value.item()) for name, value in expected.items()
     }
 
 
-def test_nothing_to_train_on_is_no_loss():
+def test_all_masked():
     inputs = make_inputs()
     inputs["response_mask"] = torch.zeros(B, T)
     for mode in MODES:
         loss, metrics = verl.make_policy_loss("grpo")(
             **inputs, loss_agg_mode=mode, config=make_actor()
         )
-        assert loss == 0 and all(math.isfinite(each) for each in metrics.values())
+        assert loss == 0 and all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize(
@@ -266,18 +262,18 @@ def test_nothing_to_train_on_is_no_loss():
         ),
     ],
 )
-def test_what_verl_would_get_wrong_is_refused(call, message):
+def test_unsupported_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.fixture
 def fake_verl(monkeypatch):
-    """verl's modules as far as the adapters touch them."""
-    found = {}
+    """Stand-ins for the verl modules that the adapters import."""
+    registered = {}
 
     def register_policy_loss(name):
-        return lambda function: found.setdefault(name, function)
+        return lambda function: registered.setdefault(name, function)
 
     def linear_cross_entropy():
         """verl's own."""
@@ -291,17 +287,17 @@ def fake_verl(monkeypatch):
         "verl.utils.kernel": {},
         "verl.utils.kernel.linear_cross_entropy": {"linear_cross_entropy": linear_cross_entropy},
     }
-    for name, each in contents.items():
+    for name, content in contents.items():
         module = types.ModuleType(name)
-        vars(module).update(each)
+        vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, last = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], last, module)
-    return found
+    return registered
 
 
-def test_registered_losses_are_found_by_name(fake_verl):
+def test_register(fake_verl):
     names = verl.register(mine=LossConfig.two_sided(epsilon_low=0.05))
     assert (
         set(names)
@@ -315,14 +311,14 @@ def test_registered_losses_are_found_by_name(fake_verl):
         assert found == expected
 
 
-def test_to_import_the_plugin_is_to_register(fake_verl, monkeypatch):
+def test_plugin_registers_on_import(fake_verl, monkeypatch):
     monkeypatch.delitem(sys.modules, "grpo_kernels.integrations.verl_plugin", raising=False)
     import grpo_kernels.integrations.verl_plugin  # noqa: F401
 
     assert "grpo_kernels/cispo" in fake_verl
 
 
-def test_the_kernel_takes_the_place_of_verl_s(fake_verl):
+def test_install_kernel(fake_verl):
     verl.install_kernel()
     module = sys.modules["verl.utils.kernel.linear_cross_entropy"]
     assert module.linear_cross_entropy is verl.linear_cross_entropy
@@ -336,7 +332,7 @@ def make_head(V=7, H=3):
 
 @pytest.mark.parametrize("temperature", [0.7, torch.linspace(0.5, 2, 2 * T).double().view(2, T)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_linear_cross_entropy_is_log_probs_reduced_and_entropies(reduction, temperature):
+def test_linear_cross_entropy(reduction, temperature):
     hidden, weight, labels = make_head()
     found = verl.linear_cross_entropy(
         hidden, weight, labels, temperature, reduction, impl_backend="triton"
@@ -348,7 +344,7 @@ def test_linear_cross_entropy_is_log_probs_reduced_and_entropies(reduction, temp
     expected = (logprob, policy.entropy().flatten())
     torch.testing.assert_close(found, expected)
     gradients = [
-        torch.autograd.grad(each[0].sum() + each[1].square().sum(), (hidden, weight))
-        for each in (found, expected)
+        torch.autograd.grad(x[0].sum() + x[1].square().sum(), (hidden, weight))
+        for x in (found, expected)
     ]
     torch.testing.assert_close(*gradients)
