@@ -1,4 +1,4 @@
-"""The GRPO loss from logits and from hidden states: token statistics, then the objective."""
+"""GRPO loss from logits and from hidden states: token statistics, then the policy objective."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reference.losses.policy_loss import LossOutput, policy_loss
-from reference.losses.token_stats import TokenStats, linear_token_stats, token_stats
+from reference.losses.token_stats import lm_head_logits, token_stats
 
 
 def grpo_loss(
@@ -27,37 +27,39 @@ def grpo_loss(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> LossOutput:
-    """`policy_loss` of the `token_stats` of `logits`.
+    """Compute `policy_loss` from the `token_stats` of `logits`.
 
-    The KL to the reference follows config.kl_estimator. "forward" and "reverse" are summed over
-    the vocabulary and need `ref_logits`. The others estimate it on the sampled tokens from
-    `ref_logprob`, or, where only `ref_logits` is given, from the log-probabilities under it. With
-    beta = 0 the KL is a metric, computed when its input is given. The entropy always is one.
+    config.kl_estimator selects the KL to the reference policy. "forward" and "reverse" are sums
+    over the vocabulary and need `ref_logits`. The others estimate it on the sampled tokens from
+    `ref_logprob`, or from the log-probs under `ref_logits` if only those are given. With beta = 0
+    the KL is a metric, computed if its input is given. The entropy is always a metric.
 
     Args:
         logits: [B, T, V] or packed [N, V]; tokens: [B, T] or [N].
-        inplace: accepted for the sake of the signature; the caller's logits are never modified.
-        Others: as in `policy_loss` and `token_stats`.
+        inplace: has no effect; the package has this argument.
+        Others: see `policy_loss` and `token_stats`.
 
     Returns:
         LossOutput; the loss is differentiable in `logits`.
 
     Raises:
-        ValueError: beta is not 0 and what the KL estimator needs is missing.
+        ValueError: an input that `config` needs is missing.
     """
     over_vocabulary = config.kl_estimator in ("forward", "reverse")
-    settings = {"temperature": temperature, "softcap": softcap, "mask": mask}
+    settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "mask": mask}
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
     stats = token_stats(logits, tokens, ref_logits=ref_logits, kl=kl, **settings)
     if not over_vocabulary and ref_logprob is None and ref_logits is not None:
         with torch.no_grad():
             ref_logprob = token_stats(ref_logits, tokens, entropy=False, **settings).logprob
-    return _loss_of_stats(
-        stats,
+    return policy_loss(
+        stats.logprob,
         advantages,
         mask=mask,
         old_logprob=old_logprob,
         ref_logprob=ref_logprob,
+        entropy=stats.entropy,
+        kl=stats.kl,
         sampling_logprob=sampling_logprob,
         config=config,
         normalizer=normalizer,
@@ -89,52 +91,34 @@ def linear_grpo_loss(
     chunk_tokens: int | None = None,
     packing: Any = None,
 ) -> LossOutput:
-    """`grpo_loss` of logits = hidden @ weight.T + bias, ref_logits likewise.
+    """Compute `grpo_loss` of logits = hidden @ weight.T + bias; ref_logits likewise.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
-        ref_hidden, ref_weight, ref_bias: the reference's, never differentiated.
-        chunk_tokens, packing: accepted for the sake of the signature; this function works in one
-            piece, and on every token.
-        Others: as in `grpo_loss`.
+        ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
+        chunk_tokens, packing: have no effect; the package has these arguments.
+        Others: see `grpo_loss`.
 
     Returns:
         LossOutput; the loss is differentiable in `hidden`, `weight` and `bias`.
     """
-    if (ref_hidden is None) != (ref_weight is None):
-        raise ValueError("ref_hidden and ref_weight come together")
-    over_vocabulary = config.kl_estimator in ("forward", "reverse")
-    settings = {"temperature": temperature, "softcap": softcap, "mask": mask}
-    kl = config.kl_estimator if over_vocabulary and ref_hidden is not None else None
-    stats = linear_token_stats(
-        hidden,
-        weight,
-        tokens,
-        bias=bias,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        kl=kl,
-        **settings,
-    )
-    if not over_vocabulary and ref_logprob is None and ref_hidden is not None:
+    ref_logits = None
+    if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
-            ref_logprob = linear_token_stats(
-                ref_hidden, ref_weight, tokens, bias=ref_bias, entropy=False, **settings
-            ).logprob
-    return _loss_of_stats(
-        stats,
+            ref_logits = lm_head_logits(ref_hidden, ref_weight, ref_bias, mask)
+    return grpo_loss(
+        lm_head_logits(hidden, weight, bias, mask),
+        tokens,
         advantages,
         mask=mask,
         old_logprob=old_logprob,
         ref_logprob=ref_logprob,
+        ref_logits=ref_logits,
         sampling_logprob=sampling_logprob,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
         cu_seqlens=cu_seqlens,
+        temperature=temperature,
+        softcap=softcap,
     )
-
-
-def _loss_of_stats(stats: TokenStats, advantages: Tensor, **keywords) -> LossOutput:
-    return policy_loss(stats.logprob, advantages, entropy=stats.entropy, kl=stats.kl, **keywords)

@@ -1,4 +1,4 @@
-"""What the objective reports beside the loss."""
+"""Metrics of the objective, beside the loss."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from reference.losses.ratios import importance_weight, log_ratio, policy_ratio
 from reference.losses.sequences import Tokens, means_by_sequence, token_mean
 from reference.losses.surrogates import clipped, vespo_weight
-from reference.losses.token_selection import has_filter
 
 
 @torch.no_grad()
@@ -19,80 +18,71 @@ def objective_metrics(
     policy_loss: Tensor,
     kl: Tensor | None,
     kept: Tensor,
-    sequences_known: bool,
+    has_sequences: bool,
 ) -> dict[str, Tensor]:
-    """Detached 0-dim tensors by name.
+    """Compute detached 0-dim tensors by name.
+
+    A sequence-level ratio, and whether it is clipped, counts once per sequence.
 
     Args:
-        policy_loss: the aggregate of the policy term.
-        kl, kept: per token; kept is bool, the tokens that no filter drops.
-        sequences_known: False for packed tokens without boundaries.
+        policy_loss: aggregate of the policy term.
+        kl: per token; kept: per token, bool, the tokens that no filter drops.
+        has_sequences: False for packed tokens without boundaries.
     """
-    keep, dtype = tokens.keep, tokens.logprob.dtype
-    bounded = log_ratio(tokens).clamp(-20, 20)
+    mask, dtype = tokens.mask, tokens.logprob.dtype
+
+    def ratio_mean(x: Tensor) -> Tensor:
+        if config.ratio_level == "sequence":
+            return _mean(means_by_sequence(x, mask))
+        return token_mean(x, mask)
+
+    change = log_ratio(tokens).clamp(-20, 20)
+    r = policy_ratio(tokens, config.ratio_level)
+    low, high = (flag.to(dtype) for flag in clipped(tokens, config))
     metrics = {
         "policy_loss": policy_loss.detach(),
-        "approx_kl": token_mean(bounded.expm1() - bounded, keep),
-        "num_tokens": keep.sum().to(dtype),
+        "approx_kl": token_mean(change.expm1() - change, mask),
+        "num_tokens": mask.sum().to(dtype),
+        "ratio_mean": ratio_mean(r),
+        "ratio_max": _max(r[mask]),
+        "clip_ratio/low_mean": ratio_mean(low),
+        "clip_ratio/high_mean": ratio_mean(high),
+        "clip_ratio/region_mean": ratio_mean(low + high),
     }
-    metrics |= _ratio_metrics(tokens, config, sequences_known)
-    if config.surrogate == "vespo":
-        phi = vespo_weight(tokens, config)
-        metrics["vespo/phi_seq_mean"] = _mean(means_by_sequence(phi, keep))
-    if has_filter(config):
-        metrics["filters/kept_mean"] = token_mean(kept.to(dtype), keep)
-    if kl is not None:
-        metrics["kl"] = token_mean(kl, keep)
-    if tokens.entropy is not None:
-        metrics["entropy"] = token_mean(tokens.entropy, keep)
-    if tokens.sampling is not None:
-        metrics |= _sampling_metrics(tokens, config)
-    return metrics
-
-
-def _ratio_metrics(tokens: Tokens, config: Any, sequences_known: bool) -> dict[str, Tensor]:
-    """r and how often it is clipped; a ratio that belongs to the sequence counts once in each."""
-    keep = tokens.keep
-    r = policy_ratio(tokens, config.ratio_level)
-    low, high = (flag.to(r.dtype) for flag in clipped(tokens, config))
-
-    def mean(x: Tensor) -> Tensor:
-        if config.ratio_level == "sequence":
-            return _mean(means_by_sequence(x, keep))
-        return token_mean(x, keep)
-
-    metrics = {
-        "ratio_mean": mean(r),
-        "ratio_max": _largest(r[keep]),
-        "clip_ratio/low_mean": mean(low),
-        "clip_ratio/high_mean": mean(high),
-        "clip_ratio/region_mean": mean(low + high),
-    }
-    if sequences_known:
-        metrics["clip_ratio/low_min"] = -_largest(-means_by_sequence(low, keep))
-        metrics["clip_ratio/high_max"] = _largest(means_by_sequence(high, keep))
+    if has_sequences:
+        metrics["clip_ratio/low_min"] = -_max(-means_by_sequence(low, mask))
+        metrics["clip_ratio/high_max"] = _max(means_by_sequence(high, mask))
     if config.surrogate == "cispo":
-        metrics["cispo_clip_ratio"] = mean(high)
+        metrics["cispo_clip_ratio"] = ratio_mean(high)
+    if config.surrogate == "vespo":
+        weights = vespo_weight(tokens, config)
+        metrics["vespo/phi_seq_mean"] = _mean(means_by_sequence(weights, mask))
+    filters = (config.off_policy_threshold, config.top_entropy, config.clip_cov)
+    if any(setting is not None for setting in filters):
+        metrics["filters/kept_mean"] = token_mean(kept.to(dtype), mask)
+    if kl is not None:
+        metrics["kl"] = token_mean(kl, mask)
+    if tokens.entropy is not None:
+        metrics["entropy"] = token_mean(tokens.entropy, mask)
+    weight = importance_weight(tokens, config)
+    if weight is not None and tokens.sampling_logprob is not None:
+        difference = (tokens.old_logprob - tokens.sampling_logprob).abs()[mask]
+        weight = weight[mask]
+        metrics |= {
+            "sampling/sampling_logp_difference/mean": _mean(difference),
+            "sampling/sampling_logp_difference/max": _max(difference),
+            "sampling/importance_sampling_ratio/min": -_max(-weight),
+            "sampling/importance_sampling_ratio/mean": _mean(weight),
+            "sampling/importance_sampling_ratio/max": _max(weight),
+        }
     return metrics
-
-
-def _sampling_metrics(tokens: Tokens, config: Any) -> dict[str, Tensor]:
-    difference = (tokens.old - tokens.sampling).abs()[tokens.keep]
-    weight = importance_weight(tokens, config)[tokens.keep]
-    return {
-        "sampling/sampling_logp_difference/mean": _mean(difference),
-        "sampling/sampling_logp_difference/max": _largest(difference),
-        "sampling/importance_sampling_ratio/min": -_largest(-weight),
-        "sampling/importance_sampling_ratio/mean": _mean(weight),
-        "sampling/importance_sampling_ratio/max": _largest(weight),
-    }
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Of a 1-dim tensor; 0 where it is empty."""
+    """Mean of a 1-dim tensor; 0 if it is empty."""
     return x.sum() / max(len(x), 1)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Of a 1-dim tensor; 0 where it is empty."""
+def _max(x: Tensor) -> Tensor:
+    """Maximum of a 1-dim tensor; 0 if it is empty."""
     return x.max() if len(x) else x.new_zeros(())

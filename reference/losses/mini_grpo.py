@@ -1,46 +1,48 @@
-"""The functions of mini-GRPO's README, with its values, on fully materialised distributions."""
+"""Functions of mini-GRPO's README, with its values, on full distributions over the vocabulary."""
 
 import torch
 from torch import Tensor
 
+from reference.losses.token_stats import compute_dtype
+
 
 def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool = True) -> Tensor:
-    """Mean over the unmasked tokens of H(p) = -Σ p ln p, p = softmax(logits).
+    """Compute the mean over the unmasked tokens of H(p) = -Σ p ln p, p = softmax(logits).
 
-    With detach=True, mini-GRPO's behaviour, an entropy bonus built on the result trains nothing;
-    detach=False gives it its gradient. With every token masked the result is 0.
+    With detach=True, mini-GRPO's behaviour, the result has no gradient, so an entropy bonus built
+    on it trains nothing. With every token masked the result is 0.
 
     Args:
         logits: [..., V]; mask: [...], bool or 0/1.
     """
     if detach:
         logits = logits.detach()
-    logp = torch.log_softmax(_select(logits, mask), dim=-1)
+    logp = torch.log_softmax(_zero_masked(logits, mask), dim=-1)
     return _mean(-_times_log(logp.exp(), logp).sum(-1), mask)
 
 
 def cross_entropy_from_logits(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Mean over the unmasked tokens of H(p, q) = -Σ p ln q, p the reference, q the new policy.
+    """Compute the mean over the unmasked tokens of H(p, q) = -Σ p ln q.
 
-    Differentiable in `new_logits` only. `eps` has no effect, as in mini-GRPO. With every token
-    masked the result is 0.
+    p is the reference policy, q the new policy. Differentiable in `new_logits` only. `eps` has no
+    effect, as in mini-GRPO. With every token masked the result is 0.
 
     Args:
         ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
     """
-    p = torch.softmax(_select(ref_logits.detach(), mask), dim=-1)
-    logq = torch.log_softmax(_select(new_logits, mask), dim=-1)
+    p = torch.softmax(_zero_masked(ref_logits.detach(), mask), dim=-1)
+    logq = torch.log_softmax(_zero_masked(new_logits, mask), dim=-1)
     return _mean(-_times_log(p, logq).sum(-1), mask)
 
 
 def kl_divergence(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Mean over the unmasked tokens of KL(p‖q) = H(p, q) - H(p): the forward KL.
+    """Compute the mean over the unmasked tokens of the forward KL(p‖q) = H(p, q) - H(p).
 
-    Args and gradient as in `cross_entropy_from_logits`.
+    Arguments and gradient are those of `cross_entropy_from_logits`.
     """
     return cross_entropy_from_logits(ref_logits, new_logits, mask, eps) - entropy_from_logits(
         ref_logits, mask
@@ -54,18 +56,17 @@ def approximate_kl_divergence(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Tensor:
-    """p/q - ln(p/q) - 1 at every entry of the vocabulary, p and q at least `eps`.
+    """Compute p/q - ln(p/q) - 1 for every vocabulary entry, with p and q at least `eps`.
 
-    mini-GRPO's values with their two quirks: entries are averaged as if each were equally likely,
-    an expectation under no policy, so the result estimates no KL; and the mean counts the zeros of
-    masked tokens.
+    Reproduces two quirks of mini-GRPO. Entries are averaged with equal weights, an expectation
+    under no policy, so the result estimates no KL. The mean counts the zeros of masked tokens.
 
     Args:
         ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
         reduction: "mean" or "sum" over everything; anything else returns the entries, [..., V].
     """
-    p = torch.softmax(_select(ref_logits.detach(), mask), dim=-1).clamp(min=eps)
-    q = torch.softmax(_select(new_logits, mask), dim=-1).clamp(min=eps)
+    p = torch.softmax(_zero_masked(ref_logits.detach(), mask), dim=-1).clamp(min=eps)
+    q = torch.softmax(_zero_masked(new_logits, mask), dim=-1).clamp(min=eps)
     ratio = p / q
     entries = ratio - torch.log(ratio) - 1
     if mask is not None:
@@ -75,8 +76,8 @@ def approximate_kl_divergence(
     return entries.sum() if reduction == "sum" else entries
 
 
-def _select(logits: Tensor, mask: Tensor | None) -> Tensor:
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+def _zero_masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    logits = logits.to(compute_dtype(logits))
     return logits if mask is None else torch.where(mask.bool().unsqueeze(-1), logits, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Probability ratios: the policy's to the old one's, and the old one's to the sampler's."""
+"""Probability ratios: policy to old policy, and old policy to sampler."""
 
 import math
 from typing import Any
@@ -10,53 +10,47 @@ from reference.losses.sequences import Tokens, sequence_mean, sequence_sum
 
 
 def log_ratio(tokens: Tokens) -> Tensor:
-    """l = logprob - old, per token."""
-    return tokens.logprob - tokens.old
+    """Return l = logprob - old_logprob per token."""
+    return tokens.logprob - tokens.old_logprob
 
 
 def saturated_exp(x: Tensor) -> Tensor:
-    """e^x; beyond ±20 it stays where it is, with gradient 0."""
+    """Return e^x with x clamped to ±20; the gradient is 0 beyond."""
     return x.clamp(-20, 20).exp()
 
 
 def policy_ratio(tokens: Tokens, level: str) -> Tensor:
-    """r at every token, by level; s() stops the gradient, the mean is the sequence's.
+    """Compute the ratio r per token; s() stops the gradient, mean() is over the sequence.
 
     "token"           exp(l)
-    "sequence"        exp(mean of l)                                  GSPO, 2507.18071
-    "sequence_token"  exp(s(mean of l) + logprob - s(logprob))        GSPO-token, ibid.
+    "sequence"        exp(mean(l))                                    GSPO, arXiv:2507.18071
+    "sequence_token"  exp(s(mean(l)) + logprob - s(logprob))          GSPO-token, same paper
     """
-    own = log_ratio(tokens)
-    mean = sequence_mean(own, tokens.keep)
     if level == "token":
-        return saturated_exp(own)
+        return saturated_exp(log_ratio(tokens))
+    mean = sequence_mean(log_ratio(tokens), tokens.mask)
     if level == "sequence":
         return saturated_exp(mean)
-    if level == "sequence_token":
-        return saturated_exp(mean.detach() + (tokens.logprob - tokens.logprob.detach()))
-    raise ValueError(f"no such ratio_level: {level!r}")
+    return saturated_exp(mean.detach() + (tokens.logprob - tokens.logprob.detach()))
 
 
 def importance_weight(tokens: Tokens, config: Any) -> Tensor | None:
-    """w at every token, a constant; None where no sampler's log-probabilities are given.
+    """Compute the constant weight w per token; None without the sampler's log-probs.
 
-    w = exp(old - sampling), of the sequence's sum of it at importance_level="sequence"; then
+    w = exp(old_logprob - sampling_logprob); at importance_level="sequence" the exponent is summed
+    over the sequence. Then
 
     "truncate"  clamp(w, floor, cap)               truncated importance sampling
     "mask"      w inside [floor, cap], 0 outside   IcePop
     """
-    if tokens.sampling is None:
+    if tokens.sampling_logprob is None:
         return None
-    difference = tokens.old - tokens.sampling
+    difference = tokens.old_logprob - tokens.sampling_logprob
     if config.importance_level == "sequence":
-        difference = sequence_sum(difference, tokens.keep)
-    elif config.importance_level != "token":
-        raise ValueError(f"no such importance_level: {config.importance_level!r}")
+        difference = sequence_sum(difference, tokens.mask)
     weight = saturated_exp(difference)
     floor = 0.0 if config.importance_floor is None else config.importance_floor
     cap = math.inf if config.importance_cap is None else config.importance_cap
     if config.importance_mode == "truncate":
         return weight.clamp(floor, cap)
-    if config.importance_mode == "mask":
-        return torch.where((floor <= weight) & (weight <= cap), weight, 0.0)
-    raise ValueError(f"no such importance_mode: {config.importance_mode!r}")
+    return torch.where((floor <= weight) & (weight <= cap), weight, 0.0)

@@ -1,57 +1,91 @@
-"""Per-token tensors laid out as [sequences, longest], and the means that the objective takes."""
+"""Per-token tensors arranged as [sequences, longest], and the means that the objective takes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from reference.losses.token_stats import compute_dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What the objective reads, [sequences, longest] each, and 0 wherever `keep` is False.
+    """Inputs of the objective, each [sequences, longest], 0 under the mask.
 
     Only `logprob`, `entropy` and `kl` carry a gradient.
     """
 
-    keep: Tensor  # bool: the unmasked tokens
+    mask: Tensor  # bool: True for the tokens that count
     logprob: Tensor
-    old: Tensor
     advantage: Tensor
-    ref: Tensor | None
-    sampling: Tensor | None
+    old_logprob: Tensor
+    ref_logprob: Tensor | None
+    sampling_logprob: Tensor | None
     entropy: Tensor | None
     kl: Tensor | None
 
 
-def row_maker(logprob: Tensor, cu_seqlens: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function that brings a per-token tensor to [sequences, longest], padded with zeros."""
-    if cu_seqlens is None:  # a packed tensor without boundaries is one long row
-        return lambda x: x if x.dim() == 2 else x.unsqueeze(0)
-    lengths = cu_seqlens.diff().tolist()
-    if not lengths:
-        return lambda x: x.reshape(1, 0)
-    return lambda x: pad_sequence(x.split(lengths), batch_first=True)
+def arrange(
+    logprob: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    sampling_logprob: Tensor | None,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tokens:
+    """Bring the arguments of `policy_loss` to [sequences, longest], in fp32 or fp64."""
+
+    def rows(x: Tensor) -> Tensor:
+        if cu_seqlens is None:  # packed tokens without boundaries are one row
+            return x if x.dim() == 2 else x.unsqueeze(0)
+        if len(cu_seqlens) == 1:
+            return x.reshape(1, 0)
+        return pad_sequence(list(x.split(cu_seqlens.diff().tolist())), batch_first=True)
+
+    unmasked = rows(torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool())
+    dtype = compute_dtype(logprob)
+
+    def zero_masked(x: Tensor) -> Tensor:
+        return torch.where(unmasked, x.to(dtype), 0.0)
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else zero_masked(rows(x.detach()))
+
+    per_token = advantages.shape == logprob.shape
+    advantage = rows(advantages) if per_token else advantages.unsqueeze(-1)
+    return Tokens(
+        mask=unmasked,
+        logprob=zero_masked(rows(logprob)),
+        advantage=zero_masked(advantage.detach()),
+        old_logprob=zero_masked(rows((logprob if old_logprob is None else old_logprob).detach())),
+        ref_logprob=constant(ref_logprob),
+        sampling_logprob=constant(sampling_logprob),
+        entropy=None if entropy is None else zero_masked(rows(entropy)),
+        kl=None if kl is None else zero_masked(rows(kl)),
+    )
 
 
-def token_mean(x: Tensor, keep: Tensor) -> Tensor:
-    """Mean over the unmasked tokens; 0 where there is none."""
-    return torch.where(keep, x, 0.0).sum() / keep.sum().clamp(min=1)
+def token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the unmasked tokens; 0 if there is none."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def sequence_sum(x: Tensor, keep: Tensor) -> Tensor:
-    """Sum over each sequence's unmasked tokens, at every token of the sequence."""
-    return torch.where(keep, x, 0.0).sum(-1, keepdim=True).expand_as(keep)
+def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over each sequence's unmasked tokens, repeated for every token of the sequence."""
+    return torch.where(mask, x, 0.0).sum(-1, keepdim=True).expand_as(mask)
 
 
-def sequence_mean(x: Tensor, keep: Tensor) -> Tensor:
-    """Mean over each sequence's unmasked tokens, at every token of the sequence."""
-    return sequence_sum(x, keep) / keep.sum(-1, keepdim=True).clamp(min=1)
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over each sequence's unmasked tokens, repeated for every token of the sequence."""
+    return sequence_sum(x, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-def means_by_sequence(x: Tensor, keep: Tensor) -> Tensor:
-    """The token means [n] of the n sequences that have an unmasked token."""
-    totals = torch.where(keep, x, 0.0).sum(-1)
-    counts = keep.sum(-1)
+def means_by_sequence(x: Tensor, mask: Tensor) -> Tensor:
+    """Token mean of each of the n sequences that have an unmasked token: [n]."""
+    totals, counts = torch.where(mask, x, 0.0).sum(-1), mask.sum(-1)
     return totals[counts > 0] / counts[counts > 0]

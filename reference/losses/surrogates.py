@@ -1,7 +1,8 @@
-"""The policy term of every objective, one formula per function, and where its bound cuts.
+"""Policy term of every objective, one formula per function, and the bounds that clip it.
 
-r is the ratio at config.ratio_level, l = logprob - old per token, A the advantage, s() stops the
-gradient. Every function returns what is minimised, [sequences, longest].
+r is the ratio at config.ratio_level, l = logprob - old_logprob, A the advantage; s() stops the
+gradient. Every function returns the quantity to minimise, [sequences, longest]. Numbers are arXiv
+ids.
 """
 
 import math
@@ -18,8 +19,8 @@ from reference.losses.sequences import Tokens, sequence_mean, sequence_sum
 def clip(tokens: Tokens, config: Any) -> Tensor:
     """-min(min(r, delta)·A, clip(r, 1 - epsilon_low, 1 + epsilon_high)·A).
 
-    Where A < 0: at most dual_clip·|A|. Papers: 1707.06347, 2402.03300; 2503.14476 for two epsilons,
-    2505.07291 for delta, 1912.09729 for dual_clip.
+    PPO (1707.06347), GRPO (2402.03300); two epsilons: 2503.14476; delta: 2505.07291.
+    dual_clip (1912.09729) bounds the loss by dual_clip·|A| for A < 0.
     """
     r, advantage = policy_ratio(tokens, config.ratio_level), tokens.advantage
     capped = r if config.delta is None else r.clamp(max=config.delta)
@@ -37,25 +38,25 @@ def ratio(tokens: Tokens, config: Any) -> Tensor:
 
 
 def cispo(tokens: Tokens, config: Any) -> Tensor:
-    """-s(min(r, ratio_cap))·A·logprob. Paper: 2506.13585."""
+    """-s(min(r, ratio_cap))·A·logprob (2506.13585)."""
     weight = policy_ratio(tokens, config.ratio_level).clamp(max=config.ratio_cap)
     return -weight.detach() * tokens.advantage * tokens.logprob
 
 
 def sapo(tokens: Tokens, config: Any) -> Tensor:
-    """-A·(4/τ)·sigmoid(τ(r - 1)), τ = tau_positive where A > 0, else tau_negative: 2511.20347."""
+    """-A·(4/τ)·sigmoid(τ(r - 1)), τ = tau_positive for A > 0, else tau_negative (2511.20347)."""
     r, advantage = policy_ratio(tokens, config.ratio_level), tokens.advantage
     tau = _choose(advantage > 0, config.tau_positive, config.tau_negative, like=r)
     return -advantage * (4 / tau) * torch.sigmoid(tau * (r - 1))
 
 
 def dppo(tokens: Tokens, config: Any) -> Tensor:
-    """-s(min(r, ratio_cap)·trusted)·A·logprob. Paper: 2602.04879, the binary total variation.
+    """-s(min(r, ratio_cap)·trusted)·A·logprob (2602.04879, binary total variation).
 
-    trusted, p the token's probability: p - p_old <= epsilon_high where A > 0, else
+    trusted, with p the token's probability: p - p_old <= epsilon_high for A > 0, else
     p - p_old >= -epsilon_low.
     """
-    r, change = policy_ratio(tokens, config.ratio_level), probability_change(tokens)
+    r, change = policy_ratio(tokens, config.ratio_level), prob_change(tokens)
     trusted = torch.where(
         tokens.advantage > 0, change <= config.epsilon_high, change >= -config.epsilon_low
     )
@@ -63,32 +64,32 @@ def dppo(tokens: Tokens, config: Any) -> Tensor:
     return -weight.detach() * tokens.advantage * tokens.logprob
 
 
-def probability_change(tokens: Tokens) -> Tensor:
-    """p - p_old, p = e^logprob, a constant."""
-    return tokens.logprob.detach().exp() - tokens.old.exp()
+def prob_change(tokens: Tokens) -> Tensor:
+    """p - p_old, a constant."""
+    return tokens.logprob.detach().exp() - tokens.old_logprob.exp()
 
 
 def reinforce(tokens: Tokens, config: Any) -> Tensor:
-    """-A·logprob. GPG, 2504.02546, is its token mean."""
+    """-A·logprob; its token mean is GPG (2504.02546)."""
     return -tokens.advantage * tokens.logprob
 
 
 def vespo(tokens: Tokens, config: Any) -> Tensor:
-    """-φ·A·logprob, φ a constant: `vespo_weight`. Paper: 2602.10693."""
+    """-φ·A·logprob, φ = `vespo_weight` (2602.10693)."""
     return -vespo_weight(tokens, config) * tokens.advantage * tokens.logprob
 
 
 def vespo_weight(tokens: Tokens, config: Any) -> Tensor:
-    """φ = exp(λ + k·ln w - λ·w), which is 1 at w = 1; k and λ by A >= 0 or A < 0.
+    """φ = exp(λ + k·ln w - λ·w), a constant, 1 at w = 1; k and λ depend on A >= 0 or A < 0.
 
-    ln w is the sequence's sum of l, each clamped to ±20, and of the logarithms of the importance
-    weights where there are any; these, and ln w itself, are clamped to [ln 1e-8, 20].
+    ln w is the sum over the sequence of l, clamped to ±20, plus the sum of the logarithms of the
+    importance weights, each clamped to [ln 1e-8, 20]; ln w itself is clamped to [ln 1e-8, 20].
     """
     lowest = math.log(1e-8)
-    log_w = sequence_sum(log_ratio(tokens).clamp(-20, 20), tokens.keep)
+    log_w = sequence_sum(log_ratio(tokens).clamp(-20, 20), tokens.mask)
     importance = importance_weight(tokens, config)
     if importance is not None:
-        log_w = log_w + sequence_sum(importance.log().clamp(lowest, 20), tokens.keep)
+        log_w = log_w + sequence_sum(importance.log().clamp(lowest, 20), tokens.mask)
     log_w = log_w.clamp(lowest, 20).detach()
     positive = tokens.advantage >= 0
     k = _choose(positive, config.k_positive, config.k_negative, like=log_w)
@@ -97,45 +98,39 @@ def vespo_weight(tokens: Tokens, config: Any) -> Tensor:
 
 
 def gmpo(tokens: Tokens, config: Any) -> Tensor:
-    """-A·exp(mean over the sequence of b), at every token of the sequence. Paper: 2507.20673.
+    """-A·exp(mean over the sequence of b), for every token of the sequence (2507.20673).
 
-    b = min(l, epsilon_high) where A > 0, max(l, -epsilon_low) where A < 0, l where A = 0.
+    b = min(l, epsilon_high) for A > 0, max(l, -epsilon_low) for A < 0, l for A = 0.
     """
-    own, advantage = log_ratio(tokens), tokens.advantage
-    b = torch.where(advantage > 0, own.clamp(max=config.epsilon_high), own)
-    b = torch.where(advantage < 0, own.clamp(min=-config.epsilon_low), b)
-    return -advantage * saturated_exp(sequence_mean(b, tokens.keep))
+    b, advantage = log_ratio(tokens), tokens.advantage
+    b = torch.where(advantage > 0, b.clamp(max=config.epsilon_high), b)
+    b = torch.where(advantage < 0, b.clamp(min=-config.epsilon_low), b)
+    return -advantage * saturated_exp(sequence_mean(b, tokens.mask))
 
 
 SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
-    "clip": clip,
-    "ratio": ratio,
-    "cispo": cispo,
-    "sapo": sapo,
-    "dppo": dppo,
-    "reinforce": reinforce,
-    "vespo": vespo,
-    "gmpo": gmpo,
+    function.__name__: function
+    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo)
 }
 
 
 def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
-    """(low, high), bool: tokens with A < 0 below the lower bound, with A > 0 above the upper."""
-    r = policy_ratio(tokens, config.ratio_level)
-    nowhere = torch.zeros_like(tokens.keep)
-    low, high = {
-        "clip": (r < 1 - config.epsilon_low, r > 1 + config.epsilon_high),
-        "cispo": (nowhere, nowhere if config.ratio_cap is None else r > config.ratio_cap),
-        "dppo": _outside(probability_change(tokens), config),
-        "gmpo": _outside(log_ratio(tokens), config),
-    }.get(config.surrogate, (nowhere, nowhere))
+    """(low, high), bool: tokens with A < 0 below the lower bound, with A > 0 above the upper.
+
+    A surrogate that is not listed here clips nothing.
+    """
+    low = high = torch.zeros_like(tokens.mask)
+    if config.surrogate == "clip":
+        r = policy_ratio(tokens, config.ratio_level)
+        low, high = r < 1 - config.epsilon_low, r > 1 + config.epsilon_high
+    elif config.surrogate == "cispo":
+        high = policy_ratio(tokens, config.ratio_level) > config.ratio_cap
+    elif config.surrogate in ("dppo", "gmpo"):
+        x = prob_change(tokens) if config.surrogate == "dppo" else log_ratio(tokens)
+        low, high = x < -config.epsilon_low, x > config.epsilon_high
     return low & (tokens.advantage < 0), high & (tokens.advantage > 0)
 
 
-def _outside(x: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    return x < -config.epsilon_low, x > config.epsilon_high
-
-
 def _choose(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
-    """`yes` or `no` at every token, in the dtype of `like`: where() of two floats makes fp32."""
+    """Return `yes` or `no` per token in the dtype of `like`; where() of two floats gives fp32."""
     return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))

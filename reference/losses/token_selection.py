@@ -1,4 +1,4 @@
-"""Choices of tokens: whose policy term is kept, and who pays for a high covariance."""
+"""Token filters, and the tokens that KL-Cov penalises. Numbers are arXiv ids."""
 
 from typing import Any
 
@@ -10,82 +10,73 @@ from reference.losses.sequences import Tokens, sequence_mean, token_mean
 from reference.losses.surrogates import clipped
 
 
-def has_filter(config: Any) -> bool:
-    """Whether some token's policy term may be dropped."""
-    filters = (config.off_policy_threshold, config.top_entropy, config.clip_cov)
-    return any(each is not None for each in filters)
-
-
 def kept_tokens(tokens: Tokens, config: Any) -> Tensor:
-    """bool: the unmasked tokens that no filter drops."""
-    kept = tokens.keep
+    """Return the unmasked tokens, bool, whose policy term no filter drops."""
+    kept = tokens.mask
     if config.off_policy_threshold is not None:
         kept = kept & on_policy(tokens, config.off_policy_threshold)
     if config.top_entropy is not None:
         kept = kept & high_entropy(tokens, config.top_entropy)
     if config.clip_cov is not None:
-        kept = kept & ~drawn_by_covariance(tokens, config)
+        kept = kept & ~clip_cov(tokens, config)
     return kept
 
 
 def on_policy(tokens: Tokens, threshold: float) -> Tensor:
-    """A >= 0, or mean over the sequence of (sampling, else old) - logprob <= threshold.
+    """A >= 0, or mean over the sequence of (sampling_logprob - logprob) <= threshold.
 
-    The off-policy sequence mask of DeepSeek-V3.2, 2512.02556.
+    Off-policy sequence mask of DeepSeek-V3.2 (2512.02556). old_logprob replaces an absent
+    sampling_logprob.
     """
-    sampler = tokens.old if tokens.sampling is None else tokens.sampling
-    distance = sequence_mean(sampler - tokens.logprob.detach(), tokens.keep)
+    sampler = tokens.old_logprob if tokens.sampling_logprob is None else tokens.sampling_logprob
+    distance = sequence_mean(sampler - tokens.logprob.detach(), tokens.mask)
     return (tokens.advantage >= 0) | (distance <= threshold)
 
 
 def high_entropy(tokens: Tokens, fraction: float) -> Tensor:
-    """The unmasked tokens whose entropy is at least the (1 - fraction) quantile: 2506.01939."""
+    """Unmasked tokens with an entropy of at least the (1 - fraction) quantile (2506.01939)."""
+    if tokens.entropy is None:
+        raise ValueError("top_entropy needs entropy")
     entropies = tokens.entropy.detach()
-    if not tokens.keep.any():
-        return tokens.keep
-    return tokens.keep & (entropies >= entropies[tokens.keep].quantile(1 - fraction))
+    if not tokens.mask.any():
+        return tokens.mask
+    return tokens.mask & (entropies >= entropies[tokens.mask].quantile(1 - fraction))
 
 
-def covariance(tokens: Tokens) -> Tensor:
-    """(A - mean A)·(logprob - mean logprob) per token, the means over the unmasked ones."""
-    advantage, logprob = tokens.advantage, tokens.logprob.detach()
-    return (advantage - token_mean(advantage, tokens.keep)) * (
-        logprob - token_mean(logprob, tokens.keep)
-    )
+def clip_cov(tokens: Tokens, config: Any) -> Tensor:
+    """Tokens that Clip-Cov drops, drawn at random (2505.22617).
 
-
-def drawn_by_covariance(tokens: Tokens, config: Any) -> Tensor:
-    """Clip-Cov: the tokens drawn at random to be dropped. Paper: 2505.22617.
-
-    From those with clip_cov_low < covariance < clip_cov_high that the surrogate's own bound does
-    not cut, max(1, floor(clip_cov·n)) of them, or all if fewer; n counts the unmasked tokens.
+    Candidates have clip_cov_low < covariance < clip_cov_high and are not clipped by the surrogate.
+    max(1, floor(clip_cov·n)) of them are drawn, or all if fewer; n counts the unmasked tokens.
     """
-    cov, (low, high) = covariance(tokens), clipped(tokens, config)
-    inside = (config.clip_cov_low < cov) & (cov < config.clip_cov_high)
-    candidates = tokens.keep & inside & ~(low | high)
-    keys = torch.rand(cov.shape, device=cov.device)
-    chosen = _among_largest(
-        torch.where(candidates, keys, -1.0), _count(config.clip_cov, tokens.keep)
-    )
-    return candidates & chosen
+    covariances, (low, high) = covariance(tokens), clipped(tokens, config)
+    inside = (config.clip_cov_low < covariances) & (covariances < config.clip_cov_high)
+    candidates = tokens.mask & inside & ~(low | high)
+    keys = torch.rand(covariances.shape, device=covariances.device)
+    return candidates & _largest(torch.where(candidates, keys, -1.0), config.clip_cov, tokens.mask)
 
 
 def kl_cov_term(tokens: Tokens, config: Any) -> Tensor:
-    """KL-Cov: kl_cov_coef·|l| on the tokens of largest covariance, 0 elsewhere: 2505.22617.
+    """KL-Cov: kl_cov_coef·|l| on the tokens of largest covariance, 0 elsewhere (2505.22617).
 
-    There are max(1, floor(kl_cov·n)) of them, n the unmasked tokens; of equals, the first.
+    max(1, floor(kl_cov·n)) tokens are chosen; n counts the unmasked tokens.
     """
-    cov = torch.where(tokens.keep, covariance(tokens), -torch.inf)
-    chosen = tokens.keep & _among_largest(cov, _count(config.kl_cov, tokens.keep))
+    covariances = torch.where(tokens.mask, covariance(tokens), -torch.inf)
+    chosen = tokens.mask & _largest(covariances, config.kl_cov, tokens.mask)
     return torch.where(chosen, config.kl_cov_coef * log_ratio(tokens).abs(), 0.0)
 
 
-def _count(fraction: float, keep: Tensor) -> int:
-    return max(1, int(fraction * keep.sum().item()))
+def covariance(tokens: Tokens) -> Tensor:
+    """(A - mean A)·(logprob - mean logprob) per token, with means over the unmasked tokens."""
+    advantage, logprob = tokens.advantage, tokens.logprob.detach()
+    return (advantage - token_mean(advantage, tokens.mask)) * (
+        logprob - token_mean(logprob, tokens.mask)
+    )
 
 
-def _among_largest(x: Tensor, count: int) -> Tensor:
-    """bool, shape of x: its `count` largest entries; of equals, the first."""
+def _largest(x: Tensor, fraction: float, mask: Tensor) -> Tensor:
+    """Mark the max(1, floor(fraction·unmasked tokens)) largest entries; of equals, the first."""
+    count = max(1, int(fraction * mask.sum().item()))
     order = x.flatten().argsort(descending=True, stable=True)
     chosen = torch.zeros_like(order, dtype=torch.bool)
     chosen[order[:count]] = True
