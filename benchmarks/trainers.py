@@ -10,6 +10,7 @@ Accuracy is greedy, on held-out questions, before the first and after the last s
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -50,13 +51,12 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     from grpo_kernels.integrations.trl import fuse_trainer
     from reference import train
     from reference.training.evaluate import accuracy
-    from reference.training.model import plain_scorer as causal_lm
     from reference.training.rollout.samplers import shared_prompt
 
     config = _config(steps)
-    task = train.task_of(config)
-    plain = (causal_lm.forward, shared_prompt, task.system)
-    policy, order = train.make_policy(config, torch.device("cpu"), *plain)
+    task = train.load_task(config)
+    policy = train.load_policy(config, torch.device("cpu"), shared_prompt, task.system)
+    order = random.Random(config.seed)
     before = accuracy(policy, task, task.held_out)
     questions = [q for _ in range(steps) for q in order.sample(task.train, config.prompts)]
     data = [

@@ -1,6 +1,6 @@
-"""What a step learns from: questions, groups of sampled answers, their rewards.
+"""The rollouts of a step: sampled questions, groups of completions, and their rewards.
 
-Sizes: B questions, G answers to each, in rows b·G + g.
+Sizes: B questions, G completions per question, in rows b·G + g.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reference.training.config import TrainConfig
-from reference.training.distributed import ALONE, moved
+from reference.training.distributed import SINGLE_PROCESS, to_device
 from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.samplers import Sampler
@@ -23,190 +24,210 @@ from reference.training.tasks.tasks import Question, Task
 
 
 @dataclass(frozen=True)
-class Experience:
-    """Groups of answers, with each reward function's values, unweighted, [B·G]."""
+class Rollouts:
+    """Groups of completions and their rewards."""
 
     questions: list[Question]
-    answers: SampledCompletions
-    by_name: dict[str, Tensor]
+    samples: SampledCompletions
+    rewards_by_name: dict[str, Tensor]  # [B·G], unweighted
     rewards: Tensor  # [B, G], the weighted sum
-    has_signal: Tensor  # [B], whether there is something to learn from a group
+    has_signal: Tensor  # [B], True if the rewards of the group differ
     accuracy: dict[str, Tensor]  # [B·G], "strict" and "lenient", 0 or 1
-    sampled: int  # tokens, those of discarded groups too
-    seen: int  # the same with a prompt for each answer
+    num_sampled_tokens: int  # includes completions that dynamic sampling discarded
+    num_tokens: int  # the same plus a prompt for each completion
 
-    def at(self, groups: Sequence[int]) -> Experience:
-        """Only these groups."""
+    def select_groups(self, groups: Sequence[int]) -> Rollouts:
+        """Return these groups only; the token counts stay."""
         G = self.rewards.shape[1]
         rows = [b * G + g for b in groups for g in range(G)]
-        done = self.answers.completions
-        completions = Completions(
-            *(x[rows] for x in (done.tokens, done.mask, done.logprob, done.finished))
+        completions = self.samples.completions
+        samples = SampledCompletions(
+            self.samples.prompts[groups],
+            Completions(**{name: value[rows] for name, value in vars(completions).items()}),
+            [self.samples.texts[row] for row in rows],
         )
-        texts = [self.answers.texts[row] for row in rows]
         return replace(
             self,
             questions=[self.questions[b] for b in groups],
-            answers=SampledCompletions(self.answers.prompts[groups], completions, texts),
-            by_name={name: values[rows] for name, values in self.by_name.items()},
+            samples=samples,
+            rewards_by_name={name: values[rows] for name, values in self.rewards_by_name.items()},
             rewards=self.rewards[groups],
             has_signal=self.has_signal[groups],
             accuracy={name: values[rows] for name, values in self.accuracy.items()},
         )
 
 
-def gather(
+def collect_rollouts(
     policy: Policy, task: Task, sampler: Sampler, order: random.Random, config: TrainConfig
-) -> Experience:
-    """Sample groups for `config.prompts` questions.
+) -> Rollouts:
+    """Sample and reward groups of completions for `config.prompts` questions.
 
-    With --dynamic-sampling, groups whose rewards are all equal are asked anew with other questions
-    until all have a signal or the rounds are over; the ones without one then fill up the batch, so
-    that every batch has the same size.
+    With --dynamic-sampling, groups without a signal are replaced by groups for new questions, until
+    all have a signal or the rounds are used up. The last ones then fill the batch: its size is
+    always the same.
     """
-    with policy.ranks.whole(policy.model):
-        return _gather(policy, task, sampler, order, config)
+    with policy.ranks.unsharded(policy.model):
+        questions = sample_questions(task.train, config.prompts, order)
+        rollouts = sample_completions(policy, task, sampler, questions, config)
+        for _ in range(config.dynamic_sampling):
+            with_signal = rollouts.has_signal.nonzero().flatten().tolist()
+            missing = config.prompts - len(with_signal)
+            if missing == 0:
+                break
+            questions = sample_questions(task.train, missing, order)
+            new = sample_completions(policy, task, sampler, questions, config)
+            pad_id = policy.tokenizer.pad_token_id
+            rollouts = concat(rollouts.select_groups(with_signal), new, pad_id)
+    return rollouts
 
 
-def _gather(
-    policy: Policy, task: Task, sampler: Sampler, order: random.Random, config: TrainConfig
-) -> Experience:
-    asked = draw(task.train, config.prompts, order)
-    found = answer(policy, task, sampler, asked, config)
-    for _ in range(config.dynamic_sampling):
-        kept = found.has_signal.nonzero().flatten().tolist()
-        missing = config.prompts - len(kept)
-        if missing == 0:
-            break
-        fresh = answer(policy, task, sampler, draw(task.train, missing, order), config)
-        found = joined(found.at(kept), fresh, policy.tokenizer.pad_token_id)
-    return found
+def sample_questions(questions: list[Question], n: int, order: random.Random) -> list[Question]:
+    """Draw n questions; none comes twice before each has come once."""
+    repeats, rest = divmod(n, len(questions))
+    return questions * repeats + order.sample(questions, rest)
 
 
-def draw(questions: list[Question], n: int, order: random.Random) -> list[Question]:
-    """n of them, none twice before each has come up: a single question makes a batch too."""
-    whole, rest = divmod(n, len(questions))
-    return questions * whole + order.sample(questions, rest)
-
-
-def answer(
+def sample_completions(
     policy: Policy, task: Task, sampler: Sampler, questions: list[Question], config: TrainConfig
-) -> Experience:
-    """Sample and reward `config.group_size` answers to each question.
+) -> Rollouts:
+    """Sample and reward `config.group_size` completions per question.
 
-    Each rank answers its share; where there are fewer questions than ranks, everyone answers all.
+    Each rank samples for its shard of the questions. With fewer questions than ranks, every rank
+    samples for all of them and rank 0's completions are used.
     """
     ranks = policy.ranks
     if len(questions) < ranks.size:
-        alone = replace(policy, ranks=ALONE)
-        found = ranks.told(_answer(alone, task, sampler, questions, config))
+        alone = replace(policy, ranks=SINGLE_PROCESS)
+        rollouts = ranks.broadcast(_sample_on_rank(alone, task, sampler, questions, config))
     else:
-        own = _answer(policy, task, sampler, ranks.share(questions), config)
-        join = partial(joined, pad_id=policy.tokenizer.pad_token_id)
-        found = reduce(join, ranks.gathered(own))
-    return replace(found, answers=moved(found.answers, policy.device))
+        own = _sample_on_rank(policy, task, sampler, ranks.shard(questions), config)
+        pad_id = policy.tokenizer.pad_token_id
+        rollouts = reduce(partial(concat, pad_id=pad_id), ranks.all_gather(own))
+    return replace(rollouts, samples=to_device(rollouts.samples, policy.device))
 
 
-def _answer(
-    policy: Policy, task: Task, sampler: Sampler, questions: list[Question], config: TrainConfig
-) -> Experience:
+def _sample_on_rank(
+    policy: Policy, task: Task, sampler: Sampler, questions: Sequence[Question], config: TrainConfig
+) -> Rollouts:
     G = config.group_size
-    answers = policy.sample(questions, G, config.temperature, sampler)
+    samples = policy.sample(questions, G, config.temperature, sampler)
+    completions = samples.completions
+
+    # The rewards: a weighted sum, and the penalty on long completions.
     repeated = [question for question in questions for _ in range(G)]
-    batch = ([q.text for q in repeated], answers.texts, [q.answer for q in repeated])
-    by_name = score(task.rewards, *batch)
-    total = sum(each.weight * by_name[name] for name, each in task.rewards.items())
-    completions = answers.completions
+    batch = ([q.text for q in repeated], samples.texts, [q.answer for q in repeated])
+    rewards_by_name = score(task.rewards, *batch)
+    total = sum(reward.weight * rewards_by_name[name] for name, reward in task.rewards.items())
     if config.overlong_buffer:
-        by_name["overlong"] = overlong_penalty(completions.mask, config)
-        total = total + by_name["overlong"]
+        rewards_by_name["overlong"] = overlong_penalty(completions.mask, config)
+        total = total + rewards_by_name["overlong"]
+    rewards = total.view(-1, G)
+
+    # A group has a learning signal if its rewards differ and one of its completions counts.
+    has_signal = rewards.ne(rewards[:, :1]).any(dim=-1)
+    if config.mask_truncated:
+        has_signal &= completions.finished.view(-1, G).any(dim=-1).cpu()
     accuracy = {
         "strict": torch.tensor(task.strict(*batch)),
         "lenient": torch.tensor(task.lenient(*batch)),
     }
-    rewards = total.view(-1, G)
-    has_signal = rewards.ne(rewards[:, :1]).any(dim=-1)
-    if config.mask_truncated:  # an answer that was cut off teaches nothing
-        has_signal &= completions.finished.view(-1, G).any(dim=-1).cpu()
-    sampled = int(completions.mask.sum())
-    seen = sampled + int(answers.prompts.mask.sum()) * G
-    return Experience(questions, answers, by_name, rewards, has_signal, accuracy, sampled, seen)
+    num_sampled = int(completions.mask.sum())
+    num_tokens = num_sampled + int(samples.prompts.mask.sum()) * G
+    return Rollouts(
+        list(questions),
+        samples,
+        rewards_by_name,
+        rewards,
+        has_signal,
+        accuracy,
+        num_sampled,
+        num_tokens,
+    )
 
 
 def overlong_penalty(mask: Tensor, config: TrainConfig) -> Tensor:
-    """[B·G], from 0 down to -1 over the last tokens before the limit (arXiv:2503.14476)."""
+    """Return [B·G], from 0 down to -1 over the last tokens before the limit (arXiv:2503.14476)."""
     free = config.max_new_tokens - config.overlong_buffer
     excess = mask.sum(-1).cpu() - free
     return -(excess / config.overlong_buffer).clamp(0.0, 1.0)
 
 
-def joined(first: Experience, second: Experience, pad_id: int) -> Experience:
-    """The groups of both; prompts are padded on the left, completions on the right."""
-    answers = (first.answers, second.answers)
-    prompts = [each.prompts for each in answers]
-    completions = [each.completions for each in answers]
-    return Experience(
-        first.questions + second.questions,
-        SampledCompletions(
-            Prompts(
-                _padded([each.ids for each in prompts], pad_id, left=True),
-                _padded([each.mask for each in prompts], False, left=True),
-            ),
-            Completions(
-                _padded([each.tokens for each in completions], pad_id),
-                _padded([each.mask for each in completions], False),
-                _padded([each.logprob for each in completions], 0.0),
-                torch.cat([each.finished for each in completions]),
-            ),
-            first.answers.texts + second.answers.texts,
+def concat(first: Rollouts, second: Rollouts, pad_id: int) -> Rollouts:
+    """Concatenate groups; prompts are padded on the left, completions on the right."""
+    both = (first.samples, second.samples)
+    prompts = [samples.prompts for samples in both]
+    completions = [samples.completions for samples in both]
+    samples = SampledCompletions(
+        Prompts(
+            _pad_and_concat([x.ids for x in prompts], pad_id, left=True),
+            _pad_and_concat([x.mask for x in prompts], False, left=True),
         ),
-        {n: torch.cat([first.by_name[n], second.by_name[n]]) for n in first.by_name},
+        Completions(
+            _pad_and_concat([x.tokens for x in completions], pad_id),
+            _pad_and_concat([x.mask for x in completions], False),
+            _pad_and_concat([x.logprob for x in completions], 0.0),
+            torch.cat([x.finished for x in completions]),
+        ),
+        first.samples.texts + second.samples.texts,
+    )
+    by_name, accuracy = (
+        {name: torch.cat([values, b[name]]) for name, values in a.items()}
+        for a, b in (
+            (first.rewards_by_name, second.rewards_by_name),
+            (first.accuracy, second.accuracy),
+        )
+    )
+    return Rollouts(
+        first.questions + second.questions,
+        samples,
+        by_name,
         torch.cat([first.rewards, second.rewards]),
         torch.cat([first.has_signal, second.has_signal]),
-        {n: torch.cat([first.accuracy[n], second.accuracy[n]]) for n in first.accuracy},
-        first.sampled + second.sampled,
-        first.seen + second.seen,
+        accuracy,
+        first.num_sampled_tokens + second.num_sampled_tokens,
+        first.num_tokens + second.num_tokens,
     )
 
 
-def _padded(parts: list[Tensor], value: float, *, left: bool = False) -> Tensor:
-    width = max(each.shape[1] for each in parts)
+def _pad_and_concat(tensors: list[Tensor], value: float, *, left: bool = False) -> Tensor:
+    width = max(x.shape[1] for x in tensors)
     rows = []
-    for each in parts:
-        missing = width - each.shape[1]
+    for x in tensors:
+        missing = width - x.shape[1]
         sides = (missing, 0) if left else (0, missing)
-        rows.append(torch.nn.functional.pad(each, sides, value=value))
+        rows.append(torch.nn.functional.pad(x, sides, value=value))
     return torch.cat(rows)
 
 
-def describe(found: Experience) -> dict[str, float]:
-    """What the answers were like, under the names that TRL uses."""
-    completions, rewards = found.answers.completions, found.rewards
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Return the metrics of sampled completions, under the names that TRL uses."""
+    completions, rewards = rollouts.samples.completions, rollouts.rewards
+    by_name = rollouts.rewards_by_name
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(dim=-1).mean().item(),
         "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
-        **{f"rewards/{name}/mean": x.mean().item() for name, x in found.by_name.items()},
-        **{f"accuracy/{name}": x.float().mean().item() for name, x in found.accuracy.items()},
+        **{f"rewards/{name}/mean": x.mean().item() for name, x in by_name.items()},
+        **{f"accuracy/{name}": x.float().mean().item() for name, x in rollouts.accuracy.items()},
         "completions/mean_length": completions.mask.sum(-1).float().mean().item(),
         "completions/clipped_ratio": 1.0 - completions.finished.float().mean().item(),
     }
 
 
-def samples(found: Experience, advantages: Tensor, groups: int = 1) -> list[dict]:
-    """The answers of the first groups in words, for a person to read."""
-    G, per_answer = found.rewards.shape[1], advantages
+def examples(rollouts: Rollouts, advantages: Tensor, groups: int = 1) -> list[dict[str, Any]]:
+    """Return the completions of the first groups as text, with rewards and mean advantages."""
+    G = rollouts.rewards.shape[1]
     if advantages.dim() == 2:
-        mask = found.answers.completions.mask.cpu()
-        per_answer = torch.where(mask, advantages, 0.0).sum(-1) / mask.sum(-1)
+        mask = rollouts.samples.completions.mask.cpu()
+        advantages = torch.where(mask, advantages, 0.0).sum(-1) / mask.sum(-1)
     return [
         {
-            "question": found.questions[row // G].text,
-            "answer": found.questions[row // G].answer,
-            "completion": found.answers.texts[row],
-            "reward": found.rewards.flatten()[row].item(),
-            "rewards": {name: values[row].item() for name, values in found.by_name.items()},
-            "advantage": per_answer[row].item(),
+            "question": rollouts.questions[row // G].text,
+            "answer": rollouts.questions[row // G].answer,
+            "completion": rollouts.samples.texts[row],
+            "reward": rollouts.rewards.flatten()[row].item(),
+            "rewards": {name: x[row].item() for name, x in rollouts.rewards_by_name.items()},
+            "advantage": advantages[row].item(),
         }
-        for row in range(min(groups, len(found.questions)) * G)
+        for row in range(min(groups, len(rollouts.questions)) * G)
     ]

@@ -1,4 +1,4 @@
-"""How good a policy is: accuracy on held-out questions, pass@k, and a conversation with it."""
+"""Accuracy and pass@k on held-out questions, and a chat with the model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,48 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import comb
 
-from reference.training.distributed import ALONE
+import torch
+
+from reference.training.config import TrainConfig
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import Policy
 from reference.training.tasks.tasks import Question, Task
 
-BATCH = 64  # answers at a time
+BATCH = 64  # completions sampled at once
+
+
+def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
+    """Measure greedy accuracy on the held-out questions, and pass@k with --pass-at."""
+    questions = task.held_out[: config.eval_questions]
+    device = policy.device
+    devices = [] if device.type == "cpu" else [device]
+    # Training does not depend on how often it is evaluated.
+    with torch.random.fork_rng(devices, device_type=device.type):
+        metrics = accuracy(policy, task, questions)
+        if config.pass_at is not None:
+            metrics |= pass_at(policy, task, questions, config.pass_at, config.temperature)
+    shown = ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
+    print(f"{len(questions)} held-out questions: {shown}")
+    return metrics | {"questions": len(questions)}
 
 
 def accuracy(
     policy: Policy, task: Task, questions: Sequence[Question], temperature: float = 0.0
 ) -> dict[str, float]:
-    """The share of questions answered right, "strict" and "lenient", with one answer each."""
-    counts = right_answers(policy, task, questions, 1, temperature)
-    return {name: sum(each) / len(questions) for name, each in counts.items()}
+    """Return the share of right completions, "strict" and "lenient", from one per question."""
+    counts = count_right(policy, task, questions, 1, temperature)
+    return {name: sum(values) / len(questions) for name, values in counts.items()}
 
 
 def pass_at(
     policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
 ) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, ... up to `samples`, of the lenient accuracy.
+    """Estimate pass@k for k = 1, 2, 4, ... up to `samples` by the lenient accuracy.
 
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) from c right ones of n samples of a question
-    (arXiv:2107.03374), averaged over questions.
+    With c of n samples right, the unbiased estimate for a question is 1 - C(n - c, k) / C(n, k)
+    (arXiv:2107.03374).
     """
-    counts = right_answers(policy, task, questions, samples, temperature)["lenient"]
+    counts = count_right(policy, task, questions, samples, temperature)["lenient"]
     ks = [1 << i for i in range(samples.bit_length()) if 1 << i < samples] + [samples]
     return {
         f"pass@{k}": sum(1 - comb(samples - c, k) / comb(samples, k) for c in counts) / len(counts)
@@ -37,47 +55,40 @@ def pass_at(
     }
 
 
-def right_answers(
+def count_right(
     policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
 ) -> dict[str, list[int]]:
-    """How many of the samples of each question are right; each rank asks its share."""
+    """Count the right ones among the samples of each question; ranks share the questions."""
     ranks = policy.ranks
-    if ranks.size > 1:  # each goes through its share at its own pace
-        policy = replace(policy, ranks=ALONE)
-    with ranks.whole(policy.model):
-        found = ranks.gathered(_right(policy, task, ranks.share(questions), samples, temperature))
-    return {name: [n for each in found for n in each[name]] for name in found[0]}
-
-
-def _right(
-    policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
-) -> dict[str, list[int]]:
-    counts = {"strict": [], "lenient": []}
-    size = max(1, BATCH // samples)
-    for start in range(0, len(questions), size):
-        batch = questions[start : start + size]
-        texts = policy.sample(batch, samples, temperature).texts
-        repeated = [question for question in batch for _ in range(samples)]
-        inputs = ([q.text for q in repeated], texts, [q.answer for q in repeated])
-        for name, function in (("strict", task.strict), ("lenient", task.lenient)):
-            right = [int(value) for value in function(*inputs)]
-            counts[name] += [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
-    return counts
+    if ranks.size > 1:  # ranks sample independently of each other
+        policy = replace(policy, ranks=SINGLE_PROCESS)
+    own, size = ranks.shard(questions), max(1, BATCH // samples)
+    counts: dict[str, list[int]] = {"strict": [], "lenient": []}
+    with ranks.unsharded(policy.model):
+        for batch in (own[start : start + size] for start in range(0, len(own), size)):
+            texts = policy.sample(batch, samples, temperature).texts
+            repeated = [question for question in batch for _ in range(samples)]
+            inputs = ([q.text for q in repeated], texts, [q.answer for q in repeated])
+            for name, function in (("strict", task.strict), ("lenient", task.lenient)):
+                right = [int(value) for value in function(*inputs)]
+                counts[name] += [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
+        by_rank = ranks.all_gather(counts)
+    return {name: [n for rank in by_rank for n in rank[name]] for name in counts}
 
 
 def chat(
     policy: Policy,
     temperature: float,
     max_new_tokens: int,
-    ask: Callable[[str], str],
-    say: Callable = print,
+    read: Callable[[str], str],
+    write: Callable[[str], None] = print,
 ) -> None:
-    """A conversation, until an empty line or the end of the input."""
-    say("Talk to the model; an empty line ends.")
+    """Chat until an empty line or the end of the input."""
+    write("Talk to the model; an empty line ends.")
     messages = [] if policy.system is None else [{"role": "system", "content": policy.system}]
     while True:
         try:
-            text = ask("you> ").strip()
+            text = read("you> ").strip()
         except EOFError:
             return
         if not text:
@@ -85,4 +96,4 @@ def chat(
         messages.append({"role": "user", "content": text})
         reply = policy.chat_reply(messages, temperature, max_new_tokens)
         messages.append({"role": "assistant", "content": reply})
-        say(f"model> {reply}")
+        write(f"model> {reply}")

@@ -1,4 +1,4 @@
-"""What stops a step before it does harm: NaN and infinity, and memory that does not suffice."""
+"""Errors for the user when values are not finite or memory runs out."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from torch import Tensor, nn
 
 from reference.training.errors import UserError
 
-# The metrics that tell the terms of a loss apart.
-TERMS = {"policy_loss": "policy", "kl": "KL", "entropy": "entropy"}
-MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+LOSS_TERMS = {"policy_loss": "policy", "kl": "KL", "entropy": "entropy"}  # by metric
+OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def where_not_finite(
+def describe_non_finite(
     losses: Sequence[Tensor],
     metrics: Sequence[Mapping[str, Tensor]],
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> str:
-    """Which micro-batch's loss, in which term, or whose gradient is NaN or infinite.
+    """Say which micro-batch's loss, in which term, or whose gradient is NaN or infinite.
 
     Args:
         losses, metrics: of each micro-batch of an optimiser step.
-        parameters: with their names and their gradients, not yet clipped.
+        parameters: with names, and with gradients that are not clipped yet.
     """
-    for number, (loss, found) in enumerate(zip(losses, metrics, strict=True), 1):
+    for number, (loss, values) in enumerate(zip(losses, metrics, strict=True), 1):
         if not math.isfinite(loss.item()):
-            values = {term: found[name].item() for name, term in TERMS.items() if name in found}
-            wrong = [f"{term} {x}" for term, x in values.items() if not math.isfinite(x)]
-            of = f": {', '.join(wrong)}" if wrong else ""
-            return f"the loss of micro-batch {number} of {len(losses)} is {loss.item()}{of}"
+            terms = {
+                term: values[name].item() for name, term in LOSS_TERMS.items() if name in values
+            }
+            wrong = [f"{term} {x}" for term, x in terms.items() if not math.isfinite(x)]
+            detail = f": {', '.join(wrong)}" if wrong else ""
+            return f"the loss of micro-batch {number} of {len(losses)} is {loss.item()}{detail}"
     wrong = [
         name
-        for name, each in parameters
-        if each.grad is not None and not each.grad.isfinite().all()
+        for name, param in parameters
+        if param.grad is not None and not param.grad.isfinite().all()
     ]
     if not wrong:
         return "the norm of the gradient overflows"
@@ -44,15 +45,16 @@ def where_not_finite(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device has no memory left, or the CPU; each allocator says it in its own way."""
+    """Return True for the errors by which allocators of GPUs and CPUs report a lack of memory."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY)
+        isinstance(error, RuntimeError)
+        and any(words in str(error).lower() for words in OUT_OF_MEMORY_MESSAGES)
     )
 
 
 @contextmanager
-def enough_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Where memory does not suffice, a UserError that says what to do."""
+def out_of_memory_error(doing: str, remedy: str) -> Iterator[None]:
+    """Turn an error about memory into a UserError that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

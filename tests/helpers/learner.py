@@ -1,4 +1,4 @@
-"""A learner on a random model, answers to learn from, and their advantages."""
+"""A learner on a random model, completions to learn from, and their advantages."""
 
 from contextlib import contextmanager
 
@@ -6,11 +6,12 @@ import torch
 
 import grpo_kernels
 from reference.training.config import TrainConfig
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.model.policy import Policy
+from reference.training.model.scorers import PlainScorer
 from reference.training.tasks.tasks import make_task
 from reference.training.update.learner import Learner
 
+PLAIN = PlainScorer()
 QUESTIONS = make_task("reverse", 0).train[:4]
 
 
@@ -23,19 +24,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_learner(forward=causal_lm.forward, **changes):
-    """A learner on a random model in fp64, and answers to four questions, four each."""
-    config = TrainConfig(task="reverse", group_size=4, max_new_tokens=6, **changes)
+def make_learner(scorer=PLAIN, **changes):
+    """Make a learner on a random model in fp64, and four completions of each of four questions."""
+    config = TrainConfig(model="scratch", task="reverse", group_size=4, max_new_tokens=6, **changes)
     torch.manual_seed(0)
-    policy = Policy.load("scratch", torch.device("cpu"), config.max_new_tokens, forward)
+    policy = Policy.load(config, torch.device("cpu"), config.max_new_tokens)
     policy.model.double()
     loss_config = grpo_kernels.LossConfig(**config.loss_fields())
-    answers = policy.sample(QUESTIONS, 4, 1.0)
-    return Learner(policy, loss_config, config), answers
+    samples = policy.sample(QUESTIONS, 4, 1.0)
+    return Learner(policy, scorer, loss_config, config), samples
 
 
-def gradient(learner, answers, rewards):
-    learner.step(answers, advantages(rewards, learner.config.loss))
+def gradient(learner, samples, rewards):
+    learner.step(samples, advantages(rewards, learner.config.loss))
     return torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
 
 

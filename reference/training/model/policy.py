@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from reference.training.distributed import ALONE, Ranks
+from reference.training.config import ModelSettings
+from reference.training.distributed import SINGLE_PROCESS, Ranks
 from reference.training.errors import UserError
-from reference.training.guards import enough_memory
+from reference.training.guards import out_of_memory_error
 from reference.training.model import load as models
 from reference.training.model import lora
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.model.activation_checkpointing import (
     checkpointable_layers,
     recompute_activations,
@@ -24,7 +23,6 @@ from reference.training.model.activation_checkpointing import (
 from reference.training.rollout.generate import (
     Completions,
     Prompts,
-    completion_states,
     encode,
     encode_messages,
 )
@@ -52,61 +50,59 @@ class Policy:
     device: torch.device
     eos_ids: list[int]
     max_new_tokens: int
-    forward: Callable = causal_lm.forward  # runs the model but for its head
     system: str | None = None  # the system prompt
     precision: Precision = "auto"  # of `autocast`
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt  # who answers where nobody else is named
-    ranks: Ranks = ALONE  # who ask at the same time, each its share
+    ranks: Ranks = SINGLE_PROCESS  # who ask at the same time, each its share
 
     @classmethod
     def load(
         cls,
-        model: str | Path,
+        settings: ModelSettings,
         device: torch.device,
         max_new_tokens: int,
-        forward: Callable = causal_lm.forward,
         *,
         cache_dir: Path | None = None,
-        random_weights: bool = False,
-        lora_rank: int | None = None,
-        lora_alpha: float = 32.0,
-        gradient_checkpointing: bool = False,
-        autocast: Precision = "auto",
         system: str | None = None,
         sampler: Sampler = shared_prompt,
     ) -> Policy:
-        """The policy of a model, with fp32 weights and without dropout.
+        """Load a model with fp32 weights and without dropout.
 
         Args:
-            model: as `models.locate` takes it.
-            random_weights: its architecture alone; nothing is located.
-            lora_rank, lora_alpha: of the adapters that train; without a rank the whole model does.
-            gradient_checkpointing: recompute activations in the backward pass.
-            autocast: of the forward pass; "auto" is bf16 on a CUDA device and off elsewhere.
             system: the system prompt of every question.
-            sampler: who answers where `ask` names nobody.
+            sampler: the default of `sample`, and the sampler of `chat_reply`.
 
         Raises:
-            UserError: of the models or the adapters; there are no layers to recompute.
+            UserError: the model or the adapters cannot be loaded, or there are no layers whose
+                activations could be recomputed.
         """
-        if lora_rank is not None:
+        if settings.lora_rank is not None:
             lora.load_peft()
-        if random_weights:
-            net, tokenizer = models.random_weights(str(model), device)
+        if settings.random_weights:
+            model, tokenizer = models.random_weights(settings.model, device)
         else:
-            net, tokenizer = models.load(models.locate(str(model), cache_dir))
-        if gradient_checkpointing and not checkpointable_layers(net):
+            model, tokenizer = models.load(models.locate(settings.model, cache_dir))
+        if settings.gradient_checkpointing and not checkpointable_layers(model):
             raise UserError(
-                f"--gradient-checkpointing: {type(net).__name__} has no layers to recompute"
+                f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute"
             )
-        eos_ids = models.end_of_sequence_ids(net, tokenizer)
-        if lora_rank is not None:
-            net = lora.add_lora(net, lora_rank, lora_alpha)
-        # Dropout, where a model has it, would make sampler and trainer two different policies.
-        net.to(device).eval()
-        settings = (forward, system, autocast, gradient_checkpointing, sampler)
-        return cls(net, tokenizer, device, eos_ids, max_new_tokens, *settings)
+        eos_ids = models.end_of_sequence_ids(model, tokenizer)
+        if settings.lora_rank is not None:
+            model = lora.add_lora(model, settings.lora_rank, settings.lora_alpha)
+        # Dropout would make sampler and trainer two different policies.
+        model.to(device).eval()
+        return cls(
+            model,
+            tokenizer,
+            device,
+            eos_ids,
+            max_new_tokens,
+            system,
+            settings.autocast,
+            settings.gradient_checkpointing,
+            sampler,
+        )
 
     def sample(
         self,
@@ -119,7 +115,7 @@ class Policy:
         texts = [question.text for question in questions]
         prompts = encode(self.tokenizer, texts, self.device, system=self.system)
         remedy = "lower --prompts, --group-size or --max-new-tokens"
-        with enough_memory("answers were sampled", remedy):
+        with out_of_memory_error("answers were sampled", remedy):
             completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
         return SampledCompletions(prompts, completions, self._texts(completions))
 
@@ -138,12 +134,12 @@ class Policy:
         longer = replace(self, max_new_tokens=max_new_tokens)
         return self._texts(self.sampler(longer, prompts, 1, temperature))[0]
 
-    def hidden_states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        """The states [B·G, T, ...] from which the tokens were drawn, with gradient, and the head
-        that scores tokens by them: hidden states or, of the plain twin, logits."""
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Context of a forward pass to train on: autocast, and recomputed activations if asked."""
         recompute = recompute_activations if self.gradient_checkpointing else nullcontext
         with self.autocast(), recompute(self.model):
-            return completion_states(self.forward, self.model, prompts, tokens, mask)
+            yield
 
     def frozen_copy(self) -> Policy | WithoutAdapter:
         """What the KL is measured against, frozen: with LoRA the model before its adapter, which
@@ -183,10 +179,19 @@ class WithoutAdapter:
 
     policy: Policy
 
-    def hidden_states(self, prompts: Prompts, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        """As `Policy.hidden_states`; without gradient, which would reach nothing."""
-        with torch.no_grad(), lora.without_adapter(self.policy.model):
-            return self.policy.hidden_states(prompts, tokens, mask)
+    @property
+    def model(self) -> Any:
+        return self.policy.model
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """As `Policy.forward_context`, without gradient: nothing would train."""
+        with (
+            torch.no_grad(),
+            lora.without_adapter(self.policy.model),
+            self.policy.forward_context(),
+        ):
+            yield
 
     def autocast(self) -> AbstractContextManager:
         """As `Policy.autocast`."""

@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from reference.training.errors import UserError
 from reference.training.rollout.chat_template import token_ids
-from reference.training.rollout.packing import PROMPT, most_per_row, pack
 
 
 @dataclass(frozen=True)
@@ -194,34 +191,3 @@ def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor
     threshold = (uniform[:, None] * total).minimum(torch.nextafter(total, total * 0))
     token = torch.searchsorted(cumulative, threshold, right=True)
     return token.squeeze(-1), probs.gather(-1, token).log().squeeze(-1)
-
-
-def completion_states(
-    forward: Callable, model, prompts: Prompts, tokens: Tensor, mask: Tensor
-) -> tuple[Tensor, Any]:
-    """The states [B·G, T, ...] from which each completion token was drawn, and the head over them.
-
-    Under the mask they mean nothing.
-
-    Args:
-        forward: of a causal_lm module, which runs the model but for its head.
-        prompts: B left-padded prompts.
-        tokens: [B·G, T] completions, row b·G + g of prompt b.
-        mask: [B·G, T] True on completion tokens, with which each row begins.
-    """
-    G, P, T = len(tokens) // len(prompts.ids), prompts.ids.shape[1], tokens.shape[1]
-    per_row = most_per_row(getattr(model, "module", model), G, P, T)
-    packed = pack(prompts.ids, prompts.mask, tokens, mask, per_row)
-    states, head, _ = forward(
-        model,
-        input_ids=packed.ids,
-        attention_mask=packed.visible() if per_row > 1 else (packed.owner >= PROMPT).long(),
-        position_ids=packed.positions,
-        use_cache=False,
-        logits_to_keep=packed.ids.shape[1] - P + 1,
-    )
-    rows = torch.arange(len(tokens), device=tokens.device) // per_row
-    place = rows[:, None] * states.shape[1] + packed.index
-    # states[...] of the last prompt token, which a group shares, has on a CPU a gradient that
-    # threads add up in any order. That of a lookup is added up in that of the tokens.
-    return embedding(place, states.flatten(0, 1)), head

@@ -13,9 +13,13 @@ length, S completion tokens of the fullest row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
+
+from reference.training.rollout.generate import Prompts
 
 PADDING, PROMPT = -2, -1  # owners; those of completion tokens are numbered from 0 in each row
 
@@ -39,6 +43,30 @@ class Packed:
     positions: Tensor
     owner: Tensor
     index: Tensor
+    prompt_length: int
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return the model's keyword arguments; it keeps the last prompt token and all after it."""
+        one_per_row = len(self.ids) == len(self.index)
+        return {
+            "input_ids": self.ids,
+            "attention_mask": (self.owner >= PROMPT).long() if one_per_row else self.visible(),
+            "position_ids": self.positions,
+            "use_cache": False,
+            "logits_to_keep": self.ids.shape[1] - self.prompt_length + 1,
+        }
+
+    def select_predictions(self, outputs: Tensor) -> Tensor:
+        """Select, from the model's outputs [R, S + 1, D], those [N, T, D] that predict the tokens.
+
+        Outputs under the mask are arbitrary.
+        """
+        N, R = len(self.index), len(outputs)
+        rows = torch.arange(N, device=outputs.device) // (N // R)
+        place = rows[:, None] * outputs.shape[1] + self.index
+        # A group shares the output of the last prompt token. On a CPU the gradient of an indexing
+        # expression is added up by threads in any order, that of a lookup in the tokens' order.
+        return embedding(place, outputs.flatten(0, 1))
 
     def visible(self) -> Tensor:
         """[R, 1, P + S, P + S], True where a query (row) sees a key (column).
@@ -85,7 +113,21 @@ def pack(
         positions=behind((prompt_mask.long().cumsum(-1) - 1).clamp_min(0), after, 0),
         owner=behind(torch.where(prompt_mask, PROMPT, PADDING), number % per_row, PADDING),
         index=torch.where(mask & (times > 0), start + times, 0),
+        prompt_length=prompt_ids.shape[1],
     )
+
+
+def pack_completions(model, prompts: Prompts, tokens: Tensor, mask: Tensor) -> Packed:
+    """Pack B prompts and their completions [B·G, T] into rows as full as the model allows.
+
+    Args:
+        prompts: left-padded.
+        tokens: row b·G + g is a completion of prompt b.
+        mask: True on completion tokens, with which each row begins.
+    """
+    (B, P), (N, T) = prompts.ids.shape, tokens.shape
+    per_row = most_per_row(getattr(model, "module", model), N // B, P, T)  # of DDP: its module
+    return pack(prompts.ids, prompts.mask, tokens, mask, per_row)
 
 
 def most_per_row(model, group_size: int, prompt_length: int, completion_length: int) -> int:

@@ -46,7 +46,7 @@ def is_server(name: str) -> bool:
 def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
     """`rollout.generate`: the prompt of a group is computed once."""
     rows, device = len(prompts.ids) * group_size, prompts.ids.device
-    with policy.autocast(), policy.ranks.draws(rows, device) as draw:
+    with policy.autocast(), policy.ranks.shared_rng(rows, device) as draw:
         return generate(
             policy.model,
             prompts,

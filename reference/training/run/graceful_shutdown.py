@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 
-from reference.training.distributed import ALONE, Ranks
+from reference.training.distributed import SINGLE_PROCESS, Ranks
 
 
 class Stopped(BaseException):
@@ -28,7 +28,7 @@ class GracefulShutdown:
         is_deferred: whether a step is under way that has to be completed first.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
         self._ranks = ranks
         self.requested = False
         self.is_deferred = ranks.size > 1
@@ -51,7 +51,7 @@ class GracefulShutdown:
     def raise_if_requested(self) -> None:
         """Raise Stopped if any rank received SIGTERM in the meantime."""
         self.is_deferred = self._ranks.size > 1
-        if any(self._ranks.gathered(self.requested)):
+        if any(self._ranks.all_gather(self.requested)):
             self.requested, self.is_deferred = True, False
             raise Stopped
 

@@ -154,7 +154,7 @@ def resume_after_torchrun_restart(config: TrainConfig, ranks: Ranks) -> TrainCon
     on_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     is_first = on_one_node and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     known = not is_first and note.is_file() and note.read_text() == _torchrun()
-    if not any(ranks.gathered(known)):
+    if not any(ranks.all_gather(known)):
         return config
     return replace(config, resume=config.output_dir, overwrite=False)
 

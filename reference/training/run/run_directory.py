@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from reference.training.config import TrainConfig
-from reference.training.distributed import ALONE, Ranks
+from reference.training.distributed import SINGLE_PROCESS, Ranks
 from reference.training.errors import UserError, one_line
 
 # What a run leaves beside settings.json: --overwrite removes nothing else.
@@ -35,7 +35,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def lock_run_dir(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[Path]:
+def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator[Path]:
     """The directory of this run, which no other process takes while this lasts.
 
     A run that never began takes back what was made here. Only the first rank's is kept: what the

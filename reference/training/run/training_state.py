@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from reference.training.distributed import as_sharded, whole_tensor
+from reference.training.distributed import full_tensor, shard_like
 from reference.training.errors import UserError
 from reference.training.model.policy import Policy
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
@@ -81,7 +81,7 @@ class TrainingState:
                 checkpoints.save(self.step, self.state_dict(), tensors)
             except UserError as error:
                 failed = error
-        failed = ranks.told(failed)
+        failed = ranks.broadcast(failed)
         if failed is not None:
             raise failed
         self.saved_step = self.step
@@ -115,7 +115,9 @@ class TrainingState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What it cannot, by kind and name, on the CPU; to the first rank, but all must call it."""
         learner = self.learner
-        reference = learner.reference.model if isinstance(learner.reference, Policy) else None
+        reference = (
+            learner.reference_policy.model if isinstance(learner.reference_policy, Policy) else None
+        )
         keep = partial(_on_cpu, kept=learner.policy.ranks.is_first)
         return {
             "model": keep(trained(learner.policy.model)),
@@ -146,8 +148,8 @@ class TrainingState:
             before = ", ".join(f"{name} {number}" for name, number in state["versions"].items())
             print(f"{checkpoint.path} was made by {before}: numbers may differ in the last bits")
         _fill(trained(learner.policy.model), checkpoint.tensors("model"), checkpoint)
-        if isinstance(learner.reference, Policy):
-            frozen = dict(learner.reference.model.named_parameters())
+        if isinstance(learner.reference_policy, Policy):
+            frozen = dict(learner.reference_policy.model.named_parameters())
             _fill(frozen, checkpoint.tensors("reference"), checkpoint)
         _load_moments(learner, checkpoint.tensors("optimizer"))
         learner.load_state_dict(state["learner"])
@@ -193,7 +195,7 @@ def _digest_of_frozen(model: nn.Module) -> str | None:
     found = hashlib.sha256()
     for name, each in weights.items():
         found.update(f"{name} {each.dtype} {list(each.shape)}\n".encode())
-        whole = whole_tensor(each.detach()).cpu().contiguous()
+        whole = full_tensor(each.detach()).cpu().contiguous()
         found.update(whole.flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
@@ -215,7 +217,7 @@ def _load_moments(learner: Learner, moments: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
         weight, _, key = name.rpartition(".")
-        value = value if key == "step" else as_sharded(value, weights[weight])
+        value = value if key == "step" else shard_like(value, weights[weight])
         state.setdefault(numbers[weight], {})[key] = value
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state})
 
@@ -224,7 +226,7 @@ def _on_cpu(tensors: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
     """The tensors whole, one after the other; a rank that keeps none of them only takes part."""
     found = {}
     for name, each in tensors.items():
-        whole = whole_tensor(each.detach())
+        whole = full_tensor(each.detach())
         if kept:
             found[name] = whole.cpu().contiguous()
     return found
@@ -246,7 +248,7 @@ def _fill(
                 f"{kinds[1]} in the model"
             )
     for name, each in parameters.items():
-        each.copy_(as_sharded(saved[name].to(each.device), each))
+        each.copy_(shard_like(saved[name].to(each.device), each))
 
 
 def _as_tuples(state: list) -> tuple:

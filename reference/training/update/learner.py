@@ -1,6 +1,6 @@
-"""From answers and their advantages to optimiser steps: parts, losses, updates.
+"""From completions and their advantages to optimiser steps.
 
-Sizes: B questions, G answers to each, T tokens of an answer.
+Sizes: B questions, G completions per question, T tokens per completion.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from grpo_kernels import AdaptiveEntropy, LossConfig
+from grpo_kernels import AdaptiveEntropy, LossConfig, LossOutput
 from reference.training.config import TrainConfig
-from reference.training.distributed import whole_tensor, without_sync
+from reference.training.distributed import full_tensor, no_sync
 from reference.training.errors import UserError
-from reference.training.guards import enough_memory, where_not_finite
-from reference.training.model.policy import Policy, SampledCompletions
-from reference.training.update.micro_batches import MicroBatch, Minibatch, Part
+from reference.training.guards import describe_non_finite, out_of_memory_error
+from reference.training.model.policy import Policy, SampledCompletions, WithoutAdapter
+from reference.training.model.scorers import Scorer
+from reference.training.update.micro_batches import MicroBatch, MicroBatchSplitter, Minibatch
 
 T = TypeVar("T")
 Metrics = dict[str, Tensor]
 
 
 class Learner:
-    """The optimiser of a policy, and the frozen reference where beta asks for one."""
+    """Trains a policy on rollouts; holds the reference policy of the KL if beta is above 0."""
 
-    def __init__(self, policy: Policy, loss_config: LossConfig, config: TrainConfig) -> None:
-        self.policy, self.loss_config, self.config = policy, loss_config, config
-        self.reference = self._frozen_policy() if config.beta > 0 else None
-        # Called with gradient; sampling calls the model itself.
-        self.learning = replace(policy, model=policy.ranks.wrapped(policy.model, config.parallel))
+    def __init__(
+        self, policy: Policy, scorer: Scorer, loss_config: LossConfig, config: TrainConfig
+    ) -> None:
+        self.policy, self.scorer = policy, scorer
+        self.loss_config, self.config = loss_config, config
+        self.reference_policy = self._freeze_policy() if loss_config.beta > 0 else None
+        # Sampling calls policy.model; passes with gradient call it through its wrapper.
+        ranks = policy.ranks
+        wrap = ranks.wrap_fsdp if config.parallel == "fsdp" else ranks.wrap_ddp
+        self.wrapped_policy = replace(policy, model=wrap(policy.model))
         self.entropy_control = None
         if config.entropy_target is not None:
             self.entropy_control = AdaptiveEntropy(
@@ -42,267 +48,248 @@ class Learner:
                 step=config.entropy_coef_step,
                 maximum=config.entropy_coef_max,
             )
-        self.trained = [each for each in policy.model.parameters() if each.requires_grad]
+        self.trained = [param for param in policy.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
         self.steps = 0
-        self.micro_batch = MicroBatch(config.micro_batch)
+        self.splitter = MicroBatchSplitter(config.micro_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a learner knows beside its tensors; the learning rate follows from `steps`."""
+        """Return the state besides tensors; the learning rate follows from `steps`."""
         control = self.entropy_control
         return {
             "steps": self.steps,
-            "micro_batch": self.micro_batch.state_dict(),
+            "micro_batch": self.splitter.state_dict(),
             "entropy_control": None if control is None else control.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
-        self.micro_batch.load_state_dict(state["micro_batch"])
+        self.splitter.load_state_dict(state["micro_batch"])
         if self.entropy_control is not None:
             self.entropy_control.load_state_dict(state["entropy_control"])
 
-    def step(self, answers: SampledCompletions, advantages: Tensor) -> dict[str, float]:
-        """Learn from answers and their advantages [B·G] or [B·G, T]; returns metrics.
+    def step(self, samples: SampledCompletions, advantages: Tensor) -> dict[str, float]:
+        """Update the policy by completions and their advantages [B·G] or [B·G, T].
 
-        Where no group has a learning signal, and nothing else reads them, there is no forward, no
-        backward and no optimiser step.
+        Without a learning signal in any group there is no forward pass and no optimiser step,
+        unless the loss has a term that does not depend on the advantages.
+
+        Returns:
+            Metrics of the step by name.
         """
-        self.steps += 1
-        self._refresh_reference()
         config, control = self.config, self.entropy_control
+        self.steps += 1
+        refresh = config.reference_refresh
+        if refresh is not None and self.steps > 1 and (self.steps - 1) % refresh == 0:
+            self.reference_policy = None  # freed before the next copy is made
+            self.reference_policy = self._freeze_policy()
         if control is not None:
             self.loss_config = replace(self.loss_config, entropy_coef=control.coef)
-        rate = config.learning_rate * min(1.0, self.steps / max(1, config.warmup_steps))
+        learning_rate = config.learning_rate * min(1.0, self.steps / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        minibatches = list(self.minibatches(answers, advantages.to(self.policy.device)))
-        if len(minibatches) > 1:  # the policy will have moved when the second one comes
+            group["lr"] = learning_rate
+
+        # The log-probs of the sampling policy are computed before the first optimiser step.
+        minibatches = list(self.minibatches(samples, advantages.to(self.policy.device)))
+        if len(minibatches) > 1:
             for minibatch in minibatches:
-                self._within_memory(minibatch, self._note_old_logprob)
-        updates, norms = [], []
+                self._run_in_memory(minibatch, self._store_old_logprob)
+
+        # One optimiser step per minibatch and inner iteration.
+        updates, grad_norms = [], []
         for _ in range(config.inner_iterations):
             for minibatch in minibatches:
-                if minibatch.parts:
-                    metrics, norm = self.update(minibatch)
+                if minibatch.micro_batches:
+                    metrics, grad_norm = self.update(minibatch)
                     updates.append(metrics)
-                    norms.append(norm)
-        found = {"learning_rate": rate, "grad_norm": sum(norms) / max(1, len(norms))}
-        found |= combine(self._of_all_ranks(updates), self._sequence_means())
+                    grad_norms.append(grad_norm)
+
+        mean_norm = sum(grad_norms) / max(1, len(grad_norms))
+        metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
+        metrics |= combine_metrics(self._gather_metrics(updates), self._sequence_means())
         if control is not None:
-            found["entropy_coef"] = self.loss_config.entropy_coef
-            if "entropy" in found:
-                control.update(found["entropy"])
-        return found
+            metrics["entropy_coef"] = self.loss_config.entropy_coef
+            if "entropy" in metrics:
+                control.update(metrics["entropy"])
+        return metrics
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
-        """One optimiser step; the metrics of each part, and the norm of the gradient.
+        """Take one optimiser step; return the metrics per micro-batch and the gradient norm.
 
         Raises:
-            UserError: a loss or the gradient is NaN or infinite, before the weights are touched; or
-                memory does not suffice for half a micro-batch either.
+            UserError: a loss or the gradient is NaN or infinite, and the weights are unchanged; or
+                there is not enough memory for half a micro-batch either.
         """
-        losses, metrics = self._within_memory(minibatch, self._backward)
+        losses, metrics = self._run_in_memory(minibatch, self._backward)
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        length = whole_tensor(norm)
-        if not torch.stack([each.isfinite() for each in (length, *losses)]).all():
-            found = where_not_finite(losses, metrics, self.policy.model.named_parameters())
+        full_norm = full_tensor(norm)
+        if not torch.stack([value.isfinite() for value in (full_norm, *losses)]).all():
+            problem = describe_non_finite(losses, metrics, self.policy.model.named_parameters())
             self.optimizer.zero_grad()
             raise UserError(
-                f"step {self.steps}: {found}. The weights are as the optimiser step before left "
+                f"step {self.steps}: {problem}. The weights are as the optimiser step before left "
                 "them; lower --learning-rate"
             )
         clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
-        with enough_memory("the optimiser stepped", "--lora-rank trains less"):
+        with out_of_memory_error("the optimiser stepped", "--lora-rank trains less"):
             self.optimizer.step()
-        return metrics, length.item()
+        return metrics, full_norm.item()
 
     def _backward(self, minibatch: Minibatch) -> tuple[list[Tensor], list[Metrics]]:
-        """The gradient of a minibatch; the loss and the metrics of each part."""
+        """Compute the gradient of a minibatch; return loss and metrics of each micro-batch."""
         self.optimizer.zero_grad()
         losses, metrics = [], []
-        for number, part in enumerate(minibatch.parts, 1):
-            is_last = number == len(minibatch.parts)
-            with nullcontext() if is_last else without_sync(self.learning.model):
-                output = self.loss(part, minibatch.denominators)
-                # Ranks average their gradients; the denominators are those of all of them.
+        for number, batch in enumerate(minibatch.micro_batches, 1):
+            is_last = number == len(minibatch.micro_batches)
+            with nullcontext() if is_last else no_sync(self.wrapped_policy.model):
+                output = self.loss(batch, minibatch.denominators)
+                # The denominators are global sums, while DDP and FSDP average over ranks.
                 (output.loss * self.policy.ranks.size).backward()
             losses.append(output.loss.detach())
-            metrics.append(output.metrics | {"num_sequences": part.counted.any(dim=-1).sum()})
+            metrics.append(output.metrics | {"num_sequences": batch.loss_mask.any(dim=-1).sum()})
         return losses, metrics
 
-    def _note_old_logprob(self, minibatch: Minibatch) -> None:
-        for part in minibatch.parts:
-            part.old_logprob = self.logprob(self.policy, part)
-
-    def _within_memory(self, minibatch: Minibatch, work: Callable[[Minibatch], T]) -> T:
-        # Halving would make more passes than the other ranks.
-        may_halve = not self._ranks_tokens() and self.policy.ranks.size == 1
-        return self.micro_batch.run(minibatch, work, f"step {self.steps}", may_halve=may_halve)
-
-    def minibatches(self, answers: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
-        """--minibatches shares of the groups, each with the parts that have something to learn.
-
-        The parts are this rank's, the denominators those of all ranks.
-        """
-        done, B, ranks = answers.completions, len(answers.prompts.ids), self.policy.ranks
-        counted = done.mask
-        if self.config.mask_truncated:
-            counted = counted & done.finished[:, None]
-        G = len(counted) // B
-        of_tokens = advantages if advantages.dim() == 2 else advantages[:, None]
-        live = (counted & (of_tokens != 0)).view(B, -1).any(dim=-1)
-        if not self._may_leave_out():
-            live = counted.view(B, -1).any(dim=-1)
-        for groups in torch.arange(B, device=live.device).tensor_split(self.config.minibatches):
-            kept, size = groups[live[groups]], self.micro_batch.size or B
-            own = [at for at in kept[ranks.rank :: ranks.size].split(size) if len(at)]
-            parts = [self._part(answers, advantages, counted, at, G) for at in own]
-            # As many as the first rank, which has most: all take part in each pass.
-            missing = -(-len(kept[:: ranks.size]) // size) - len(parts)
-            if missing:
-                idle = self._part(answers, advantages, counted, kept[:1], G)
-                parts += [replace(idle, counted=torch.zeros_like(idle.counted))] * missing
-            rows = counted.view(B, G, -1)[groups]
-            yield Minibatch(parts, self._denominators(len(groups) * G, int(rows.sum())))
-
-    def _part(
-        self,
-        answers: SampledCompletions,
-        advantages: Tensor,
-        counted: Tensor,
-        groups: Tensor,
-        G: int,
-    ) -> Part:
-        """Some groups, cut to their longest answer."""
-        done = answers.completions
-        rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()
-        mask = done.mask[rows]
-        cut = slice(0, int(mask.sum(-1).max()))
-        advantages = advantages[rows]
-        return Part(
-            answers.prompts[groups],
-            done.tokens[rows, cut],
-            mask[:, cut],
-            counted[rows, cut],
-            advantages if advantages.dim() == 1 else advantages[:, cut],
-            done.logprob[rows, cut],
+    def loss(self, batch: MicroBatch, denominators: dict[str, int]) -> LossOutput:
+        """Return the loss of a micro-batch; add the log-probs that it still lacks."""
+        if self.reference_policy is not None and batch.ref_logprob is None:
+            batch.ref_logprob = self._logprob(self.reference_policy, batch)
+        return self.scorer.loss(
+            self.wrapped_policy,
+            batch,
+            self.loss_config,
+            self.config.temperature,
+            store_old_logprob=self.config.inner_iterations > 1,
+            **denominators,
         )
 
-    def _may_leave_out(self) -> bool:
-        """Whether a group whose advantages are all 0 has gradient 0, and matters to no other.
+    def _store_old_logprob(self, minibatch: Minibatch) -> None:
+        for batch in minibatch.micro_batches:
+            batch.old_logprob = self._logprob(self.policy, batch)
 
-        A KL, an entropy bonus and KL-Cov's penalty act on it all the same. Filters that rank the
-        tokens of the whole batch let through others without it.
+    @torch.no_grad()
+    def _logprob(self, policy: Policy | WithoutAdapter, batch: MicroBatch) -> Tensor:
+        return self.scorer.token_stats(policy, batch, self.config.temperature).logprob
+
+    def _run_in_memory(self, minibatch: Minibatch, work: Callable[[Minibatch], T]) -> T:
+        # Halved micro-batches would make more passes than those of the other ranks.
+        may_halve = not self._has_batch_filters() and self.policy.ranks.size == 1
+        return self.splitter.run(minibatch, work, f"step {self.steps}", may_halve=may_halve)
+
+    def minibatches(self, samples: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
+        """Split the groups into --minibatches, and each minibatch into micro-batches.
+
+        Groups that cannot contribute are left out. The micro-batches are this rank's, the
+        denominators those of all ranks.
+        """
+        config, ranks = self.config, self.policy.ranks
+        completions, B = samples.completions, len(samples.prompts.ids)
+        loss_mask = completions.mask
+        if config.mask_truncated:
+            loss_mask = loss_mask & completions.finished[:, None]
+        batch = MicroBatch(
+            samples.prompts,
+            completions.tokens,
+            completions.mask,
+            loss_mask,
+            advantages,
+            completions.logprob,
+        )
+        contributes = loss_mask
+        if self._can_skip_group():
+            token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+            contributes = loss_mask & (token_advantages != 0)
+        contributes = contributes.view(B, -1).any(dim=-1)
+        size = self.splitter.size or B
+        for groups in torch.arange(B, device=loss_mask.device).tensor_split(config.minibatches):
+            active = groups[contributes[groups]]
+            own = [some for some in active[ranks.rank :: ranks.size].split(size) if len(some)]
+            micro_batches = [batch.select_groups(some) for some in own]
+            # Each rank takes part in as many passes as the first, which has the most groups.
+            missing = -(-len(active[:: ranks.size]) // size) - len(micro_batches)
+            if missing:
+                idle = batch.select_groups(active[:1])
+                idle = replace(idle, loss_mask=torch.zeros_like(idle.loss_mask))
+                micro_batches += [idle] * missing
+            num_sequences = len(loss_mask) // B * len(groups)
+            num_tokens = int(loss_mask.view(B, -1)[groups].sum())
+            yield Minibatch(micro_batches, self._denominators(num_sequences, num_tokens))
+
+    def _can_skip_group(self) -> bool:
+        """Return True if a group whose advantages are all 0 does not affect the gradient.
+
+        It does under a KL, an entropy bonus, KL-Cov's penalty, and under filters that select among
+        all tokens of a micro-batch.
         """
         loss = self.loss_config
         no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
-        return loss.beta == 0 and no_bonus and not self._ranks_tokens()
+        return loss.beta == 0 and no_bonus and not self._has_batch_filters()
 
-    def _ranks_tokens(self) -> bool:
-        """Whether a filter compares the tokens of a micro-batch with each other."""
+    def _has_batch_filters(self) -> bool:
+        """Return True if the loss compares the tokens of a micro-batch with each other."""
         loss = self.loss_config
         return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
 
-    def _denominators(self, sequences: int, tokens: int) -> dict[str, int]:
-        """What the loss of a whole minibatch divides by: parts add up to it."""
+    def _denominators(self, num_sequences: int, num_tokens: int) -> dict[str, int]:
+        """Return the denominators of a minibatch, so that the losses of micro-batches add up."""
         loss = self.loss_config
         normalizer = {
-            "sequence_mean": sequences,
-            "token_mean": tokens,
-            "sequence_sum_mean": sequences,
-            "fixed_length": sequences * (loss.max_completion_length or 1),
+            "sequence_mean": num_sequences,
+            "token_mean": num_tokens,
+            "sequence_sum_mean": num_sequences,
+            "fixed_length": num_sequences * (loss.max_completion_length or 1),
         }[loss.aggregation]
-        # Under top_entropy too: a part's mean over the tokens chosen weighs as many as it has.
-        return {"normalizer": max(1, normalizer), "entropy_normalizer": max(1, tokens)}
+        # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
+        return {"normalizer": max(1, normalizer), "entropy_normalizer": max(1, num_tokens)}
 
-    def loss(self, part: Part, denominators: dict[str, int]):
-        """The loss of one part; fills in the log-probs that the part still lacks."""
-        states, head = self.learning.hidden_states(part.prompts, part.tokens, part.mask)
-        if self.config.inner_iterations > 1 and part.old_logprob is None:
-            part.old_logprob = self._logprob_of(self.policy, states, head, part)
-        if self.reference is not None and part.ref_logprob is None:
-            part.ref_logprob = self.logprob(self.reference, part)
-        with self.policy.autocast():
-            return head.grpo_loss(
-                states,
-                part.tokens,
-                part.advantages,
-                mask=part.counted,
-                old_logprob=part.old_logprob,
-                ref_logprob=part.ref_logprob,
-                sampling_logprob=part.sampling_logprob,
-                config=self.loss_config,
-                temperature=self.config.temperature,
-                **denominators,
-            )
-
-    @torch.no_grad()
-    def logprob(self, policy, part: Part) -> Tensor:
-        """[B·G, T] of the part's tokens under the policy or the reference."""
-        states, head = policy.hidden_states(part.prompts, part.tokens, part.mask)
-        return self._logprob_of(policy, states, head, part)
-
-    @torch.no_grad()
-    def _logprob_of(self, policy, states: Tensor, head, part: Part) -> Tensor:
-        temperature = self.config.temperature
-        with policy.autocast():
-            return head.token_stats(
-                states, part.tokens, mask=part.counted, temperature=temperature, entropy=False
-            ).logprob
-
-    def _frozen_policy(self):
-        """The reference, in shards where the policy will be."""
-        reference = self.policy.frozen_copy()
+    def _freeze_policy(self) -> Policy | WithoutAdapter:
+        """Make the reference policy, sharded if the policy will be."""
+        frozen = self.policy.frozen_copy()
         if self.config.parallel == "fsdp":
-            self.policy.ranks.wrapped(reference.model, "fsdp")
-        return reference
+            self.policy.ranks.wrap_fsdp(frozen.model)
+        return frozen
 
-    def _of_all_ranks(self, updates: list[list[Metrics]]) -> list[list[Metrics]]:
-        """The parts of each update on all ranks, without those of a rank that was idle."""
+    def _gather_metrics(self, updates: list[list[Metrics]]) -> list[list[Metrics]]:
+        """Gather each update's micro-batches from all ranks, except those without a sequence."""
         if self.policy.ranks.size == 1:
             return updates
-        found = self.policy.ranks.gathered(updates)
+        by_rank = self.policy.ranks.all_gather(updates)
         return [
-            [part for rank in found for part in rank[n] if part["num_sequences"] > 0]
-            for n in range(len(updates))
+            [batch for rank in by_rank for batch in rank[update] if batch["num_sequences"] > 0]
+            for update in range(len(updates))
         ]
 
     def _sequence_means(self) -> list[str]:
-        """The metrics that are means over sequences."""
+        """Return the names of metrics that are means over sequences."""
         clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
         of_ratios = ["ratio_mean", "cispo_clip_ratio", *clips]
         return ["vespo/phi_seq_mean", *of_ratios * (self.loss_config.ratio_level == "sequence")]
 
-    def _refresh_reference(self) -> None:
-        every = self.config.reference_refresh
-        if every is not None and self.steps > 1 and (self.steps - 1) % every == 0:
-            self.reference = None  # freed before its successor is made
-            self.reference = self._frozen_policy()
 
+def combine_metrics(
+    updates: list[list[Metrics]], sequence_means: Collection[str] = ()
+) -> dict[str, float]:
+    """Combine the metrics of a step's micro-batches, listed by update; {} without any.
 
-def combine(updates: list[list[Metrics]], sequence_means: Collection[str] = ()) -> dict[str, float]:
-    """The metrics of a step from those of the parts of its updates; nothing where there was none.
-
-    policy_loss is already divided by the denominator of its update, and a mean over updates; others
-    are means over tokens, or over sequences where `sequence_means` names them, or extremes.
+    policy_loss is already divided by the denominator of its update: it is summed, then averaged
+    over updates. Others are extremes by their name, means over sequences if `sequence_means` has
+    them, else means over tokens.
     """
-    parts = [part for update in updates for part in update]
-    if not parts:
+    batches = [batch for update in updates for batch in update]
+    if not batches:
         return {}
-    values = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    tokens, sequences = values.pop("num_tokens"), values.pop("num_sequences")
+    columns = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
+    num_tokens, num_sequences = columns.pop("num_tokens"), columns.pop("num_sequences")
     combined = {}
-    for name, each in values.items():
+    for name, values in columns.items():
         if name == "policy_loss":
-            combined[name] = each.sum().item() / len(updates)
+            combined[name] = values.sum().item() / len(updates)
         elif name.endswith(("/max", "_max")):
-            combined[name] = each.max().item()
+            combined[name] = values.max().item()
         elif name.endswith(("/min", "_min")):
-            combined[name] = each.min().item()
+            combined[name] = values.min().item()
         else:
-            weights = sequences if name in sequence_means else tokens
-            combined[name] = ((each * weights).sum() / weights.sum().clamp(min=1)).item()
+            weights = num_sequences if name in sequence_means else num_tokens
+            combined[name] = ((values * weights).sum() / weights.sum().clamp(min=1)).item()
     return combined

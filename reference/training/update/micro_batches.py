@@ -1,13 +1,13 @@
-"""What the update works through: parts that fit into memory, and minibatches made of them.
+"""Minibatches for one optimiser step each, split into micro-batches that fit into memory.
 
-Sizes: B questions, G answers to each, T tokens of an answer.
+Sizes: B questions, G completions per question, T tokens per completion.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,58 +21,59 @@ T = TypeVar("T")
 
 
 @dataclass
-class Part:
-    """What one forward and backward pass works on: B questions and B·G answers."""
+class MicroBatch:
+    """Completions for one forward and backward pass."""
 
     prompts: Prompts
     tokens: Tensor  # [B·G, T]
-    mask: Tensor  # [B·G, T], the tokens that the model was fed
-    counted: Tensor  # [B·G, T], those of them that are in the loss
-    advantages: Tensor  # [B·G] or [B·G, T]
-    sampling_logprob: Tensor  # [B·G, T]
-    old_logprob: Tensor | None = None  # [B·G, T], where there is more than one optimiser step
-    ref_logprob: Tensor | None = None  # [B·G, T], where beta asks for a KL
+    mask: Tensor  # [B·G, T], True on the tokens of a completion
+    loss_mask: Tensor  # [B·G, T], True on those of them that are in the loss
+    advantages: Tensor | None = None  # [B·G] or [B·G, T]
+    sampling_logprob: Tensor | None = None  # [B·G, T]
+    old_logprob: Tensor | None = None  # [B·G, T], with more than one optimiser step per batch
+    ref_logprob: Tensor | None = None  # [B·G, T], with a KL to the reference policy
 
     @property
-    def questions(self) -> int:
+    def num_questions(self) -> int:
         return len(self.prompts.ids)
 
-    def split(self, size: int) -> list[Part]:
-        """Parts of at most `size` questions, each cut to its longest answer."""
-        if self.questions <= size:
-            return [self]
-        G = len(self.tokens) // self.questions
-        return [self._at(start, size, G) for start in range(0, self.questions, size)]
-
-    def _at(self, start: int, size: int, G: int) -> Part:
-        rows = slice(start * G, (start + size) * G)
+    def select_groups(self, groups: Tensor) -> MicroBatch:
+        """Return the completions of these questions, cut to the longest of them."""
+        G = len(self.tokens) // self.num_questions
+        rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()
         longest = int(self.mask[rows].sum(-1).max())
-        found = {"prompts": self.prompts[slice(start, start + size)]}
-        for name in (each.name for each in fields(self) if each.name != "prompts"):
-            value = getattr(self, name)
-            if value is not None:
-                value = value[rows] if value.dim() == 1 else value[rows, :longest]
-            found[name] = value
-        return Part(**found)
+        selected = {
+            name: value[rows] if value.dim() == 1 else value[rows, :longest]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, prompts=self.prompts[groups], **selected)
+
+    def split(self, size: int) -> list[MicroBatch]:
+        """Split into micro-batches of at most `size` questions."""
+        if self.num_questions <= size:
+            return [self]
+        groups = torch.arange(self.num_questions, device=self.tokens.device)
+        return [self.select_groups(some) for some in groups.split(size)]
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What one optimiser step works on; left-out groups are in the denominators."""
+    """Micro-batches of one optimiser step, with the denominators of their common loss.
 
-    parts: list[Part]
+    Groups without a learning signal may be left out of the micro-batches, but are counted in the
+    denominators.
+    """
+
+    micro_batches: list[MicroBatch]
     denominators: dict[str, int]
 
-    def split(self, size: int) -> None:
-        """Make its parts no larger than this many questions; the denominators stay."""
-        self.parts[:] = [piece for part in self.parts for piece in part.split(size)]
 
-
-class MicroBatch:
-    """How many questions go through a pass together; halved where memory does not suffice.
+class MicroBatchSplitter:
+    """Limits the number of questions per pass, and halves it once when memory runs out.
 
     Args:
-        size: None is a whole minibatch.
+        size: the number of questions; None: a whole minibatch.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -81,45 +82,48 @@ class MicroBatch:
     def run(
         self, minibatch: Minibatch, work: Callable[[Minibatch], T], when: str, *, may_halve: bool
     ) -> T:
-        """Do the work on parts of this size; once in a run it begins again with half of it.
+        """Call `work` on the minibatch in micro-batches of this size; restart with half the size.
 
-        The gradient is a sum over parts, each divided by the denominators of the whole: it stays.
+        The gradient is a sum over micro-batches, each divided by the denominators of the whole:
+        halving does not change it.
 
         Args:
-            work: begins anew each time that it is called.
-            may_halve: False where tokens are compared within a part.
+            work: starts from scratch in each call.
+            when: for the message, such as "step 3".
+            may_halve: False if the loss compares the tokens of a micro-batch with each other.
 
         Raises:
-            UserError: memory does not suffice for half of it either.
+            UserError: memory is too small for half the size as well.
         """
         while True:
             if self.size is not None:
-                minibatch.split(self.size)
+                pieces = [
+                    piece for batch in minibatch.micro_batches for piece in batch.split(self.size)
+                ]
+                minibatch.micro_batches[:] = pieces
             try:
                 return work(minibatch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Behind the handler, since its traceback holds the activations.
+            # Outside of the handler: the traceback holds the activations.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._halve(max(part.questions for part in minibatch.parts), when, may_halve)
-
-    def _halve(self, largest: int, when: str, may_halve: bool) -> None:
-        trouble = f"out of memory in {when} with micro-batches of {largest} questions"
-        if self.halved or largest == 1 or not may_halve:
-            raise UserError(
-                f"{trouble}: lower --micro-batch, --max-new-tokens or --group-size, or set "
-                "--gradient-checkpointing"
-            )
-        self.size, self.halved = largest // 2, True
-        print(f"{trouble}: from here on {self.size}; the gradient is the same", file=sys.stderr)
+            largest = max(batch.num_questions for batch in minibatch.micro_batches)
+            problem = f"out of memory in {when} with micro-batches of {largest} questions"
+            if self.halved or largest == 1 or not may_halve:
+                raise UserError(
+                    f"{problem}: lower --micro-batch, --max-new-tokens or --group-size, or set "
+                    "--gradient-checkpointing"
+                )
+            self.size, self.halved = largest // 2, True
+            print(f"{problem}: from here on {self.size}; the gradient is the same", file=sys.stderr)
 
     def state_dict(self) -> dict[str, int | None]:
         return {"halved_to": self.size if self.halved else None}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
-        """A size below the one it was halved to stays; a line where another does not."""
+        """Restore the halved size, unless the current size is smaller."""
         size = state["halved_to"]
         if size is None:
             return

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reference.training import collect as experience
+from reference.training import collect
 from reference.training.config import TrainConfig
-from reference.training.distributed import ALONE
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.tasks.rewards import WeightedReward
@@ -20,7 +20,7 @@ G = 2
 class Scripted:
     """Stands for a policy: answers to question k are k and, where k is odd, 0; widths vary."""
 
-    model, ranks, device = None, ALONE, torch.device("cpu")
+    model, ranks, device = None, SINGLE_PROCESS, torch.device("cpu")
 
     class tokenizer:
         pad_token_id = 99
@@ -60,16 +60,16 @@ def task(numbers):
 def gathered(numbers, **changes):
     config = TrainConfig(group_size=G, **{"prompts": 4, **changes})
     policy = Scripted()
-    return policy, experience.gather(policy, task(numbers), None, random.Random(0), config)
+    return policy, collect.collect_rollouts(policy, task(numbers), None, random.Random(0), config)
 
 
 def test_rewards_are_weighted_and_kept_apart():
     _, found = gathered([1, 2, 3, 4])
     assert found.rewards.shape == (4, G)
-    assert torch.equal(found.rewards.flatten(), 2 * found.by_name["equal"])
+    assert torch.equal(found.rewards.flatten(), 2 * found.rewards_by_name["equal"])
     odd = torch.tensor([int(q.text) % 2 == 1 for q in found.questions])
     assert torch.equal(found.has_signal, odd)
-    row = experience.describe(found)
+    row = collect.rollout_metrics(found)
     assert row["frac_reward_zero_std"] == 0.5 and row["rewards/equal/mean"] == 0.75
     assert row["reward"] == 1.5 and row["accuracy/lenient"] == 0.75
 
@@ -85,15 +85,15 @@ def test_groups_without_signal_are_replaced_until_all_have_one():
     sizes = [len(asked) for asked in policy.asked]
     assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
     # Rows stay with their question, whatever the widths that they are padded to.
-    done = found.answers.completions
+    done = found.samples.completions
     for b, question in enumerate(found.questions):
         row = b * G
-        assert found.answers.texts[row] == question.text
+        assert found.samples.texts[row] == question.text
         assert set(done.tokens[row][done.mask[row]].tolist()) == {int(question.text)}
-        prompts = found.answers.prompts
+        prompts = found.samples.prompts
         assert set(prompts.ids[b][prompts.mask[b]].tolist()) == {int(question.text)}
         assert prompts.mask[b, -1] and done.mask[row, 0]
-    assert found.sampled > done.mask.sum(), "discarded tokens are counted"
+    assert found.num_sampled_tokens > done.mask.sum(), "discarded tokens are counted"
 
 
 def test_rounds_are_bounded_and_the_batch_keeps_its_size():
@@ -104,34 +104,34 @@ def test_rounds_are_bounded_and_the_batch_keeps_its_size():
 def test_the_overlong_penalty_falls_linearly_to_minus_one():
     config = TrainConfig(max_new_tokens=8, overlong_buffer=4)
     mask = torch.arange(8)[None] < torch.tensor([1, 4, 5, 6, 8])[:, None]
-    penalty = experience.overlong_penalty(mask, config)
+    penalty = collect.overlong_penalty(mask, config)
     assert penalty.tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
 
 
 def test_the_penalty_is_part_of_the_reward():
     _, found = gathered([1, 2, 3, 4], max_new_tokens=2, overlong_buffer=1)
-    assert (found.by_name["overlong"] == -1).all()
-    assert experience.describe(found)["reward"] == 0.5
+    assert (found.rewards_by_name["overlong"] == -1).all()
+    assert collect.rollout_metrics(found)["reward"] == 0.5
 
 
 def test_samples_are_one_group_in_words():
     _, found = gathered([1, 3, 5, 7])
-    first, second = experience.samples(found, torch.arange(8.0))
+    first, second = collect.examples(found, torch.arange(8.0))
     assert first["completion"] == first["question"] == first["answer"]
     assert second["completion"] == "0" and second["rewards"] == {"equal": 0.0}
     assert (first["advantage"], second["advantage"]) == (0.0, 1.0)
-    (_, of_tokens) = experience.samples(found, torch.arange(16.0).view(8, 2))
+    (_, of_tokens) = collect.examples(found, torch.arange(16.0).view(8, 2))
     assert of_tokens["advantage"] == pytest.approx(2.5)
     assert (first["reward"], second["reward"]) == (2.0, 0.0)
 
 
 def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
     _, found = gathered([1, 3, 5, 7])
-    done = found.answers.completions
+    done = found.samples.completions
     mask = done.mask.clone()
     mask[:, 1] = False
-    found = replace(found, answers=replace(found.answers, completions=replace(done, mask=mask)))
-    (first, _) = experience.samples(found, torch.tensor([[1.5, 9.0]] * 8))
+    found = replace(found, samples=replace(found.samples, completions=replace(done, mask=mask)))
+    (first, _) = collect.examples(found, torch.tensor([[1.5, 9.0]] * 8))
     assert first["advantage"] == 1.5
 
 
@@ -152,6 +152,6 @@ def test_answers_that_were_all_cut_off_are_no_signal_where_they_do_not_count(mon
 
 def test_a_single_question_fills_a_batch_and_no_question_is_drawn_twice_before_all():
     one, two, three = (Question(str(n), str(n)) for n in range(3))
-    assert experience.draw([one], 4, random.Random(0)) == [one] * 4
-    drawn = experience.draw([one, two, three], 5, random.Random(0))
+    assert collect.sample_questions([one], 4, random.Random(0)) == [one] * 4
+    drawn = collect.sample_questions([one, two, three], 5, random.Random(0))
     assert {drawn.count(each) for each in (one, two, three)} == {1, 2}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reference.training.distributed import ALONE, Ranks, moved
+from reference.training.distributed import SINGLE_PROCESS, Ranks, to_device
 from reference.training.errors import UserError
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 
@@ -134,32 +134,32 @@ def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
     class Pair:
         """Another rank was asked to stop; this one is while they tell each other."""
 
-        size, told = 2, 0
+        size, calls = 2, 0
 
-        def gathered(self, value):
+        def all_gather(self, value):
             shutdown._receive()  # in the midst of a collective
-            self.told += 1
+            self.calls += 1
             return [True, value]
 
     shutdown = GracefulShutdown(ranks := Pair())
     with pytest.raises(Stopped):
         shutdown.raise_if_requested()
-    assert ranks.told == 1
+    assert ranks.calls == 1
     shutdown._receive()  # they save, together
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_everything_once_and_in_order(size):
     items = list(range(5))
-    shares = [Ranks(rank, size).share(items) for rank in range(size)]
+    shares = [Ranks(rank, size).shard(items) for rank in range(size)]
     assert [each for share in shares for each in share] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_single_process_says_nothing_to_others():
     value = {"x": torch.ones(2)}
-    assert ALONE.gathered(value) == [value] and ALONE.told(value) is value
-    with ALONE.draws(3, torch.device("cpu")) as draw:
+    assert SINGLE_PROCESS.all_gather(value) == [value] and SINGLE_PROCESS.broadcast(value) is value
+    with SINGLE_PROCESS.shared_rng(3, torch.device("cpu")) as draw:
         torch.manual_seed(0)
         drawn = draw()
     torch.manual_seed(0)
@@ -168,11 +168,11 @@ def test_a_single_process_says_nothing_to_others():
 
 def test_what_is_sent_moves_whatever_it_is_in():
     value = {"a": [torch.ones(1)], "b": (1, "text")}
-    assert moved(value, torch.device("meta"))["a"][0].is_meta
+    assert to_device(value, torch.device("meta"))["a"][0].is_meta
 
 
 def test_settings_that_ranks_cannot_share_are_named():
     with pytest.raises(UserError, match="--prompts must be at least the 3 ranks; got 2"):
-        Ranks(0, 3).check(2, "shared-prompt")
+        Ranks(0, 3).check_settings(2, "shared-prompt")
     with pytest.raises(UserError, match="--sampler generate draws on each rank alike"):
-        Ranks(0, 2).check(8, "generate")
+        Ranks(0, 2).check_settings(8, "generate")

@@ -5,7 +5,7 @@ from itertools import combinations, cycle
 import pytest
 
 from reference.training import evaluate
-from reference.training.distributed import ALONE
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import SampledCompletions
 from reference.training.tasks.tasks import Question, Task
 
@@ -13,7 +13,7 @@ from reference.training.tasks.tasks import Question, Task
 class Scripted:
     """Answers question n rightly in the first n of its samples."""
 
-    model, ranks, system = None, ALONE, "Be brief."
+    model, ranks, system = None, SINGLE_PROCESS, "Be brief."
 
     def __init__(self):
         self.batches = []

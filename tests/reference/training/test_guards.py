@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reference import train
+from reference.training import evaluate
 from reference.training import warm_start as supervised
 from reference.training.command_line import parse_command_line
 from reference.training.errors import UserError
@@ -38,9 +39,9 @@ def spoilt(learner, monkeypatch, change, number: int):
     """The learner, with the loss of the given micro-batch changed."""
     original, calls = learner.loss, []
 
-    def loss(part, denominators):
-        output = original(part, denominators)
-        calls.append(part)
+    def loss(batch, denominators):
+        output = original(batch, denominators)
+        calls.append(batch)
         return change(output) if len(calls) == number else output
 
     monkeypatch.setattr(learner, "loss", loss)
@@ -58,39 +59,39 @@ def spoilt(learner, monkeypatch, change, number: int):
 def test_a_loss_that_is_no_number_is_placed_and_touches_no_weight(
     monkeypatch, changes, metric, value, message
 ):
-    learner, answers = make_learner(micro_batch=1, learning_rate=0.1, **changes)
+    learner, samples = make_learner(micro_batch=1, learning_rate=0.1, **changes)
     bad = torch.tensor(float(value), dtype=torch.float64)
 
     def change(output):
         loss = output.loss * bad.abs() + bad
         return output._replace(loss=loss, metrics=output.metrics | {metric: bad})
 
-    learner.step(answers, ADVANTAGES)
+    learner.step(samples, ADVANTAGES)
     before = weights(learner)
     spoilt(learner, monkeypatch, change, 2)
     with pytest.raises(UserError, match=rf"^step 2: the loss of .*{message}"):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
     assert all(map(torch.equal, weights(learner), before))
     assert all(each.grad is None for each in learner.policy.model.parameters())
 
 
 def test_a_gradient_that_is_no_number_is_named_and_touches_no_weight():
-    learner, answers = make_learner(learning_rate=0.1)
+    learner, samples = make_learner(learning_rate=0.1)
     before = weights(learner)
     name = "model.layers.1.mlp.up_proj.weight"
     weight = dict(learner.policy.model.named_parameters())[name]
     weight.register_hook(lambda gradient: gradient * NAN)
     with pytest.raises(UserError, match=rf"^step 1: the gradient of {name} is not finite\. The"):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
     assert all(map(torch.equal, weights(learner), before))
 
 
 def test_a_gradient_whose_norm_overflows_is_told_from_one_that_is_no_number():
-    learner, answers = make_learner(learning_rate=0.1)
+    learner, samples = make_learner(learning_rate=0.1)
     weight = learner.policy.model.model.norm.weight
     weight.register_hook(lambda gradient: gradient.sign() * 1e300)
     with pytest.raises(UserError, match=r"^step 1: the norm of the gradient overflows\. The"):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
 
 
 OUT_OF_MEMORY = [
@@ -106,11 +107,11 @@ def failing(learner, monkeypatch, error, calls):
     """The learner, whose n-th passes find no memory."""
     original, count = learner.loss, []
 
-    def loss(part, denominators):
-        count.append(part.questions)
+    def loss(batch, denominators):
+        count.append(batch.num_questions)
         if len(count) in calls:
             raise error
-        return original(part, denominators)
+        return original(batch, denominators)
 
     monkeypatch.setattr(learner, "loss", loss)
     return count
@@ -121,14 +122,14 @@ def test_without_memory_the_step_is_done_again_in_halves_to_the_same_result(
     monkeypatch, capsys, error
 ):
     flags = {"beta": 0.1, "inner_iterations": 2, "learning_rate": 0.01, "warmup_steps": 0}
-    whole, answers = make_learner(**flags)
+    whole, samples = make_learner(**flags)
     half, _ = make_learner(micro_batch=2, **flags)
     learner, _ = make_learner(**flags)
     seen = failing(learner, monkeypatch, error, {1})
     for _ in range(2):
-        found = learner.step(answers, ADVANTAGES)
-        assert found == half.step(answers, ADVANTAGES)
-        assert found == pytest.approx(whole.step(answers, ADVANTAGES), rel=1e-9, abs=1e-12)
+        found = learner.step(samples, ADVANTAGES)
+        assert found == half.step(samples, ADVANTAGES)
+        assert found == pytest.approx(whole.step(samples, ADVANTAGES), rel=1e-9, abs=1e-12)
     assert all(map(torch.equal, weights(learner), weights(half)))
     assert seen == [4, *[2] * 8]
     assert capsys.readouterr().err == (
@@ -138,20 +139,20 @@ def test_without_memory_the_step_is_done_again_in_halves_to_the_same_result(
 
 
 def test_a_half_done_gradient_is_forgotten(monkeypatch):
-    half, answers = make_learner(micro_batch=1, beta=0.1)
+    half, samples = make_learner(micro_batch=1, beta=0.1)
     learner, _ = make_learner(micro_batch=2, beta=0.1)
     failing(learner, monkeypatch, OUT_OF_MEMORY[0], {2})
-    assert learner.step(answers, ADVANTAGES) == half.step(answers, ADVANTAGES)
+    assert learner.step(samples, ADVANTAGES) == half.step(samples, ADVANTAGES)
     assert all(map(torch.equal, weights(learner), weights(half)))
 
 
 @pytest.mark.parametrize(
     ("flags", "calls", "size"),
     [({}, {1, 2}, 2), ({"micro_batch": 1}, {1}, 1), ({"top_entropy": 0.2}, {1}, 4)],
-    ids=["twice", "one question", "tokens ranked within a part"],
+    ids=["twice", "one question", "tokens ranked within a micro-batch"],
 )
 def test_where_halving_does_not_help_the_flags_to_lower_are_named(monkeypatch, flags, calls, size):
-    learner, answers = make_learner(beta=0.1, **flags)
+    learner, samples = make_learner(beta=0.1, **flags)
     before = weights(learner)
     failing(learner, monkeypatch, OUT_OF_MEMORY[0], calls)
     expected = (
@@ -159,15 +160,15 @@ def test_where_halving_does_not_help_the_flags_to_lower_are_named(monkeypatch, f
         r"--max-new-tokens or --group-size, or set --gradient-checkpointing$"
     )
     with pytest.raises(UserError, match=expected):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
     assert all(map(torch.equal, weights(learner), before))
 
 
 def test_another_error_is_not_taken_for_one_of_memory(monkeypatch):
-    learner, answers = make_learner()
+    learner, samples = make_learner()
     failing(learner, monkeypatch, RuntimeError("shapes do not match"), {1})
     with pytest.raises(RuntimeError, match="shapes"):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
 
 
 def test_without_memory_for_answers_the_flags_to_lower_are_named():
@@ -184,14 +185,14 @@ def test_without_memory_for_answers_the_flags_to_lower_are_named():
 
 
 def test_the_optimiser_that_finds_no_memory_says_what_trains_less(monkeypatch):
-    learner, answers = make_learner()
+    learner, samples = make_learner()
 
     def step():
         raise OUT_OF_MEMORY[0]
 
     monkeypatch.setattr(learner.optimizer, "step", step)
     with pytest.raises(UserError, match="out of memory while the optimiser stepped: --lora-rank"):
-        learner.step(answers, ADVANTAGES)
+        learner.step(samples, ADVANTAGES)
 
 
 @pytest.fixture
@@ -394,11 +395,11 @@ def test_a_model_directory_with_an_adapter_beside_the_weights_is_refused(tmp_pat
 
 
 def test_an_evaluation_asks_after_no_other_gpu(monkeypatch):
-    monkeypatch.setattr(train, "accuracy", lambda *_: {"strict": torch.rand(1).item()})
+    monkeypatch.setattr(evaluate, "accuracy", lambda *_: {"strict": torch.rand(1).item()})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("walked through them"))
     config = parse_command_line(["--preset", "tiny"])
     policy, before = SimpleNamespace(device=torch.device("cpu")), torch.get_rng_state()
-    train.evaluate(policy, SimpleNamespace(held_out=[]), config)
+    evaluate.evaluate(policy, SimpleNamespace(held_out=[]), config)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -468,8 +469,8 @@ def test_a_full_disk_wherever_it_is_met_is_one_line(tmp_path, monkeypatch, capsy
 def test_a_nan_ends_the_run_with_one_line_and_its_checkpoint_stays(tmp_path, monkeypatch, capsys):
     original = Learner.loss
 
-    def loss(learner, part, denominators):
-        output = original(learner, part, denominators)
+    def loss(learner, batch, denominators):
+        output = original(learner, batch, denominators)
         return output._replace(loss=output.loss * NAN) if learner.steps == 3 else output
 
     monkeypatch.setattr(supervised, "TARGET", 0.02)

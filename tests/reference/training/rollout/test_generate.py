@@ -7,15 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference.training.errors import UserError
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.rollout.generate import (
     Completions,
     _choose,
-    completion_states,
     encode,
     generate,
 )
-from tests.helpers.rollout import END, QUESTIONS
+from tests.helpers.rollout import END, QUESTIONS, completion_logits
 
 
 def sample(scratch, **changes):
@@ -75,8 +73,8 @@ def test_generation_stops_when_every_completion_has_ended(scratch):
 def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature):
     model, tokenizer = scratch
     completions = sample(scratch, temperature=temperature)
-    logits, _ = completion_states(
-        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     expected = logprobs(logits / temperature, completions.tokens)[completions.mask]
     assert torch.allclose(completions.logprob[completions.mask].double(), expected, atol=1e-5)
@@ -86,8 +84,8 @@ def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature
 def test_left_padding_and_the_shared_prompt_give_the_logits_of_each_sequence_alone(scratch):
     model, tokenizer = scratch
     completions = sample(scratch)
-    logits, _ = completion_states(
-        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
         expected = alone(scratch, QUESTIONS[row // 3], tokens[mask])
@@ -98,8 +96,8 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(s
     model, tokenizer = scratch
     completions = sample(scratch)
     weights = torch.randn(completions.tokens.shape, dtype=torch.float64)
-    logits, _ = completion_states(
-        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     shared = (logprobs(logits, completions.tokens) * weights)[completions.mask].sum()
     separate = sum(
@@ -128,7 +126,7 @@ def test_no_gradient_is_added_up_in_the_order_in_which_threads_come(scratch):
 
     prompts, done = encode(tokenizer, QUESTIONS), sample(scratch)
     with Operators():
-        logits, _ = completion_states(causal_lm.forward, model, prompts, done.tokens, done.mask)
+        logits = completion_logits(model, prompts, done.tokens, done.mask)
         logits.sum().backward()
     assert "aten.embedding_dense_backward.default" in dict.fromkeys(name for name, *_ in seen)
     assert not [name for name, *added in seen if "index_put" in name and added == [True]]
@@ -216,7 +214,7 @@ def test_completions_of_one_token_have_their_logits(scratch):
     model, tokenizer = scratch
     tokens = torch.tensor([[4], [5], [6]])
     prompts, mask = encode(tokenizer, QUESTIONS), torch.ones(3, 1, dtype=torch.bool)
-    logits, _ = completion_states(causal_lm.forward, model, prompts, tokens, mask)
+    logits = completion_logits(model, prompts, tokens, mask)
     for row, question in enumerate(QUESTIONS):
         assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)
 

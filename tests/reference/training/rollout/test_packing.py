@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.rollout import packing
-from reference.training.rollout.generate import Completions, completion_states, encode, generate
-from tests.helpers.rollout import END, QUESTIONS
+from reference.training.rollout.generate import Completions, encode, generate
+from tests.helpers.rollout import END, QUESTIONS, completion_logits
 
 
 def sample(scratch, group_size=3, temperature=1.0):
@@ -27,8 +26,8 @@ def sample(scratch, group_size=3, temperature=1.0):
 
 def states_and_gradient(scratch, completions):
     model, tokenizer = scratch
-    logits, _ = completion_states(
-        causal_lm.forward, model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
+    logits = completion_logits(
+        model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     mask = completions.mask
     logprobs = logits.log_softmax(-1).gather(-1, completions.tokens[..., None]).squeeze(-1)

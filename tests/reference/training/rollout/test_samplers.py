@@ -6,15 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reference.training.distributed import ALONE
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
-from reference.training.model import plain_scorer as causal_lm
 from reference.training.model.load import from_scratch
-from reference.training.rollout.generate import completion_states, encode
+from reference.training.rollout.generate import encode
 from reference.training.rollout.samplers import SAMPLERS, pick_sampler
+from tests.helpers.rollout import END, QUESTIONS, completion_logits
 
-QUESTIONS = ["7=", "123456=", "90+12="]
-END = 1
 LOCAL = ["shared-prompt", "generate", "continuous"]
 
 
@@ -36,7 +34,7 @@ def policy():
         device=torch.device("cpu"),
         max_new_tokens=6,
         autocast=nullcontext,
-        ranks=ALONE,
+        ranks=SINGLE_PROCESS,
     )
     torch.set_num_threads(threads)
 
@@ -49,9 +47,7 @@ def sample(policy, name, group_size=3, temperature=1.0, questions=QUESTIONS):
 
 def trainer_logprobs(policy, prompts, completions, temperature):
     with torch.no_grad():
-        logits, _ = completion_states(
-            causal_lm.forward, policy.model, prompts, completions.tokens, completions.mask
-        )
+        logits = completion_logits(policy.model, prompts, completions.tokens, completions.mask)
     logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, completions.tokens[..., None]).squeeze(-1)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reference.training.distributed import ALONE
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.rollout import vllm_client as server
 from reference.training.rollout.generate import Prompts
@@ -16,7 +16,7 @@ from reference.training.rollout.samplers import pick_sampler
 
 END, PAD, VOCABULARY = 1, 0, 16
 TOKENIZER = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: VOCABULARY})()
-POLICY = SimpleNamespace(tokenizer=TOKENIZER, eos_ids=[END], max_new_tokens=4, ranks=ALONE)
+POLICY = SimpleNamespace(tokenizer=TOKENIZER, eos_ids=[END], max_new_tokens=4, ranks=SINGLE_PROCESS)
 PROMPTS = Prompts(
     torch.tensor([[PAD, 5, 6], [7, 8, 9]]), torch.tensor([[False, True, True], [True, True, True]])
 )

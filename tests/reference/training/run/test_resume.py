@@ -20,14 +20,14 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from reference import train
 from reference.training.command_line import parse_command_line
-from reference.training.distributed import ALONE
+from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.run import checkpoint, resume
 from reference.training.run.resume import load_settings
 from reference.training.run.training_state import _digest_of_frozen
 from reference.training.update.learner import Learner
-from reference.training.update.micro_batches import MicroBatch
+from reference.training.update.micro_batches import MicroBatchSplitter
 from tests.helpers.training_runs import left_by, tiny
 
 ROOT = Path(__file__).parents[4]
@@ -130,7 +130,7 @@ def whole(tmp_path_factory, tiny_model):
     return left_by(directory)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(train, "gather"), (Learner, "step")])
+@pytest.mark.parametrize(("owner", "name"), [(train, "collect_rollouts"), (Learner, "step")])
 def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, monkeypatch, capsys):
     """Where it comes while answers are sampled the step is dropped, while it learns it is done."""
     original, calls = getattr(owner, name), []
@@ -146,7 +146,7 @@ def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, mon
         patch.setattr(owner, name, terminated)
         flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
         assert tiny(tmp_path / "run", *flags) == 0
-    saved = {"gather": 2, "step": 3}[name]
+    saved = {"collect_rollouts": 2, "step": 3}[name]
     assert steps(tmp_path / "run") == [saved]
     said = capsys.readouterr().err
     line = f"python reference/train.py --resume {tmp_path / 'run'}"
@@ -198,7 +198,7 @@ def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, cap
 
 
 def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, capsys):
-    original = train.gather
+    original = train.collect_rollouts
 
     def interrupted(policy, task, sampler, order, config):
         found = original(policy, task, sampler, order, config)
@@ -206,7 +206,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, 
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(train, "gather", interrupted)
+    monkeypatch.setattr(train, "collect_rollouts", interrupted)
     assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "1") == 130
     said = capsys.readouterr().err
     assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
@@ -292,7 +292,7 @@ WRONG = {
 
 @pytest.mark.parametrize("flags", WRONG)
 def test_settings_that_would_make_another_run_are_named(started, flags, monkeypatch, capsys):
-    monkeypatch.setattr(train, "make_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     assert again(started, *flags.split()) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ") and WRONG[flags] in said
@@ -409,16 +409,16 @@ def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
 
 
 def test_a_micro_batch_that_was_halved_stays_so(capsys):
-    half = MicroBatch(None)
+    half = MicroBatchSplitter(None)
     half.size, half.halved = 4, True
     told = "micro-batches of 4 questions, since memory did not suffice for more\n"
     for given, expected, said in ((None, 4, told), (8, 4, told), (4, 4, ""), (2, 2, "")):
-        later = MicroBatch(given)
+        later = MicroBatchSplitter(given)
         later.load_state_dict(half.state_dict())
         assert later.size == expected and later.halved
         assert capsys.readouterr().out == said
-    later = MicroBatch(8)
-    later.load_state_dict(MicroBatch(16).state_dict())
+    later = MicroBatchSplitter(8)
+    later.load_state_dict(MicroBatchSplitter(16).state_dict())
     assert later.size == 8 and not later.halved
 
 
@@ -442,17 +442,17 @@ def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
     flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"]
     config = parse_command_line(flags)
     goes_on = replace(config, resume=tmp_path, overwrite=False)
-    assert resume.resume_after_torchrun_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == config
     resume.record_torchrun_run(tmp_path)
-    assert resume.resume_after_torchrun_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == config
     torchrun(RESTART_COUNT="1")
-    assert resume.resume_after_torchrun_restart(config, ALONE) == goes_on
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == goes_on
     torchrun(RUN_ID="another")
-    assert resume.resume_after_torchrun_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == config
     # Of several nodes each counts its own failures: here another one had it.
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     torchrun()
-    assert resume.resume_after_torchrun_restart(config, ALONE) == goes_on
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == goes_on
 
 
 def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torchrun, monkeypatch):
@@ -461,7 +461,7 @@ def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torch
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     resume.record_torchrun_run(tmp_path)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
-    assert resume.resume_after_torchrun_restart(config, ALONE) == config
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == config
 
 
 def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchrun, monkeypatch):
@@ -472,14 +472,14 @@ def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchru
     for owner, name in ((psutil.Process, "create_time"), (psutil, "boot_time")):
         before = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *of, before=before: before(*of) + 60)
-    assert resume.resume_after_torchrun_restart(config, ALONE).resume == tmp_path
+    assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS).resume == tmp_path
 
 
 def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
     """The first one may be on another node than before."""
 
     class Pair:
-        def gathered(self, value):
+        def all_gather(self, value):
             return [False, value]
 
     torchrun(RESTART_COUNT="1")

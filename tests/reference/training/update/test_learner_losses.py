@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_kernels.integrations.transformers import forward_to_hidden
-from reference import losses
 from reference.training.loss_settings import LOSSES
-from reference.training.model import plain_scorer as causal_lm
-from reference.training.update.learner import combine
+from reference.training.model.scorers import FusedScorer
+from reference.training.update.learner import combine_metrics
+from reference.training.update.micro_batches import MicroBatch
 from tests.helpers.learner import (
     ADVANTAGES,
+    PLAIN,
     REWARDS,
     advantages,
     gradient,
@@ -19,6 +19,7 @@ from tests.helpers.learner import (
     one_thread,
 )
 
+FUSED = FusedScorer()
 # On the CPU the kernels are interpreted, which is slow, and these tests are not about them.
 EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 # All but those that rank the tokens which they are given.
@@ -44,10 +45,10 @@ def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
 @pytest.mark.parametrize("loss", OF_PARTS)
 def test_micro_batches_tell_of_the_whole_batch(loss):
     changes = {"loss": loss, "learning_rate": 1e-2, "warmup_steps": 0, "inner_iterations": 3}
-    learner, answers = make_learner(**changes)
-    whole = learner.step(answers, ADVANTAGES)
-    learner, answers = make_learner(**changes, micro_batch=1)
-    assert learner.step(answers, ADVANTAGES) == pytest.approx(whole, rel=1e-5, abs=1e-7)
+    learner, samples = make_learner(**changes)
+    whole = learner.step(samples, ADVANTAGES)
+    learner, samples = make_learner(**changes, micro_batch=1)
+    assert learner.step(samples, ADVANTAGES) == pytest.approx(whole, rel=1e-5, abs=1e-7)
 
 
 @EAGER
@@ -64,10 +65,10 @@ def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend,
     changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
     if loss == "clip_covariance":  # all of them: which ones is otherwise left to chance
         changes |= {"clip_cov": 1.0, "clip_cov_low": 0.01}
-    learner, answers = make_learner(**changes)
-    expected = learner.step(answers, ADVANTAGES)
-    fused, answers = make_learner(forward=forward_to_hidden, **changes)
-    metrics = fused.step(answers, ADVANTAGES)
+    learner, samples = make_learner(**changes)
+    expected = learner.step(samples, ADVANTAGES)
+    fused, samples = make_learner(FUSED, **changes)
+    metrics = fused.step(samples, ADVANTAGES)
     assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
     for ours, plain in zip(
         fused.policy.model.parameters(), learner.policy.model.parameters(), strict=True
@@ -77,19 +78,14 @@ def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend,
 
 @pytest.mark.parametrize("loss", [*OF_PARTS, "kl_covariance"])
 def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
-    learner, answers = make_learner(loss=loss, max_grad_norm=1e6)
-    ours = gradient(learner, answers, REWARDS)
-    learner, answers = make_learner(loss=loss)
-    done = answers.completions
-    logits, _ = learner.policy.hidden_states(answers.prompts, done.tokens, done.mask)
-    losses.grpo_loss(
-        logits,
-        done.tokens,
-        advantages(REWARDS, loss),
-        mask=done.mask,
-        sampling_logprob=done.logprob,
-        config=learner.loss_config,
-    ).loss.backward()
+    learner, samples = make_learner(loss=loss, max_grad_norm=1e6)
+    ours = gradient(learner, samples, REWARDS)
+    learner, samples = make_learner(loss=loss)
+    done = samples.completions
+    everything = MicroBatch(
+        samples.prompts, done.tokens, done.mask, done.mask, advantages(REWARDS, loss), done.logprob
+    )
+    PLAIN.loss(learner.policy, everything, learner.loss_config).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in learner.policy.model.parameters()])
     assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-7)
 
@@ -107,40 +103,40 @@ def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
     ids=str,
 )
 def test_groups_without_signal_stay_where_something_else_reads_them(settings):
-    learner, answers = make_learner(**settings)
-    assert len(next(learner.minibatches(answers, ADVANTAGES)).parts[0].tokens) == 16
+    learner, samples = make_learner(**settings)
+    assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
 
 
 @EAGER
-@pytest.mark.parametrize("forward", [causal_lm.forward, forward_to_hidden], ids=["plain", "fused"])
+@pytest.mark.parametrize("scorer", [PLAIN, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo"])
 @pytest.mark.parametrize("top_entropy", [None, 0.3])
 def test_the_denominators_are_those_that_the_loss_takes_by_itself(
-    backend, forward, loss, top_entropy
+    backend, scorer, loss, top_entropy
 ):
-    learner, answers = make_learner(
-        forward, loss=loss, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
+    learner, samples = make_learner(
+        scorer, loss=loss, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
     )
-    (minibatch,) = learner.minibatches(answers, ADVANTAGES)
-    (part,) = minibatch.parts
-    assert len(part.tokens) == 16
-    given, own = (learner.loss(part, each).loss for each in (minibatch.denominators, {}))
+    (minibatch,) = learner.minibatches(samples, ADVANTAGES)
+    (batch,) = minibatch.micro_batches
+    assert len(batch.tokens) == 16
+    given, own = (learner.loss(batch, each).loss for each in (minibatch.denominators, {}))
     assert given.item() == pytest.approx(own.item(), rel=1e-9)
 
 
 def test_the_entropy_bonus_grows_step_by_step_up_to_its_bound_while_the_entropy_is_low():
     settings = {"entropy_coef_step": 0.1, "entropy_coef_max": 0.25, "loss": "one_shot"}
-    learner, answers = make_learner(entropy_target=100.0, **settings)
-    found = [learner.step(answers, ADVANTAGES)["entropy_coef"] for _ in range(4)]
+    learner, samples = make_learner(entropy_target=100.0, **settings)
+    found = [learner.step(samples, ADVANTAGES)["entropy_coef"] for _ in range(4)]
     assert found == pytest.approx([0.001, 0.101, 0.201, 0.25])
-    learner, answers = make_learner(entropy_target=0.0, entropy_coef=0.2, **settings)
-    found = [learner.step(answers, ADVANTAGES)["entropy_coef"] for _ in range(3)]
+    learner, samples = make_learner(entropy_target=0.0, entropy_coef=0.2, **settings)
+    found = [learner.step(samples, ADVANTAGES)["entropy_coef"] for _ in range(3)]
     assert found == pytest.approx([0.2, 0.0, 0.0])
 
 
 def test_the_entropy_bonus_of_a_step_is_in_its_gradient():
-    learner, answers = make_learner(entropy_target=100.0, entropy_coef=0.3, max_grad_norm=1e6)
-    ours = gradient(learner, answers, REWARDS)
+    learner, samples = make_learner(entropy_target=100.0, entropy_coef=0.3, max_grad_norm=1e6)
+    ours = gradient(learner, samples, REWARDS)
     expected = gradient(*make_learner(entropy_coef=0.3, max_grad_norm=1e6), REWARDS)
     assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-12)
     without = gradient(*make_learner(max_grad_norm=1e6), REWARDS)
@@ -148,10 +144,10 @@ def test_the_entropy_bonus_of_a_step_is_in_its_gradient():
 
 
 def test_a_step_without_a_token_leaves_the_entropy_bonus_as_it_was():
-    learner, answers = make_learner(entropy_target=100.0, entropy_coef=0.2, mask_truncated=True)
-    cut = replace(answers.completions, finished=torch.zeros(16, dtype=torch.bool))
+    learner, samples = make_learner(entropy_target=100.0, entropy_coef=0.2, mask_truncated=True)
+    cut = replace(samples.completions, finished=torch.zeros(16, dtype=torch.bool))
     for _ in range(2):
-        metrics = learner.step(replace(answers, completions=cut), ADVANTAGES)
+        metrics = learner.step(replace(samples, completions=cut), ADVANTAGES)
         assert metrics["entropy_coef"] == 0.2 and "entropy" not in metrics
 
 
@@ -161,7 +157,7 @@ def test_metrics_of_parts_combine_as_their_kind_asks():
     for name in ("clip_ratio/low_min", "x/min", "ratio_max", "x/max"):
         first[name], second[name] = 1.0, 2.0
     first, second = ({n: torch.tensor(x) for n, x in each.items()} for each in (first, second))
-    assert combine([[first, second], [first]], {"b"}) == pytest.approx(
+    assert combine_metrics([[first, second], [first]], {"b"}) == pytest.approx(
         {
             "a": (3 * 1 + 1 * 5 + 3 * 1) / 7,
             "b": (1 * 1 + 3 * 5 + 1 * 1) / 5,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import grpo_kernels
-from reference.training.collect import Experience
+from reference.training.advantages import compute_advantages
+from reference.training.collect import Rollouts
 from reference.training.config import TrainConfig
-from reference.training.credit import advantages_of
 from reference.training.errors import UserError
 from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
@@ -33,12 +33,12 @@ def experience(rewards, rows):
     answers = SampledCompletions(Prompts(empty, empty == 0), done, [decode(row) for row in rows])
     rewards = torch.tensor(rewards)
     has_signal = rewards.ne(rewards[:, :1]).any(-1)
-    return Experience(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
+    return Rollouts(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
 
 
 def credit(found, step_reward=None, rewards=None, **settings):
     config = TrainConfig(**settings)
-    return advantages_of(found, config, rewards or {}, step_reward, decode)
+    return compute_advantages(found, config, rewards or {}, step_reward, decode)
 
 
 def test_outcome_advantages_are_the_group_s_and_dr_grpo_keeps_the_scale():
@@ -76,7 +76,9 @@ def test_each_reward_normalised_counts_by_its_weight():
     }
     weights = {"right": 3.0, "short": 2.0, "brief": 1.0}
     rewards = {name: WeightedReward(None, weight) for name, weight in weights.items()}
-    ours = credit(replace(found, by_name=by_name), rewards=rewards, normalise_each_reward=True)
+    ours = credit(
+        replace(found, rewards_by_name=by_name), rewards=rewards, normalise_each_reward=True
+    )
     # In each group the two answers are ±√½ apart: 3 - 2, then 2 - 1. Over the batch, std √(4/3)·√½.
     expected = torch.tensor([1.0, -1.0, 1.0, -1.0]) / (4 / 3) ** 0.5
     assert torch.allclose(ours, expected)

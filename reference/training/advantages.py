@@ -1,0 +1,114 @@
+"""Advantages of completions from their rewards, or of tokens with process supervision.
+
+Sizes: B questions, G completions per question, T tokens and S steps per completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import grpo_kernels
+from reference.training.collect import Rollouts
+from reference.training.config import TrainConfig
+from reference.training.errors import UserError
+from reference.training.tasks.rewards import WeightedReward
+
+Steps = list[list[tuple[int, float]]]  # per completion: (end of the step, reward of the step)
+# Called like a reward; the ends of the steps that it returns are numbers of characters.
+StepReward = Callable[[list[str], list[str], list[str]], Steps]
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def compute_advantages(
+    rollouts: Rollouts,
+    config: TrainConfig,
+    rewards: Mapping[str, WeightedReward],
+    step_reward: StepReward | None,
+    decode: Callable[[list[int]], str],
+) -> Tensor:
+    """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
+
+    Process supervision adds the advantages of steps to that of the completion.
+
+    Args:
+        rewards: the task's rewards, for their weights.
+        decode: turns token ids into text.
+    """
+    name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
+    if config.normalise_each_reward:
+        by_name = rollouts.rewards_by_name
+        each = torch.stack([values.view_as(rollouts.rewards) for values in by_name.values()])
+        weights = [rewards[name].weight for name in by_name]
+        outcome = grpo_kernels.multi_reward_advantage(each, weights)
+    elif name == "pass_at_k":
+        outcome = grpo_kernels.pass_at_k_advantage(rollouts.rewards, config.pass_k)
+    elif name == "max_rl" and (rollouts.rewards < 0).any():
+        raise UserError(
+            f"--advantage max_rl needs rewards of at least 0; got {rollouts.rewards.min():g}"
+        )
+    else:
+        outcome = grpo_kernels.ADVANTAGES[name](rollouts.rewards)
+    if step_reward is None:
+        return outcome.flatten()
+    return outcome.flatten()[:, None] + process_advantages(rollouts, step_reward, decode)
+
+
+def process_advantages(
+    rollouts: Rollouts, step_reward: StepReward, decode: Callable[[list[int]], str]
+) -> Tensor:
+    """Return the advantages [B·G, T] of the tokens, from rewards of their steps."""
+    completions = rollouts.samples.completions
+    steps = []
+    for row, row_steps in enumerate(call_step_reward(rollouts, step_reward)):
+        # A step ends in the first token whose text, with that before it, reaches its character.
+        ids = completions.tokens[row][completions.mask[row]].tolist()
+        lengths = [len(decode(ids[: n + 1])) for n in range(len(ids))]
+        steps.append(
+            [(next(n for n, x in enumerate(lengths) if x >= end), r) for end, r in row_steps]
+        )
+
+    # Pad to the most steps of a completion; -1 marks a step that does not exist.
+    S = max(map(len, steps))
+    shape = (*rollouts.rewards.shape, S)
+    rewards = [[reward for _, reward in row] + [0.0] * (S - len(row)) for row in steps]
+    ends = [[end for end, _ in row] + [-1] * (S - len(row)) for row in steps]
+    step_rewards, step_ends = torch.tensor(rewards), torch.tensor(ends).long()
+    mask = completions.mask.cpu()
+    advantages = grpo_kernels.process_advantage(
+        step_rewards.reshape(shape), step_ends.reshape(shape), mask.shape[1]
+    )
+    return torch.where(mask, advantages.flatten(0, 1), 0.0)
+
+
+def call_step_reward(rollouts: Rollouts, step_reward: StepReward) -> Steps:
+    """Call --step-reward and check its result; the ends of steps are in characters.
+
+    Raises:
+        UserError: the function failed, or returned steps that end outside of a completion.
+    """
+    G, texts = rollouts.rewards.shape[1], rollouts.samples.texts
+    questions = [question for question in rollouts.questions for _ in range(G)]
+    inputs = ([q.text for q in questions], texts, [q.answer for q in questions])
+    try:
+        steps = [[(int(end), float(reward)) for end, reward in row] for row in step_reward(*inputs)]
+    except Exception as error:
+        raise UserError(
+            f"--step-reward raised {type(error).__name__}, or gave no lists of (end, reward): "
+            f"{error}"
+        ) from error
+    if len(steps) != len(texts):
+        raise UserError(
+            f"--step-reward gave {len(steps)} lists of steps for {len(texts)} completions"
+        )
+    for text, row in zip(texts, steps, strict=True):
+        for end, reward in row:
+            if not (0 < end <= len(text) and abs(reward) <= LARGEST):
+                raise UserError(
+                    f"--step-reward gave the step {(end, reward)} for {text!r}: it must end "
+                    f"in 1 to {len(text)} and have a finite reward"
+                )
+    return steps
