@@ -1,4 +1,4 @@
-"""Where the tests run: Triton's interpreter stands in for a GPU, and both backends are visited."""
+"""Shared fixtures. Without a GPU the kernels run in Triton's interpreter."""
 
 import os
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the package, and with it Triton, is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 
 from grpo_kernels import backends
 
@@ -16,28 +16,34 @@ if backends.INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # Each call of a device function makes the language interpreted anew, which takes half the time
-    # of a small launch. Here a launch does so once, for its device functions too.
-    patch_language, everywhere = interpreter._patch_lang, SimpleNamespace()
-    everywhere.__globals__ = {"tl": tl, "core": tl.core}
-    interpreter._patch_lang = lambda fn: patch_language(everywhere)
+    # The interpreter patches triton.language again in every call of a device function, which takes
+    # half the time of a small launch. Patch it once per launch instead.
+    patch_language, patched_modules = interpreter._patch_lang, SimpleNamespace()
+    patched_modules.__globals__ = {"tl": tl, "core": tl.core}
+    interpreter._patch_lang = lambda fn: patch_language(patched_modules)
     interpreter.InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
 
-IN_PARALLEL = "PYTEST_XDIST_WORKER_COUNT" in os.environ  # pytest -n: processors are shared
+IN_PARALLEL = "PYTEST_XDIST_WORKER_COUNT" in os.environ  # pytest -n
 if IN_PARALLEL:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
-# No deadline: the first interpreted call takes seconds. Derandomised: a run repeats bit by bit.
+# No deadline: the first interpreted call takes seconds. Derandomised: runs are reproducible.
 settings.register_profile(
     "grpo_kernels",
     deadline=None,
     derandomize=True,
     max_examples=15,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining costs minutes interpreted
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the backend outlives an example
+    phases=[
+        Phase.explicit,
+        Phase.generate,
+        Phase.shrink,
+    ],  # explain takes minutes in the interpreter
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture
+    ],  # the backend fixture spans examples
 )
-# Other cases in every run, and many: for tests/test_fuzz.py, which says how.
+# Many examples, new ones in every run: for tests/test_fuzz.py.
 settings.register_profile(
     "long", settings.get_profile("grpo_kernels"), derandomize=False, max_examples=1000
 )
@@ -49,7 +55,7 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skipped["gpu"] = "needs a CUDA device"
     if IN_PARALLEL:
-        skipped["clock"] = "compares times, which processes that run in parallel disturb"
+        skipped["clock"] = "compares times, which parallel test processes disturb"
     for item in items:
         for mark, reason in skipped.items():
             if mark in item.keywords:
@@ -82,7 +88,7 @@ def pytorch_backend():
 
 @pytest.fixture(autouse=True)
 def restore_backend():
-    """A test that calls `use` does not choose for the next one."""
+    """Undo a test's call of `use`."""
     with backends.use(None):
         yield
 
@@ -99,7 +105,7 @@ def scratch():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
-    """The directory of a model that was trained a little: a run from it needs no warm start."""
+    """Directory of a briefly trained model, so that a run from it needs no warm start."""
     from reference.training import warm_start as supervised
     from tests.helpers.training_runs import tiny
 

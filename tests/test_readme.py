@@ -1,4 +1,4 @@
-"""The README tells the truth: its snippets run and print what it says."""
+"""README.md: its snippets print what it shows, its commands parse, its tables are complete."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def snippets() -> list[tuple[str, str]]:
-    """(code, output) of each python block that a text block follows."""
+    """Return (code, output) of every python block that is followed by a text block."""
     return re.findall(r"```python\n(.*?)```\s+```text\n(.*?)```", README.read_text(), re.S)
 
 
@@ -25,7 +25,7 @@ def test_every_python_block_has_an_output_block():
     assert len(snippets()) == README.read_text().count("```python") > 0
 
 
-@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)  # as on a reader's machine
+@pytest.mark.parametrize("backend", ["pytorch"], indirect=True)  # as on a machine without a GPU
 def test_snippets_print_their_output_block(backend):
     namespace = {}
     for code, output in snippets():
@@ -37,7 +37,7 @@ def test_snippets_print_their_output_block(backend):
 
 @pytest.mark.parametrize("extra", ["train", "test"])
 def test_install_commands(extra):
-    (line,) = [each for each in README.read_text().split("\n") if f"[{extra}]" in each]
+    (line,) = [line for line in README.read_text().split("\n") if f"[{extra}]" in line]
     assert line.startswith("pip install -c constraints.txt -e ")
 
 
