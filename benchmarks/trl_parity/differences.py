@@ -1,4 +1,4 @@
-"""Where our losses and TRL's are meant to differ, with the reasons; `trl_options` has the names."""
+"""The intended differences between TRL's losses and ours, with their reasons."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,20 +9,20 @@ from grpo_kernels.integrations.trl_loss import WINDOW
 
 
 class Difference(NamedTuple):
-    """Where TRL and we are meant to differ, in what, and why."""
+    """A condition under which some parts of TRL's result and of ours differ on purpose."""
 
     where: str
     reason: str
     parts: frozenset[str]  # "loss", "gradient", "metrics" (all of them), or a metric's name
     applies: Callable[[Options], bool]
-    example: dict[str, Any]  # options that show it; the others are plain
+    example: dict[str, Any]  # options that show it, beside the plain ones
 
 
-_VALUES = frozenset({"loss", "gradient"})
-_CLIP_MEANS = frozenset(
+VALUES = frozenset({"loss", "gradient"})
+CLIP_MEANS = frozenset(
     (*(f"clip_ratio/{name}_mean" for name in ("low", "high", "region")), "cispo_clip_ratio")
 )
-_OF_SEQUENCES = frozenset(
+SEQUENCE_METRICS = frozenset(
     (
         *("clip_ratio/low_min", "vespo/phi_seq_mean"),
         *(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")),
@@ -30,21 +30,16 @@ _OF_SEQUENCES = frozenset(
 )
 
 
-def _weighs_sequences(options: Options) -> bool:
+def weighs_sequences(options: Options) -> bool:
     return (options["vllm_importance_sampling_mode"] or "").startswith("sequence")
 
 
-def _is_of_sequences(options: Options) -> bool:
-    level, loss_type = options["importance_sampling_level"], options["loss_type"]
-    return level == "sequence" or loss_type == "vespo" or _weighs_sequences(options)
-
-
-DIFFERS = (
+DIFFERENCES = (
     Difference(
         "use_bias_correction_kl at importance_sampling_level=sequence",
-        "`k3_corrected` takes each token's own ratio, which makes its gradient that of the reverse "
-        "KL; TRL takes the sequence's there",
-        _VALUES | {"kl", "policy_loss"},
+        "our `k3_corrected` weighs a token by its own ratio, which makes its gradient that of the "
+        "reverse KL; TRL weighs it by the ratio of the sequence",
+        VALUES | {"kl", "policy_loss"},
         lambda options: (
             options["importance_sampling_level"] == "sequence" and options["use_bias_correction_kl"]
         ),
@@ -53,28 +48,28 @@ DIFFERS = (
     Difference(
         "log-ratios beyond ±20",
         "ours saturate there, with gradient 0, so that no finite input overflows",
-        _VALUES | {"metrics"},
+        VALUES | {"metrics"},
         lambda options: options["batch"] == "far",
         {"batch": "far"},
     ),
     Difference(
         "a sampler's log-prob that is NaN",
-        "ours makes the loss NaN, so that it shows; TRL gives the token the weight 1",
-        _VALUES | {"metrics"},
+        "our loss becomes NaN, so that the error is seen; TRL gives the token the weight 1",
+        VALUES | {"metrics"},
         lambda options: options["batch"] == "not scored",
         {"batch": "not scored", "vllm_importance_sampling_mode": "token_truncate"},
     ),
     Difference(
         "GMPO with top_entropy_quantile",
         "our filter drops a token's policy term; TRL's drops it from the geometric mean",
-        _VALUES,
+        VALUES,
         lambda options: options["loss_type"] == GMPO and options["top_entropy_quantile"] != 1,
         {"loss_type": GMPO, "top_entropy_quantile": 0.2},
     ),
     Difference(
         "GMPO with the options that its trainer in TRL does not read",
-        "the entropy bonus, the filters and the sampler's weights are those of every surrogate",
-        _VALUES,
+        "our entropy bonus, filters and importance weights work with every surrogate",
+        VALUES,
         lambda options: (
             options["loss_type"] == GMPO
             and any(options[name] != PLAIN[name] for name in PLAIN.keys() - set(GMPO_READS))
@@ -83,16 +78,23 @@ DIFFERS = (
     ),
     Difference(
         "GMPO with a sequence that is masked throughout",
-        "it counts 0, as everywhere; TRL adds -A, of ratio 1, to the value but not to the gradient",
+        "it counts 0 in ours; TRL adds -A, of ratio 1, to the value but not to the gradient",
         frozenset({"loss"}),
         lambda options: options["loss_type"] == GMPO and options["batch"] == "one sequence masked",
         {"loss_type": GMPO, "batch": "one sequence masked"},
     ),
     Difference(
         "metrics of one value per sequence, with a sequence that is masked throughout",
-        "it is in none of our metrics; in TRL's over sequences it counts",
-        _CLIP_MEANS | _OF_SEQUENCES,
-        lambda options: options["batch"] == "one sequence masked" and _is_of_sequences(options),
+        "our metrics leave it out; TRL's metrics over sequences count it",
+        CLIP_MEANS | SEQUENCE_METRICS,
+        lambda options: (
+            options["batch"] == "one sequence masked"
+            and (
+                options["importance_sampling_level"] == "sequence"
+                or options["loss_type"] == "vespo"
+                or weighs_sequences(options)
+            )
+        ),
         {
             "importance_sampling_level": "sequence",
             "vllm_importance_sampling_mode": "sequence_truncate",
@@ -102,7 +104,7 @@ DIFFERS = (
     Difference(
         "clip metrics at importance_sampling_level=sequence, with an advantage per token",
         "ours stay means over sequences; TRL's become means over tokens",
-        _CLIP_MEANS,
+        CLIP_MEANS,
         lambda options: (
             options["importance_sampling_level"] == "sequence"
             and options["batch"] == "an advantage per token"
@@ -118,7 +120,7 @@ DIFFERS = (
     ),
     Difference(
         "policy_loss with beta",
-        "ours is the policy term alone; TRL's has the KL term in it",
+        "ours is the policy term alone; TRL's includes the KL term",
         frozenset({"policy_loss"}),
         lambda options: options["beta"] != 0,
         {"entropy_coef": 0.01, "beta": 0.04},
@@ -126,7 +128,7 @@ DIFFERS = (
     Difference(
         "policy_loss with gradient_accumulation_steps",
         "ours adds up over the accumulated batches, as the loss does; TRL's is not divided by "
-        "their number, but for the losses that divide by the tokens generated",
+        "their number, except in the losses that divide by the generated tokens",
         frozenset({"policy_loss"}),
         lambda options: (
             options["gradient_accumulation_steps"] > 1 and options["loss_type"] not in WINDOW
@@ -135,14 +137,21 @@ DIFFERS = (
     ),
     Difference(
         "sampling/importance_sampling_ratio/mean of sequence_truncate and sequence_mask",
-        "ours is over tokens; TRL's over sequences",
+        "ours is a mean over tokens; TRL's is one over sequences",
         frozenset({"sampling/importance_sampling_ratio/mean"}),
-        _weighs_sequences,
+        weighs_sequences,
         {"vllm_importance_sampling_mode": "sequence_truncate"},
     ),
 )
 
 
-def left_out(options: Options) -> frozenset[str]:
-    """The parts in which TRL and we are not compared under these options."""
-    return frozenset().union(*(each.parts for each in DIFFERS if each.applies(options)))
+def excluded_parts(options: Options) -> frozenset[str]:
+    """Return the parts of a result that are not compared under these options."""
+    return frozenset().union(
+        *(difference.parts for difference in DIFFERENCES if difference.applies(options))
+    )
+
+
+def is_excluded(part: str, parts: frozenset[str]) -> bool:
+    """Return whether a part of a result is among those of a Difference."""
+    return part in parts or ("metrics" in parts and part not in VALUES)

@@ -1,10 +1,10 @@
-"""TRL's own loss on tensors that we choose: what its trainer computes, without a trainer.
+"""TRL's own loss on given tensors, without a trainer.
 
-`GRPOTrainer._compute_loss` is called unbound, on a stand-in that has the settings of a GRPOConfig
-and one process, and that answers with given log-probabilities where the trainer would run a model.
-The weights and metrics of a sampler with log-probabilities of its own stand amid TRL's code for
-generation; those statements are found by their condition, and executed. So nothing of TRL is
-repeated here, and where it has moved, `TrlHasMoved` is raised.
+`GRPOTrainer._compute_loss` is called unbound. Its `self` is a stand-in with the settings of a
+GRPOConfig and one process, which returns given log-probs in place of a model's. The weights and
+metrics of importance sampling are computed inside TRL's method for generation: the statements are
+found by their condition and executed. No formula of TRL is repeated here, and `TrlChanged` is
+raised if TRL's internals are other ones.
 """
 
 import ast
@@ -24,31 +24,31 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-GMPO = "gmpo"  # the loss_type that stands for TRL's experimental GMPOTrainer
+GMPO = "gmpo"  # stands for TRL's experimental GMPOTrainer, which has no loss_type of that name
 SAMPLER_CONDITION = "self.use_vllm and self.vllm_importance_sampling_correction"
-SAMPLER_STATEMENTS = 3  # the weights, their metrics, and the weights into the loss's inputs
+SAMPLER_STATEMENTS = 3  # the weights, their metrics, and the weights as an input of the loss
 
 
-class TrlHasMoved(RuntimeError):
-    """TRL's internals are not those that this file reaches into."""
+class TrlChanged(RuntimeError):
+    """Raised if TRL's internals are not those that this file uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Completions as the loss sees them; fp64."""
+    """The per-token tensors of a loss; fp64."""
 
     logprob: Tensor  # [B, T]
     entropy: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool
     advantages: Tensor  # [B], or [B, T]
-    old_logprob: Tensor | None  # [B, T]; None: logprob's
+    old_logprob: Tensor | None  # [B, T]; None: equal to logprob
     ref_logprob: Tensor  # [B, T]
     sampling_logprob: Tensor  # [B, T]
-    generated_tokens: int  # of all the batches that were generated at once
+    generated_tokens: int  # of all batches that were generated at once
 
 
 class Result(NamedTuple):
-    """A loss, its gradients and its metrics by name."""
+    """A loss, its gradients and its metrics."""
 
     loss: float
     d_logprob: Tensor
@@ -57,68 +57,53 @@ class Result(NamedTuple):
 
 
 def trl_loss(settings: Mapping[str, Any], batch: Batch) -> Result:
-    """What TRL's trainer makes of the batch.
+    """Compute the loss by TRL's trainer.
 
     Args:
-        settings: of GRPOConfig, by name; the others have TRL's defaults. loss_type may be "gmpo".
-        batch: whose sampling_logprob counts with use_vllm, and ref_logprob with beta.
+        settings: fields of GRPOConfig; the others have TRL's defaults. loss_type may be "gmpo".
+        batch: sampling_logprob is read with use_vllm, and ref_logprob with beta.
 
     Raises:
-        TrlHasMoved: TRL is another one.
+        TrlChanged: the loss needs attributes or inputs that are unknown here.
     """
     logprob, entropy = (x.detach().requires_grad_() for x in (batch.logprob, batch.entropy))
-    with _told_where_trl_has_moved(), in_double():
-        trainer, config = _classes(settings)
-        stand_in = _stand_in(trainer, config, settings)
-        stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (logprob, entropy, None)
-        loss = trainer._compute_loss(stand_in, None, _inputs(stand_in, batch))
+    try:
+        with in_double():
+            trainer, stand_in = make_stand_in(settings)
+            stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (logprob, entropy, None)
+            loss = trainer._compute_loss(stand_in, None, loss_inputs(stand_in, batch))
+    except (ImportError, AttributeError, KeyError, NameError, TypeError) as error:
+        raise TrlChanged(
+            f"the loss of TRL {version('trl')} needs what its stand-in, made for TRL 1.16, does "
+            f"not have: {type(error).__name__}: {error}"
+        ) from error
     gradients = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
     metrics = {name: value for name, (value,) in stand_in._metrics["train"].items()}
     return Result(loss.item(), *gradients, metrics)
 
 
 @contextmanager
-def _told_where_trl_has_moved() -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, AttributeError, KeyError, NameError, TypeError) as error:
-        raise TrlHasMoved(
-            f"TRL {version('trl')}'s loss wants what its stand-in does not have (it was made for "
-            f"TRL 1.16): {type(error).__name__}: {error}"
-        ) from error
-
-
-@contextmanager
 def in_double() -> Iterator[None]:
-    """TRL makes its flags, quantiles and coefficients in fp32; here in fp64."""
+    """Compute TRL's flags, quantiles and coefficients in fp64 instead of fp32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _FloatIsDouble():
+        with FloatAsDouble():
             yield
     finally:
         torch.set_default_dtype(usual)
 
 
-class _FloatIsDouble(TorchFunctionMode):
+class FloatAsDouble(TorchFunctionMode):
+    """Turns x.float() into x.double()."""
+
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function is torch.Tensor.float:
             function = torch.Tensor.double
         return function(*arguments, **keywords or {})
 
 
-def _classes(settings: Mapping[str, Any]) -> tuple[type, type]:
-    """The trainer and its configuration."""
-    if settings.get("loss_type") == GMPO:
-        from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-
-        return GMPOTrainer, GMPOConfig
-    from trl import GRPOConfig, GRPOTrainer
-
-    return GRPOTrainer, GRPOConfig
-
-
-class _OneProcess:
+class OneProcess:
     """The part of Accelerate's Accelerator that the loss calls."""
 
     num_processes = 1
@@ -134,35 +119,42 @@ class _OneProcess:
         return x
 
 
-def _stand_in(trainer: type, config: type, settings: Mapping[str, Any]) -> SimpleNamespace:
-    """A trainer's `self`: its settings, under the names that its __init__ gives them."""
-    defaults = {each.name: each.default for each in fields(config) if each.default is not MISSING}
+def make_stand_in(settings: Mapping[str, Any]) -> tuple[Any, SimpleNamespace]:
+    """Return the trainer class and its `self`: the settings under the names of its __init__."""
+    if settings.get("loss_type") == GMPO:
+        from trl.experimental.gmpo import GMPOConfig as Config
+        from trl.experimental.gmpo import GMPOTrainer as Trainer
+    else:
+        from trl import GRPOConfig as Config
+        from trl import GRPOTrainer as Trainer
+
+    defaults = {item.name: item.default for item in fields(Config) if item.default is not MISSING}
     if unknown := settings.keys() - defaults.keys():
-        raise AttributeError(f"{config.__name__} has no settings {sorted(unknown)}")
+        raise AttributeError(f"{Config.__name__} has no settings {sorted(unknown)}")
     arguments = {**defaults, **settings}
     steps = arguments["gradient_accumulation_steps"]
     arguments["steps_per_generation"] = arguments["steps_per_generation"] or steps
-    upper, lower = arguments["epsilon_high"], arguments["epsilon"]
-    of_trainer = {
+    lower, upper = arguments["epsilon"], arguments["epsilon_high"]
+    attributes = {
         "args": SimpleNamespace(**arguments),
         "model": SimpleNamespace(training=True),
-        "accelerator": _OneProcess(),
+        "accelerator": OneProcess(),
         "epsilon_low": lower,
         "epsilon_high": lower if upper is None else upper,
         "current_gradient_accumulation_steps": steps,
         "aux_loss_enabled": False,
         "_entropy_bonus_enabled": arguments["entropy_coef"] != 0,
         "_metrics": {"train": defaultdict(list)},
-        "get_off_policy_mask": trainer.get_off_policy_mask,
-        "get_gamma_weights": trainer.get_gamma_weights,
+        "get_off_policy_mask": Trainer.get_off_policy_mask,
+        "get_gamma_weights": Trainer.get_gamma_weights,
     }
-    stand_in = SimpleNamespace(**{**arguments, **of_trainer})
-    stand_in.get_high_entropy_mask = partial(trainer.get_high_entropy_mask, stand_in)
-    return stand_in
+    stand_in = SimpleNamespace(**{**arguments, **attributes})
+    stand_in.get_high_entropy_mask = partial(Trainer.get_high_entropy_mask, stand_in)
+    return Trainer, stand_in
 
 
-def _inputs(stand_in: SimpleNamespace, batch: Batch) -> dict[str, Tensor]:
-    """The loss's inputs. Prompts and token ids are for the model, which is not run."""
+def loss_inputs(stand_in: SimpleNamespace, batch: Batch) -> dict[str, Tensor]:
+    """Return the inputs of `_compute_loss`; prompts and token ids are for the model alone."""
     mask = batch.mask.long()
     inputs = {
         "prompt_ids": mask[:, :0],
@@ -183,7 +175,9 @@ def _inputs(stand_in: SimpleNamespace, batch: Batch) -> dict[str, Tensor]:
 
 
 def add_sampler(trainer: Any, inputs: dict[str, Tensor]) -> None:
-    """What TRL's generation makes of the sampler's log-probs: their weights, and metrics."""
+    """Add the importance weights and their metrics, by the statements of TRL's generation."""
+    from trl import GRPOTrainer
+
     mask = inputs["completion_mask"]
     names = {
         "self": trainer,
@@ -195,27 +189,21 @@ def add_sampler(trainer: Any, inputs: dict[str, Tensor]) -> None:
         "tool_mask": inputs.get("tool_mask"),
         "output": inputs,
     }
-    exec(_sampler_statements(), vars(_generation_module()), names)
+    exec(sampler_statements(), vars(sys.modules[GRPOTrainer.__module__]), names)
 
 
 @cache
-def _sampler_statements() -> CodeType:
-    """Those of TRL's generation that are about the sampler's log-probabilities."""
+def sampler_statements() -> CodeType:
+    """Compile the statements of TRL's generation that read the sampler's log-probs."""
     from trl import GRPOTrainer
 
     source = textwrap.dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions))
-    found = [
+    statements = [
         node
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.If) and ast.unparse(node.test) == SAMPLER_CONDITION
     ]
-    if len(found) != SAMPLER_STATEMENTS:
+    if len(statements) != SAMPLER_STATEMENTS:
         raise NameError(f"{SAMPLER_STATEMENTS} statements under {SAMPLER_CONDITION!r}")
-    body = sorted(found, key=lambda node: node.lineno)
+    body: list[ast.stmt] = sorted(statements, key=lambda node: node.lineno)
     return compile(ast.Module(body, type_ignores=[]), "TRL's generation", "exec")
-
-
-def _generation_module():
-    from trl import GRPOTrainer
-
-    return sys.modules[GRPOTrainer.__module__]
