@@ -98,3 +98,54 @@ def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
     readable = mask.dtype != torch.bool and values_are_readable(mask)
     if readable and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask must be bool or hold only 0 and 1")
+
+
+def expect_tokens(tokens: object, rows: Tensor, name: str = "logits") -> None:
+    """Integer ids, one for each row of the logits or hidden states of that name."""
+    expect_tensor("tokens", tokens)
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
+    if tokens.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"tokens must have shape {tuple(rows.shape[:-1])}, that of {name} without the "
+            f"last dimension, got {shape_of(tokens)}"
+        )
+    expect_tensor("tokens", tokens, device_of=rows)
+
+
+def expect_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
+    """Ids in [0, V) where they are not masked."""
+    if not values_are_readable(tokens):
+        return
+    outside = (tokens < 0) | (tokens >= V)
+    if mask is not None:
+        outside &= mask != 0
+    if outside.any():
+        raise ValueError(
+            f"tokens must lie in [0, {V}) where they are not masked, got {tokens[outside][0]}"
+        )
+
+
+def expect_temperature(temperature: object, tokens: Tensor, mask: Tensor | None) -> None:
+    """A number above 0, or a tensor of such numbers that broadcasts to the tokens."""
+    if not isinstance(temperature, Tensor):
+        if not torch.compiler.is_compiling():  # there it may be a symbol, which has no value yet
+            expect_number("temperature", temperature, above=0)
+        return
+    expect_tensor("temperature", temperature, floating=True, device_of=tokens)
+    try:
+        fits = torch.broadcast_shapes(temperature.shape, tokens.shape) == tokens.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"temperature must broadcast to shape {tuple(tokens.shape)}, "
+            f"got {shape_of(temperature)}"
+        )
+    if not values_are_readable(temperature):
+        return
+    positive = temperature > 0
+    if mask is not None:
+        positive = positive | (mask == 0)
+    if not positive.all():
+        raise ValueError("temperature must be greater than 0 for every unmasked token")

@@ -1,7 +1,7 @@
-"""Memory that is made once by its name and used again for every chunk or block of rows.
+"""Memory that is allocated once by its name and used again for every chunk or block of rows.
 
 New memory costs a CPU a page fault every 4 KiB, about as much as a pass over it, and a GPU's
-allocator a search; and what a loop holds beside its results is then seen in one place.
+allocator a search. Named memory also shows in one place what a loop holds beside its results.
 """
 
 import threading
@@ -11,34 +11,41 @@ import torch
 from torch import Tensor
 
 
-class Buffers:
-    """Uninitialised tensors by name; one that is asked for again must be no longer in use."""
+class Workspace:
+    """Uninitialised tensors by name. Asking for a name again reuses its memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._named: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-        """[*shape], contiguous; new memory only where it is larger than ever before."""
-        kept, count = self._named.get((name, dtype)), prod(shape)
-        if kept is None or kept.numel() < count:
+        """Return a contiguous tensor [*shape]; allocate only where it is larger than before."""
+        tensor, count = self._tensors.get((name, dtype)), prod(shape)
+        if tensor is None or tensor.numel() < count:
             with torch.inference_mode(False):  # made inside, it could not be written to outside
-                kept = torch.empty(count, dtype=dtype, device=self._device)
-            self._named[name, dtype] = kept
-        return kept[:count].view(shape)
+                tensor = torch.empty(count, dtype=dtype, device=self._device)
+            self._tensors[name, dtype] = tensor
+        return tensor[:count].view(shape)
+
+    def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x in another dtype: x itself where it has it, else a copy in this workspace."""
+        return x if x.dtype == dtype else self(name, *x.shape, dtype=dtype).copy_(x)
 
 
-_OF_THREAD = threading.local()
+_thread = threading.local()
 
 
-def thread_buffers(device: torch.device) -> Buffers:
-    """Those that this thread keeps from call to call, for blocks of a few MiB.
+def thread_workspace(device: torch.device) -> Workspace:
+    """Return the workspace that this thread keeps from call to call, for blocks of a few MiB.
 
-    6 MiB made anew for each call are 1,500 page faults: a loss and gradient of 64 x 49,152 took
-    51 ms against 33, alternating on a busy machine. On other devices the allocator is fast, and
-    knows which stream still reads what.
+    6 MiB allocated anew for each call are 1,500 page faults: a loss and gradient of 64 x 49,152
+    took 51 ms against 33, alternating on a busy machine. On other devices the allocator is fast,
+    and knows which stream still reads what: there each call gets a new workspace.
     """
     if device.type != "cpu":
-        return Buffers(device)
-    kept = _OF_THREAD.__dict__.setdefault("by_device", {})
-    return kept.setdefault(device, Buffers(device))
+        return Workspace(device)
+    workspaces = _thread.__dict__.setdefault("workspaces", {})
+    return workspaces.setdefault(device, Workspace(device))
+
+
+Buffers, thread_buffers = Workspace, thread_workspace

@@ -16,6 +16,7 @@ B = 1. Rows may be strided; their entries are contiguous.
 Masked rows are not read. Their statistics and gradients are exactly 0.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,13 @@ class RowStats(NamedTuple):
     the sum of exp((logits - m) / temperature).
     """
 
-    logprob: Tensor  # [B, T], in the accumulation dtype, like all of them
+    logprob: Tensor | None  # [B, T], in the accumulation dtype, like all; None in backward
     entropy: Tensor | None  # [B, T]
     kl: Tensor | None  # [B, T]
     row_lse: Tensor  # [B, T, 2]
     ref_row_lse: Tensor | None  # [B, T, 2], of the reference policy's row
 
-    def map(self, function) -> "RowStats":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RowStats":
         """Apply a function to every tensor that is there."""
         return RowStats(*(x if x is None else function(x) for x in self))
 
@@ -65,3 +66,14 @@ class ApproximateKL(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 tensors, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scalar_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a 0-dim tensor of a number, or of a tensor of one element.
+
+    A number enters by a product: torch.compile keeps it symbolic, so that a new value compiles
+    nothing, and nothing is copied to the device.
+    """
+    if isinstance(number, Tensor):
+        return number.detach().to(dtype).reshape(())
+    return torch.ones((), dtype=dtype, device=device) * number

@@ -1,270 +1,207 @@
-"""Row statistics and their gradient straight from hidden states, a chunk of tokens at a time.
+"""The LM head in chunks of tokens: logits, statistics, gradients.
 
-    logits of the chunk = hidden @ weight.T      head.py, unrounded
-    statistics, gradient of the logits           rows.py, the functions of the logits level
-    d_hidden, d_weight                           head.py, accumulated in fp32
+    for chunk in head.chunks(token_idx):                    logits, unrounded: matmul.py
+        stats, d_logits = chunk.loss_and_grad(...)          row functions of a backend
+        grad.add(chunk, d_logits)                           d_hidden, d_weight, summed in fp32
 
-The logits of one chunk are all that ever exists. Tokens come in as `order`, an index of those that
-count, so that the others are in no product.
+One chunk of logits exists at a time: the next chunk overwrites the workspace. `token_idx` lists the
+tokens that count, so that the others are in no product.
 """
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, backend_for
+from ..backends import RowInputs, RowStats, backend_for
+from ..objective.config import LossConfig
 from ..objective.token_gradients import LossInputs, TokenGrads, token_gradients
-from ..workspace import Buffers
+from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
-from .matmul import add_weight_gradient, gradient_dtype, write_hidden_gradient, write_logits
-from .vocab_parallel import merge_over, smallest, total
-
-if TYPE_CHECKING:
-    from ..objective.config import LossConfig
+from .inputs import LMHeadInputs
+from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
+from .vocab_parallel import all_reduce_min, all_reduce_sum, merge_over_ranks
 
 
-class LMHeadInputs(NamedTuple):
-    """Hidden states, the head that reads them, and what is asked of each token."""
+class Chunk(NamedTuple):
+    """Tokens whose logits are in the workspace, until the next chunk."""
 
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H], with a vocab_group this rank's rows
-    bias: Tensor | None  # [V]
-    tokens: Tensor  # [N], int64; with a vocab_group `local_ids`
-    temperature: Tensor  # [N], in the accumulation dtype
-    ref_hidden: Tensor | None  # [N, H of the reference]; None without kl
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    softcap: float | None
-    entropy: bool
-    kl: str | None
-    dtype: torch.dtype  # of the operands of the matrix products
-    vocab_group: str | None  # the name of the group whose ranks have the vocabulary in shards
+    inputs: LMHeadInputs
+    token_idx: Tensor  # [n], int64
+    hidden: Tensor  # [m, H]: operands of the products; m = n, or the fixed size of a padded chunk
+    rows: RowInputs  # [1, n, V]
+    d_logits: Tensor | None  # [m, V], 0 past n; may be the memory of the logits
 
-    @property
-    def gradient_dtype(self) -> torch.dtype:
-        """Of the gradient's operands: gradients of a mean over many tokens underflow in fp16."""
-        return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
-
-    @property
-    def ref_dtype(self) -> torch.dtype:
-        """Of the operands of the reference's products: none of its digits is lost."""
-        under_autocast = self.hidden.dtype != self.dtype
-        if under_autocast or self.ref_hidden.dtype == self.dtype:
-            return self.dtype
-        return self.temperature.dtype
-
-
-class RowStats(NamedTuple):
-    """Results of the rows, [N] each, the row_lses [N, 2]; None where not asked for."""
-
-    logprob: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    row_lse: Tensor
-    ref_row_lse: Tensor | None
-
-    @classmethod
-    def zeros(cls, inputs: LMHeadInputs) -> "RowStats":
-        new, N = inputs.temperature.new_zeros, len(inputs.tokens)
-        return cls(
-            new(N),
-            new(N) if inputs.entropy else None,
-            new(N) if inputs.kl else None,
-            new(N, 2),
-            new(N, 2) if inputs.kl else None,
+    def stats(self) -> RowStats:
+        """Compute the statistics of the tokens, [n] each."""
+        stats = backend_for(self.rows.logits).token_stats_forward(
+            self.rows, entropy=self.inputs.entropy
         )
+        stats = stats.map(lambda x: x.squeeze(0))
+        if self.inputs.vocab_group:
+            tokens, temperature = self.rows.tokens.squeeze(0), self.rows.temperature.squeeze(0)
+            group = self.inputs.vocab_group
+            stats = merge_over_ranks(group, stats, tokens, temperature, self.inputs.kl)
+        return stats
 
-    def write(self, at: Tensor, chunk: "RowStats") -> None:
-        for mine, theirs in zip(self, chunk, strict=True):
-            if mine is not None and theirs is not None:
-                mine.index_copy_(0, at, theirs)
+    def grad(self, stats: RowStats, grads: TokenGrads) -> Tensor:
+        """Compute d_logits [m, V] from the upstream gradients of the statistics, [n] each."""
+        backend_for(self.rows.logits).token_stats_backward(
+            self.rows,
+            stats.map(lambda x: x.unsqueeze(0)),
+            TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in grads)),
+            self._d_logits_rows(),
+        )
+        return self.d_logits
 
-    def at(self, index: Tensor) -> "RowStats":
-        return RowStats(*(each if each is None else each[index] for each in self))
+    def loss_and_grad(self, loss_inputs: LossInputs, config: LossConfig) -> tuple[RowStats, Tensor]:
+        """Compute the statistics and d_logits of a token-level loss.
+
+        One launch does both. A KL over the vocabulary, and a vocabulary in shards, take two.
+        """
+        if self.inputs.kl is not None or self.inputs.vocab_group:
+            stats = self.stats()
+            return stats, self.grad(stats, token_gradients(stats.logprob, loss_inputs, config))
+        logprob, entropy = backend_for(self.rows.logits).grpo_loss(
+            self.rows, loss_inputs.map(lambda x: x.unsqueeze(0)), config, self._d_logits_rows()
+        )
+        stats = RowStats(logprob.squeeze(0), entropy.squeeze(0), None, None, None)
+        return stats, self.d_logits
+
+    def _d_logits_rows(self) -> Tensor:
+        return self.d_logits[: len(self.token_idx)].unsqueeze(0)
 
 
 class ChunkedLMHead:
-    """Rows of logits that exist a chunk at a time, in one workspace.
+    """An LM head that makes the logits of one chunk of tokens at a time, in one workspace.
 
     Args:
-        count: the number of tokens that will be worked on; the planner divides it into chunks.
+        num_tokens: how many tokens will be worked on; the planner divides them into chunks.
         chunk_tokens: overrides the planner. Every product then has exactly this many rows, the
-            last chunk being filled up with zeros: the bits of a row may depend on the shape of the
-            product that it is in, and so never depend on the number of tokens.
-        gradient: whether `backward` will be called.
+            last chunk being padded with zeros: the bits of a row may depend on the shape of its
+            product, and so never depend on the number of tokens.
+        grad: whether gradients will be computed.
     """
 
     def __init__(
-        self, inputs: LMHeadInputs, count: int, chunk_tokens: int | None, *, gradient: bool
+        self, inputs: LMHeadInputs, num_tokens: int, chunk_tokens: int | None, *, grad: bool
     ) -> None:
         (V, H), device = inputs.weight.shape, inputs.weight.device
-        self.inputs = inputs._replace(weight=inputs.weight.to(inputs.dtype))
-        self.filled = chunk_tokens is not None
+        self.pad_last_chunk = chunk_tokens is not None
         self.size = chunk_tokens or plan_chunk(
-            count, V, H, inputs.dtype, memory_of(device), kl=bool(inputs.kl), gradient=gradient
-        )
+            num_tokens, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
+            gradient=grad,
+        )  # fmt: skip
+        if (
+            inputs.vocab_group and not self.pad_last_chunk
+        ):  # each chunk is a collective of all ranks
+            self.size = all_reduce_min(self.size, inputs.vocab_group, device)
+        inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
         if inputs.kl:
-            self.inputs = self.inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_dtype))
-        if inputs.vocab_group and not self.filled:  # each chunk is a collective of all ranks
-            self.size = smallest(self.size, inputs.vocab_group, device)
-        self.buffers = Buffers(device)
-        self.hidden: Tensor | None = None  # of the chunk whose logits were written last
-        # Without a chunk there is nothing to work on, and no workspace.
-        wide = inputs.temperature.new_empty((self.size if count else 0, V))
-        self._logits, self._ref_logits = wide, torch.empty_like(wide) if inputs.kl else None
+            inputs = inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_matmul_dtype))
+        self.inputs = inputs
+        self.workspace = Workspace(device)
+        # Without tokens there is no chunk, and no workspace.
+        logits = inputs.temperature.new_empty((self.size if num_tokens else 0, V))
+        self._logits, self._ref_logits = logits, torch.empty_like(logits) if inputs.kl else None
         self._d_logits = None
-        if gradient:
-            narrow = inputs.gradient_dtype
-            self._d_logits = wide if narrow == wide.dtype else torch.empty_like(wide, dtype=narrow)
+        if grad:
+            dtype = inputs.grad_matmul_dtype
+            same = dtype == logits.dtype
+            self._d_logits = logits if same else torch.empty_like(logits, dtype=dtype)
 
-    def chunks(self, order: Tensor) -> Iterator[Tensor]:
-        """The index tensor, [n] at a time; none if it is empty."""
-        return iter(order.split(self.size)) if len(order) else iter(())
-
-    def gather(self, name: str, states: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
-        """The states [N, H] of a chunk as operands, filled up where chunks have a fixed size."""
-        shape = (self.size if self.filled else len(at), states.shape[1])
-        rows = self.buffers(name, *shape, dtype=states.dtype)
-        torch.index_select(states, 0, at, out=rows[: len(at)])
-        rows[len(at) :].zero_()
-        return self.cast(name, rows, dtype)
-
-    def cast(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gathered rows in another dtype."""
-        if rows.dtype == dtype:
-            return rows
-        return self.buffers(name, *rows.shape, dtype=dtype).copy_(rows)
-
-    def write_logits(self, at: Tensor) -> None:
-        """Fill the workspace with the logits of a chunk."""
-        of, buffers = self.inputs, self.buffers
-        self.hidden = hidden = self.gather("states", of.hidden, at, of.dtype)
-        write_logits(self._logits[: len(hidden)], hidden, of.weight, of.bias, buffers)
-        if of.kl:
-            hidden = self.gather("reference's states", of.ref_hidden, at, of.ref_dtype)
-            logits = self._ref_logits[: len(hidden)]
-            write_logits(logits, hidden, of.ref_weight, of.ref_bias, buffers)
-
-    def forward(self, at: Tensor) -> RowStats:
-        """The statistics [n] of the chunk whose logits were written last."""
-        rows, of = self._rows(at), self.inputs
-        outputs = backend_for(rows.logits).token_stats_forward(rows, entropy=of.entropy)
-        outputs = outputs.map(lambda x: x.squeeze(0))
-        if of.vocab_group:
-            token = rows.tokens.squeeze(0), rows.temperature.squeeze(0)
-            outputs = merge_over(of.vocab_group, outputs, *token, of.kl)
-        return RowStats(*outputs)
-
-    def backward(self, at: Tensor, stats: RowStats, upstream: TokenGrads) -> Tensor:
-        """The gradient [rows of the product, V] of the chunk's logits, which it may overwrite."""
-        rows, d_logits = self._rows(at), self._gradient_rows(at)
-        grads = TokenGrads(
-            *(each if each is None else each.contiguous().unsqueeze(0) for each in upstream)
-        )
-        stats = RowStats(*(each if each is None else each.unsqueeze(0) for each in stats))
-        backend_for(rows.logits).token_stats_backward(
-            rows, stats, grads, d_logits[: len(at)].unsqueeze(0)
-        )
-        return d_logits
-
-    def loss_gradient(
-        self, at: Tensor, loss_inputs: LossInputs, config: "LossConfig"
-    ) -> tuple[RowStats, Tensor]:
-        """The statistics of a chunk, and what `backward` makes of a token-level loss of them.
-
-        In one launch but for a KL over the vocabulary, and for a vocabulary in shards.
-        """
-        if self.inputs.kl is not None or self.inputs.vocab_group:
-            stats = self.forward(at)
-            return stats, self.backward(
-                at, stats, token_gradients(stats.logprob, loss_inputs, config)
+    def chunks(self, token_idx: Tensor) -> Iterator[Chunk]:
+        """Make the logits of the tokens, chunk by chunk; none for no tokens."""
+        if len(token_idx) == 0:
+            return
+        inputs, workspace = self.inputs, self.workspace
+        for chunk_idx in token_idx.split(self.size):
+            n = len(chunk_idx)
+            m = self.size if self.pad_last_chunk else n
+            hidden = self._gather("hidden", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
+            write_logits(self._logits[:m], hidden, inputs.weight, inputs.bias, workspace)
+            ref_logits = None
+            if inputs.kl:
+                dtype = inputs.ref_matmul_dtype
+                ref_hidden = self._gather("ref_hidden", inputs.ref_hidden, chunk_idx, m, dtype)
+                write_logits(
+                    self._ref_logits[:m], ref_hidden, inputs.ref_weight, inputs.ref_bias, workspace
+                )
+                ref_logits = self._ref_logits[:n].unsqueeze(0)
+            rows = RowInputs(
+                self._logits[:n].unsqueeze(0),
+                inputs.tokens[chunk_idx].unsqueeze(0),
+                inputs.temperature[chunk_idx].unsqueeze(0),
+                None,
+                ref_logits,
+                inputs.softcap,
+                inputs.kl,
             )
-        rows = self._rows(at)
-        loss_inputs = LossInputs(
-            *(x if x is None or x.dim() == 0 else x.unsqueeze(0) for x in loss_inputs)
-        )
-        d_logits = self._gradient_rows(at)
-        logprob, entropy = backend_for(rows.logits).grpo_loss(
-            rows, loss_inputs, config, d_logits[: len(at)].unsqueeze(0)
-        )
-        return RowStats(logprob.squeeze(0), entropy.squeeze(0), None, None, None), d_logits
+            d_logits = None
+            if self._d_logits is not None:
+                d_logits = self._d_logits[:m]
+                d_logits[n:].zero_()
+            yield Chunk(inputs, chunk_idx, hidden, rows, d_logits)
 
-    def _gradient_rows(self, at: Tensor) -> Tensor:
-        """Where a chunk's gradient goes: [rows of the product, V], 0 past the chunk."""
-        d_logits = self._d_logits[: self.size if self.filled else len(at)]
-        d_logits[len(at) :].zero_()
-        return d_logits
-
-    def _rows(self, at: Tensor) -> RowInputs:
-        """A chunk as one sequence."""
-        ref_logits = None if self._ref_logits is None else self._ref_logits[: len(at)].unsqueeze(0)
-        return RowInputs(
-            self._logits[: len(at)].unsqueeze(0),
-            self.inputs.tokens[at].unsqueeze(0),
-            self.inputs.temperature[at].unsqueeze(0),
-            None,
-            ref_logits,
-            self.inputs.softcap,
-            self.inputs.kl,
-        )
+    def _gather(
+        self, name: str, states: Tensor, token_idx: Tensor, m: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Copy the states [N, H] of a chunk to operands [m, H] of a product, padded with zeros."""
+        operands = self.workspace(name, m, states.shape[1], dtype=states.dtype)
+        torch.index_select(states, 0, token_idx, out=operands[: len(token_idx)])
+        operands[len(token_idx) :].zero_()
+        return self.workspace.cast(name, operands, dtype)
 
 
 class LMHeadGrad:
-    """Accumulates the gradients of hidden, weight and bias over chunks of `count` tokens.
+    """Accumulates the gradients of hidden, weight and bias over the chunks of `num_tokens` tokens.
 
     wanted: which of the three; the others are None.
     """
 
-    def __init__(self, rows: ChunkedLMHead, count: int, wanted: list[bool]) -> None:
+    def __init__(self, head: ChunkedLMHead, num_tokens: int, wanted: list[bool]) -> None:
+        self._inputs, self._workspace = inputs, _ = head.inputs, head.workspace
+        self._dtype, self._first = inputs.grad_dtype, True
         hidden, weight, bias = wanted
-        self._rows, inputs = rows, rows.inputs
-        (V, H), new = inputs.weight.shape, inputs.temperature.new_empty
-        self._done = grad_dtype(inputs)
-        self._weight = inputs.weight.to(inputs.gradient_dtype) if hidden else None
-        self.hidden = new(inputs.hidden.shape, dtype=self._done).zero_() if hidden else None
-        # A single chunk's product is what will be returned; several are added up in fp32.
-        single = count <= rows.size
-        self.weight = new((V, H), dtype=self._done if single else None) if weight else None
-        self.bias = new(V).zero_() if bias else None
-        self._first = True
+        new = inputs.temperature.new_empty
+        # Operand of the product that gives d_hidden.
+        self._weight = inputs.weight.to(inputs.grad_matmul_dtype) if hidden else None
+        self.d_hidden = new(inputs.hidden.shape, dtype=self._dtype).zero_() if hidden else None
+        # A single chunk's product is the result; several are summed in fp32.
+        single = num_tokens <= head.size
+        dtype = self._dtype if single else None
+        self.d_weight = new(inputs.weight.shape, dtype=dtype) if weight else None
+        self.d_bias = new(inputs.weight.shape[0]).zero_() if bias else None
 
-    def add(self, at: Tensor, d_logits: Tensor) -> None:
-        """Add what the tokens of the chunk whose logits were written last contribute."""
-        of, buffers = self._rows.inputs, self._rows.buffers
-        if self.hidden is not None:
+    def add(self, chunk: Chunk, d_logits: Tensor) -> None:
+        """Add a chunk's contribution."""
+        workspace = self._workspace
+        if self.d_hidden is not None:
             shape = (len(d_logits), self._weight.shape[1])
-            product = buffers("product", *shape, dtype=self._done)
-            write_hidden_gradient(product, d_logits, self._weight, buffers)
-            self.hidden.index_copy_(0, at, product[: len(at)])
-        if self.weight is not None:
-            hidden = self._rows.cast("states", self._rows.hidden, of.gradient_dtype)
-            add_weight_gradient(self.weight, d_logits, hidden, buffers, first=self._first)
-        if self.bias is not None:
-            self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
+            product = workspace("product", *shape, dtype=self._dtype)
+            write_hidden_gradient(product, d_logits, self._weight, workspace)
+            self.d_hidden.index_copy_(0, chunk.token_idx, product[: len(chunk.token_idx)])
+        if self.d_weight is not None:
+            hidden = workspace.cast("hidden", chunk.hidden, self._inputs.grad_matmul_dtype)
+            add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
+        if self.d_bias is not None:
+            self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
         self._first = False
 
-    def total(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight, d_bias), the first two in `grad_dtype`, d_bias accumulated.
+    def finish(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return (d_hidden, d_weight, d_bias), the first two in `LMHeadInputs.grad_dtype`.
 
-        d_hidden is summed over the ranks of the group in fp32, by one collective: unrounded on a
-        GPU, of products in its own dtype on a CPU.
+        d_hidden is summed over the ranks of the group in fp32, by one collective.
         """
-        hidden, weight = self.hidden, self.weight
-        if hidden is not None and vocab_group:
-            acc = self._rows.inputs.temperature.dtype
-            hidden = total(hidden.to(acc), vocab_group).to(self._done)
-        if weight is not None:
-            weight = (weight.zero_() if self._first else weight).to(self._done)
-        return hidden, weight, self.bias
-
-
-def grad_dtype(inputs: LMHeadInputs) -> torch.dtype:
-    """The dtype of d_hidden and d_weight before they are scaled and rounded to their leaves'."""
-    device = inputs.hidden.device.type
-    return gradient_dtype(inputs.gradient_dtype, inputs.temperature.dtype, device)
+        d_hidden, d_weight = self.d_hidden, self.d_weight
+        if d_hidden is not None and vocab_group:
+            dtype = self._inputs.temperature.dtype
+            d_hidden = all_reduce_sum(d_hidden.to(dtype), vocab_group).to(self._dtype)
+        if d_weight is not None:
+            d_weight = (d_weight.zero_() if self._first else d_weight).to(self._dtype)
+        return d_hidden, d_weight, self.d_bias
 
 
 def memory_of(device: torch.device) -> int:

@@ -1,19 +1,64 @@
-"""How arguments of the hidden level become those of its operators: checked, packed, unshard."""
+"""Arguments of the hidden level, checked, flattened and gathered once."""
 
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..ops.token_stats import scalar_temperature
-from .chunk_loop import LMHeadInputs
-from .token_order import TokenPacking, pack_tokens
-from .vocab_parallel import gather, local_ids, rank_in
+from ..backends.interface import accumulation_dtype, scalar_tensor
+from ..validation import (
+    expect_choice,
+    expect_mask,
+    expect_number,
+    expect_temperature,
+    expect_tensor,
+    expect_tokens,
+    shape_of,
+)
+from .vocab_parallel import local_tokens, unshard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+LAYOUT = "[B, T, H] or packed [N, H]"
+
+
+class LMHeadInputs(NamedTuple):
+    """Hidden states, the LM head that reads them, and what is asked of each token."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]; with a vocab_group this rank's rows
+    bias: Tensor | None  # [V]
+    tokens: Tensor  # [N], int64; with a vocab_group the ids of this rank's rows
+    temperature: Tensor  # [N], in the accumulation dtype
+    ref_hidden: Tensor | None  # [N, H of the reference policy]; None without kl
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    softcap: float | None
+    entropy: bool
+    kl: str | None
+    matmul_dtype: torch.dtype  # of the operands of the products
+    vocab_group: str | None  # name of the process group whose ranks hold shards of the vocabulary
+
+    @property
+    def grad_matmul_dtype(self) -> torch.dtype:
+        """Dtype of the operands of the gradient products: bf16 for fp16, where they underflow."""
+        return torch.bfloat16 if self.matmul_dtype == torch.float16 else self.matmul_dtype
+
+    @property
+    def ref_matmul_dtype(self) -> torch.dtype:
+        """Dtype of the operands of the reference policy's product: none of its digits is lost."""
+        under_autocast = self.hidden.dtype != self.matmul_dtype
+        if under_autocast or self.ref_hidden.dtype == self.matmul_dtype:
+            return self.matmul_dtype
+        return self.temperature.dtype
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Dtype of the finished d_hidden and d_weight: fp32 on GPU, operand dtype on CPU."""
+        on_gpu = self.hidden.device.type == "cuda"
+        return self.temperature.dtype if on_gpu else self.grad_matmul_dtype
 
 
 def prepare_inputs(
@@ -21,138 +66,139 @@ def prepare_inputs(
     weight: Tensor,
     tokens: Tensor,
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    entropy: bool,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    kl: str | None,
-    mask: Tensor | None,
-    vocab_group: "ProcessGroup | None",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: str | None = None,
+    mask: Tensor | None = None,
+    vocab_group: "ProcessGroup | None" = None,
 ) -> LMHeadInputs:
-    """The arguments checked, packed to [N, ...], unshard, and those that are not read left out."""
-    checks.check_hidden(hidden)
-    autocast = _autocast_dtype(hidden)
-    checks.check_head("", hidden, weight, bias, same_dtype=autocast is None)
-    checks.check_tokens(tokens, hidden, "hidden")
-    checks.expect_mask(mask, tokens.shape)
-    checks.check_temperature(temperature, tokens, mask)
+    """Check the arguments, flatten tokens to [N], gather DTensors, drop what is not read."""
+    expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=LAYOUT)
+    device = hidden.device
+    is_autocast = torch.is_autocast_enabled(device.type)
+    check_head("", hidden, weight, bias)
+    expect_tokens(tokens, hidden, "hidden")
+    expect_mask(mask, tokens.shape)
+    expect_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    checks.check_linear_kl(kl, reference)
+    _check_kl(kl, reference)
     if softcap is not None:
-        checks.expect_number("softcap", softcap, above=0)
+        expect_number("softcap", softcap, above=0)
     if vocab_group is not None:
-        heads = {"weight": weight, "bias": bias, **reference}
-        checks.check_vocab_group(vocab_group, heads)
+        _check_vocab_group(vocab_group, {"weight": weight, "bias": bias, **reference})
     weight, bias = unshard(weight), unshard(bias)
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
     else:
-        check_reference(hidden, weight, reference)
+        check_reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
         ref_hidden = ref_hidden.detach().flatten(0, -2)
-        ref_weight, ref_bias = (
-            None if each is None else unshard(each.detach()) for each in (ref_weight, ref_bias)
-        )
-    N, acc = tokens.numel(), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        ref_weight = unshard(ref_weight.detach())
+        ref_bias = None if ref_bias is None else unshard(ref_bias.detach())
+
+    dtype = accumulation_dtype(hidden.dtype)
     if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(acc)
+        temperature = temperature.detach().to(dtype)
     else:
-        temperature = scalar_temperature(temperature, acc, hidden.device)
-    tokens_of_rows, group_name = tokens.to(torch.int64).flatten(), None
+        temperature = scalar_tensor(temperature, dtype, device)
+    flat_tokens, group_name = tokens.to(torch.int64).flatten(), None
     if vocab_group is not None:
         group_name = vocab_group.group_name
-        keep = None if mask is None else mask.flatten() != 0
-        tokens_of_rows = _local_tokens(tokens_of_rows, keep, weight.shape[0], group_name)
+        flat_mask = None if mask is None else mask.flatten() != 0
+        flat_tokens = local_tokens(flat_tokens, flat_mask, weight.shape[0], group_name)
+    uses_autocast = is_autocast and hidden.dtype != torch.float64
     return LMHeadInputs(
         hidden.flatten(0, -2),
         weight,
         bias,
-        tokens_of_rows,
-        temperature.expand(tokens.shape).reshape(N),
+        flat_tokens,
+        temperature.expand(tokens.shape).reshape(tokens.numel()),
         ref_hidden,
         ref_weight,
         ref_bias,
         softcap,
         entropy,
         kl,
-        hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast,
+        torch.get_autocast_dtype(device.type) if uses_autocast else hidden.dtype,
         group_name,
     )
 
 
-def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check weight [V, H] and bias [V] of a head; `prefix` names the reference policy's.
 
-
-def check_reference(hidden: Tensor, weight: Tensor, reference: dict[str, Tensor | None]) -> None:
-    """ref_hidden, ref_weight and ref_bias: a whole head, of the tokens and vocabulary of the other.
-
-    Raises:
-        ValueError, TypeError: naming which of them, what was expected and what came.
+    Outside autocast both must have the dtype of the hidden states.
     """
-    checks.check_reference_head(hidden, weight, reference)
-    same_dtype = _autocast_dtype(hidden) is None
-    checks.check_head("ref_", *reference.values(), same_dtype=same_dtype)
+    expect_tensor(prefix + "weight", weight, floating=True)
+    H = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] < 1:
+        raise ValueError(
+            f"{prefix}weight must be [V, {H}], where {H} is the size of {prefix}hidden, "
+            f"got {shape_of(weight)}"
+        )
+    same_dtype = not torch.is_autocast_enabled(hidden.device.type)
+    for name, part in {"weight": weight, "bias": bias}.items():
+        if part is None:
+            continue
+        expect_tensor(prefix + name, part, floating=True, device_of=hidden)
+        if same_dtype and part.dtype != hidden.dtype:
+            raise TypeError(
+                f"{prefix}{name} must have the dtype of {prefix}hidden, {hidden.dtype}, "
+                f"got {part.dtype}"
+            )
+    if bias is not None:
+        expect_tensor(prefix + "bias", bias, shape=weight.shape[:1])
 
 
-@torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
-def _local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
-    """`local_ids` of tokens [N] in this rank's shard, of that many rows: one small collective."""
-    kept = tokens.new_tensor(len(tokens)) if mask is None else (mask != 0).sum()
-    mine = torch.stack([tokens.new_tensor(rows), kept])
-    sizes, counts = gather(mine, vocab_group).unbind(1)
-    checks.check_same_tokens(counts)
-    if tokens.device.type == "cpu":
-        checks.check_token_ids(tokens, mask, int(sizes.sum()))
-    return local_ids(tokens, sizes, rank_in(vocab_group))
+def check_reference_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """Check the reference policy's head: the same tokens and vocabulary, any hidden size."""
+    for name, part in {"ref_hidden": ref_hidden, "ref_weight": ref_weight}.items():
+        if part is None:
+            raise ValueError(f"ref_hidden and ref_weight belong together, got no {name}")
+    expect_tensor("ref_hidden", ref_hidden, floating=True, device_of=hidden)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.dim() != hidden.dim():
+        raise ValueError(
+            f"ref_hidden must have the tokens of hidden, {tuple(hidden.shape[:-1])}, "
+            f"got {shape_of(ref_hidden)}"
+        )
+    expect_tensor("ref_weight", ref_weight)
+    if ref_weight.dim() == 2 and ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight must have the vocabulary of weight, {weight.shape[0]}, "
+            f"got {shape_of(ref_weight)}"
+        )
+    check_head("ref_", ref_hidden, ref_weight, ref_bias)
 
 
-@_local_tokens.register_fake
-def _(tokens, mask, rows, vocab_group):
-    return torch.empty_like(tokens)
+def _check_kl(kl: str | None, reference: dict[str, Tensor | None]) -> None:
+    given = [name for name, part in reference.items() if part is not None]
+    if kl is not None:
+        expect_choice("kl", kl, ("forward", "reverse"))
+        if not given:
+            raise ValueError(f"kl={kl!r} needs ref_hidden and ref_weight, got None")
+    elif given:
+        raise ValueError(f"{given[0]} is read with kl='forward' or 'reverse' only, got kl=None")
 
 
-def resolve_token_order(
-    packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
-) -> TokenPacking:
-    """The packing given, or that of the mask; without a mask nothing is waited for."""
-    if packing is not None:
-        checks.check_packing(packing, mask, tokens)
-        return packing
-    if mask is not None:
-        return pack_tokens(mask)
-    N = tokens.numel()
-    return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
-
-
-def unshard(weight: Tensor | None) -> Tensor | None:
-    """The whole of a DTensor, on every rank; any other tensor as it is.
-
-    The gradient that comes back is the mean over ranks, in the shards of the weight: what FSDP
-    makes of ranks that see different data, and what ranks that see the same data have already.
-    """
-    # A DTensor exists only where its module has been imported, which costs seconds.
-    module = sys.modules.get("torch.distributed.tensor")
-    if weight is None or module is None or not isinstance(weight, module.DTensor):
-        return weight
-    return _Gather.apply(weight)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight):
-        ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
-        return weight.full_tensor()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        from torch.distributed.tensor import DTensor, Partial
-
-        mesh = ctx.mesh
-        total = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
-        # Shards first: what replicas of them (HSDP) then have to reduce is a shard, not the whole.
-        shards = [each if each.is_shard() else Partial() for each in ctx.placements]
-        return total.redistribute(mesh, shards).redistribute(mesh, ctx.placements)
+def _check_vocab_group(vocab_group: object, head: dict[str, Tensor | None]) -> None:
+    if not isinstance(vocab_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "vocab_group must be a torch.distributed.ProcessGroup that this rank is in, "
+            f"got {type(vocab_group).__name__}"
+        )
+    for name, part in head.items():
+        if hasattr(part, "to_local"):
+            raise TypeError(
+                f"{name} must be this rank's rows with vocab_group, as {name}.to_local() has them, "
+                "got a DTensor"
+            )

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..workspace import Buffers
+from ..workspace import Workspace
 
 TILE_BYTES = 32 << 20  # 4,096 entries of Llama's vocabulary; 3.4 s, against 4.7 at 1,024 and 4.1 at
 # 16,384, for the logits of 1,024 tokens on two cores
@@ -40,14 +40,14 @@ def _is_upcast(operand: Tensor) -> bool:
 
 
 def _upcast(
-    name: str, part: Tensor, buffers: Buffers, dtype: torch.dtype = torch.float32
+    name: str, part: Tensor, workspace: Workspace, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """In a buffer: fresh memory for each tile would take longer than the conversion."""
-    return buffers(name, *part.shape, dtype=dtype).copy_(part)
+    return workspace(name, *part.shape, dtype=dtype).copy_(part)
 
 
 def write_logits(
-    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, buffers: Buffers
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Workspace
 ) -> None:
     """logits [n, V] = hidden [n, H] @ weight [V, H].T + bias [V], in the dtype of logits."""
     if hidden.dtype == logits.dtype:
@@ -55,28 +55,23 @@ def write_logits(
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
     else:
-        wide = _upcast("hidden", hidden, buffers, logits.dtype)
+        wide = _upcast("hidden", hidden, workspace, logits.dtype)
         for tile in _tiles(*weight.shape):
-            part = _upcast("weight", weight[tile], buffers, logits.dtype)
+            part = _upcast("weight", weight[tile], workspace, logits.dtype)
             torch.mm(wide, part.t(), out=logits[:, tile])
     if bias is not None:
         logits.add_(bias)
 
 
-def gradient_dtype(operands: torch.dtype, accumulation: torch.dtype, device: str) -> torch.dtype:
-    """That of d_hidden and d_weight when they are done: of the products, unrounded on a GPU."""
-    return accumulation if device == "cuda" else operands
-
-
 def write_hidden_gradient(
-    d_hidden: Tensor, d_logits: Tensor, weight: Tensor, buffers: Buffers
+    d_hidden: Tensor, d_logits: Tensor, weight: Tensor, workspace: Workspace
 ) -> None:
     """d_hidden [n, H] = d_logits [n, V] @ weight [V, H], in the dtype of d_hidden."""
     if _is_upcast(weight):
-        total = buffers("d_hidden", *d_hidden.shape, dtype=torch.float32).zero_()
+        total = workspace("d_hidden", *d_hidden.shape, dtype=torch.float32).zero_()
         for tile in _tiles(*weight.shape):
-            d_tile = _upcast("d_logits", d_logits[:, tile], buffers)
-            torch.addmm(total, d_tile, _upcast("weight", weight[tile], buffers), out=total)
+            d_tile = _upcast("d_logits", d_logits[:, tile], workspace)
+            torch.addmm(total, d_tile, _upcast("weight", weight[tile], workspace), out=total)
         d_hidden.copy_(total)
     elif weight.dtype == d_hidden.dtype:
         torch.mm(d_logits, weight, out=d_hidden)
@@ -85,7 +80,7 @@ def write_hidden_gradient(
 
 
 def add_weight_gradient(
-    d_weight: Tensor, d_logits: Tensor, hidden: Tensor, buffers: Buffers, *, first: bool
+    d_weight: Tensor, d_logits: Tensor, hidden: Tensor, workspace: Workspace, *, first: bool
 ) -> None:
     """d_weight [V, H] += d_logits [n, V].T @ hidden [n, H], in its own dtype; = for the first."""
     dtype = d_weight.dtype
@@ -96,11 +91,11 @@ def add_weight_gradient(
         else:
             torch.addmm(d_weight, d_logits.t(), hidden, **unrounded, out=d_weight)
         return
-    wide = _upcast("hidden", hidden, buffers)
+    wide = _upcast("hidden", hidden, workspace)
     for tile in _tiles(*d_weight.shape):
-        d_tile = _upcast("d_logits", d_logits[:, tile], buffers).t()
+        d_tile = _upcast("d_logits", d_logits[:, tile], workspace).t()
         if dtype != wide.dtype:  # a single chunk: rounded once, here
-            product = buffers("d_weight", *d_weight[tile].shape, dtype=wide.dtype)
+            product = workspace("d_weight", *d_weight[tile].shape, dtype=wide.dtype)
             d_weight[tile].copy_(torch.mm(d_tile, wide, out=product))
         elif first:
             torch.mm(d_tile, wide, out=d_weight[tile])

@@ -1,19 +1,21 @@
-"""`pack_tokens`: which tokens count, on the host, before a hidden-level loss needs to know."""
+"""Order of the tokens at the hidden level: which tokens count, known on the host in advance."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..checks import check_advantages
 from ..objective.sequences import spread_to_tokens
+from ..validation import expect_mask, expect_tensor, values_are_readable
 
 
 class TokenPacking(NamedTuple):
     """The tokens of a batch in the order in which the hidden level works on them.
 
-    `order` [N], int64: flat indices of the tokens with a learning signal, then of the others that
-    count, then of the masked ones. `counts` [2], int64, on the CPU: of the first two kinds.
+    order: [N], int64; flat indices of the tokens that count and may have a gradient, then of
+        those that count and have none, then of the masked ones.
+    counts: [2], int64, on the CPU; how many tokens are of the first and of the second kind.
     """
 
     order: Tensor
@@ -21,18 +23,19 @@ class TokenPacking(NamedTuple):
 
 
 @torch.library.custom_op("grpo_kernels::pack_tokens", mutates_args=())
-def _pack(active: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    live = live & active
-    key = torch.where(active, 1, 2).sub_(live.int()).to(torch.uint8)
+def _pack(counted: Tensor, with_grad: Tensor) -> tuple[Tensor, Tensor]:
+    with_grad = with_grad & counted
+    key = torch.where(counted, 1, 2).sub_(with_grad.int()).to(torch.uint8)
     order = key.sort(stable=True).indices
-    live_count = live.sum()
+    num_active = with_grad.sum()
     # The one place where the hidden level waits for a GPU.
-    return order, torch.stack((live_count, active.sum() - live_count)).cpu()
+    return order, torch.stack((num_active, counted.sum() - num_active)).cpu()
 
 
 @_pack.register_fake
-def _(active, live):
-    return active.new_empty(active.shape, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+def _(counted: Tensor, with_grad: Tensor) -> tuple[Tensor, Tensor]:
+    order = counted.new_empty(counted.shape, dtype=torch.int64)
+    return order, torch.empty(2, dtype=torch.int64)
 
 
 def pack_tokens(
@@ -41,15 +44,14 @@ def pack_tokens(
     """Find the tokens that count, so that masked ones are in no matrix product.
 
     It waits for the device once, to learn how many there are. `linear_token_stats` and
-    `linear_grpo_loss` call it themselves; called early, with the result passed as `packing`, it
+    `linear_grpo_loss` call it themselves. Called early, with the result passed as `packing`, it
     keeps them from waiting.
 
     Args:
-        mask: [B, T] or packed [N], bool or 0/1, the mask that the loss gets.
-        advantages: the advantages that the loss gets, [B], [B, T], [N] or, with `cu_seqlens`,
-            [sequences]. Tokens of advantage 0 then have no gradient computed by a loss in which
-            nothing else moves them: neither a KL, a bonus or a penalty, nor the rest of their
-            sequence.
+        mask: [B, T] or packed [N], bool or 0/1, the loss mask.
+        advantages: the advantages of the loss, [B], [B, T], [N] or, with `cu_seqlens`,
+            [sequences]. No gradient is then computed for tokens of advantage 0, if nothing else in
+            the loss gives them one: a KL, a bonus, a penalty, or the rest of their sequence.
 
     Returns:
         TokenPacking(order [B·T] or [N], counts [2]).
@@ -57,10 +59,46 @@ def pack_tokens(
     Raises:
         ValueError, TypeError: a shape or dtype is wrong.
     """
-    checks.expect_mask(mask, mask.shape if isinstance(mask, Tensor) else torch.Size())
-    active = mask.bool().flatten()
+    expect_mask(mask, mask.shape if isinstance(mask, Tensor) else torch.Size())
+    counted = mask.bool().flatten()
     if advantages is None:
-        return TokenPacking(*_pack(active, active))
-    checks.check_advantages(advantages, mask.shape, cu_seqlens)
+        return TokenPacking(*_pack(counted, counted))
+    check_advantages(advantages, mask.shape, cu_seqlens)
     spread = spread_to_tokens(advantages.detach(), mask.shape, cu_seqlens)
-    return TokenPacking(*_pack(active, (spread != 0).flatten()))
+    return TokenPacking(*_pack(counted, (spread != 0).flatten()))
+
+
+def resolve_token_order(
+    packing: TokenPacking | None, mask: Tensor | None, tokens: Tensor
+) -> TokenPacking:
+    """Check the given packing, or make that of the mask; without a mask nothing waits."""
+    if packing is not None:
+        check_packing(packing, mask, tokens)
+        return packing
+    if mask is not None:
+        return pack_tokens(mask)
+    N = tokens.numel()
+    return TokenPacking(torch.arange(N, device=tokens.device), torch.tensor([N, 0]))
+
+
+def check_packing(
+    packing: TokenPacking, mask: Tensor | None, tokens: Tensor, advantage: Tensor | None = None
+) -> None:
+    """Check that the packing was made of this mask and, if given, of this advantage per token."""
+    order, counts = packing
+    if order.shape != (tokens.numel(),):
+        raise ValueError(
+            f"packing must be of a mask of {tokens.numel()} tokens, "
+            f"got one of {order.shape[0]}"
+        )
+    expect_tensor("packing", order, device_of=tokens)
+    if not values_are_readable(tokens):
+        return
+    counted = torch.zeros(tokens.numel(), dtype=torch.bool)
+    counted[order[: counts.sum()]] = True
+    expected = torch.ones_like(counted) if mask is None else mask.flatten() != 0
+    if not counted.equal(expected):
+        raise ValueError("packing must be pack_tokens of the same mask, got that of another")
+    without_grad = order[counts[0] : counts.sum()]
+    if advantage is not None and advantage.flatten()[without_grad].any():
+        raise ValueError("packing must be pack_tokens of the same advantages, got that of others")

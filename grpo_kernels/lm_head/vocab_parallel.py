@@ -1,125 +1,172 @@
-"""Rows of logits whose vocabulary lies in shards, one on each rank of a process group.
+"""LM heads in shards: a vocabulary split over the ranks of a process group, and DTensor weights.
 
-Every rank runs the row functions over its own entries, as if there were no others. What it finds
-are partials: with w the share of the row's probability in a shard, v the reference's, the chain
-rule makes the row of them,
+With a split vocabulary every rank runs the row functions over its own entries, as if there were no
+others. Its statistics are partial results. With w the share of the row's probability that lies in a
+shard, and v the reference policy's share, the statistics of the row are
 
-    logprob = ln w + its logprob, of the shard that has the token
-    entropy = Σ w (its entropy - ln w)
-    reverse KL = Σ w (its KL + ln w - ln v)      forward: w and v exchanged
+    logprob = ln w + logprob of the shard that has the token
+    entropy = Σ w (entropy - ln w)
+    reverse KL = Σ w (KL + ln w - ln v)          forward: w and v exchanged
 
-in which nothing cancels that does not cancel within one row. A shard whose logits are all -inf has
-no share, and whatever the row functions say of it is left out.
+summed over shards. Nothing cancels that does not cancel within one row. A shard whose logits are
+all -inf has no share; its statistics are ignored.
 
-The partials are unshard and not reduced: that moves half the bytes, keeps an infinity as it is,
-and every rank adds up the same numbers in the same order, so that all have the same bits. 12 bytes
-per token and rank are received, 4 more with an entropy and 12 with a KL; in fp64 twice as many.
+The partial results are all-gathered and not reduced. That moves half the bytes, keeps infinities,
+and every rank sums the same numbers in the same order, so that all ranks have the same bits. Each
+rank receives 12 bytes per token and rank, 4 more with an entropy and 12 more with a KL; in fp64
+twice as many.
 """
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import RowStats
+from ..validation import expect_token_ids, values_are_readable
+
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 ON_OTHER_RANK = -1  # the token lies in another rank's shard
-OUT_OF_VOCAB = -2  # and in no rank's
-
-# What a row function returns of each row: (logprob, entropy, kl, row_lse, ref_row_lse).
-Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
+OUT_OF_VOCAB = -2  # the token lies in no shard
 
 
 def local_ids(tokens: Tensor, sizes: Tensor, rank: int) -> Tensor:
-    """Map global ids to a rank's shard, ON_OTHER_RANK or OUT_OF_VOCAB; sizes [ranks]."""
+    """Map global ids to a rank's shard, ON_OTHER_RANK or OUT_OF_VOCAB; sizes: [ranks]."""
     start, end, total = sizes[:rank].sum(), sizes[: rank + 1].sum(), sizes.sum()
     others = torch.where((tokens >= 0) & (tokens < total), ON_OTHER_RANK, OUT_OF_VOCAB)
     return torch.where((tokens >= start) & (tokens < end), tokens - start, others)
 
 
-def as_shard(outputs: Outputs, tokens: Tensor) -> Outputs:
-    """A shard's outputs [n] with log-prob -inf where the shard gives the token no probability."""
-    logprob, *others = outputs
-    absent = (tokens == ON_OTHER_RANK) | ((tokens >= 0) & _is_empty(outputs[3]))
-    return (torch.where(absent, -torch.inf, logprob), *others)
+@torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
+def local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
+    """Map tokens [N] to this rank's shard of that many rows, by one small all-gather."""
+    num_kept = tokens.new_tensor(len(tokens)) if mask is None else (mask != 0).sum()
+    mine = torch.stack([tokens.new_tensor(rows), num_kept])
+    sizes, counts = all_gather(mine, vocab_group).unbind(1)
+    if values_are_readable(counts) and (counts != counts[0]).any():
+        raise ValueError(
+            "tokens must be the same on every rank of vocab_group, "
+            f"got {', '.join(map(str, counts.tolist()))} of them"
+        )
+    if tokens.device.type == "cpu":
+        expect_token_ids(tokens, mask, int(sizes.sum()))
+    return local_ids(tokens, sizes, torch.distributed.get_rank(_group(vocab_group)))
 
 
-def merge_shards(shards: Outputs, temperature: Tensor, kl: str | None) -> Outputs:
-    """The outputs [n] of whole rows from those [ranks, n] of their shards; temperature [n]."""
-    logprob, entropy, kl_value, row_lse, ref_row_lse = shards
+@local_tokens.register_fake
+def _(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
+    return torch.empty_like(tokens)
+
+
+def as_shard(stats: RowStats, tokens: Tensor) -> RowStats:
+    """Set the log-prob [n] to -inf where the shard gives the token no probability."""
+    absent = (tokens == ON_OTHER_RANK) | ((tokens >= 0) & _is_empty(stats.row_lse))
+    return stats._replace(logprob=torch.where(absent, -torch.inf, stats.logprob))
+
+
+def merge_shards(shards: RowStats, temperature: Tensor, kl: str | None) -> RowStats:
+    """Merge statistics [ranks, n] of shards into those of whole rows [n]; temperature: [n]."""
     scale = LOG2E / temperature
-    share, row_lse = _log_shares(row_lse, scale)
-    logprob = (logprob + share).amax(0)
+    share, row_lse = _log_shares(shards.row_lse, scale)
+    logprob = (shards.logprob + share).amax(0)
+    entropy, kl_value, ref_row_lse = shards.entropy, shards.kl, shards.ref_row_lse
     if entropy is not None:
         entropy = _expected(entropy - share, share)
     if kl is not None:
         ref_share, ref_row_lse = _log_shares(ref_row_lse, scale)
         p, q = (share, ref_share) if kl == "reverse" else (ref_share, share)
         kl_value = _expected(torch.where(q == -torch.inf, torch.inf, kl_value + p - q), p)
-    return logprob, entropy, kl_value, row_lse, ref_row_lse
+    return RowStats(logprob, entropy, kl_value, row_lse, ref_row_lse)
 
 
 def _is_empty(row_lse: Tensor) -> Tensor:
-    """Whether all logits are -inf: the one room's sum is then 0, the other's maximum -inf."""
+    """Find rows whose logits are all -inf: either backend marks them by an infinite part."""
     return (row_lse == -torch.inf).any(-1)
 
 
 def _log_shares(row_lse: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """ln of each shard's share [ranks, n], and the whole rows' row_lse [n, 2]."""
-    empty = _is_empty(row_lse)
-    pivots, log_sums = row_lse.unbind(-1)
-    pivot = pivots.amax(0)
-    bits = torch.where(empty, -torch.inf, (pivots - pivot) * scale + log_sums)
+    """Compute ln of each shard's share [ranks, n], and row_lse [n, 2] of the whole rows."""
+    maxima, log_sums = row_lse.unbind(-1)
+    maximum = maxima.amax(0)
+    bits = torch.where(_is_empty(row_lse), -torch.inf, (maxima - maximum) * scale + log_sums)
     largest = bits.amax(0)
     rest = (bits - largest).exp2().sum(0).log2()
-    return (bits - largest - rest) * LN2, torch.stack((pivot, largest + rest), dim=-1)
+    return (bits - largest - rest) * LN2, torch.stack((maximum, largest + rest), dim=-1)
 
 
 def _expected(values: Tensor, log_share: Tensor) -> Tensor:
-    """Σ share · value [n]; a shard without a share counts for nothing, whatever its value is."""
+    """Sum share · value over the shards [n]; the value of a shard without a share is ignored."""
     share = log_share.exp()
     return torch.where(share == 0, 0.0, share * values).sum(0)
 
 
-def merge_over(
-    group: str, outputs: Outputs, tokens: Tensor, temperature: Tensor, kl: str | None
-) -> Outputs:
-    """`merge_shards` of what the group's ranks have, of the same rows: one collective.
+def merge_over_ranks(
+    group: str, stats: RowStats, tokens: Tensor, temperature: Tensor, kl: str | None
+) -> RowStats:
+    """Merge the statistics that the group's ranks have of the same rows, by one all-gather.
 
     Args:
-        group: the name of the process group.
-        tokens: [n], `local_ids`; temperature: [n].
+        group: name of the process group.
+        tokens: [n], `local_ids`.
+        temperature: [n].
     """
-    mine = as_shard(outputs, tokens)
-    columns = [None if x is None else x.view(len(tokens), -1) for x in mine]
-    present = [each for each in columns if each is not None]
-    unshard = gather(torch.cat(present, dim=-1), group)
-    parts = iter(unshard.split([each.shape[1] for each in present], dim=-1))
-    shards = (None if x is None else next(parts).view(-1, *x.shape) for x in mine)
-    return merge_shards(tuple(shards), temperature, kl)
+    columns = as_shard(stats, tokens).map(lambda x: x.view(len(tokens), -1))
+    present = [x for x in columns if x is not None]
+    gathered = all_gather(torch.cat(present, dim=-1), group)
+    parts = iter(gathered.split([x.shape[1] for x in present], dim=-1))
+    return merge_shards(stats.map(lambda x: next(parts).view(-1, *x.shape)), temperature, kl)
 
 
 def _group(name: str) -> "torch.distributed.ProcessGroup":
     return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
-def rank_in(group: str) -> int:
-    return torch.distributed.get_rank(_group(group))
-
-
-def gather(x: Tensor, group: str) -> Tensor:
-    """[ranks, *x.shape]: the x of every rank, on all of them."""
+def all_gather(x: Tensor, group: str) -> Tensor:
+    """Gather x of every rank on all of them: [ranks, *x.shape]."""
     ranks = torch.distributed.get_world_size(_group(group))
-    found = x.new_empty((ranks, *x.shape))
-    torch.distributed.all_gather(list(found.unbind(0)), x.contiguous(), group=_group(group))
-    return found
+    gathered = x.new_empty((ranks, *x.shape))
+    torch.distributed.all_gather(list(gathered.unbind(0)), x.contiguous(), group=_group(group))
+    return gathered
 
 
-def smallest(number: int, group: str, device: torch.device) -> int:
-    """The least of the ranks' numbers; it waits for the device."""
-    return int(gather(torch.tensor(number, device=device), group).min())
+def all_reduce_min(number: int, group: str, device: torch.device) -> int:
+    """Return the smallest of the ranks' numbers; it waits for the device."""
+    return int(all_gather(torch.tensor(number, device=device), group).min())
 
 
-def total(x: Tensor, group: str) -> Tensor:
-    """The sum over the ranks of x, which it may overwrite."""
+def all_reduce_sum(x: Tensor, group: str) -> Tensor:
+    """Return the sum of x over the ranks; it may overwrite x."""
     torch.distributed.all_reduce(x, group=_group(group))
     return x
+
+
+def unshard(weight: Tensor) -> Tensor:
+    """Gather a DTensor on every rank; return any other tensor as it is.
+
+    The gradient that comes back is the mean over ranks, in the shards of the weight: what FSDP
+    makes of ranks that see different data, and what ranks that see the same data have already.
+    """
+    # A DTensor exists only where its module has been imported, which costs seconds.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(weight, module.DTensor):
+        return weight
+    return _Unshard.apply(weight)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Any) -> Tensor:
+        ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
+        return weight.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = ctx.mesh
+        mean = DTensor.from_local(grad / mesh.size(), mesh, [Partial()] * mesh.ndim)
+        # Shards first: what replicas of them (HSDP) then have to reduce is a shard, not the whole.
+        shards = [place if place.is_shard() else Partial() for place in ctx.placements]
+        return mean.redistribute(mesh, shards).redistribute(mesh, ctx.placements)

@@ -6,6 +6,7 @@ batch, given the tokens' weights.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -38,11 +39,9 @@ class LossInputs(NamedTuple):
         """The policy is compared with itself where no old one is given."""
         return self if self.old_logprob is not None else self._replace(old_logprob=logprob.detach())
 
-    def at(self, index: Tensor) -> "LossInputs":
-        """Those of the tokens at `index`."""
-        return LossInputs(
-            *(each if each is None or each.dim() == 0 else each[index] for each in self)
-        )
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LossInputs":
+        """Apply a function to every per-token tensor."""
+        return LossInputs(*(x if x is None or x.dim() == 0 else function(x) for x in self))
 
 
 def is_token_level(config: "LossConfig", *, has_sampling: bool) -> bool:

@@ -1,7 +1,7 @@
 """`grpo_loss`: the objective on logits.
 
-A token-level objective, where a gradient is wanted, computes it in the same launch as the
-statistics; any other is `token_stats` followed by `policy_loss`.
+A token-level objective computes its gradient in the launch of the statistics, where a gradient is
+wanted. Any other objective is `token_stats` followed by `policy_loss`.
 """
 
 import torch
@@ -9,46 +9,40 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import RowInputs, backend_for
+from ..objective.config import LossConfig
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
-    LossConfig,
     LossOutput,
+    PreparedLoss,
     compute_loss,
-    policy_loss,
     prepare_loss_inputs,
 )
 from ..objective.token_gradients import LossInputs, is_token_level
+from ..validation import expect_token_ids
+from .bundled_op import bundled_op
 from .precomputed_gradient import attach_gradient
-from .token_stats import _token_stats, as_rows, row_inputs, token_stats
+from .token_stats import (
+    check_logits,
+    mark_consumed,
+    prepare_rows,
+    run_token_stats,
+    token_stats,
+)
 
 
-@torch.library.custom_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
-def _rows_(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    advantage: Tensor,
-    weight: Tensor,
-    entropy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    sampling_logprob: Tensor | None,
-    config: str,
-    d_logits: Tensor,
+@bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
+def _forward_(
+    rows: RowInputs, loss_inputs: LossInputs, config: str, d_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    checks.check_token_ids(tokens, mask, logits.shape[-1])
-    loss_inputs = LossInputs(
-        advantage, weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
-    )
-    rows = RowInputs(logits, tokens, temperature, mask, None, softcap, None)
-    return backend_for(logits).grpo_loss(rows, loss_inputs, LossConfig.decode(config), d_logits)
+    expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
+    backend = backend_for(rows.logits)
+    return backend.grpo_loss(rows, loss_inputs, LossConfig.decode(config), d_logits)
 
 
-@_rows_.register_fake
-def _(logits, tokens, temperature, *others):
-    return temperature.new_empty(tokens.shape), temperature.new_empty(tokens.shape)
+@_forward_.register_fake
+def _(rows: RowInputs, *_) -> tuple[Tensor, Tensor]:
+    shape = rows.tokens.shape
+    return rows.temperature.new_empty(shape), rows.temperature.new_empty(shape)
 
 
 def grpo_loss(
@@ -69,29 +63,29 @@ def grpo_loss(
     softcap: float | None = None,
     inplace: bool = False,
 ) -> LossOutput:
-    """The loss of GRPO and its relatives from logits, without a probability tensor.
+    """Compute the loss of GRPO and its relatives from logits, without a probability tensor.
 
         stats = token_stats(logits, tokens)         log-prob, entropy and, if asked for, the KL
         loss, metrics = policy_loss(stats.logprob, advantages, entropy=stats.entropy, ...)
 
-    The KL to the reference follows config.kl_estimator: "forward" and "reverse" are summed over
-    the vocabulary and need `ref_logits`; the others estimate it on the sampled tokens from
+    The KL to the reference policy follows config.kl_estimator. "forward" and "reverse" are sums
+    over the vocabulary and need `ref_logits`. The others estimate it on the sampled tokens from
     `ref_logprob` or, where that is None, from the log-probabilities under `ref_logits`. With
-    beta = 0 the KL is only a metric, and computed when its input is given.
+    beta = 0 the KL is only a metric, computed when its input is given.
 
-    Where a token's loss follows from the token alone, its gradient is made together with the loss,
-    in one read and one write of the logits, and backward hands it out. Terms of whole sequences,
-    filters that look at other tokens, a KL over the vocabulary, and fp16 logits, whose gradient
-    needs the scale that comes with backward, take a second read then. Tokens without a
-    gradient (masked, or advantage 0 with neither KL nor entropy in the loss) are not read for it.
+    A token-level loss computes its gradient together with the loss, in one read and one write of
+    the logits; backward only scales it. A second read is needed for terms of whole sequences, for
+    filters that rank tokens, for a KL over the vocabulary, and for fp16 logits, whose gradient
+    needs the loss scale that arrives in backward. Tokens without a gradient (masked, or with
+    advantage 0 and neither KL nor entropy in the loss) are not read for it.
 
     Args:
         logits: [B, T, V] or packed [N, V]; logits[:, t] predict tokens[:, t].
         tokens: [B, T] or [N], the sampled ids.
         advantages: [B] or [B, T]; packed: [N], or with `cu_seqlens` [sequences].
-        inplace: the logits are overwritten with their gradient, by this call or by backward: no
-            second tensor of their size is made. They must not be needed by anything else, and a
-            second use raises.
+        inplace: overwrite the logits with their gradient, in this call or in backward, so that no
+            second tensor of their size is made. Nothing else may need them, and a second use
+            raises.
         mask, temperature, softcap, ref_logits: as in `token_stats`.
         Others: as in `policy_loss`. `old_logprob` and `sampling_logprob` must be log-probabilities
             at the same temperature.
@@ -107,90 +101,56 @@ def grpo_loss(
     Shao et al., 2024 (arXiv:2402.03300).
     """
     checks.check_type("config", config, LossConfig)
-    checks.check_logits("logits", logits)
+    check_logits("logits", logits)
     if ref_logits is not None:
-        checks.check_logits("ref_logits", ref_logits)
+        check_logits("ref_logits", ref_logits)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    settings = {"temperature": temperature, "softcap": softcap, "mask": mask}
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
-    objective = {
-        "mask": mask,
-        "old_logprob": old_logprob,
-        "sampling_logprob": sampling_logprob,
-        "config": config,
-        "normalizer": normalizer,
-        "entropy_normalizer": entropy_normalizer,
-        "cu_seqlens": cu_seqlens,
-    }
-    if kl is None and ref_logprob is None and ref_logits is not None:
+    if not over_vocabulary and ref_logprob is None and ref_logits is not None:
         with torch.no_grad():
-            ref_logprob = token_stats(ref_logits, tokens, entropy=False, **settings).logprob
-    if kl is None and _gradient_comes_with_the_loss(config, logits, sampling_logprob):
-        return _in_one_launch(
-            logits, tokens, advantages, ref_logprob, objective, inplace, **settings
-        )
-    stats = _token_stats(
-        logits, tokens, entropy=True, ref_logits=ref_logits if over_vocabulary else None, kl=kl,
-        inplace=inplace, **settings,
-    )  # fmt: skip
-    if inplace:
-        checks.mark_consumed(logits)
-    return policy_loss(
-        stats.logprob,
-        advantages,
-        ref_logprob=ref_logprob,
-        entropy=stats.entropy,
-        kl=stats.kl,
-        **objective,
+            ref_logprob = token_stats(
+                ref_logits, tokens, entropy=False, temperature=temperature, softcap=softcap,
+                mask=mask,
+            ).logprob  # fmt: skip
+    if kl is None:
+        checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
+    rows = prepare_rows(
+        logits, tokens, temperature, softcap, ref_logits if over_vocabulary else None, kl, mask
     )
-
-
-def _gradient_comes_with_the_loss(
-    config: LossConfig, logits: Tensor, sampling_logprob: Tensor | None
-) -> bool:
-    """Whether a gradient is wanted, and can be made before backward says how it is scaled.
-
-    In fp16 it would underflow: a GradScaler's factor of 65,536 arrives in backward only.
-    """
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    alone = is_token_level(config, has_sampling=sampling_logprob is not None)
-    return wanted and alone and logits.dtype != torch.float16
-
-
-def _in_one_launch(
-    logits: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    ref_logprob: Tensor | None,
-    objective: dict,
-    inplace: bool,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    mask: Tensor | None,
-) -> LossOutput:
-    config = objective["config"]
-    over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
-    inputs = row_inputs(logits, tokens, temperature, softcap, None, None, mask)
-    rows, row_tokens, row_temperature, row_mask, _ = inputs
     prepared = prepare_loss_inputs(
-        tokens.shape, row_temperature.dtype, advantages, ref_logprob=ref_logprob, **objective
+        tokens.shape,
+        rows.temperature.dtype,
+        advantages,
+        mask=mask,
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        sampling_logprob=sampling_logprob,
+        config=config,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        cu_seqlens=cu_seqlens,
     )
     if inplace:
-        checks.mark_consumed(logits)
-    rows = rows.detach()
-    d_logits = rows if inplace else rows.new_empty(rows.shape)
-    of_token = (
-        each if each is None or each.dim() == 0 else as_rows(each.contiguous(), tokens.dim())
-        for each in prepared.inputs
-    )
+        mark_consumed(logits)
+
+    # In fp16 the gradient would underflow: a GradScaler's factor arrives in backward only.
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
+    has_sampling = sampling_logprob is not None
+    if wants_grad and kl is None and is_token_level(config, has_sampling=has_sampling):
+        return _loss_with_gradient(logits, rows, prepared, inplace)
+    stats = run_token_stats(rows, tokens.shape, entropy=True, inplace=inplace)
+    return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl)
+
+
+def _loss_with_gradient(
+    logits: Tensor, rows: RowInputs, prepared: PreparedLoss, inplace: bool
+) -> LossOutput:
+    """Compute a token-level loss and, in the same launch, its gradient."""
+    rows = rows._replace(logits=rows.logits.detach())
+    d_logits = rows.logits if inplace else rows.logits.new_empty(rows.logits.shape)
+    loss_inputs = prepared.inputs.map(lambda x: x.contiguous().view(rows.tokens.shape))
     with torch.no_grad():
-        stats = _rows_(
-            rows, row_tokens, row_temperature, row_mask, softcap, *of_token,
-            config.encode(), d_logits,
-        )  # fmt: skip
-        logprob, entropy = (each.view(tokens.shape) for each in stats)
+        stats = _forward_(rows, loss_inputs, prepared.config.encode(), d_logits)
+        logprob, entropy = (x.view(logits.shape[:-1]) for x in stats)
         loss, metrics = compute_loss(prepared, logprob, entropy, None)
-    d_logits = d_logits if tokens.dim() == 2 else d_logits.squeeze(0)
-    return LossOutput(attach_gradient(loss, [logits], [d_logits]), metrics)
+    return LossOutput(attach_gradient(loss, [logits], [d_logits.view(logits.shape)]), metrics)

@@ -1,8 +1,8 @@
-"""`linear_grpo_loss`: the objective from hidden states, with its gradient ready when the loss is.
+"""`linear_grpo_loss`: the objective from hidden states, with its gradient computed beside the loss.
 
-The operator walks over the chunks once. Of each it makes the logits, their statistics and the
-gradient of its tokens' loss, which goes back through the logits at once, while they exist: three
-matrix products, nothing computed twice. Backward only scales.
+The operator goes over the chunks once. A chunk's logits give its statistics and the gradient of its
+tokens' loss, which goes back through the logits at once, while they exist: three matrix products,
+nothing computed twice. Backward only scales.
 """
 
 from typing import TYPE_CHECKING
@@ -11,91 +11,80 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, LMHeadInputs, RowStats, grad_dtype
-from ..lm_head.inputs import check_reference, prepare_inputs
-from ..lm_head.token_order import TokenPacking, pack_tokens
+from ..backends.interface import accumulation_dtype
+from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
+from ..lm_head.inputs import LMHeadInputs, check_reference_head, prepare_inputs
+from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
+from ..objective.config import LossConfig
 from ..objective.kl_estimators import VOCABULARY_KL
-from ..objective.policy_loss import LossConfig, LossOutput, compute_loss, prepare_loss_inputs
-from ..objective.token_gradients import LossInputs, is_token_level, zero_advantage_has_zero_grad
+from ..objective.policy_loss import (
+    LossOutput,
+    PreparedLoss,
+    compute_loss,
+    prepare_loss_inputs,
+)
+from ..objective.token_gradients import (
+    LossInputs,
+    is_token_level,
+    zero_advantage_has_zero_grad,
+)
+from .bundled_op import bundled_op
 from .linear_token_stats import (
-    _linear_token_stats,
+    as_token_stats,
+    check_chunk_tokens,
+    counted_tokens,
     linear_token_stats,
-    stats_outputs,
-    token_stats_of,
+    new_stats,
+    run_linear_token_stats,
+    write_stats,
 )
 from .precomputed_gradient import attach_gradient
-from .token_stats import TokenStats
+from .token_stats import TokenStats, empty_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.library.custom_op("grpo_kernels::linear_grpo_loss_forward", mutates_args=())
+@bundled_op("grpo_kernels::linear_grpo_loss_forward")
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    temperature: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    softcap: float | None,
-    entropy: bool,
-    kl: str | None,
-    dtype: torch.dtype,
-    vocab_group: str | None,
-    order: Tensor,
-    counts: Tensor,
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
     chunk_tokens: int | None,
-    skip_inert: bool,
-    advantage: Tensor,
-    token_weight: Tensor,
-    entropy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    sampling_logprob: Tensor | None,
+    skip_zero_grad: bool,
+    loss_inputs: LossInputs,
     config: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = LMHeadInputs(
-        hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy, kl, dtype, vocab_group,
-    )  # fmt: skip
-    loss_inputs = LossInputs(
-        advantage, token_weight, entropy_weight, old_logprob, ref_logprob, sampling_logprob
-    )
-    live, inert = counts.tolist()
-    order = order[: live + inert]
-    if vocab_group is None:
-        checks.check_token_ids(tokens[order], None, weight.shape[0])
-    stats = RowStats.zeros(inputs)
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=True)
-        attach_gradient = live if skip_inert else len(order)
-        gradient = LMHeadGrad(rows, attach_gradient, wanted)
-        for at in rows.chunks(order[:attach_gradient]):
-            rows.write_logits(at)
-            chunk, d_logits = rows.loss_gradient(at, loss_inputs.at(at), LossConfig.decode(config))
-            stats.write(at, chunk)
-            gradient.add(at, d_logits)
-        for at in rows.chunks(order[attach_gradient:]):
-            rows.write_logits(at)
-            stats.write(at, rows.forward(at))
-    found = (stats.logprob, stats.entropy, stats.kl, *gradient.total(vocab_group))
-    return tuple(temperature.new_empty(0) if each is None else each for each in found)
+    token_idx = counted_tokens(inputs, packing)
+    num_with_grad = int(packing.counts[0]) if skip_zero_grad else len(token_idx)
+    loss_config = LossConfig.decode(config)
+    stats = new_stats(inputs)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=True)
+        head_grad = LMHeadGrad(head, num_with_grad, wanted)
+        # Tokens with a gradient: statistics, loss and gradients while their logits exist.
+        for chunk in head.chunks(token_idx[:num_with_grad]):
+            chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
+            chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
+            write_stats(stats, chunk.token_idx, chunk_stats)
+            head_grad.add(chunk, d_logits)
+        # Tokens without one: statistics, for the metrics.
+        for chunk in head.chunks(token_idx[num_with_grad:]):
+            write_stats(stats, chunk.token_idx, chunk.stats())
+    outputs = (stats.logprob, stats.entropy, stats.kl, *head_grad.finish(inputs.vocab_group))
+    return tuple(inputs.temperature.new_empty(0) if x is None else x for x in outputs)
 
 
 @_forward.register_fake
-def _(*arguments):
-    inputs, wanted = LMHeadInputs(*arguments[: len(LMHeadInputs._fields)]), arguments[-1]
-    new, done = inputs.temperature.new_empty, grad_dtype(inputs)
-    stats = stats_outputs(inputs.temperature, inputs.entropy, inputs.kl is not None)[:3]
-    gradients = (
-        new(each.shape if want else (0,), dtype=done if each.dim() == 2 else None)
-        for each, want in zip((*inputs[:2], inputs.weight[:, 0]), wanted, strict=True)
+def _(inputs: LMHeadInputs, *others) -> tuple[Tensor, ...]:
+    d_hidden, d_weight, d_bias = others[-1]
+    new, has_kl = inputs.temperature.new_empty, inputs.kl is not None
+    return (
+        *empty_stats(inputs.temperature, inputs.entropy, has_kl)[:3],
+        new(inputs.hidden.shape if d_hidden else (0,), dtype=inputs.grad_dtype),
+        new(inputs.weight.shape if d_weight else (0,), dtype=inputs.grad_dtype),
+        new(inputs.weight.shape[:1] if d_bias else (0,)),
     )
-    return (*stats, *gradients)
 
 
 def linear_grpo_loss(
@@ -122,30 +111,29 @@ def linear_grpo_loss(
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> LossOutput:
-    """`grpo_loss` of logits = hidden @ weight.T + bias, which never exist but for a chunk.
+    """Compute `grpo_loss` of logits = hidden @ weight.T + bias, one chunk of logits at a time.
 
-    A token-level objective computes its gradient with the loss: 6·n·V·H floating-point operations
-    for n tokens, three matrix products, and a backward that only scales by the gradient that comes
-    in. Where a token's loss depends on other tokens (a ratio of the sequence, a filter of the
-    batch), the log-probs come before the first gradient, so that the logits are made twice:
-    8·n·V·H. Under torch.no_grad it is 2·n·V·H.
+    A token-level loss computes its gradient with the loss: three matrix products, 6·n·V·H
+    floating-point operations for n tokens. Backward only scales by the incoming gradient. Where a
+    token's loss depends on other tokens (a ratio of the sequence, a filter of the batch), all
+    log-probs are needed before the first gradient, so the logits are made twice: 8·n·V·H. Under
+    torch.no_grad it is 2·n·V·H.
 
-    Masked tokens are in no product. Tokens without a learning signal (advantage 0, with neither KL
-    nor entropy in the loss: every group whose rewards are all equal) are in that of the statistics,
-    for the metrics, and in no other.
+    Masked tokens cost nothing. Tokens without a learning signal (advantage 0, with neither KL nor
+    entropy in the loss: every group with equal rewards) need one product, for the metrics.
 
     The memory taken beside the results is about 1 GiB of workspace and the gradients in fp32,
     whatever the number of tokens.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
-        ref_hidden, ref_weight, ref_bias: the reference's, for config.kl_estimator as `ref_logits`
-            in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
+        ref_hidden, ref_weight, ref_bias: the reference policy's, for config.kl_estimator as
+            `ref_logits` in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
         packing: `pack_tokens(mask, advantages)`, made in advance, so that nothing waits for the
             device.
-        chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. In shards of
-            the vocabulary too a token-level objective takes three products; the statistics of a
-            chunk are merged over the ranks before its gradient is made.
+        chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. A token-level
+            loss takes three products in shards of the vocabulary too: the statistics of a chunk
+            are merged over the ranks before its gradient.
         Others: as in `policy_loss`.
 
     Returns:
@@ -157,82 +145,25 @@ def linear_grpo_loss(
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
-    output, _ = linear_grpo_loss_and_stats(
-        hidden,
-        weight,
-        tokens,
-        advantages,
-        bias=bias,
-        mask=mask,
-        old_logprob=old_logprob,
-        ref_logprob=ref_logprob,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        sampling_logprob=sampling_logprob,
-        config=config,
-        normalizer=normalizer,
-        entropy_normalizer=entropy_normalizer,
-        cu_seqlens=cu_seqlens,
-        temperature=temperature,
-        softcap=softcap,
-        chunk_tokens=chunk_tokens,
-        packing=packing,
-        vocab_group=vocab_group,
-    )
-    return output
-
-
-def linear_grpo_loss_and_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    old_logprob: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    sampling_logprob: Tensor | None = None,
-    config: LossConfig = LossConfig(),
-    normalizer: float | Tensor | None = None,
-    entropy_normalizer: float | Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    chunk_tokens: int | None = None,
-    packing: TokenPacking | None = None,
-    vocab_group: "ProcessGroup | None" = None,
-) -> tuple[LossOutput, TokenStats]:
-    """`linear_grpo_loss`, and the detached statistics of its tokens, 0 where masked."""
     checks.check_type("config", config, LossConfig)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    has_reference = any(each is not None for each in reference.values())
-    checks.check_linear_kl_input(
-        config.kl_estimator, config.beta, over_vocabulary, ref_logprob, has_reference
+    has_reference = any(part is not None for part in reference.values())
+    _check_kl_input(config, ref_logprob, has_reference)
+    check_chunk_tokens(chunk_tokens)
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "mask": mask}
+    inputs = prepare_inputs(
+        hidden,
+        weight,
+        tokens,
+        kl=config.kl_estimator if over_vocabulary and has_reference else None,
+        vocab_group=vocab_group,
+        **head,
+        **(reference if over_vocabulary else {}),
     )
-    checks.check_hidden(hidden)
-    checks.expect_tensor("weight", weight, floating=True)
-    checks.check_tokens(tokens, hidden, "hidden")
-    checks.check_chunk_tokens(chunk_tokens)
-    asked = {
-        "bias": bias,
-        "temperature": temperature,
-        "softcap": softcap,
-        "mask": mask,
-        "entropy": True,
-        "kl": config.kl_estimator if over_vocabulary and has_reference else None,
-        "vocab_group": vocab_group,
-        **(reference if over_vocabulary else dict.fromkeys(reference)),
-    }
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     prepared = prepare_loss_inputs(
         tokens.shape,
-        acc,
+        accumulation_dtype(hidden.dtype),
         advantages,
         mask=mask,
         old_logprob=old_logprob,
@@ -245,46 +176,75 @@ def linear_grpo_loss_and_stats(
     )
     if packing is None:
         packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
-    checks.check_packing(packing, mask, tokens)
-    checks.check_packed_advantages(packing, prepared.inputs.advantage)
-    chunking = {"chunk_tokens": chunk_tokens, "packing": packing}
+    check_packing(packing, mask, tokens, prepared.inputs.advantage)
     if has_reference and not over_vocabulary and ref_logprob is None:
-        check_reference(hidden, weight, reference)
+        check_reference_head(hidden, weight, **reference)
         with torch.no_grad():
             ref_logprob = linear_token_stats(
-                ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
-                softcap=softcap, entropy=False, mask=mask, vocab_group=vocab_group, **chunking,
+                ref_hidden, ref_weight, tokens, **(head | {"bias": ref_bias}), entropy=False,
+                chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
             ).logprob  # fmt: skip
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
         prepared = prepared._replace(inputs=loss_inputs)
+    per_sequence = advantages.shape != tokens.shape
+    skip_zero_grad = zero_advantage_has_zero_grad(config, per_sequence=per_sequence)
+    return loss_and_stats(hidden, inputs, prepared, packing, chunk_tokens, skip_zero_grad)[0]
 
-    wanted = [isinstance(each, Tensor) and each.requires_grad for each in (hidden, weight, bias)]
-    skip_inert = zero_advantage_has_zero_grad(config, per_sequence=advantages.shape != tokens.shape)
-    alone = is_token_level(config, has_sampling=sampling_logprob is not None)
-    if not (alone and torch.is_grad_enabled() and any(wanted)):
-        stats = _linear_token_stats(
-            hidden, weight, tokens, skip_inert=skip_inert, **chunking, **asked
+
+def loss_and_stats(
+    hidden: Tensor,
+    inputs: LMHeadInputs,
+    prepared: PreparedLoss,
+    packing: TokenPacking,
+    chunk_tokens: int | None,
+    skip_zero_grad: bool,
+) -> tuple[LossOutput, TokenStats]:
+    """Compute the loss, and the detached statistics of its tokens, 0 where masked.
+
+    Args:
+        hidden: as the caller passed it, the leaf of its gradient.
+        skip_zero_grad: no gradient for tokens that the packing says have none.
+    """
+    config, loss_inputs, shape = prepared.config, prepared.inputs, hidden.shape[:-1]
+    leaves = (hidden, inputs.weight, inputs.bias)
+    wanted = [leaf is not None and leaf.requires_grad for leaf in leaves]
+    has_sampling = loss_inputs.sampling_logprob is not None
+    if not (
+        torch.is_grad_enabled()
+        and any(wanted)
+        and is_token_level(config, has_sampling=has_sampling)
+    ):
+        stats = run_linear_token_stats(
+            inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad
         )
-        detached = TokenStats(*(each if each is None else each.detach() for each in stats))
+        detached = TokenStats(*(x if x is None else x.detach() for x in stats))
         return compute_loss(prepared, *stats), detached
 
-    inputs = prepare_inputs(hidden, weight, tokens, **asked)
     with torch.no_grad():
         *outputs, d_hidden, d_weight, d_bias = _forward(
-            *inputs,
-            *packing,
+            inputs,
+            packing,
             chunk_tokens,
-            skip_inert,
-            *(
-                each if each is None or each.dim() == 0 else each.flatten()
-                for each in prepared.inputs
-            ),
+            skip_zero_grad,
+            loss_inputs.map(torch.flatten),
             config.encode(),
             wanted,
         )
-        d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
-        stats = token_stats_of(outputs, tokens.shape, True, asked["kl"])
+        stats = as_token_stats(outputs, inputs, shape)
         loss, metrics = compute_loss(prepared, *stats)
-    leaves, gradients = (hidden, *inputs[1:3]), (d_hidden, d_weight, d_bias)
-    pairs = [pair for *pair, want in zip(leaves, gradients, wanted, strict=True) if want]
+    grads = (d_hidden.view(hidden.shape) if wanted[0] else None, d_weight, d_bias)
+    pairs = [pair for *pair, want in zip(leaves, grads, wanted, strict=True) if want]
     return LossOutput(attach_gradient(loss, *zip(*pairs, strict=True)), metrics), stats
+
+
+def _check_kl_input(config: LossConfig, ref_logprob: Tensor | None, has_reference: bool) -> None:
+    over_vocabulary = config.kl_estimator in VOCABULARY_KL
+    if over_vocabulary and ref_logprob is not None:
+        raise ValueError(
+            f"kl_estimator={config.kl_estimator!r} reads ref_hidden and ref_weight, got ref_logprob"
+        )
+    if config.beta != 0 and not has_reference and ref_logprob is None:
+        needed = "ref_hidden and ref_weight" if over_vocabulary else "ref_logprob or ref_hidden"
+        raise ValueError(
+            f"beta={config.beta} with kl_estimator={config.kl_estimator!r} needs {needed}, got None"
+        )

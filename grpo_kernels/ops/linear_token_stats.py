@@ -1,192 +1,154 @@
-"""`linear_token_stats`: token statistics from hidden states, the logits of one chunk at a time.
+"""`linear_token_stats`: token statistics from hidden states, with logits of one chunk at a time.
 
-Top to bottom: the forward operator, the backward operator, the autograd formula that ties them, the
-public function.
+Top to bottom: the forward operator, the backward operator, the autograd formula, the public
+function.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, LMHeadInputs, RowStats
-from ..lm_head.inputs import prepare_inputs, resolve_token_order
-from ..lm_head.token_order import TokenPacking
+from ..backends import RowStats
+from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
+from ..lm_head.inputs import LMHeadInputs, prepare_inputs
+from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
-from .token_stats import TokenStats
+from ..validation import expect_number, expect_token_ids
+from .bundled_op import bundled_op
+from .token_stats import TokenStats, empty_stats, stats_for_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.library.custom_op("grpo_kernels::linear_token_stats_forward", mutates_args=())
+@bundled_op("grpo_kernels::linear_token_stats_forward")
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    temperature: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    softcap: float | None,
-    entropy: bool,
-    kl: str | None,
-    dtype: torch.dtype,
-    vocab_group: str | None,
-    order: Tensor,
-    counts: Tensor,
-    chunk_tokens: int | None,
-    skip_inert: bool,
+    inputs: LMHeadInputs, packing: TokenPacking, chunk_tokens: int | None, skip_zero_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = LMHeadInputs(
-        hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy, kl, dtype, vocab_group,
-    )  # fmt: skip
-    order = order[: sum(counts.tolist())]
-    if vocab_group is None:
-        checks.check_token_ids(tokens[order], None, weight.shape[0])
-    stats = RowStats.zeros(inputs)
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=False)
-        for at in rows.chunks(order):
-            rows.write_logits(at)
-            stats.write(at, rows.forward(at))
-    return tuple(temperature.new_empty(0) if each is None else each for each in stats)
+    token_idx = counted_tokens(inputs, packing)
+    stats = new_stats(inputs)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=False)
+        for chunk in head.chunks(token_idx):
+            write_stats(stats, chunk.token_idx, chunk.stats())
+    return tuple(inputs.temperature.new_empty(0) if x is None else x for x in stats)
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, tokens, temperature, *others):
-    entropy, has_kl = others[4], others[5] is not None
-    return stats_outputs(temperature, entropy, has_kl)
+def _(inputs: LMHeadInputs, *_) -> tuple[Tensor, ...]:
+    return empty_stats(inputs.temperature, inputs.entropy, inputs.kl is not None)
 
 
-def stats_outputs(temperature: Tensor, entropy: bool, has_kl: bool) -> tuple[Tensor, ...]:
-    """Empty tensors in the shapes of RowStats."""
+def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
+    """Return the indices [n] of the tokens that count; check their ids."""
+    token_idx = packing.order[: sum(packing.counts.tolist())]
+    if inputs.vocab_group is None:
+        expect_token_ids(inputs.tokens[token_idx], None, inputs.weight.shape[0])
+    return token_idx
 
-    def output(wanted: bool, *pair: int) -> Tensor:
-        return temperature.new_empty((*temperature.shape, *pair) if wanted else (0,))
 
-    return output(True), output(entropy), output(has_kl), output(True, 2), output(has_kl, 2)
+def new_stats(inputs: LMHeadInputs) -> RowStats:
+    """Make statistics [N] of zeros, which those of masked tokens remain."""
+    new, N, has_kl = inputs.temperature.new_zeros, len(inputs.tokens), inputs.kl is not None
+    return RowStats(
+        new(N),
+        new(N) if inputs.entropy else None,
+        new(N) if has_kl else None,
+        new(N, 2),
+        new(N, 2) if has_kl else None,
+    )
 
 
-@torch.library.custom_op("grpo_kernels::linear_token_stats_backward", mutates_args=())
+def write_stats(stats: RowStats, token_idx: Tensor, chunk_stats: RowStats) -> None:
+    """Write the statistics [n] of a chunk to those of all tokens [N]."""
+    for whole, part in zip(stats, chunk_stats, strict=True):
+        if whole is not None and part is not None:
+            whole.index_copy_(0, token_idx, part)
+
+
+@bundled_op("grpo_kernels::linear_token_stats_backward")
 def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    temperature: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    softcap: float | None,
-    kl: str | None,
-    dtype: torch.dtype,
-    vocab_group: str | None,
-    order: Tensor,
-    counts: Tensor,
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
     chunk_tokens: int | None,
-    skip_inert: bool,
-    row_lse: Tensor,
-    ref_row_lse: Tensor | None,
-    entropy_value: Tensor | None,
-    kl_value: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_kl: Tensor | None,
+    skip_zero_grad: bool,
+    stats: RowStats,
+    grads: TokenGrads,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = LMHeadInputs(
-        hidden, weight, bias, tokens, temperature, ref_hidden, ref_weight, ref_bias,
-        softcap, entropy_value is not None, kl, dtype, None,
-    )  # fmt: skip  # the statistics are known: no chunk waits for another rank
-    stats = RowStats(row_lse[:, 0], entropy_value, kl_value, row_lse, ref_row_lse)
-    upstream = [d_logprob, d_entropy, d_kl]
-    order = _with_gradient(order, counts.tolist(), upstream, skip_inert)
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = ChunkedLMHead(inputs, len(order), chunk_tokens, gradient=True)
-        gradient = LMHeadGrad(rows, len(order), wanted)
-        for at in rows.chunks(order):
-            rows.write_logits(at)
-            incoming = TokenGrads(*(each if each is None else each[at] for each in upstream))
-            gradient.add(at, rows.backward(at, stats.at(at), incoming))
-    leaves = (hidden, weight, weight if bias is None else bias)
+    group = inputs.vocab_group
+    inputs = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
+    token_idx = _tokens_with_grad(packing, grads, skip_zero_grad)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=True)
+        head_grad = LMHeadGrad(head, len(token_idx), wanted)
+        for chunk in head.chunks(token_idx):
+            chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
+            chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
+            head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
+    leaves = (inputs.hidden, inputs.weight, inputs.weight if inputs.bias is None else inputs.bias)
     return tuple(
-        leaf.new_empty(0) if each is None else each.to(leaf.dtype)
-        for each, leaf in zip(gradient.total(vocab_group), leaves, strict=True)
+        leaf.new_empty(0) if grad is None else grad.to(leaf.dtype)
+        for grad, leaf in zip(head_grad.finish(group), leaves, strict=True)
     )
 
 
 @_backward.register_fake
-def _(hidden, weight, bias, *others):
-    wanted = others[-1]
-    leaves = (hidden, weight, weight if bias is None else bias)
+def _(inputs: LMHeadInputs, *others: Any) -> tuple[Tensor, ...]:
+    leaves = (inputs.hidden, inputs.weight, inputs.weight if inputs.bias is None else inputs.bias)
     return tuple(
-        leaf.new_empty(leaf.shape if each else (0,))
-        for each, leaf in zip(wanted, leaves, strict=True)
+        leaf.new_empty(leaf.shape if wanted else (0,))
+        for wanted, leaf in zip(others[-1], leaves, strict=True)
     )
 
 
-def _with_gradient(
-    order: Tensor, counts: list[int], upstream: list[Tensor | None], skip_inert: bool
-) -> Tensor:
-    """The tokens that a gradient can reach; on the CPU, where looking is free, those it does."""
-    order = order[: counts[0] if skip_inert else sum(counts)]
-    if order.device.type != "cpu":
-        return order
-    reached = torch.zeros(len(order), dtype=torch.bool)
-    for each in upstream:
-        if each is not None:
-            reached |= each[order] != 0
-    return order[reached]
+def _tokens_with_grad(packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool) -> Tensor:
+    """Return the tokens that a gradient can reach; on the CPU, where reading is free, does reach."""
+    num_active, num_zero_grad = packing.counts.tolist()
+    token_idx = packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
+    if token_idx.device.type != "cpu":
+        return token_idx
+    has_grad = torch.zeros(len(token_idx), dtype=torch.bool)
+    for grad in grads:
+        if grad is not None:
+            has_grad |= grad[token_idx] != 0
+    return token_idx[has_grad]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    (
-        *tensors, softcap, entropy, kl, dtype, vocab_group, order, counts, chunk_tokens, skip_inert,
-    ) = inputs  # fmt: skip
-    _, entropy_value, kl_value, row_lse, ref_row_lse = output
-    ctx.save_for_backward(*tensors, order, counts, row_lse, ref_row_lse, entropy_value, kl_value)
-    ctx.settings = softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert
+def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
+    inputs, packing, *ctx.settings = bundles
+    _, *saved = output  # backward does not read the log-probs
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.save_for_backward(*tensors, *packing, *saved)
+    ctx.values = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_logprob, d_entropy, d_kl, d_row_lse, d_ref_row_lse):
-    *tensors, order, counts, row_lse, ref_row_lse, entropy_value, kl_value = ctx.saved_tensors
-    softcap, entropy, kl, dtype, vocab_group, chunk_tokens, skip_inert = ctx.settings
-    # An output that was not asked for is empty, and tracing may hand it an empty gradient.
-    d_entropy = d_entropy if entropy else None
-    d_kl = d_kl if kl is not None else None
+def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None, ...]:
+    *tensors, order, counts, entropy, kl, row_lse, ref_row_lse = ctx.saved_tensors
+    inputs = LMHeadInputs(
+        *(v if t is None else t for t, v in zip(tensors, ctx.values, strict=True))
+    )
+    # An output that was not asked for is empty, and tracing may pass an empty gradient for it.
+    grads = TokenGrads(
+        d_logprob, d_entropy if inputs.entropy else None, None if inputs.kl is None else d_kl
+    )
     wanted = list(ctx.needs_input_grad[:3])
-    if (d_logprob is None and d_entropy is None and d_kl is None) or not any(wanted):
-        return (None,) * 17
-    hidden, weight, bias, tokens, temperature, *reference = tensors
-    gradients = _backward(
-        hidden,
-        weight,
-        bias,
-        tokens,
-        temperature,
-        *(None if d_kl is None else each for each in reference),
-        softcap,
-        None if d_kl is None else kl,
-        dtype,
-        vocab_group,
-        order,
-        counts,
-        chunk_tokens,
-        skip_inert,
-        row_lse,
-        None if d_kl is None else ref_row_lse,
-        None if d_entropy is None else entropy_value,
-        None if d_kl is None else kl_value,
-        *(None if each is None else each.contiguous() for each in (d_logprob, d_entropy, d_kl)),
+    if all(grad is None for grad in grads) or not any(wanted):
+        return (None, None, None)
+    stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
+    if grads.kl is None:  # the reference policy is not read
+        inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None, kl=None)
+    head_grads = _backward(
+        inputs,
+        TokenPacking(order, counts),
+        *ctx.settings,
+        stats,
+        grads,
         wanted,
     )
-    found = (each if want else None for each, want in zip(gradients, wanted, strict=True))
-    return (*found, *(None,) * 14)
+    return tuple(grad if want else None for grad, want in zip(head_grads, wanted, strict=True))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -210,34 +172,34 @@ def linear_token_stats(
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> TokenStats:
-    """`token_stats` of logits = hidden @ weight.T + bias, which never exist but for a chunk.
+    """Compute `token_stats` of logits = hidden @ weight.T + bias, one chunk of logits at a time.
 
-    Forward is one matrix product (two with a KL), backward makes the logits again and then the
+    Forward is one matrix product (two with a KL). Backward makes the logits again, then the
     gradients: 8·n·V·H floating-point operations for n unmasked tokens, 2·n·V·H without gradient.
     Logits are not rounded to the dtype of their operands, and gradients are summed in fp32: from
-    bf16 the log-probs are right to 1e-5. Beside its results it takes about 1 GiB of workspace and
-    the gradient of the weight in fp32, whatever the number of tokens.
+    bf16 the log-probs are right to 1e-5. The memory taken beside the results is about 1 GiB of
+    workspace and the gradient of the weight in fp32, whatever the number of tokens.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[:, t] is the last hidden state that predicts
             tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
-        weight: [V, H], that of the head, in the dtype of `hidden` (under autocast, any); bias:
+        weight: [V, H], that of the LM head, in the dtype of `hidden` (under autocast, any); bias:
             [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
-            is unshard once, and gets the mean over ranks of its gradient, in its own shards.
-        ref_hidden, ref_weight, ref_bias: the reference's, for `kl`, never differentiated; its
-            hidden size may be another.
+            is gathered once, and gets the mean over ranks of its gradient, in its own shards.
+        ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
+            its hidden size may be another.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
-            is filled up, so that the bits of a token's results do not depend on how many tokens
-            there are, nor on the others; on a CPU they may on its place in its chunk.
+            is padded, so that the bits of a token's results do not depend on how many tokens there
+            are, nor on the others; on a CPU they may depend on its place in its chunk.
         packing: `pack_tokens` of this very mask, made in advance.
         vocab_group: the ranks of a tensor-parallel head; None: weight has the whole vocabulary.
             `weight`, `bias`, `ref_weight` and `ref_bias` are then this rank's rows, in rank order
-            and of any number from 1 (of a DTensor, `weight.to_local()`); everything else is the
-            same on all ranks, the token ids being those of the whole vocabulary. So are the
-            results and the gradient of `hidden`, bit by bit: it is complete, and must not be
-            reduced again. Rows that only pad the vocabulary are left out, as in `weight[:n]`, or
-            have a bias of -inf. Every rank calls, and calls backward, in the same order. See
-            vocab_shards.py for what the ranks tell each other.
+            and of any number from 1 (of a DTensor, `weight.to_local()`). Everything else is the
+            same on all ranks, and token ids are those of the whole vocabulary. Results and the
+            gradient of `hidden` are the same on all ranks, bit by bit: that gradient is complete,
+            and must not be reduced again. Leave out rows that only pad the vocabulary, as in
+            `weight[:n]`, or give them a bias of -inf. Every rank calls, and calls backward, in the
+            same order. lm_head/vocab_parallel.py says what the ranks exchange.
         tokens, temperature, softcap, entropy, kl, mask: as in `token_stats`. Masked tokens are in
             no product.
 
@@ -248,7 +210,7 @@ def linear_token_stats(
     Raises:
         ValueError, TypeError: as `token_stats`, for these arguments.
     """
-    return _linear_token_stats(
+    inputs = prepare_inputs(
         hidden,
         weight,
         tokens,
@@ -261,41 +223,38 @@ def linear_token_stats(
         ref_bias=ref_bias,
         kl=kl,
         mask=mask,
-        chunk_tokens=chunk_tokens,
-        packing=packing,
         vocab_group=vocab_group,
-        skip_inert=False,
     )
-
-
-def _linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    mask: Tensor | None,
-    chunk_tokens: int | None,
-    packing: TokenPacking | None,
-    skip_inert: bool,
-    entropy: bool,
-    kl: str | None,
-    **keywords,
-) -> TokenStats:
-    """`linear_token_stats`; skip_inert: tokens packed as without a signal get no gradient."""
-    inputs = prepare_inputs(hidden, weight, tokens, mask=mask, entropy=entropy, kl=kl, **keywords)
-    checks.check_chunk_tokens(chunk_tokens)
+    check_chunk_tokens(chunk_tokens)
     packing = resolve_token_order(packing, mask, tokens)
-    outputs = _forward(*inputs, *packing, chunk_tokens, skip_inert)
-    return token_stats_of(outputs, tokens.shape, entropy, kl)
+    return run_linear_token_stats(inputs, packing, tokens.shape, chunk_tokens)
 
 
-def token_stats_of(
-    outputs: tuple[Tensor, ...], shape: torch.Size, entropy: bool, kl: str | None
+def run_linear_token_stats(
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
+    shape: torch.Size,
+    chunk_tokens: int | None,
+    *,
+    skip_zero_grad: bool = False,
 ) -> TokenStats:
-    """The first three of an operator's outputs, [N], in the shape of the tokens."""
-    logprob, entropy_value, kl_value = outputs[:3]
+    """Run the operator; skip_zero_grad: no gradient for tokens that the packing says have none."""
+    outputs = _forward(inputs, packing, chunk_tokens, skip_zero_grad)
+    return as_token_stats(outputs, inputs, shape)
+
+
+def as_token_stats(
+    outputs: tuple[Tensor, ...], inputs: LMHeadInputs, shape: torch.Size
+) -> TokenStats:
+    """Give the leading outputs [N] of an operator the shape of the tokens."""
+    logprob, entropy, kl = outputs[:3]
     return TokenStats(
         logprob.view(shape),
-        entropy_value.view(shape) if entropy else None,
-        kl_value.view(shape) if kl is not None else None,
+        entropy.view(shape) if inputs.entropy else None,
+        kl.view(shape) if inputs.kl is not None else None,
     )
+
+
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    if chunk_tokens is not None:
+        expect_number("chunk_tokens", chunk_tokens, integer=True, at_least=1)

@@ -1,5 +1,7 @@
 """Attach a precomputed gradient to a loss; backward scales it by the incoming gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,61 +10,61 @@ from ..backends import backend_for
 
 @torch.library.custom_op("grpo_kernels::scale_", mutates_args={"x"})
 def _scale_(x: Tensor, factor: Tensor) -> None:
-    """x · factor in place; where the 0-dim factor is 1, as in loss.backward(), nothing is read."""
+    """Multiply x in place; a 0-dim factor of 1, as in loss.backward(), reads nothing."""
     rows = x[(None,) * (3 - x.dim())]
     backend_for(rows).scale_(rows, factor)
 
 
 @_scale_.register_fake
-def _(x, factor):
+def _(x: Tensor, factor: Tensor) -> None:
     return None
 
 
-def attach_gradient(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """The loss, 0-dim, with the gradient of each leaf to hand out in backward, times its own.
+def attach_gradient(loss: Tensor, leaves: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """Return the 0-dim loss, whose backward gives each leaf its gradient times the incoming one.
 
-    They are handed out in their own memory: nothing of their size is allocated, nor moved where
-    the loss's gradient is 1. A leaf of another dtype gets the product, rounded once.
+    The gradients are returned in their own memory: nothing of their size is allocated, and nothing
+    is copied where the incoming gradient is 1. A leaf of another dtype gets the product, rounded
+    once.
     """
-    return _PrecomputedGradient.apply(loss, len(leaves), *leaves, *gradients)
+    return _PrecomputedGradient.apply(loss, len(leaves), *leaves, *grads)
 
 
 class _PrecomputedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, count, *leaves_and_gradients):
-        leaves, gradients = leaves_and_gradients[:count], leaves_and_gradients[count:]
-        ctx.save_for_backward(*gradients)
+    def forward(ctx: Any, loss: Tensor, count: int, *leaves_and_grads: Tensor) -> Tensor:
+        leaves, grads = leaves_and_grads[:count], leaves_and_grads[count:]
+        ctx.save_for_backward(*grads)
         ctx.dtypes = [leaf.dtype for leaf in leaves]
-        ctx.factor = None  # by which what is saved has been multiplied
+        ctx.factor = None  # by which the saved gradients have been multiplied
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, d_loss):
-        gradients = ctx.saved_tensors
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            found = [(x * d_loss).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)]
+            scaled = [(x * d_loss).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
         else:
             if torch.is_grad_enabled():
                 raise RuntimeError("a loss whose gradient is made with it has no second derivative")
-            found = _hand_out(ctx, gradients, d_loss)
-        return None, None, *found, *(None,) * len(gradients)
+            scaled = _scale_in_place(ctx, grads, d_loss)
+        return None, None, *scaled, *(None,) * len(grads)
 
 
-def _hand_out(ctx, gradients: tuple[Tensor, ...], d_loss: Tensor) -> list[Tensor]:
-    first = ctx.factor is None
-    found = []
-    for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
-        if gradient.dtype != dtype:
-            product = torch.empty_like(gradient, dtype=dtype)
-            found.append(torch.mul(gradient, d_loss, out=product))
-        elif first:
-            # .data, as a backward after this one (retain_graph) finds what it needs below.
-            _scale_(gradient.data, d_loss)
-            found.append(gradient)
+def _scale_in_place(ctx: Any, grads: tuple[Tensor, ...], d_loss: Tensor) -> list[Tensor]:
+    """Scale the saved gradients in their own memory; a second backward finds them scaled."""
+    is_first, scaled = ctx.factor is None, []
+    for grad, dtype in zip(grads, ctx.dtypes, strict=True):
+        if grad.dtype != dtype:
+            scaled.append(torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype)))
+        elif is_first:
+            # .data hides the write from autograd: a later backward (retain_graph) needs `grad`.
+            _scale_(grad.data, d_loss)
+            scaled.append(grad)
         elif ctx.factor == 0:
             raise RuntimeError("backward came again, after one in which the loss's gradient was 0")
         else:
-            found.append(gradient * (d_loss / ctx.factor).to(gradient.dtype))
-    if first:
+            scaled.append(grad * (d_loss / ctx.factor).to(grad.dtype))
+    if is_first:
         ctx.factor = d_loss.clone()  # the caller may use his tensor again
-    return found
+    return scaled

@@ -1,17 +1,30 @@
 """`token_stats`: log-prob, entropy and KL of every token, differentiable in the logits.
 
-Top to bottom: the forward operator, the backward operator and its in-place twin, the autograd
-formula that ties them, the public function.
+Top to bottom: the forward operator, the backward operator and its in-place form, the autograd
+formula, the public function.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import RowInputs, RowStats, backend_for
+from ..backends.interface import accumulation_dtype, scalar_tensor
 from ..objective.token_gradients import TokenGrads
+from ..validation import (
+    expect_choice,
+    expect_mask,
+    expect_number,
+    expect_temperature,
+    expect_tensor,
+    expect_token_ids,
+    expect_tokens,
+    shape_of,
+)
+from .bundled_op import bundled_op
+
+_CONSUMED = "_grpo_kernels_consumed"
 
 
 class TokenStats(NamedTuple):
@@ -22,128 +35,92 @@ class TokenStats(NamedTuple):
     kl: Tensor | None
 
 
-@torch.library.custom_op("grpo_kernels::token_stats_forward", mutates_args=())
+@bundled_op("grpo_kernels::token_stats_forward")
 def _forward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    softcap: float | None,
-    entropy: bool,
-    kl: str | None,
-    inplace: bool,
+    rows: RowInputs, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.check_token_ids(tokens, mask, logits.shape[-1])
-    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
-    outputs = backend_for(logits).token_stats_forward(rows, entropy=entropy)
-    return tuple(temperature.new_empty(0) if each is None else each for each in outputs)
+    expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
+    stats = backend_for(rows.logits).token_stats_forward(rows, entropy=entropy)
+    return tuple(rows.temperature.new_empty(0) if x is None else x for x in stats)
 
 
 @_forward.register_fake
-def _(logits, tokens, temperature, mask, ref_logits, softcap, entropy, kl, inplace):
+def _(rows: RowInputs, entropy: bool, inplace: bool) -> tuple[Tensor, ...]:
+    return empty_stats(rows.temperature, entropy, rows.kl is not None)
+
+
+def empty_stats(like: Tensor, entropy: bool, kl: bool) -> tuple[Tensor, ...]:
+    """Uninitialised outputs of a statistics operator; those not asked for are empty."""
+
     def output(wanted: bool, *pair: int) -> Tensor:
-        return temperature.new_empty((*tokens.shape, *pair) if wanted else (0,))
+        return like.new_empty((*like.shape, *pair) if wanted else (0,))
 
-    has_kl = kl is not None
-    return output(True), output(entropy), output(has_kl), output(True, 2), output(has_kl, 2)
+    return output(True), output(entropy), output(kl), output(True, 2), output(kl, 2)
 
 
-@torch.library.custom_op("grpo_kernels::token_stats_backward", mutates_args=())
-def _backward(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    row_lse: Tensor,
-    ref_row_lse: Tensor | None,
-    entropy_value: Tensor | None,
-    kl_value: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_kl: Tensor | None,
-    softcap: float | None,
-    kl: str | None,
-) -> Tensor:
-    d_logits = logits.new_empty(logits.shape)
-    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
-    stats = RowStats(row_lse[..., 0], entropy_value, kl_value, row_lse, ref_row_lse)
-    grads = TokenGrads(d_logprob, d_entropy, d_kl)
-    backend_for(logits).token_stats_backward(rows, stats, grads, d_logits)
+def stats_for_backward(
+    grads: TokenGrads, entropy: Tensor, kl: Tensor, row_lse: Tensor, ref_row_lse: Tensor
+) -> tuple[RowStats, TokenGrads]:
+    """Select the saved statistics that backward reads; make the gradients contiguous."""
+    has_entropy, has_kl = grads.entropy is not None, grads.kl is not None
+    stats = RowStats(
+        None,
+        entropy if has_entropy else None,
+        kl if has_kl else None,
+        row_lse,
+        ref_row_lse if has_kl else None,
+    )
+    return stats, TokenGrads(*(x if x is None else x.contiguous() for x in grads))
+
+
+@bundled_op("grpo_kernels::token_stats_backward")
+def _backward(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> Tensor:
+    d_logits = rows.logits.new_empty(rows.logits.shape)
+    backend_for(rows.logits).token_stats_backward(rows, stats, grads, d_logits)
     return d_logits
 
 
 @_backward.register_fake
-def _(logits, *args):
-    return logits.new_empty(logits.shape)
+def _(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> Tensor:
+    return rows.logits.new_empty(rows.logits.shape)
 
 
-@torch.library.custom_op("grpo_kernels::token_stats_backward_", mutates_args={"logits"})
-def _backward_(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    row_lse: Tensor,
-    ref_row_lse: Tensor | None,
-    entropy_value: Tensor | None,
-    kl_value: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_kl: Tensor | None,
-    softcap: float | None,
-    kl: str | None,
-) -> None:
-    rows = RowInputs(logits, tokens, temperature, mask, ref_logits, softcap, kl)
-    stats = RowStats(row_lse[..., 0], entropy_value, kl_value, row_lse, ref_row_lse)
-    grads = TokenGrads(d_logprob, d_entropy, d_kl)
-    backend_for(logits).token_stats_backward(rows, stats, grads, logits)
+@bundled_op("grpo_kernels::token_stats_backward_", mutates_args={"rows_logits"})
+def _backward_(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> None:
+    backend_for(rows.logits).token_stats_backward(rows, stats, grads, rows.logits)
 
 
 @_backward_.register_fake
-def _(logits, *args):
+def _(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    logits, tokens, temperature, mask, ref_logits, softcap, entropy, kl, inplace = inputs
-    _, entropy_value, kl_value, row_lse, ref_row_lse = output
+def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
+    rows, ctx.has_entropy, ctx.inplace = bundles
+    _, *saved = output  # backward does not read the log-probs
     ctx.save_for_backward(
-        logits, tokens, temperature, mask, ref_logits,
-        row_lse, ref_row_lse, entropy_value, kl_value,
-    )  # fmt: skip
-    ctx.softcap, ctx.entropy, ctx.kl, ctx.inplace = softcap, entropy, kl, inplace
+        rows.logits, rows.tokens, rows.temperature, rows.mask, rows.ref_logits, *saved
+    )
+    ctx.softcap, ctx.kl = rows.softcap, rows.kl
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_logprob, d_entropy, d_kl, d_row_lse, d_ref_row_lse):
-    (
-        logits, tokens, temperature, mask, ref_logits,
-        row_lse, ref_row_lse, entropy_value, kl_value,
-    ) = ctx.saved_tensors  # fmt: skip
-    # An output that was not asked for is empty, and tracing may hand it an empty gradient.
-    d_entropy = d_entropy if ctx.entropy else None
-    d_kl = d_kl if ctx.kl is not None else None
-    if d_logprob is None and d_entropy is None and d_kl is None:
-        return (None,) * 9
-    backward = _backward_ if ctx.inplace else _backward
-    d_logits = backward(
-        logits,
-        tokens,
-        temperature,
-        mask,
-        None if d_kl is None else ref_logits,
-        row_lse,
-        None if d_kl is None else ref_row_lse,
-        None if d_entropy is None else entropy_value,
-        None if d_kl is None else kl_value,
-        *(None if each is None else each.contiguous() for each in (d_logprob, d_entropy, d_kl)),
-        ctx.softcap,
-        None if d_kl is None else ctx.kl,
+def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None]:
+    *tensors, entropy, kl, row_lse, ref_row_lse = ctx.saved_tensors
+    # An output that was not asked for is empty, and tracing may pass an empty gradient for it.
+    grads = TokenGrads(
+        d_logprob, d_entropy if ctx.has_entropy else None, None if ctx.kl is None else d_kl
     )
-    return (logits.detach() if ctx.inplace else d_logits, *(None,) * 8)
+    if all(grad is None for grad in grads):
+        return (None,)
+    stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
+    rows = RowInputs(*tensors, ctx.softcap, ctx.kl)
+    if grads.kl is None:  # the reference policy is not read
+        rows = rows._replace(ref_logits=None, kl=None)
+    if ctx.inplace:
+        _backward_(rows, stats, grads)
+        return (rows.logits.detach(),)
+    return (_backward(rows, stats, grads),)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -160,14 +137,14 @@ def token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
 ) -> TokenStats:
-    """Log-probability of each token, entropy of its distribution, and KL to a reference.
+    """Compute each token's log-probability, its distribution's entropy, and the KL to a reference.
 
         x = softcap · tanh(logits / softcap) / temperature      p = softmax(x), q of ref_logits
         logprob = ln p[token]                                   entropy = -Σ p ln p
         forward: KL(ref‖policy) = Σ q (ln q - ln p)             reverse: Σ p (ln p - ln q)
 
-    Each row of logits is read once, and once more, with its gradient written, in backward. No
-    tensor of the logits' size is made but that gradient, and only per-row scalars are saved.
+    Forward reads each row of logits once. Backward reads it once more and writes its gradient. The
+    gradient is the only tensor of the logits' size; only per-row scalars are saved.
 
     Args:
         logits: [B, T, V] or packed [N, V]; fp32, bf16, fp16, or fp64. Rows may be strided, as in
@@ -187,50 +164,18 @@ def token_stats(
         differentiable in `logits` under any upstream gradient of any of them.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or value; an unmasked id outside
-            [0, V) is a ValueError on the CPU, and a NaN log-probability on a GPU, where looking
-            would wait for the device.
+        ValueError, TypeError: a wrong shape, dtype, device or value. An unmasked id outside [0, V)
+            is a ValueError on the CPU. On a GPU, where reading ids would wait for the device, it
+            gives a NaN log-probability.
 
     Entropy and KL accumulate relative to the row's maximum (online softmax, Milakov and
     Gimelshein, arXiv:1805.02867), so that a common offset of the logits costs no precision.
     """
-    return _token_stats(
-        logits,
-        tokens,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=entropy,
-        ref_logits=ref_logits,
-        kl=kl,
-        mask=mask,
-        inplace=False,
-    )
+    rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
+    return run_token_stats(rows, tokens.shape, entropy=entropy)
 
 
-def _token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    entropy: bool,
-    ref_logits: Tensor | None,
-    kl: str | None,
-    mask: Tensor | None,
-    inplace: bool,
-) -> TokenStats:
-    """`token_stats`; with inplace, backward overwrites the logits with their gradient."""
-    inputs = row_inputs(logits, tokens, temperature, softcap, ref_logits, kl, mask)
-    outputs = _forward(*inputs, softcap, entropy, kl, inplace)
-    logprob, entropy_value, kl_value = (
-        each.view(tokens.shape) if each.dim() == 2 else each for each in outputs[:3]
-    )
-    return TokenStats(
-        logprob, entropy_value if entropy else None, kl_value if kl is not None else None
-    )
-
-
-def row_inputs(
+def prepare_rows(
     logits: Tensor,
     tokens: Tensor,
     temperature: float | Tensor,
@@ -238,43 +183,79 @@ def row_inputs(
     ref_logits: Tensor | None,
     kl: str | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(logits, tokens, temperature, mask, ref_logits) checked, as rows [B, T, ...]."""
-    checks.check_logits("logits", logits)
-    checks.check_tokens(tokens, logits)
-    checks.expect_mask(mask, tokens.shape)
-    checks.check_temperature(temperature, tokens, mask)
-    checks.check_kl_arguments(kl, ref_logits, logits)
+) -> RowInputs:
+    """Check the arguments of `token_stats` and lay them out as rows [B, T, ...]."""
+    check_logits("logits", logits)
+    expect_tokens(tokens, logits)
+    expect_mask(mask, tokens.shape)
+    expect_temperature(temperature, tokens, mask)
+    _check_kl(kl, ref_logits, logits)
     if softcap is not None:
-        checks.expect_number("softcap", softcap, above=0)
+        expect_number("softcap", softcap, above=0)
 
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(logits.dtype)
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        temperature = temperature.detach().to(acc).expand(tokens.shape).contiguous()
+        temperature = temperature.detach().to(dtype).expand(tokens.shape).contiguous()
     else:
-        if isinstance(temperature, Tensor):
-            scalar = temperature.detach().to(acc).reshape(())
-        else:
-            scalar = scalar_temperature(temperature, acc, logits.device)
-        temperature = scalar.expand(tokens.shape)
-    return tuple(
-        as_rows(each, tokens.dim())
-        for each in (
-            logits,
-            tokens.to(torch.int64).contiguous(),
-            temperature,
-            None if mask is None else (mask != 0).contiguous(),
-            None if kl is None else ref_logits.detach(),
-        )
+        temperature = scalar_tensor(temperature, dtype, logits.device).expand(tokens.shape)
+    packed = tokens.dim() == 1  # one long sequence
+
+    def as_rows(x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if packed else x
+
+    return RowInputs(
+        as_rows(logits),
+        as_rows(tokens.to(torch.int64).contiguous()),
+        as_rows(temperature),
+        None if mask is None else as_rows((mask != 0).contiguous()),
+        None if kl is None else as_rows(ref_logits.detach()),
+        softcap,
+        kl,
     )
 
 
-def as_rows(x: Tensor | None, token_dims: int) -> Tensor | None:
-    """[B, T, ...], a packed [N, ...] being one long sequence."""
-    return x if x is None or token_dims == 2 else x.unsqueeze(0)
+def run_token_stats(
+    rows: RowInputs, shape: torch.Size, *, entropy: bool, inplace: bool = False
+) -> TokenStats:
+    """Run the operator; with inplace, backward overwrites the logits with their gradient."""
+    logprob, entropy_value, kl_value, *_ = _forward(rows, entropy, inplace)
+    return TokenStats(
+        logprob.view(shape),
+        entropy_value.view(shape) if entropy else None,
+        kl_value.view(shape) if rows.kl is not None else None,
+    )
 
 
-def scalar_temperature(temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a 0-dim tensor, by a product: a symbol of torch.compile stays one, so that a new
-    temperature compiles nothing, and nothing is copied to the device."""
-    return torch.ones((), dtype=dtype, device=device) * temperature
+def check_logits(name: str, logits: Tensor) -> None:
+    expect_tensor(name, logits, floating=True, dims=(2, 3), layout="[B, T, V] or packed [N, V]")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"{name} must have a vocabulary of at least 1, got {shape_of(logits)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:
+        raise ValueError(
+            f"{name} must be contiguous in the last dimension, got strides {logits.stride()}"
+        )
+    if getattr(logits, _CONSUMED, False):
+        raise ValueError(f"{name} must not be used again after inplace=True, got them again")
+
+
+def mark_consumed(logits: Tensor) -> None:
+    """Make `check_logits` refuse these logits from now on: their gradient overwrites them."""
+    overlaps = any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True))
+    if overlaps and logits.numel() > 0:
+        raise ValueError(
+            f"logits must not be expanded with inplace=True, got strides {logits.stride()}"
+        )
+    if not torch.compiler.is_compiling():
+        setattr(logits, _CONSUMED, True)
+
+
+def _check_kl(kl: str | None, ref_logits: Tensor | None, logits: Tensor) -> None:
+    if kl is None:
+        if ref_logits is not None:
+            raise ValueError("ref_logits is read with kl='forward' or 'reverse' only, got kl=None")
+        return
+    expect_choice("kl", kl, ("forward", "reverse"))
+    if ref_logits is None:
+        raise ValueError(f"kl={kl!r} needs ref_logits, got None")
+    check_logits("ref_logits", ref_logits)
+    expect_tensor("ref_logits", ref_logits, shape=logits.shape, device_of=logits)

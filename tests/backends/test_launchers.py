@@ -54,7 +54,7 @@ class LargestAllocation(TorchDispatchMode):
 def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
     """The backend's functions on 400 rows in blocks of 16: no temporary is larger than a block."""
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr(buffers, "_OF_THREAD", threading.local())  # earlier tests' may be larger
+    monkeypatch.setattr(buffers, "_thread", threading.local())  # earlier tests' may be larger
     logits, tokens = make_case(1, 4, 100, 1024)
     ref_logits = normal(2, 4, 100, 1024)
     d_logits = torch.empty_like(logits)

@@ -24,13 +24,13 @@ def one_launch(monkeypatch):
 def count_launches(monkeypatch):
     """Return a list that grows by one with every one-pass launch."""
     launched = []
-    rows_ = operators._rows_
+    forward_ = operators._forward_
 
     def counting(*arguments):
         launched.append(1)
-        return rows_(*arguments)
+        return forward_(*arguments)
 
-    monkeypatch.setattr(operators, "_rows_", counting)
+    monkeypatch.setattr(operators, "_forward_", counting)
     return launched
 
 

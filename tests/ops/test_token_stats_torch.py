@@ -41,7 +41,7 @@ def forward_arguments(dtype=torch.float32, kl="reverse"):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.full((1, 3), 1.3, dtype=acc)
     mask = torch.tensor([[True, False, True]])
-    return logits, tokens, temperature, mask, ref_logits, None, True, kl, False
+    return logits, tokens, temperature, mask, ref_logits, None, kl, True, False
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
@@ -53,15 +53,14 @@ def test_opcheck_forward(backend, kl):
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 def test_opcheck_backward(backend, kl):
-    logits, tokens, temperature, mask, ref_logits, softcap, _, _, _ = forward_arguments(kl=kl)
+    *rows, _, _ = forward_arguments(kl=kl)
     _, entropy, kl_value, row_lse, ref_row_lse = torch.ops.grpo_kernels.token_stats_forward(
         *forward_arguments(kl=kl)
     )
     g = torch.ones(1, 3)
     arguments = (
-        logits, tokens, temperature, mask, ref_logits, row_lse,
-        ref_row_lse if kl else None, entropy, kl_value if kl else None, g, g,
-        g if kl else None, softcap, kl,
+        *rows, None, entropy, kl_value if kl else None, row_lse, ref_row_lse if kl else None,
+        g, g, g if kl else None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward, arguments)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward_, arguments)
