@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks
 from .advantages import group_normalised_advantage
 from .ops.approximate_kl import approximate_kl_sums
-from .ops.token_stats import TokenStats, token_stats
-from .validation import expect_choice, expect_mask, expect_number, expect_tensor
+from .ops.token_stats import TokenStats, check_logits, token_stats
+from .validation import expect_choice, expect_mask, expect_number, expect_tensor, shape_of
 
 __all__ = [
     "approximate_kl_divergence",
@@ -101,12 +100,12 @@ def approximate_kl_divergence(
     Schulman, 2020 (http://joschu.net/blog/kl-approx.html).
     """
     expect_choice("reduction", reduction, ("none", "mean", "sum"))
-    checks.check_pair("ref_logits", ref_logits, "new_logits", new_logits)
+    _check_pair("ref_logits", ref_logits, "new_logits", new_logits)
     expect_mask(mask, new_logits.shape[:-1])
     expect_number("eps", eps, above=0, below=1)
     ref_rows, new_rows = _to_rows(ref_logits), _to_rows(new_logits)
-    checks.check_logits("ref_logits", ref_rows)
-    checks.check_logits("new_logits", new_rows)
+    check_logits("ref_logits", ref_rows)
+    check_logits("new_logits", new_rows)
     if mask is None:
         keep = new_logits.new_ones(new_logits.shape[:-1], dtype=torch.bool)
     else:
@@ -132,7 +131,7 @@ def _token_stats(
 ) -> TokenStats:
     """Compute entropy or forward KL; the log-prob, of token 0, is not used."""
     if ref_logits is not None:
-        checks.check_pair("ref_logits", ref_logits, "new_logits", logits)
+        _check_pair("ref_logits", ref_logits, "new_logits", logits)
     expect_mask(mask, logits.shape[:-1])
     rows = _to_rows(logits)
     return token_stats(
@@ -149,3 +148,15 @@ def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return per_token.sum() / max(1, per_token.numel())
     return per_token.sum() / (mask != 0).sum().clamp(min=1)
+
+
+def _check_pair(name: str, logits: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two logits have one shape and one device."""
+    expect_tensor(name, logits, floating=True)
+    expect_tensor(other_name, other, floating=True)
+    if logits.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {shape_of(logits)}"
+        )
+    expect_tensor(name, logits, device_of=other)

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..objective.policy_loss import LossOutput
-from ..ops.linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_and_stats
+from ..lm_head.inputs import prepare_inputs
+from ..lm_head.token_order import pack_tokens
+from ..objective.policy_loss import LossOutput, prepare_loss_inputs
+from ..ops.linear_grpo_loss import linear_grpo_loss, loss_and_stats
 from ..ops.linear_token_stats import linear_token_stats
 from ..ops.token_stats import TokenStats
 
@@ -76,14 +78,21 @@ class LMHead:
         advantages: Tensor,
         *,
         temperature: float | Tensor = 1.0,
-        ref_head: "LMHead | None" = None,
+        mask: Tensor | None = None,
         **keywords: Any,
     ) -> tuple[LossOutput, TokenStats]:
-        """Like `grpo_loss`; also return the detached log-probs and entropies, 0 where masked."""
-        head = self._keywords(temperature, ref_head)
-        return linear_grpo_loss_and_stats(
-            hidden, self.weight, tokens, advantages, **head, **keywords
+        """Like `grpo_loss`; also return the detached log-probs and entropies, 0 where masked.
+
+        keywords: those of `prepare_loss_inputs`.
+        """
+        head = self._keywords(temperature, None)
+        inputs = prepare_inputs(hidden, self.weight, tokens, mask=mask, **head)
+        prepared = prepare_loss_inputs(
+            tokens.shape, inputs.temperature.dtype, advantages, mask=mask, **keywords
         )
+        packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
+        per_sequence = advantages.shape != tokens.shape
+        return loss_and_stats(hidden, inputs, prepared, packing, per_sequence=per_sequence)
 
     def in_fp32(self) -> "LMHead":
         bias = None if self.bias is None else self.bias.float()

@@ -88,8 +88,7 @@ def check_packing(
     order, counts = packing
     if order.shape != (tokens.numel(),):
         raise ValueError(
-            f"packing must be of a mask of {tokens.numel()} tokens, "
-            f"got one of {order.shape[0]}"
+            f"packing must be of a mask of {tokens.numel()} tokens, got one of {order.shape[0]}"
         )
     expect_tensor("packing", order, device_of=tokens)
     if not values_are_readable(tokens):

@@ -171,14 +171,14 @@ def prepare_loss_inputs(
     dtype: torch.dtype,
     advantages: Tensor,
     *,
-    mask: Tensor | None,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    sampling_logprob: Tensor | None,
+    mask: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    sampling_logprob: Tensor | None = None,
     config: LossConfig,
-    normalizer: float | Tensor | None,
-    entropy_normalizer: float | Tensor | None,
-    cu_seqlens: Tensor | None,
+    normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> PreparedLoss:
     """Check the arguments of `policy_loss` and set masked tokens to 0."""
     checks.check_cu_seqlens(cu_seqlens, shape, config)

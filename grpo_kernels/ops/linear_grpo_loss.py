@@ -176,7 +176,8 @@ def linear_grpo_loss(
     )
     if packing is None:
         packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
-    check_packing(packing, mask, tokens, prepared.inputs.advantage)
+    else:
+        check_packing(packing, mask, tokens, prepared.inputs.advantage)
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference_head(hidden, weight, **reference)
         with torch.no_grad():
@@ -187,8 +188,9 @@ def linear_grpo_loss(
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
         prepared = prepared._replace(inputs=loss_inputs)
     per_sequence = advantages.shape != tokens.shape
-    skip_zero_grad = zero_advantage_has_zero_grad(config, per_sequence=per_sequence)
-    return loss_and_stats(hidden, inputs, prepared, packing, chunk_tokens, skip_zero_grad)[0]
+    return loss_and_stats(
+        hidden, inputs, prepared, packing, chunk_tokens, per_sequence=per_sequence
+    )[0]
 
 
 def loss_and_stats(
@@ -196,19 +198,21 @@ def loss_and_stats(
     inputs: LMHeadInputs,
     prepared: PreparedLoss,
     packing: TokenPacking,
-    chunk_tokens: int | None,
-    skip_zero_grad: bool,
+    chunk_tokens: int | None = None,
+    *,
+    per_sequence: bool,
 ) -> tuple[LossOutput, TokenStats]:
     """Compute the loss, and the detached statistics of its tokens, 0 where masked.
 
     Args:
         hidden: as the caller passed it, the leaf of its gradient.
-        skip_zero_grad: no gradient for tokens that the packing says have none.
+        per_sequence: all tokens of a sequence have one advantage.
     """
     config, loss_inputs, shape = prepared.config, prepared.inputs, hidden.shape[:-1]
     leaves = (hidden, inputs.weight, inputs.bias)
     wanted = [leaf is not None and leaf.requires_grad for leaf in leaves]
     has_sampling = loss_inputs.sampling_logprob is not None
+    skip_zero_grad = zero_advantage_has_zero_grad(config, per_sequence=per_sequence)
     if not (
         torch.is_grad_enabled()
         and any(wanted)

@@ -104,7 +104,7 @@ def _(inputs: LMHeadInputs, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _tokens_with_grad(packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool) -> Tensor:
-    """Return the tokens that a gradient can reach; on the CPU, where reading is free, does reach."""
+    """Return the tokens that a gradient can reach; on the CPU, where reading is free, reaches."""
     num_active, num_zero_grad = packing.counts.tolist()
     token_idx = packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
     if token_idx.device.type != "cpu":

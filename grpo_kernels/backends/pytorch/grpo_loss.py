@@ -29,7 +29,9 @@ def grpo_loss(
         block_logits = logits[block]
         p = Softmax.of(block_logits, LOG2E * inverse, softcap, buffers, "policy")
         logprob[block], entropy[block] = p.logprob(tokens[block]), p.entropy()
-        grads = token_gradients(logprob[block], loss_inputs.at(block), config)
+        grads = token_gradients(
+            logprob[block], loss_inputs.map(lambda x, block=block: x[block]), config
+        )
         has_gradient[block] = grads.logprob != 0
         if grads.entropy is not None:
             has_gradient[block] |= grads.entropy != 0
