@@ -57,7 +57,7 @@ class RowStats(NamedTuple):
 class ApproximateKL(NamedTuple):
     """mini-GRPO's approximate KL of rows, and what its gradient needs."""
 
-    total: Tensor  # [B, T], in the accumulation dtype, like all of them
+    total: Tensor | None  # [B, T], in the accumulation dtype, like all; None in backward
     weight_sum: Tensor  # [B, T], the sum of w in backends/triton/approximate_kl.py
     row_lse: Tensor  # [B, T, 2]
     ref_row_lse: Tensor  # [B, T, 2]

@@ -3,45 +3,40 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import backend_for
-from ..backends.interface import accumulation_dtype
+from ..backends.interface import ApproximateKL, accumulation_dtype
+from .bundled_op import bundled_op
 
 
-@torch.library.custom_op("grpo_kernels::approximate_kl_forward", mutates_args=())
+@bundled_op("grpo_kernels::approximate_kl_forward")
 def _forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(logits.dtype)
-    return backend_for(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps, dtype)
+    return tuple(backend_for(logits).approximate_kl_forward(logits, ref_logits, mask, log2_eps))
 
 
 @_forward.register_fake
-def _(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float) -> tuple[Tensor, ...]:
     def output(*pair: int) -> Tensor:
         return logits.new_empty((*mask.shape, *pair), dtype=accumulation_dtype(logits.dtype))
 
     return output(), output(), output(2), output(2)
 
 
-@torch.library.custom_op("grpo_kernels::approximate_kl_backward", mutates_args=())
+@bundled_op("grpo_kernels::approximate_kl_backward")
 def _backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor,
-    weight: Tensor,
-    row_lse: Tensor,
-    ref_row_lse: Tensor,
+    kl: ApproximateKL,
     d_total: Tensor,
     log2_eps: float,
 ) -> Tensor:
     d_logits = logits.new_empty(logits.shape)
     backend_for(logits).approximate_kl_backward(
-        logits, ref_logits, mask, weight, row_lse, ref_row_lse, d_total, log2_eps, d_logits
+        logits, ref_logits, mask, kl, d_total, log2_eps, d_logits
     )
     return d_logits
 
@@ -51,14 +46,16 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    logits, ref_logits, mask, ctx.log2_eps = inputs
-    ctx.save_for_backward(logits, ref_logits, mask, *output[1:])
+def _setup_context(ctx: Any, arguments: list, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.log2_eps = arguments
+    _, *saved = output  # backward does not read the totals
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _autograd(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    d_logits = _backward(*ctx.saved_tensors, d_total.contiguous(), ctx.log2_eps)
-    return d_logits, None, None, None
+def _autograd(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor]:
+    logits, ref_logits, mask, *saved = ctx.saved_tensors
+    kl = ApproximateKL(None, *saved)
+    return (_backward(logits, ref_logits, mask, kl, d_total.contiguous(), ctx.log2_eps),)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

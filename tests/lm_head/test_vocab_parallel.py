@@ -46,9 +46,8 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
     found = [
         as_shard(functions.token_stats_forward(rows, entropy=True), rows.tokens) for rows in shards
     ]
-    stacked = (None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True))
-    merged = merge_shards(tuple(stacked), temperature, kl)
-    merged = RowStats(*merged)
+    stacked = (None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
+    merged = merge_shards(RowStats(*stacked), temperature, kl)
     d_logits = torch.full_like(logits, torch.nan)
     grads = TokenGrads(*(given.get(name) for name in ("logprob", "entropy", "kl")))
     for rows, out in zip(shards, parts(d_logits, sizes), strict=True):
