@@ -86,6 +86,15 @@ def pytorch_backend():
         yield
 
 
+@pytest.fixture
+def one_thread():
+    """Run torch on one thread: threads slow small tensors down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def restore_backend():
     """Undo a test's call of `use`."""

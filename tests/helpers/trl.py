@@ -1,4 +1,4 @@
-"""A tiny model on disk, and a few steps of TRL's trainer or ours on it."""
+"""A tiny model on disk, and a few training steps of TRL's trainer or the fused one on it."""
 
 from copy import deepcopy
 from functools import cache
@@ -25,28 +25,28 @@ CLOCKS = ("time", "runtime", "per_second")
 
 @cache
 def model_directory() -> str:
-    """Where a Llama over 16 characters lies: sure enough of itself for entropies to differ."""
+    """Save a Llama over 16 characters, peaked enough that entropies differ; return its path."""
     torch.manual_seed(0)
     model, tokenizer = from_scratch()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
+    for param in model.parameters():
+        if param.dim() == 2:
+            torch.nn.init.normal_(param, std=0.15)
     model.save_pretrained(ROOT / "model")
     tokenizer.save_pretrained(ROOT / "model")
     return str(ROOT / "model")
 
 
 def digits(completions, **_):
-    """The number of digits: it differs within a group, and more where completions are longer."""
+    """A reward, the number of digits: it differs within a group."""
     return [float(sum(letter.isdigit() for letter in text)) for text in completions]
 
 
 def make_config(**settings) -> GRPOConfig:
-    plain = {
+    defaults = {
         "output_dir": str(ROOT / "run"),
         "use_cpu": True,
         "bf16": False,
-        "optim": "sgd",  # Adam would enlarge the rounding of small gradients
+        "optim": "sgd",  # Adam would amplify the rounding of small gradients
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "max_steps": 2,
@@ -60,7 +60,7 @@ def make_config(**settings) -> GRPOConfig:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return GRPOConfig(**(plain | settings))
+    return GRPOConfig(**(defaults | settings))
 
 
 def make_llama():
@@ -75,7 +75,7 @@ def make_experts():
 
 
 def make_trainer(kind, *, make_model=make_llama, peft_config=None, **settings):
-    """A trainer of this class, from seed 0."""
+    """Make a trainer of a class, from seed 0."""
     torch.manual_seed(0)
     return kind(
         make_model(),
@@ -83,35 +83,35 @@ def make_trainer(kind, *, make_model=make_llama, peft_config=None, **settings):
         args=make_config(**settings),
         train_dataset=Dataset.from_dict({"prompt": ["1+2=", "34+5=", "7-", "88+11="] * 8}),
         processing_class=AutoTokenizer.from_pretrained(model_directory()),
-        peft_config=deepcopy(peft_config),  # it is written to
+        peft_config=deepcopy(peft_config),  # PEFT modifies it
     )
 
 
 def train(trainer) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """(what was logged, but for times; how far each weight went)."""
+    """Train; return the logs without times, and the change of each weight."""
     before = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
     trainer.train()
-    logged = [
-        {name: x for name, x in each.items() if not any(clock in name for clock in CLOCKS)}
-        for each in trainer.state.log_history
+    logs = [
+        {name: x for name, x in log.items() if not any(clock in name for clock in CLOCKS)}
+        for log in trainer.state.log_history
     ]
-    after = {name: whole(x.detach()) for name, x in trainer.model.named_parameters()}
-    return logged, {name: x - before[name] for name, x in after.items()}
+    after = {name: unshard(x.detach()) for name, x in trainer.model.named_parameters()}
+    return logs, {name: x - before[name] for name, x in after.items()}
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """A weight, gathered where FSDP has it in parts."""
+def unshard(x: torch.Tensor) -> torch.Tensor:
+    """All-gather a weight that FSDP shards."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
 PROMPT = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
-# Several updates on what one policy sampled, and an old policy that is not the present one.
+# Several updates per batch of completions, so that the old policy differs from the current one.
 REUSED = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 MISALIGNED = {**ACCUMULATED, "steps_per_generation": 4, "num_iterations": 2, "max_steps": 4}
 REUSE = {"reused": REUSED, "misaligned": MISALIGNED}
-# It weighs a sequence steeply by its probability: far from the old policy rounding grows.
+# VESPO's weight is steep in the sequence's probability: far from the old policy rounding grows.
 VESPO = {"loss_type": "vespo", "learning_rate": 0.02}
 CASES = {
     "grpo, reused": {"loss_type": "grpo", "beta": 0.04, "temperature": 0.7, **REUSED},
@@ -142,16 +142,16 @@ CASES = {
 
 @cache
 def trained_by_trl(name: str):
-    """What TRL's trainer makes of a case."""
+    """Train a case with TRL's trainer."""
     return train(make_trainer(GRPOTrainer, **CASES[name]))
 
 
 def check_same(found, expected, *, loss_type=None):
-    """The logs and the weights of two trainings agree."""
-    (logged, weights), (told, far) = found, expected
-    assert [each.keys() for each in logged] == [each.keys() for each in told]
-    # VESPO's loss is a sum of large terms that cancel: either trainer is 3e-6 from one in fp64.
+    """Assert that the logs and the changes of the weights of two trainings agree."""
+    (logs, weights), (expected_logs, expected_weights) = found, expected
+    assert [log.keys() for log in logs] == [log.keys() for log in expected_logs]
+    # VESPO's loss is a sum of large terms that cancel: both trainers are 3e-6 off fp64.
     floor = 1e-5 if loss_type == "vespo" else 1e-6
-    for one, other in zip(logged, told, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=floor)
-    torch.testing.assert_close(weights, far, rtol=1e-5, atol=5e-7)
+    for log, expected_log in zip(logs, expected_logs, strict=True):
+        assert log == pytest.approx(expected_log, rel=1e-5, abs=floor)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=5e-7)

@@ -1,6 +1,6 @@
-"""One of two ranks that train with TRL's trainer and with ours; `test_trl_ranks` starts both.
+"""One of two ranks that train with TRL's trainer and the fused one, started by `test_trl_ranks`.
 
-python -m tests.helpers.trl_worker DIRECTORY KIND, with the variables of a rank in its environment.
+Run as python -m tests.helpers.trl_worker DIRECTORY KIND, with torchrun's environment variables.
 """
 
 import os
@@ -31,7 +31,7 @@ PLAIN = {"per_device_train_batch_size": 4, "num_iterations": 2}
 
 
 def shard(trainer):
-    """Accelerate takes its FSDP plugin on GPUs and the like only: on CPUs it has to be told."""
+    """Turn on FSDP, for which accelerate looks on accelerators only."""
     from accelerate import DistributedType
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -41,25 +41,28 @@ def shard(trainer):
     trainer.is_fsdp_enabled = True
 
 
-def trained(trainer, kind):
+def run_training(trainer, kind):
     if kind == "fsdp2":
         shard(trainer)
-    logged, weights = train(trainer)
+    logs, weights = train(trainer)
     assert trainer.accelerator.num_processes == 2
-    in_parts = [hasattr(each, "full_tensor") for each in trainer.model.parameters()]
-    assert set(in_parts) == {kind == "fsdp2"}
-    return logged, weights
+    is_sharded = [hasattr(param, "full_tensor") for param in trainer.model.parameters()]
+    assert set(is_sharded) == {kind == "fsdp2"}
+    return logs, weights
 
 
 def main(directory, kind):
-    use("pytorch")  # interpreted kernels would take seconds a step
+    use("pytorch")  # interpreted kernels would take seconds per step
     torch.set_num_threads(1)
     settings = PLAIN | SETTINGS[kind]
-    found = {name: trained(make_trainer(each, **settings), kind) for name, each in TRAINERS.items()}
+    found = {
+        name: run_training(make_trainer(trainer, **settings), kind)
+        for name, trainer in TRAINERS.items()
+    }
     torch.save(found, f"{directory}/{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # tearing gloo's threads down sometimes aborts, long after what is tested here
+    os._exit(0)  # tearing down gloo's threads sometimes aborts, after the test

@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer(fuse_loss=True): TRL's losses, of which the gradient is made with the loss."""
+"""FusedGRPOTrainer(fuse_loss=True): TRL's losses with the gradient of linear_grpo_loss."""
 
 import itertools
 import random
@@ -15,7 +15,6 @@ from trl import GRPOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 
 from benchmarks.trl_parity.oracle import add_sampler, in_double
-from grpo_kernels.backends import use
 from grpo_kernels.integrations import trl_loss
 from grpo_kernels.integrations.transformers import forward_to_hidden
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
@@ -24,27 +23,18 @@ from tests.helpers.trl import CASES, check_same, make_trainer, train, trained_by
 FusedLoss = partial(FusedGRPOTrainer, fuse_loss=True)
 V, H = 16, 64
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_the_eager_room(monkeypatch):
-    """Interpreted kernels would take seconds a step."""
-    use("pytorch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("pytorch_backend", "one_thread")
 
 REFUSED = ("gspo, delta",)  # use_bias_correction_kl
 
 
-@pytest.mark.parametrize("name", [each for each in CASES if each not in REFUSED])
-def test_logs_and_weights_are_those_of_trl(name):
+@pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
+def test_logs_and_weights_match_trl(name):
     trained = train(make_trainer(FusedLoss, **CASES[name]))
     check_same(trained, trained_by_trl(name), loss_type=CASES[name].get("loss_type"))
 
 
-# TRL's `_compute_loss` and ours on one batch, in fp64.
+# TRL's `_compute_loss` and the fused one on one batch, in fp64.
 
 MAIN = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
@@ -64,7 +54,7 @@ OTHERS = {
     "training": (True, True, False),
     "old": (True, True, False),
     "tools": (False, True),
-    "masked": (False, True),  # a sequence throughout
+    "masked": (False, True),  # a whole sequence
 }
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 ENTROPY = {
@@ -76,14 +66,14 @@ ENTROPY = {
 
 
 def options_of(loss_type):
-    """The product of MAIN, each with others drawn at random that the fused loss can honour."""
+    """Yield the product of MAIN, each with random OTHERS that the fused loss supports."""
     draw = random.Random(loss_type)
     for values in itertools.product(*MAIN.values()):
         options = dict(zip(MAIN, values, strict=True))
         if options["loss_type"] != loss_type or (options["delta"] and loss_type not in CLIPPED):
             continue
         while True:
-            others = {name: draw.choice(each) for name, each in OTHERS.items()}
+            others = {name: draw.choice(values) for name, values in OTHERS.items()}
             sampler = others["sampler"]
             if sampler is not None and others["off_policy_mask_threshold"] is not None:
                 continue
@@ -97,14 +87,14 @@ def options_of(loss_type):
 
 @cache
 def trainer_of(*, fused):
-    """One whose settings are written afterwards, in fp64. TRL's own scores would be in fp32."""
+    """Make a trainer in fp64, to be configured later. TRL's own scores would be in fp32."""
     trainer = make_trainer(GRPOTrainer)
     trainer.model.double()
     return fuse_trainer(trainer)
 
 
 def configure(trainer, options):
-    """Make it one in the midst of a run with these options."""
+    """Give a trainer the settings of these options, and the state of a running training."""
     sampler = options["sampler"]
     settings = {name: options[name] for name in (*MAIN, *OTHERS)} | ENTROPY[options["entropy"]]
     settings |= {
@@ -133,7 +123,7 @@ def configure(trainer, options):
 
 
 def make_inputs(options, seed):
-    """Prompts padded on the left, completions on the right; as TRL's `_compute_loss` gets them."""
+    """Inputs of TRL's `_compute_loss`: prompts padded on the left, completions on the right."""
     generator = torch.Generator().manual_seed(seed)
     B, P, T = 4, 3, 6
 
@@ -170,14 +160,14 @@ def make_inputs(options, seed):
     if options["beta"]:
         inputs["ref_per_token_logps"] = ref
     if options["sampler"] is not None:
-        sampling[0, 1] = torch.nan  # which vLLM could not score
+        sampling[0, 1] = torch.nan  # vLLM did not score it
         inputs["sampling_per_token_logps"] = sampling
         add_sampler(trainer_of(fused=False), inputs)
     return inputs
 
 
-def computed(trainer, inputs):
-    """(loss, gradients by name, what was logged)."""
+def compute(trainer, inputs):
+    """Return the loss, the gradients by name, and the metrics."""
     trainer.model.zero_grad()
     mode = "train" if trainer.model.training else "eval"
     trainer._metrics[mode].clear()
@@ -191,35 +181,35 @@ def computed(trainer, inputs):
 
 
 @pytest.mark.parametrize("loss_type", MAIN["loss_type"])
-def test_loss_gradients_and_metrics_of_a_batch_are_those_of_trl(loss_type):
+def test_loss_gradients_and_metrics_match_trl(loss_type):
     for seed, options in enumerate(options_of(loss_type)):
         plain, fused = trainer_of(fused=False), trainer_of(fused=True)
         configure(plain, options)
         configure(fused, options)
         fuse_trainer(fused, fuse_loss=True)
         inputs = make_inputs(options, seed)
-        (loss, gradients, logged), (expected, exact, told) = (
-            computed(each, inputs) for each in (fused, plain)
+        (loss, gradients, metrics), (expected, exact, expected_metrics) = (
+            compute(trainer, inputs) for trainer in (fused, plain)
         )
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9, msg=str(options))
         torch.testing.assert_close(gradients, exact, rtol=1e-8, atol=1e-8, msg=str(options))
-        assert logged.keys() == told.keys()
-        for name, values in told.items():
-            assert logged[name] == pytest.approx(values, rel=1e-8, abs=1e-9, nan_ok=True), options
+        assert metrics.keys() == expected_metrics.keys()
+        for name, values in expected_metrics.items():
+            assert metrics[name] == pytest.approx(values, rel=1e-8, abs=1e-9, nan_ok=True), options
 
 
-def test_the_old_policy_s_doubts_about_a_tool_s_tokens_are_not_in_the_loss():
+def test_old_log_probs_of_tool_tokens_have_no_effect():
     options = next(options_of("grpo"))
     options |= {"tools": True, "old": True, "training": True, "sampler": None}
     trainer = trainer_of(fused=True)
     configure(trainer, options)
     fuse_trainer(trainer, fuse_loss=True)
     inputs = make_inputs(options, seed=0)
-    loss, gradients, _ = computed(trainer, inputs)
-    of_tools = (inputs["completion_mask"] == 1) & (inputs["tool_mask"] == 0)
-    assert of_tools.any()
-    inputs["old_per_token_logps"][of_tools] = -800  # exp(800) is infinite
-    far, same, _ = computed(trainer, inputs)
+    loss, gradients, _ = compute(trainer, inputs)
+    is_tool = (inputs["completion_mask"] == 1) & (inputs["tool_mask"] == 0)
+    assert is_tool.any()
+    inputs["old_per_token_logps"][is_tool] = -800  # exp(800) is infinite
+    far, same, _ = compute(trainer, inputs)
     assert far == loss
     torch.testing.assert_close(same, gradients, rtol=0, atol=0)
 
@@ -227,8 +217,8 @@ def test_the_old_policy_s_doubts_about_a_tool_s_tokens_are_not_in_the_loss():
 PLAIN = {name: values[0] for name, values in (MAIN | OTHERS).items()}
 
 
-def head_products(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
-    """How many products of the head a step takes for one token, beside those of the body."""
+def head_matmuls(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
+    """Count the matmuls of the head in a step, in tokens; return them and the lengths."""
     options = PLAIN | {"old": False} | options  # at ratio 1 no token is clipped
     trainer = fuse_trainer(make_trainer(GRPOTrainer), fuse_loss=fuse_loss)
     configure(trainer, options)
@@ -246,27 +236,31 @@ def head_products(*, fuse_loss, advantages=(1.0, -1.0, 0.5, 2.0), **options):
         )
         hidden.sum().backward()
 
-    body()  # the first call looks at the head
+    body()  # the first call measures the head
     step = count_flops(lambda: trainer._compute_loss(trainer.model, inputs).backward())
     return (step - count_flops(body)) / (2 * V * H), inputs["completion_mask"].sum(1).tolist()
 
 
-def test_a_step_takes_three_products_where_the_plain_hook_takes_four():
-    (plain, lengths), (fused, _) = (head_products(fuse_loss=each) for each in (False, True))
+def test_three_head_matmuls_instead_of_four():
+    (plain, lengths), (fused, _) = (
+        head_matmuls(fuse_loss=fuse_loss) for fuse_loss in (False, True)
+    )
     assert (plain, fused) == (4 * sum(lengths), 3 * sum(lengths))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_group_without_a_signal_costs_no_gradient(level):
+def test_zero_advantages_cost_no_gradient_matmuls(level):
     settings = {"advantages": (1.0, 0.0, 0.0, -1.0), "importance_sampling_level": level}
-    fused, lengths = head_products(fuse_loss=True, **settings)
-    live = lengths[0] + lengths[3]
-    assert fused == sum(lengths) + (2 if level == "token" else 3) * live
-    every, _ = head_products(fuse_loss=True, entropy="bonus", **settings)
-    assert every == (3 if level == "token" else 4) * sum(lengths), "the bonus acts on all"
+    fused, lengths = head_matmuls(fuse_loss=True, **settings)
+    active = lengths[0] + lengths[3]
+    assert fused == sum(lengths) + (2 if level == "token" else 3) * active
+    with_bonus, _ = head_matmuls(fuse_loss=True, entropy="bonus", **settings)
+    assert with_bonus == (3 if level == "token" else 4) * sum(lengths), (
+        "the bonus has a gradient on all tokens"
+    )
 
 
-def test_a_coefficient_of_the_entropy_that_changes_makes_no_other_operator(monkeypatch):
+def test_changing_entropy_coef_keeps_the_operator(monkeypatch):
     trainer, texts, loss_config = trainer_of(fused=True), [], trl_loss.loss_config
     configure(trainer, PLAIN | {"entropy": "adaptive"})
 
@@ -279,14 +273,14 @@ def test_a_coefficient_of_the_entropy_that_changes_makes_no_other_operator(monke
     monkeypatch.setattr(trl_loss, "loss_config", record)
     coefficients = []
     for _ in range(3):
-        computed(trainer, make_inputs(PLAIN, seed=0))
+        compute(trainer, make_inputs(PLAIN, seed=0))
         coefficients.append(trainer.entropy_coef)
     assert len(set(coefficients)) == len(texts) == 3
     assert len(set(texts)) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_evaluation_logs_what_that_of_trl_does(seed):
+def test_evaluation_matches_trl(seed):
     found = []
     for kind in (GRPOTrainer, FusedLoss):
         trainer = make_trainer(kind, loss_type="dapo", entropy_coef=0.1, beta=0.04, seed=seed)
@@ -294,30 +288,30 @@ def test_evaluation_logs_what_that_of_trl_does(seed):
         torch.manual_seed(seed)
         found.append(trainer.evaluate())
     clocks = ("runtime", "per_second")
-    logged, expected = (
-        {name: x for name, x in each.items() if not any(clock in name for clock in clocks)}
-        for each in found
+    logs, expected = (
+        {name: x for name, x in log.items() if not any(clock in name for clock in clocks)}
+        for log in found
     )
     assert {"eval_loss", "eval_kl", "eval_policy_loss"} <= expected.keys()
-    assert logged == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert logs == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-class Longer(GRPOTrainer):
-    """A class of a user's, which changes the loss."""
+class DoubledLoss(GRPOTrainer):
+    """A user's class, which changes the loss."""
 
     def _compute_loss(self, model, inputs):
         return 2 * super()._compute_loss(model, inputs)
 
 
-class FusedLonger(Longer, FusedGRPOTrainer):
+class FusedDoubledLoss(DoubledLoss, FusedGRPOTrainer):
     pass
 
 
-class LongerBelow(FusedGRPOTrainer, Longer):
-    """Where `_compute_loss` of Longer would be the value's, and the gradient's not."""
+class DoubledLossBehind(FusedGRPOTrainer, DoubledLoss):
+    """`_compute_loss` of DoubledLoss would change the value, and not the gradient."""
 
 
-class LossBelow(FusedGRPOTrainer, GMPOTrainer):
+class LossBehind(FusedGRPOTrainer, GMPOTrainer):
     pass
 
 
@@ -335,28 +329,30 @@ class OwnScores(FusedGRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
 
 
-def test_a_patched_trainer_is_the_subclass_bit_by_bit_and_patched_twice_too():
+def test_fuse_trainer_twice_matches_subclass_bitwise():
     settings = CASES["grpo, reused"]
     trainer = make_trainer(GRPOTrainer, **settings)
     assert fuse_trainer(fuse_trainer(trainer, fuse_loss=True), fuse_loss=True) is trainer
-    (patched, weights), (logged, expected) = (
+    (patched, weights), (logs, expected) = (
         train(trainer),
         train(make_trainer(FusedLoss, **settings)),
     )
-    assert patched == logged
+    assert patched == logs
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
-def test_a_subclass_does_to_the_loss_what_it_does_to_that_of_trl():
+def test_subclass_that_changes_the_loss():
     settings = CASES["grpo, reused"]
-    longer = partial(FusedLonger, fuse_loss=True)
-    trained, expected = (train(make_trainer(kind, **settings)) for kind in (longer, Longer))
+    doubled = partial(FusedDoubledLoss, fuse_loss=True)
+    trained, expected = (train(make_trainer(kind, **settings)) for kind in (doubled, DoubledLoss))
     check_same(trained, expected)
 
 
-def test_methods_that_would_be_lost_are_refused():
-    with pytest.raises(TypeError, match="leave _compute_loss to GRPOTrainer, got Longer with its"):
-        fuse_trainer(make_trainer(Longer), fuse_loss=True)
+def test_overridden_methods_raise():
+    with pytest.raises(
+        TypeError, match="leave _compute_loss to GRPOTrainer, got DoubledLoss with its"
+    ):
+        fuse_trainer(make_trainer(DoubledLoss), fuse_loss=True)
     with pytest.raises(TypeError, match="to FusedGRPOTrainer, got OwnScores with its own"):
         make_trainer(partial(OwnScores, fuse_loss=True))
     make_trainer(OwnScores)
@@ -366,7 +362,9 @@ def test_methods_that_would_be_lost_are_refused():
     fuse_trainer(make_trainer(OwnMask))
 
 
-@pytest.mark.parametrize(("kind", "below"), [(LongerBelow, "Longer"), (LossBelow, "GMPOTrainer")])
+@pytest.mark.parametrize(
+    ("kind", "below"), [(DoubledLossBehind, "DoubledLoss"), (LossBehind, "GMPOTrainer")]
+)
 def test_a_class_that_ours_would_stand_before_is_named(kind, below):
     with pytest.raises(
         TypeError, match=f"must come after {below} .*{kind.__name__}: it would hide"
@@ -376,16 +374,18 @@ def test_a_class_that_ours_would_stand_before_is_named(kind, below):
         fuse_trainer(make_trainer(kind), fuse_loss=True)
 
 
-def test_a_decay_of_vespo_is_raised_to_what_trl_raises_it_to():
+def test_vespo_lambda_has_trl_s_minimum():
     options = PLAIN | {"loss_type": "vespo", "old": True}
     inputs, found = make_inputs(options, seed=0), []
-    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] - 2  # of sequences e^12
+    inputs["old_per_token_logps"] = (
+        inputs["old_per_token_logps"] - 2
+    )  # a ratio of e^12 per sequence
     for trainer in (trainer_of(fused=False), fuse_trainer(trainer_of(fused=True), fuse_loss=True)):
         configure(trainer, options)
         with pytest.MonkeyPatch.context() as patch:
             for name in ("vespo_lambda_pos", "vespo_lambda_neg"):
                 patch.setattr(trainer.args, name, 0.0)
-            found.append(computed(trainer, inputs)[1])
+            found.append(compute(trainer, inputs)[1])
     torch.testing.assert_close(*found)
 
 
@@ -399,7 +399,7 @@ def test_a_decay_of_vespo_is_raised_to_what_trl_raises_it_to():
         ({"delta": 1.1}, "no such setting, delta must be .*: leave fuse_loss out"),
     ],
 )
-def test_settings_that_cannot_be_honoured_say_why(settings, message):
+def test_unsupported_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(FusedLoss, **settings)
     make_trainer(FusedGRPOTrainer, **settings)
@@ -413,14 +413,14 @@ def test_settings_that_cannot_be_honoured_say_why(settings, message):
         ({"rollout_func": print, "off_policy_mask_threshold": 0.1}, "ignores their NaN"),
     ],
 )
-def test_so_do_those_that_are_written_later(attributes, message):
+def test_unsupported_attributes_raise(attributes, message):
     trainer = make_trainer(GRPOTrainer)
     vars(trainer).update(attributes)
     with pytest.raises(ValueError, match=message):
         fuse_trainer(trainer, fuse_loss=True)
 
 
-def test_images_are_named():
+def test_images_raise():
     trainer = fuse_trainer(make_trainer(GRPOTrainer), fuse_loss=True)
     configure(trainer, PLAIN)
     inputs = make_inputs(PLAIN, seed=0) | {"pixel_values": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""On two ranks, too, ours logs what TRL's trainer logs and ends with its weights."""
+"""On two ranks the fused trainer has the logs and the weights of TRL's trainer."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(directory, kind):
-    """What each rank saved, by trainer."""
+    """Train on two ranks; return what each of them saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -38,23 +38,23 @@ def run_ranks(directory, kind):
             _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
     finally:
-        for process in ranks:  # one that fails leaves the other waiting
+        for process in ranks:  # if one fails the other waits for it
             process.kill()
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_log_and_learn_what_those_of_trl_do(tmp_path, kind):
+def test_two_ranks_match_trl(tmp_path, kind):
     for found in run_ranks(tmp_path, kind):
-        logged, far = expected = found["TRL"]
-        assert max(each.abs().max() for each in far.values()) > 1e-3, "something is learned"
-        assert any(each.get("clip_ratio/region_mean") for each in logged)
+        logs, changes = expected = found["TRL"]
+        assert max(change.abs().max() for change in changes.values()) > 1e-3, "weights change"
+        assert any(log.get("clip_ratio/region_mean") for log in logs)
         for name in ("plain", "fuse_loss"):
             check_same(found[name], expected)
 
 
-def test_a_quantile_over_all_ranks_is_refused_where_there_are_several(monkeypatch):
+def test_top_entropy_quantile_on_two_ranks_raises(monkeypatch):
     from trl import GRPOTrainer
 
     from grpo_kernels.integrations.trl import fuse_trainer

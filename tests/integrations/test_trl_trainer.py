@@ -1,4 +1,4 @@
-"""TRL's trainer and ours from one seed: they log the same, and end with the same weights."""
+"""FusedGRPOTrainer and TRL's GRPOTrainer: same seed, same logs, same weights."""
 
 import re
 import textwrap
@@ -13,8 +13,7 @@ pytest.importorskip("trl")
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from grpo_kernels.backends import use
-from grpo_kernels.integrations import trl as ours
+from grpo_kernels.integrations import trl as trl_integration
 from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
 from tests.helpers.trl import (
@@ -29,41 +28,29 @@ from tests.helpers.trl import (
     trained_by_trl,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 def covering_pairs():
-    """Every pair of values of loss_type, level, beta and reuse, in a quarter of their product."""
+    """Cover every pair of values of loss_type, level, beta and reuse."""
     values = [("token", "sequence"), (0.0, 0.04), tuple(REUSE)]
     for number, loss_type in enumerate(LOSS_TYPES):
         one = number & 1, number >> 1 & 1, 0
-        for each in (one, [1 - index for index in one]):
-            yield loss_type, *(of[index] for of, index in zip(values, each, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def pytorch_backend(monkeypatch):
-    """Interpreted kernels would take seconds a step."""
-    use("pytorch")
+        for indices in (one, [1 - index for index in one]):
+            yield loss_type, *(pair[index] for pair, index in zip(values, indices, strict=True))
 
 
 @pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize("name", CASES)
-def test_logs_and_weights_are_those_of_trl(name):
-    settings, (logged, far) = CASES[name], trained_by_trl(name)
+def test_logs_and_weights_match_trl(name):
+    settings, (logs, changes) = CASES[name], trained_by_trl(name)
     trained = train(make_trainer(FusedGRPOTrainer, **settings))
-    check_same(trained, (logged, far), loss_type=settings.get("loss_type"))
-    assert max(each.abs().max() for each in far.values()) > 1e-3, "something is learned"
-    found = {key: [each[key] for each in logged if key in each] for key in logged[0]}
-    lengths = zip(*(found[f"completions/{each}_length"] for each in ("min", "max")), strict=True)
+    check_same(trained, (logs, changes), loss_type=settings.get("loss_type"))
+    assert max(change.abs().max() for change in changes.values()) > 1e-3, "weights change"
+    found = {key: [log[key] for log in logs if key in log] for key in logs[0]}
+    lengths = zip(*(found[f"completions/{end}_length"] for end in ("min", "max")), strict=True)
     assert any(shortest < longest for shortest, longest in lengths), "there is padding"
     if name == "experts":
         assert min(found["aux_loss"]) > 1
@@ -76,7 +63,7 @@ def test_logs_and_weights_are_those_of_trl(name):
 @pytest.mark.slow
 @pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize(("loss_type", "level", "beta", "reuse"), list(covering_pairs()))
-def test_every_loss_of_trl_with_the_loss_left_to_it_and_not(loss_type, level, beta, reuse):
+def test_all_loss_types_match_trl(loss_type, level, beta, reuse):
     settings = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
     settings |= {"use_bias_correction_kl": level == "token", **REUSE[reuse]}
     settings |= VESPO if loss_type == "vespo" else {}
@@ -86,32 +73,32 @@ def test_every_loss_of_trl_with_the_loss_left_to_it_and_not(loss_type, level, be
         check_same(train(make_trainer(kind, **settings)), expected, loss_type=loss_type)
 
 
-class Longer(GRPOTrainer):
-    """A class of a user's, which changes something else."""
+class DoubledLoss(GRPOTrainer):
+    """A user's class, which changes another method."""
 
     def _compute_loss(self, model, inputs):
         return 2 * super()._compute_loss(model, inputs)
 
 
-class FusedLonger(Longer, FusedGRPOTrainer):
+class FusedDoubledLoss(DoubledLoss, FusedGRPOTrainer):
     pass
 
 
 @pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize(
-    ("plain", "fused"), [(GRPOTrainer, FusedGRPOTrainer), (Longer, FusedLonger)]
+    ("plain", "fused"), [(GRPOTrainer, FusedGRPOTrainer), (DoubledLoss, FusedDoubledLoss)]
 )
-def test_a_patched_trainer_is_the_subclass_bit_by_bit(plain, fused):
+def test_fuse_trainer_matches_subclass_bitwise(plain, fused):
     settings = CASES["grpo, reused"]
     trainer = make_trainer(plain, **settings)
     assert fuse_trainer(trainer) is trainer
-    (patched, weights), (logged, expected) = train(trainer), train(make_trainer(fused, **settings))
-    assert patched == logged
+    (patched, weights), (logs, expected) = train(trainer), train(make_trainer(fused, **settings))
+    assert patched == logs
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
 def batch():
-    """Prompts padded on the left, completions on the right; the second one is empty."""
+    """Prompts padded on the left, completions on the right; the second completion is empty."""
     ids = torch.randint(2, 16, (3, 9), generator=torch.Generator().manual_seed(0))
     attention = torch.ones(3, 9, dtype=torch.int64)
     attention[0, :2] = attention[0, 7:] = attention[1, 5:] = 0
@@ -124,25 +111,25 @@ def score(trainer, ids, attention, **keywords):
 
 
 def exact_scores(model, ids, attention, temperature):
-    """(log-probs, entropies) of the last 4 tokens, from the logits of a model in fp64."""
+    """Log-probs and entropies of the last 4 tokens, from the logits of a model in fp64."""
     logits = model(input_ids=ids, attention_mask=attention).logits[:, -5:-1] / temperature
     logprobs = logits.log_softmax(-1)
     mask = attention[:, -4:] != 0
-    of_token = logprobs.gather(-1, ids[:, -4:, None])[..., 0]
-    return of_token * mask, -(logprobs.exp() * logprobs).sum(-1) * mask
+    token_logprobs = logprobs.gather(-1, ids[:, -4:, None])[..., 0]
+    return token_logprobs * mask, -(logprobs.exp() * logprobs).sum(-1) * mask
 
 
 @pytest.mark.usefixtures("backend")
-def test_scores_and_gradients_are_those_of_the_tempered_logits():
+def test_scores_and_gradients_match_logits():
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer, temperature=0.7), batch()
     found = score(trainer, ids, attention, batch_size=2, compute_entropy=True)
-    assert found[2] is None and all(each.dtype == torch.float32 for each in found[:2])
+    assert found[2] is None and all(x.dtype == torch.float32 for x in found[:2])
     exact_model = make_llama().double()
     expected = exact_scores(exact_model, ids, attention, 0.7)
     (found[0].sum() - 3 * found[1].sum()).backward()
     (expected[0].sum() - 3 * expected[1].sum()).backward()
-    for ours_, exact in zip(found[:2], expected, strict=True):
-        torch.testing.assert_close(ours_.double(), exact, rtol=1e-5, atol=1e-5)
+    for score_, exact in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(score_.double(), exact, rtol=1e-5, atol=1e-5)
     for one, other in zip(trainer.model.parameters(), exact_model.parameters(), strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
     logprobs, entropies, _ = score(trainer, ids, attention)
@@ -151,13 +138,13 @@ def test_scores_and_gradients_are_those_of_the_tempered_logits():
 
 
 @pytest.mark.usefixtures("pytorch_backend")
-def test_only_the_completion_reaches_the_head_and_no_logits_are_made(monkeypatch):
+def test_head_gets_completion_only_and_no_logits_are_computed(monkeypatch):
     trainer, seen = make_trainer(FusedGRPOTrainer), []
-    plain = LMHead.token_stats
+    token_stats = LMHead.token_stats
 
     def spy(self, hidden, *arguments, **keywords):
         seen.append(hidden.shape[:2])
-        return plain(self, hidden, *arguments, **keywords)
+        return token_stats(self, hidden, *arguments, **keywords)
 
     monkeypatch.setattr(LMHead, "token_stats", spy)
     trainer.model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
@@ -166,18 +153,18 @@ def test_only_the_completion_reaches_the_head_and_no_logits_are_made(monkeypatch
 
 
 @pytest.mark.usefixtures("pytorch_backend")
-def test_a_batch_without_a_token_has_gradients_of_0():
+def test_all_masked():
     trainer, (ids, attention) = make_trainer(FusedGRPOTrainer), batch()
     attention[:, -4:] = 0
     logprobs, entropies, _ = score(trainer, ids, attention, compute_entropy=True)
     (logprobs.sum() + entropies.sum()).backward()
-    assert all((each.grad == 0).all() for each in trainer.model.parameters())
+    assert all((param.grad == 0).all() for param in trainer.model.parameters())
 
 
 @pytest.mark.usefixtures("pytorch_backend")
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
+def test_precision_of_head_matmul(autocast, cast):
     def make_model():
         return make_llama() if autocast else make_llama().bfloat16()
 
@@ -189,8 +176,8 @@ def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
             trainer.model, input_ids=ids, attention_mask=attention, use_cache=False
         )
     hidden, weight = (
-        each.to(torch.float32 if cast else torch.bfloat16).double()
-        for each in (hidden[:, -5:-1], head.weight)
+        x.to(torch.float32 if cast else torch.bfloat16).double()
+        for x in (hidden[:, -5:-1], head.weight)
     )
     logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[:, -4:, None])[..., 0]
     exact = logprobs * (attention[:, -4:] != 0)
@@ -199,8 +186,8 @@ def test_products_are_those_of_bf16_but_for_a_head_in_fp32(autocast, cast):
 
 
 @pytest.mark.usefixtures("pytorch_backend")
-def test_the_example_of_the_docstring_runs(tmp_path):
-    (example,) = re.findall(r"(    from datasets.*?\.train\(\)\n)", ours.__doc__, re.S)
+def test_docstring_example(tmp_path):
+    (example,) = re.findall(r"(    from datasets.*?\.train\(\)\n)", trl_integration.__doc__, re.S)
     code = textwrap.dedent(example)
     for shown, here in (
         ("HuggingFaceTB/SmolLM2-135M-Instruct", model_directory()),
@@ -226,7 +213,7 @@ class OwnScores(GRPOTrainer):
         (None, "_is_vlm", True, "model must be text-only, got LlamaForCausalLM"),
     ],
 )
-def test_settings_that_cannot_be_honoured_say_why(monkeypatch, part, name, value, message):
+def test_unsupported_settings_raise(monkeypatch, part, name, value, message):
     trainer = make_trainer(GRPOTrainer)
     owner = trainer if part is None else getattr(trainer, part)
     if part == "accelerator":  # a property
@@ -237,8 +224,8 @@ def test_settings_that_cannot_be_honoured_say_why(monkeypatch, part, name, value
         fuse_trainer(trainer)
 
 
-def test_a_head_in_fp32_is_cast_where_the_model_has_become_bf16():
-    """As it does for an evaluation with bf16_full_eval."""
+def test_cast_lm_head_to_fp32_of_bf16_model():
+    """An evaluation with bf16_full_eval casts the model to bf16."""
     settings = {"cast_lm_head_to_fp32": True, "make_model": lambda: make_llama().bfloat16()}
     fused, plain = (make_trainer(kind, **settings) for kind in (FusedGRPOTrainer, GRPOTrainer))
     for trainer in (fused, plain):
@@ -249,20 +236,20 @@ def test_a_head_in_fp32_is_cast_where_the_model_has_become_bf16():
     torch.testing.assert_close(found[counts], expected[counts], rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_with_a_copy_is_refused_at_construction():
+def test_copied_head_raises_at_construction():
     copied = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(TypeError, match=r"got peft\..*\.ModulesToSaveWrapper: leave it"):
         make_trainer(FusedGRPOTrainer, peft_config=copied)
 
 
-def test_what_is_no_trainer_or_scores_by_itself_is_not_patched():
+def test_fuse_trainer_refuses_other_classes():
     with pytest.raises(TypeError, match=r"must be a trl.GRPOTrainer, got Linear"):
         fuse_trainer(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="got OwnScores with its own, which would not be called"):
         fuse_trainer(make_trainer(OwnScores))
 
 
-def test_images_and_experts_that_are_not_there_are_named():
+def test_images_and_missing_aux_loss_raise():
     trainer = make_trainer(FusedGRPOTrainer)
     with pytest.raises(ValueError, match="pixel_values must be None, got Tensor"):
         score(trainer, *batch(), pixel_values=torch.zeros(1), num_images=None)
