@@ -1,8 +1,8 @@
-"""Argument checks: four primitives that format every error message.
+"""Argument checks: primitives that raise a TypeError or ValueError and format its message.
 
-A message names the argument, what is expected, and what was passed. The rule itself stands beside
-the function whose argument it checks. Shapes, dtypes and settings are always checked. The values of
-a tensor are checked only where `values_are_readable`: on a GPU, reading them would wait for the
+A message names the argument, what is expected, and what was passed. A rule that is specific to one
+function stands beside that function. Shapes, dtypes and settings are always checked. The values of
+a tensor are checked only if `values_are_readable`: on a GPU, reading them would wait for the
 device.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 
 def expect_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Expect one of the choices, else raise a ValueError."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -29,7 +30,7 @@ def expect_number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """A finite number within bounds. A bool is not a number."""
+    """Expect a finite number within bounds, else raise. A bool is not a number."""
     if not isinstance(value, Integral if integer else Real) or isinstance(value, bool):
         kind = "an integer" if integer else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
@@ -55,14 +56,14 @@ def expect_tensor(
     layout: str = "",
     device_of: Tensor | None = None,
 ) -> None:
-    """A tensor, and what else is asked of it.
+    """Expect a tensor with the given properties, else raise.
 
     Args:
-        floating: it must be floating point.
-        shape: it must have exactly this shape.
-        dims: it must have one of these numbers of dimensions; `layout` describes them in the
-            message, as in "[B, T, V] or packed [N, V]".
-        device_of: it must be on the device of this tensor.
+        floating: True for a floating-point dtype.
+        shape: the exact shape.
+        dims: the allowed numbers of dimensions; `layout` describes them in the message, such as
+            "[B, T, V] or packed [N, V]".
+        device_of: a tensor on the expected device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -77,31 +78,25 @@ def expect_tensor(
 
 
 def expect_finite(name: str, tensor: Tensor) -> None:
+    """Expect finite values, if they are readable, else raise a ValueError."""
     if values_are_readable(tensor) and not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def values_are_readable(tensor: Tensor) -> bool:
-    """Whether reading values costs nothing: eagerly on the CPU, never under torch.compile."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def shape_of(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}"
-
-
 def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Bool or 0/1, of the shape of the tokens; None counts every token."""
+    """Expect None, or a mask of this shape that is bool or holds only 0 and 1, else raise."""
     if mask is None:
         return
     expect_tensor("mask", mask, shape=shape)
-    readable = mask.dtype != torch.bool and values_are_readable(mask)
-    if readable and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask must be bool or hold only 0 and 1")
+    if mask.dtype == torch.bool or not values_are_readable(mask):
+        return
+    wrong = (mask != 0) & (mask != 1)
+    if wrong.any():
+        raise ValueError(f"mask must be bool or hold only 0 and 1, got {mask[wrong][0]}")
 
 
 def expect_tokens(tokens: object, rows: Tensor, name: str = "logits") -> None:
-    """Integer ids, one for each row of the logits or hidden states of that name."""
+    """Expect integer ids, one per row of the logits or hidden states `name`, else raise."""
     expect_tensor("tokens", tokens)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
@@ -114,7 +109,7 @@ def expect_tokens(tokens: object, rows: Tensor, name: str = "logits") -> None:
 
 
 def expect_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
-    """Ids in [0, V) where they are not masked."""
+    """Expect unmasked ids in [0, V), if they are readable, else raise a ValueError."""
     if not values_are_readable(tokens):
         return
     outside = (tokens < 0) | (tokens >= V)
@@ -127,9 +122,9 @@ def expect_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
 
 
 def expect_temperature(temperature: object, tokens: Tensor, mask: Tensor | None) -> None:
-    """A number above 0, or a tensor of such numbers that broadcasts to the tokens."""
+    """Expect a number > 0, or a tensor of such numbers that broadcasts to the tokens, else raise."""
     if not isinstance(temperature, Tensor):
-        if not torch.compiler.is_compiling():  # there it may be a symbol, which has no value yet
+        if not torch.compiler.is_compiling():  # a symbol has no value yet
             expect_number("temperature", temperature, above=0)
         return
     expect_tensor("temperature", temperature, floating=True, device_of=tokens)
@@ -149,3 +144,13 @@ def expect_temperature(temperature: object, tokens: Tensor, mask: Tensor | None)
         positive = positive | (mask == 0)
     if not positive.all():
         raise ValueError("temperature must be greater than 0 for every unmasked token")
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Return True if reading values needs no device sync: on the CPU, outside torch.compile."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Format a shape for the "got" of a message."""
+    return f"shape {tuple(tensor.shape)}"

@@ -1,0 +1,184 @@
+"""The primitives of argument checks: accepted values, and every error message."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_kernels.validation import (
+    expect_choice,
+    expect_finite,
+    expect_mask,
+    expect_number,
+    expect_temperature,
+    expect_tensor,
+    expect_token_ids,
+    expect_tokens,
+    values_are_readable,
+)
+
+X = torch.zeros(2, 3)
+
+
+def assert_raises(error, message, check, *arguments, **keywords):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        check(*arguments, **keywords)
+
+
+def test_expect_choice():
+    expect_choice("kl", "forward", ("forward", "reverse"))
+    expect_choice("kl", "forward", {"forward": 1})
+    for value in ("k3", None):
+        message = f"kl must be one of 'forward', 'reverse', got {value!r}"
+        assert_raises(ValueError, message, expect_choice, "kl", value, ("forward", "reverse"))
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int64(2)])
+def test_expect_number_accepts_numbers(value):
+    expect_number("x", value)
+    expect_number("x", value, at_least=2, at_most=2, above=1, below=3)
+
+
+@pytest.mark.parametrize("value", [2, np.int64(2)])
+def test_expect_number_accepts_integers(value):
+    expect_number("x", value, integer=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "value", "keywords", "message"),
+    [
+        (TypeError, "2", {}, "x must be a number, got str"),
+        (TypeError, None, {}, "x must be a number, got NoneType"),
+        (TypeError, True, {}, "x must be a number, got bool"),
+        (TypeError, torch.tensor(2.0), {}, "x must be a number, got Tensor"),
+        (TypeError, 2.0, {"integer": True}, "x must be an integer, got float"),
+        (TypeError, True, {"integer": True}, "x must be an integer, got bool"),
+        (ValueError, float("nan"), {}, "x must be finite, got nan"),
+        (ValueError, float("-inf"), {}, "x must be finite, got -inf"),
+        (ValueError, 1.5, {"at_least": 2}, "x must be at least 2, got 1.5"),
+        (ValueError, 2, {"above": 2}, "x must be greater than 2, got 2"),
+        (ValueError, 3, {"at_most": 2.5}, "x must be at most 2.5, got 3"),
+        (ValueError, 2, {"below": 2}, "x must be less than 2, got 2"),
+    ],
+)
+def test_expect_number_messages(error, value, keywords, message):
+    assert_raises(error, message, expect_number, "x", value, **keywords)
+
+
+def test_expect_tensor_accepts_tensors():
+    expect_tensor("x", torch.zeros(0, dtype=torch.int32))
+    expect_tensor("x", X, floating=True, shape=(2, 3), dims=(2, 3), device_of=X)
+    expect_tensor("x", torch.nn.Parameter(X), shape=X.shape)
+
+
+@pytest.mark.parametrize(
+    ("error", "value", "keywords", "message"),
+    [
+        (TypeError, [1.0], {}, "x must be a tensor, got list"),
+        (TypeError, None, {}, "x must be a tensor, got NoneType"),
+        (TypeError, X.long(), {"floating": True}, "x must be floating point, got torch.int64"),
+        (
+            ValueError,
+            X,
+            {"dims": (1, 3), "layout": "[B, T, V] or packed [N]"},
+            "x must be [B, T, V] or packed [N], got shape (2, 3)",
+        ),
+        (ValueError, X, {"shape": (3, 2)}, "x must have shape (3, 2), got shape (2, 3)"),
+        (
+            ValueError,
+            X,
+            {"shape": torch.Size([2])},
+            "x must have shape (2,), got shape (2, 3)",
+        ),
+        (ValueError, X, {"device_of": X.to("meta")}, "x must be on meta, got cpu"),
+    ],
+)
+def test_expect_tensor_messages(error, value, keywords, message):
+    assert_raises(error, message, expect_tensor, "x", value, **keywords)
+
+
+def test_expect_finite():
+    expect_finite("x", X)
+    expect_finite("x", X.long())
+    expect_finite("x", torch.zeros(0))
+    for value in (float("nan"), float("inf")):
+        bad = torch.tensor([0.0, value])
+        assert_raises(ValueError, "x must be finite, got NaN or infinity", expect_finite, "x", bad)
+
+
+def test_expect_mask():
+    expect_mask(None, (2, 3))
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        expect_mask(torch.tensor([[0, 1, 1]]).to(dtype), (1, 3))
+    message = "mask must have shape (3, 2), got shape (2, 3)"
+    assert_raises(ValueError, message, expect_mask, X, (3, 2))
+    assert_raises(TypeError, "mask must be a tensor, got list", expect_mask, [1, 0], (2,))
+    for bad, got in (([0, 2], "2"), ([0.5, 1.0], "0.5"), ([1.0, float("nan")], "nan")):
+        message = f"mask must be bool or hold only 0 and 1, got {got}"
+        assert_raises(ValueError, message, expect_mask, torch.tensor(bad), (2,))
+
+
+def test_expect_tokens():
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        expect_tokens(torch.zeros(2, dtype=dtype), X)
+    ids = torch.zeros(2, dtype=torch.int64)
+    for bad, error, message in (
+        ([0, 1], TypeError, "tokens must be a tensor, got list"),
+        (ids.float(), TypeError, "tokens must be integer ids, got torch.float32"),
+        (ids.bool(), TypeError, "tokens must be integer ids, got torch.bool"),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            "tokens must have shape (2,), that of hidden without the last dimension, "
+            "got shape (3,)",
+        ),
+        (ids.to("meta"), ValueError, "tokens must be on cpu, got meta"),
+    ):
+        assert_raises(error, message, expect_tokens, bad, X, "hidden")
+
+
+def test_expect_token_ids():
+    ids, mask = torch.tensor([0, 4, -100]), torch.tensor([1, 1, 0])
+    expect_token_ids(ids, mask, 5)
+    expect_token_ids(ids.to("meta"), None, 5)
+    message = "tokens must lie in [0, 5) where they are not masked, got -100"
+    assert_raises(ValueError, message, expect_token_ids, ids, None, 5)
+    message = "tokens must lie in [0, 4) where they are not masked, got 4"
+    assert_raises(ValueError, message, expect_token_ids, ids, mask, 4)
+
+
+def test_expect_temperature():
+    tokens, mask = torch.zeros(2, 3), torch.tensor([[1, 1, 0]]).expand(2, 3)
+    for temperature in (1, 0.7, torch.tensor(0.7), torch.ones(3), torch.ones(2, 1)):
+        expect_temperature(temperature, tokens, None)
+    expect_temperature(torch.tensor([1.0, 1.0, 0.0]), tokens, mask)
+    unmasked = "temperature must be greater than 0 for every unmasked token"
+    for bad, error, message in (
+        ("hot", TypeError, "temperature must be a number, got str"),
+        (0, ValueError, "temperature must be greater than 0, got 0"),
+        (torch.tensor(1), TypeError, "temperature must be floating point, got torch.int64"),
+        (torch.ones(2, device="meta"), ValueError, "temperature must be on cpu, got meta"),
+        (
+            torch.ones(2),
+            ValueError,
+            "temperature must broadcast to shape (2, 3), got shape (2,)",
+        ),
+        (torch.tensor([1.0, 0.0, 1.0]), ValueError, unmasked),
+        (torch.tensor(torch.nan), ValueError, unmasked),
+    ):
+        assert_raises(error, message, expect_temperature, bad, tokens, mask)
+
+
+def test_values_are_not_read_on_devices_or_under_compile():
+    assert values_are_readable(X) and not values_are_readable(X.to("meta"))
+    expect_finite("x", X.to("meta"))
+    expect_mask(X.to("meta"), (2, 3))
+
+    def check(x):
+        expect_finite("x", x)
+        expect_mask(x, x.shape)
+        return x + 1
+
+    compiled = torch.compile(check, fullgraph=True, backend="eager")
+    assert compiled(torch.tensor([torch.nan])).isnan()
