@@ -1,4 +1,4 @@
-"""Advantages of groups: their definitions in float64, the laws that all obey, wrong arguments."""
+"""Group advantages: formulas in float64, properties of every advantage, error messages."""
 
 from functools import partial
 from itertools import product
@@ -18,7 +18,7 @@ property_test = settings(max_examples=40, deadline=None)
 FUNCTIONS = {
     **grpo_kernels.ADVANTAGES,
     "pass_at_k": partial(grpo_kernels.pass_at_k_advantage, k=2),
-    "summed": lambda rewards: grpo_kernels.multi_reward_advantage(rewards[None]),
+    "multi_reward": lambda rewards: grpo_kernels.multi_reward_advantage(rewards[None]),
 }
 FORMULAS = {
     **{
@@ -26,10 +26,10 @@ FORMULAS = {
         for name, function in grpo_kernels.ADVANTAGES.items()
     },
     "pass_at_k": partial(advantage_formulas.pass_at_k_advantage, k=2),
-    "summed": lambda rewards: advantage_formulas.multi_reward_advantage(rewards[None]),
+    "multi_reward": lambda rewards: advantage_formulas.multi_reward_advantage(rewards[None]),
 }
 NAMES = list(FUNCTIONS)
-every = pytest.mark.parametrize("name", NAMES)
+every_advantage = pytest.mark.parametrize("name", NAMES)
 
 
 def random_rewards(seed, prompts, group):
@@ -37,10 +37,10 @@ def random_rewards(seed, prompts, group):
     return torch.rand(prompts, group, generator=generator, dtype=torch.float64)
 
 
-@every
+@every_advantage
 @property_test
 @given(**sizes)
-def test_equals_the_formula(name, seed, prompts, group):
+def test_matches_formula(name, seed, prompts, group):
     rewards = 10 * random_rewards(seed, prompts, group)
     expected = FORMULAS[name](rewards)
     torch.testing.assert_close(FUNCTIONS[name](rewards), expected, rtol=1e-11, atol=1e-12)
@@ -48,10 +48,10 @@ def test_equals_the_formula(name, seed, prompts, group):
     torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@every
+@every_advantage
 @property_test
 @given(**sizes)
-def test_depends_neither_on_the_order_in_a_group_nor_on_that_of_groups(name, seed, prompts, group):
+def test_permutation_equivariant(name, seed, prompts, group):
     advantage = FUNCTIONS[name]
     rewards = random_rewards(seed, prompts, group)
     order = torch.randperm(group, generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ def test_depends_neither_on_the_order_in_a_group_nor_on_that_of_groups(name, see
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "max_rl"])
 @property_test
 @given(**sizes, offset=st.sampled_from([-1e4, -3.0, 0.5, 1e4]))
-def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
+def test_offset_invariant(name, seed, prompts, group, offset):
     advantage = FUNCTIONS[name]
     rewards = random_rewards(seed, prompts, group)
     torch.testing.assert_close(
@@ -74,13 +74,13 @@ def test_a_common_offset_changes_nothing(name, seed, prompts, group, offset):
 @pytest.mark.parametrize(
     ("name", "degree"),
     [
-        *((name, 0) for name in ("group", "batch", "max_rl", "summed")),
+        *((name, 0) for name in ("group", "batch", "max_rl", "multi_reward")),
         *((name, 1) for name in ("centered", "leave_one_out", "pass_at_k")),
     ],
 )
 @property_test
 @given(**sizes, scale=st.sampled_from([0.5, 3.0, 1e4]))
-def test_a_scale_divides_out_or_stays(name, degree, seed, prompts, group, scale):
+def test_homogeneous_in_scale(name, degree, seed, prompts, group, scale):
     advantage = FUNCTIONS[name]
     rewards = 1 + random_rewards(seed, prompts, group)
     expected = scale**degree * advantage(rewards)
@@ -90,37 +90,37 @@ def test_a_scale_divides_out_or_stays(name, degree, seed, prompts, group, scale)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "pass_at_k"])
 @property_test
 @given(**sizes)
-def test_the_advantages_of_a_group_add_up_to_zero(name, seed, prompts, group):
+def test_group_sums_to_zero(name, seed, prompts, group):
     sums = FUNCTIONS[name](random_rewards(seed, prompts, group)).sum(-1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-12)
 
 
-@every
+@every_advantage
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-8, 4.0, 12345.678])
 @pytest.mark.parametrize("group", [2, 3, 7, 8])
-def test_equal_rewards_give_exactly_zero_beside_others_that_differ(name, value, group):
+def test_equal_rewards_give_exactly_zero(name, value, group):
     equal = torch.full((1, group), value)
     assert (FUNCTIONS[name](equal) == 0).all()
-    beside = torch.cat([torch.arange(float(group))[None], equal])
-    found = FUNCTIONS[name](beside)
-    assert (found[1] == 0).all() and (found[0] != 0).any()
+    mixed = torch.cat([torch.arange(float(group))[None], equal])
+    advantages = FUNCTIONS[name](mixed)
+    assert (advantages[1] == 0).all() and (advantages[0] != 0).any()
 
 
-@every
+@every_advantage
 @pytest.mark.parametrize("value", [1e-3, 0.3, 1.0, 77.7, 1e6, 1e20])
 @pytest.mark.parametrize("group", [2, 8])
-def test_rewards_that_differ_by_a_rounding_stay_small(name, value, group):
+def test_rounding_differences_stay_small(name, value, group):
     rewards = torch.full((2, group), value)
     rewards[:, 0] = rewards[:, 0].nextafter(torch.tensor(torch.inf))
     assert (rewards[:, 0] != rewards[:, 1]).all()
     largest = FUNCTIONS[name](rewards).abs().max()
-    has_the_unit_of_the_reward = name in ("centered", "leave_one_out", "pass_at_k")
-    assert largest <= (2**-22 * value if has_the_unit_of_the_reward else 1 / 16)
+    is_in_reward_units = name in ("centered", "leave_one_out", "pass_at_k")
+    assert largest <= (2**-22 * value if is_in_reward_units else 1 / 16)
 
 
 @property_test
 @given(**sizes, dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_ordinary_groups_have_mini_grpo_s_advantages_to_the_bit(seed, prompts, group, dtype):
+def test_group_normalised_matches_mini_grpo_bitwise(seed, prompts, group, dtype):
     rewards = random_rewards(seed, prompts, group).to(dtype)
     shifted = rewards - rewards[:, :1]
     std = shifted.std(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -128,9 +128,9 @@ def test_ordinary_groups_have_mini_grpo_s_advantages_to_the_bit(seed, prompts, g
     assert torch.equal(grpo_kernels.group_normalised_advantage(rewards), expected)
 
 
-@every
+@every_advantage
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32, torch.float64])
-def test_every_real_dtype_is_computed_in_fp32_or_fp64(name, dtype):
+def test_result_dtype(name, dtype):
     advantage = FUNCTIONS[name]
     result = advantage(torch.tensor([[0, 1, 1], [2, 4, 3]], dtype=dtype))
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -138,27 +138,27 @@ def test_every_real_dtype_is_computed_in_fp32_or_fp64(name, dtype):
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@every
-def test_the_result_is_not_differentiable(name):
+@every_advantage
+def test_not_differentiable(name):
     assert not FUNCTIONS[name](torch.rand(2, 3, requires_grad=True)).requires_grad
 
 
-@every
-def test_compiles_to_one_graph_and_never_looks_at_values_off_the_cpu(name):
+@every_advantage
+def test_compiles_fullgraph_without_device_sync(name):
     advantage, rewards = FUNCTIONS[name], torch.rand(3, 4)
     compiled = torch.compile(advantage, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(rewards), advantage(rewards))
-    # On a meta device there are no values: a look at one raises, where a GPU would be waited for.
+    # Reading a value of a meta tensor raises; on a GPU it would be a sync.
     assert advantage(rewards.to("meta")).shape == rewards.shape
 
 
 @pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
-@every
-def test_no_prompts_have_no_advantages(name):
+@every_advantage
+def test_zero_prompts(name):
     assert FUNCTIONS[name](torch.zeros(0, 4)).shape == (0, 4)
 
 
-@every
+@every_advantage
 @pytest.mark.parametrize(
     ("error", "rewards", "message"),
     [
@@ -168,13 +168,13 @@ def test_no_prompts_have_no_advantages(name):
         (ValueError, torch.tensor([[0.0, float("inf")]]), "rewards must be finite, got NaN"),
     ],
 )
-def test_wrong_rewards_are_a_clear_error(name, error, rewards, message):
+def test_wrong_rewards_raise(name, error, rewards, message):
     with pytest.raises(error, match=message):
         FUNCTIONS[name](rewards)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "summed"])
-def test_rewards_of_another_shape_or_none_at_all_are_a_clear_error(name):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "multi_reward"])
+def test_wrong_shape_or_type_raises(name):
     advantage = FUNCTIONS[name]
     with pytest.raises(ValueError, match=r"rewards must be \[B, G\], got shape \(4,\)"):
         advantage(torch.ones(4))
@@ -183,15 +183,16 @@ def test_rewards_of_another_shape_or_none_at_all_are_a_clear_error(name):
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_the_mean_gradient_of_pass_at_k_is_that_of_the_expected_best_of_k(k):
-    """Over every group of 4 draws from 3 outcomes; the docstring's 1/k is the only factor."""
+def test_pass_at_k_estimates_gradient_of_expected_best_of_k(k):
+    """Enumerate every group of 4 draws from 3 outcomes; 1/k is the only factor."""
     logits = torch.tensor([0.3, 1.0, -0.4], dtype=torch.float64, requires_grad=True)
     p, value = logits.softmax(0), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
 
-    def over_draws(n, of):
-        return sum(p[list(draw)].prod() * of(list(draw)) for draw in product(range(3), repeat=n))
+    def expectation(n, value_of):
+        draws = map(list, product(range(3), repeat=n))
+        return sum(p[draw].prod() * value_of(draw) for draw in draws)
 
-    (expected,) = torch.autograd.grad(over_draws(k, lambda draw: value[draw].max()), logits)
+    (expected,) = torch.autograd.grad(expectation(k, lambda draw: value[draw].max()), logits)
     p = p.detach()
     scores = torch.eye(3, dtype=torch.float64) - p  # gradients of the log-prob of each outcome
 
@@ -199,4 +200,4 @@ def test_the_mean_gradient_of_pass_at_k_is_that_of_the_expected_best_of_k(k):
         advantage = grpo_kernels.pass_at_k_advantage(value[draw][None], k)[0]
         return (advantage[:, None] * scores[draw]).mean(0)
 
-    torch.testing.assert_close(k * over_draws(4, estimate), expected)
+    torch.testing.assert_close(k * expectation(4, estimate), expected)

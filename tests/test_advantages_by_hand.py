@@ -1,4 +1,4 @@
-"""Advantages against their definitions: by hand, set by set, step by step."""
+"""Advantages match their definitions, computed by hand."""
 
 import statistics
 from itertools import combinations
@@ -14,7 +14,7 @@ from tests.helpers import advantage_formulas
 property_test = settings(max_examples=40, deadline=None)
 
 
-def test_group_by_hand_with_one_degree_of_freedom_less():
+def test_group_normalised_has_ddof_1():
     rewards = [0.0, 1.0, 3.0, 4.0]
     expected = torch.tensor([[(r - 2.0) / statistics.stdev(rewards) for r in rewards]])
     for offset in (0.0, 1e5):
@@ -22,7 +22,7 @@ def test_group_by_hand_with_one_degree_of_freedom_less():
         torch.testing.assert_close(found, expected)
 
 
-def test_batch_by_hand_and_a_batch_of_one_group_is_that_group():
+def test_batch_normalised():
     rewards = torch.tensor([[0.0, 2.0], [3.0, 3.0], [5.0, -1.0]])
     expected = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [3.0, -3.0]]) / statistics.stdev(
         rewards.flatten().tolist()
@@ -34,7 +34,7 @@ def test_batch_by_hand_and_a_batch_of_one_group_is_that_group():
     )
 
 
-def test_centred_leave_one_out_and_max_rl_by_hand():
+def test_centered_leave_one_out_and_max_rl():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 6.0]])
     cases = {
         "centered": [[0.75, -0.25, -0.25, -0.25], [-3.0, -1.0, 1.0, 3.0]],
@@ -46,39 +46,37 @@ def test_centred_leave_one_out_and_max_rl_by_hand():
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_max_rl_is_defined_for_rewards_of_at_least_zero():
+def test_max_rl_of_negative_rewards_raises():
     with pytest.raises(ValueError, match=r"rewards must be at least 0, got -2.0"):
         grpo_kernels.max_rl_advantage(torch.tensor([[1.0, -2.0]]))
 
 
-def best_of_sets(rewards, k):
-    """The definition, set by set."""
-
-    def added(i):
+def pass_at_k_by_enumeration(rewards, k):
+    def mean_gain(i):
         others = [r for j, r in enumerate(rewards) if j != i]
         return statistics.mean(
             max([rewards[i], *rest]) - max(rest) for rest in combinations(others, k - 1)
         )
 
-    return [added(i) for i in range(len(rewards))]
+    return [mean_gain(i) for i in range(len(rewards))]
 
 
 @property_test
 @given(rewards=st.lists(st.integers(-3, 3), min_size=2, max_size=7), data=st.data())
-def test_pass_at_k_is_the_mean_over_sets_with_ties_too(rewards, data):
+def test_pass_at_k_matches_enumeration(rewards, data):
     k = data.draw(st.integers(2, len(rewards)))
     found = grpo_kernels.pass_at_k_advantage(torch.tensor([rewards], dtype=torch.float64), k)
-    expected = torch.tensor([best_of_sets(rewards, k)], dtype=torch.float64)
+    expected = torch.tensor([pass_at_k_by_enumeration(rewards, k)], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_pass_at_the_whole_group_rewards_a_single_best_completion_only():
+def test_pass_at_group_size():
     rewards = torch.tensor([[0.0, 7.0, 3.0, 5.0], [4.0, 1.0, 4.0, 0.0]])
     expected = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0] * 4])
     assert torch.equal(grpo_kernels.pass_at_k_advantage(rewards, 4), expected)
 
 
-def test_pass_at_k_of_a_large_group_is_exact_in_fp32():
+def test_pass_at_k_of_large_group_in_fp32():
     rewards = torch.rand(1, 128, generator=torch.Generator().manual_seed(0))
     for k in (2, 16, 127):
         found = grpo_kernels.pass_at_k_advantage(rewards, k)
@@ -95,22 +93,19 @@ def test_pass_at_k_of_a_large_group_is_exact_in_fp32():
         (TypeError, True, "k must be an integer, got bool"),
     ],
 )
-def test_a_wrong_k_is_a_clear_error(error, k, message):
+def test_wrong_k_raises(error, k, message):
     with pytest.raises(error, match=message):
         grpo_kernels.pass_at_k_advantage(torch.rand(2, 4), k)
 
 
-# Several rewards
-
-
-def several(seed, rewards=3, prompts=4, group=5):
+def random_rewards(seed, rewards=3, prompts=4, group=5):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rewards, prompts, group, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("weights", [None, [2.0, -1.0, 0.5], torch.tensor([2.0, -1.0, 0.5])])
-def test_a_weighted_reward_is_the_sum_that_it_says(weights):
-    rewards = several(0)
+def test_weighted_reward(weights):
+    rewards = random_rewards(0)
     w = [1.0, 1.0, 1.0] if weights is None else [2.0, -1.0, 0.5]
     expected = w[0] * rewards[0] + w[1] * rewards[1] + w[2] * rewards[2]
     torch.testing.assert_close(grpo_kernels.weighted_reward(rewards, weights), expected)
@@ -118,36 +113,36 @@ def test_a_weighted_reward_is_the_sum_that_it_says(weights):
 
 @property_test
 @given(seed=st.integers(0, 2**31), weights=st.none() | st.just([2.0, -1.0, 0.5]))
-def test_summed_is_normalise_weigh_sum_whiten(seed, weights):
-    rewards = several(seed)
+def test_multi_reward(seed, weights):
+    rewards = random_rewards(seed)
     normalised = (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
     total = (torch.tensor(weights or [1.0] * 3)[:, None, None] * normalised).sum(0)
     expected = (total - total.mean()) / total.std()
     found = grpo_kernels.multi_reward_advantage(rewards, weights)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    # Not even the scale and the offset of a single reward matter.
+    # The scale and the offset of each reward have no effect.
     scaled = rewards * torch.tensor([100.0, 1.0, 0.01])[:, None, None] + 3
     torch.testing.assert_close(grpo_kernels.multi_reward_advantage(scaled, weights), expected)
 
 
-def test_summed_tells_apart_what_a_plain_sum_does_not():
-    """Groups (1, 0) and (2, 0) in sums; in the second both rewards speak for the first answer."""
+def test_multi_reward_differs_from_weighted_sum():
+    """The sums are (1, 0) and (2, 0); in group 2 both rewards prefer the first completion."""
     rewards = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
     found = grpo_kernels.multi_reward_advantage(rewards)
     torch.testing.assert_close(found[1], 2 * found[0])
-    alone = grpo_kernels.group_normalised_advantage(grpo_kernels.weighted_reward(rewards))
-    torch.testing.assert_close(alone[1], alone[0])
+    summed_first = grpo_kernels.group_normalised_advantage(grpo_kernels.weighted_reward(rewards))
+    torch.testing.assert_close(summed_first[1], summed_first[0])
 
 
-def test_summed_does_not_enlarge_what_is_left_of_rewards_that_cancel_or_are_equal():
-    residue = torch.tensor([[[1.0, 1.0, 1.0]], [[0.1, 0.2, 0.4]]])
-    residue[0, 0, 0] += 2**-23
-    found = grpo_kernels.multi_reward_advantage(residue)
+def test_multi_reward_does_not_amplify_rounding():
+    rewards = torch.tensor([[[1.0, 1.0, 1.0]], [[0.1, 0.2, 0.4]]])
+    rewards[0, 0, 0] += 2**-23
+    found = grpo_kernels.multi_reward_advantage(rewards)
     torch.testing.assert_close(
-        found, grpo_kernels.multi_reward_advantage(residue[1:]), rtol=0, atol=0
+        found, grpo_kernels.multi_reward_advantage(rewards[1:]), rtol=0, atol=0
     )
-    assert (grpo_kernels.multi_reward_advantage(residue[:1]) == 0).all()
-    cancelling = torch.stack([residue[1], 3 * residue[1]])
+    assert (grpo_kernels.multi_reward_advantage(rewards[:1]) == 0).all()
+    cancelling = torch.stack([rewards[1], 3 * rewards[1]])
     assert grpo_kernels.multi_reward_advantage(cancelling, [1.0, -1.0]).abs().max() < 1 / 4
 
 
@@ -164,16 +159,13 @@ def test_summed_does_not_enlarge_what_is_left_of_rewards_that_cancel_or_are_equa
         (ValueError, (torch.ones(1, 1, 2), torch.tensor([torch.nan])), "weights must be finite"),
     ],
 )
-def test_wrong_rewards_or_weights_are_a_clear_error(function, error, arguments, message):
+def test_wrong_rewards_or_weights_raise(function, error, arguments, message):
     with pytest.raises(error, match=message):
         getattr(grpo_kernels, function)(*arguments)
 
 
-# Process supervision
-
-
-def test_a_step_s_reward_reaches_its_tokens_and_those_before_it():
-    """Rewards 0, 2, 1 of a group: normalised -1, 1, 0."""
+def test_process_advantage():
+    """The normalised rewards 0, 2, 1 are -1, 1, 0."""
     rewards = torch.tensor([[[0.0, 2.0], [1.0, torch.nan]]])
     ends = torch.tensor([[[0, 2], [1, -1]]])
     expected = torch.tensor([[[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
@@ -181,15 +173,15 @@ def test_a_step_s_reward_reaches_its_tokens_and_those_before_it():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_equal_few_or_no_steps_have_no_advantage():
+def test_process_advantage_of_equal_or_no_steps_is_zero():
     rewards = torch.tensor([[[0.1], [0.1], [0.1]], [[5.0], [1.0], [1.0]]])
     ends = torch.tensor([[[0], [1], [0]], [[1], [-1], [-1]]])
     assert (grpo_kernels.process_advantage(rewards, ends, 2) == 0).all()
-    nothing = grpo_kernels.process_advantage(torch.zeros(2, 3, 0), torch.zeros(2, 3, 0).long(), 4)
-    assert torch.equal(nothing, torch.zeros(2, 3, 4))
+    no_steps = grpo_kernels.process_advantage(torch.zeros(2, 3, 0), torch.zeros(2, 3, 0).long(), 4)
+    assert torch.equal(no_steps, torch.zeros(2, 3, 4))
 
 
-def test_steps_that_differ_by_a_rounding_stay_small():
+def test_process_advantage_does_not_amplify_rounding():
     rewards = torch.full((1, 2, 2), 1e6)
     rewards[0, 0, 0] = rewards[0, 0, 0].nextafter(torch.tensor(torch.inf))
     found = grpo_kernels.process_advantage(rewards, torch.tensor([[[0, 1], [0, 1]]]), 2)
@@ -198,7 +190,7 @@ def test_steps_that_differ_by_a_rounding_stay_small():
 
 @property_test
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_process_advantage_equals_the_formula_in_any_order_of_steps(seed, B, G, S):
+def test_process_advantage_matches_formula_in_any_order_of_steps(seed, B, G, S):
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(B, G, S, generator=generator, dtype=torch.float64) + 100
     ends = torch.randint(-1, 6, (B, G, S), generator=generator)
@@ -209,7 +201,7 @@ def test_process_advantage_equals_the_formula_in_any_order_of_steps(seed, B, G, 
     torch.testing.assert_close(flipped, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_process_advantage_compiles_and_never_looks_at_values_off_the_cpu():
+def test_process_advantage_compiles_fullgraph_without_device_sync():
     arguments = torch.rand(2, 3, 2), torch.randint(0, 5, (2, 3, 2)), 5
     compiled = torch.compile(grpo_kernels.process_advantage, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*arguments), grpo_kernels.process_advantage(*arguments))
@@ -233,6 +225,6 @@ ENDS = torch.zeros(1, 2, 2).long()
         (ValueError, torch.ones(1, 2, 2), ENDS - 1, -1, "length must be at least 0, got -1"),
     ],
 )
-def test_wrong_steps_are_a_clear_error(error, rewards, ends, length, message):
+def test_wrong_steps_raise(error, rewards, ends, length, message):
     with pytest.raises(error, match=message):
         grpo_kernels.process_advantage(rewards, ends, length)

@@ -1,4 +1,4 @@
-"""AdaptiveEntropy: its trajectory by hand, its state, its arguments."""
+"""AdaptiveEntropy: updates, state, error messages."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 import grpo_kernels
 
 
-def test_the_trajectory_by_hand():
-    """A step applies what the one before it left; above the target it applies nothing."""
+def test_updates_by_hand():
     control = grpo_kernels.AdaptiveEntropy(1.0, coef=0.25, step=0.25, minimum=0.125, maximum=0.625)
     measured = [0.5, 1.0, 0.9, 1.5, 1.2, 2.0, 0.8, 0.7]
     applied, stored = [], []
@@ -26,12 +25,12 @@ def test_the_trajectory_by_hand():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 3), max_size=30), st.floats(0, 3), st.integers(0, 30))
-def test_coef_follows_its_definition_across_a_saved_run(measured, target, stop):
+def test_coef_matches_definition_across_restart(measured, target, stop):
     bounds = {"step": 0.05, "minimum": 0.02, "maximum": 0.4}
     control = grpo_kernels.AdaptiveEntropy(target, coef=0.1, **bounds)
     coef, last = 0.1, None
-    for n, entropy in enumerate(measured):
-        if n == stop:
+    for step, entropy in enumerate(measured):
+        if step == stop:
             state = json.loads(json.dumps(control.state_dict()))
             control = grpo_kernels.AdaptiveEntropy(target, coef=0.3, **bounds)
             control.load_state_dict(state)
@@ -51,7 +50,7 @@ def test_a_loaded_state_is_clamped_to_the_bounds():
     assert control.coef == 0.0
 
 
-def test_the_coefficient_fits_a_loss_config():
+def test_coef_is_a_valid_loss_config_field():
     control = grpo_kernels.AdaptiveEntropy(1.0, coef=0.01)
     for expected in (0.01, 0.0):
         config = replace(grpo_kernels.LossConfig(), entropy_coef=control.coef)
@@ -71,7 +70,7 @@ def test_the_coefficient_fits_a_loss_config():
         (ValueError, {"target": 1.0, "minimum": 0.5}, "coef must be at least 0.5, got 0.0"),
     ],
 )
-def test_a_wrong_argument_is_a_clear_error(error, arguments, message):
+def test_wrong_arguments_raise(error, arguments, message):
     with pytest.raises(error, match=message):
         grpo_kernels.AdaptiveEntropy(**arguments)
 
@@ -89,7 +88,7 @@ def test_a_wrong_argument_is_a_clear_error(error, arguments, message):
         (ValueError, {"coef": 0.0, "entropy": float("nan")}, r"state\['entropy'\] must be finite"),
     ],
 )
-def test_a_wrong_state_or_entropy_is_a_clear_error(error, state, message):
+def test_wrong_state_or_entropy_raises(error, state, message):
     control = grpo_kernels.AdaptiveEntropy(1.0)
     with pytest.raises(error, match=message):
         control.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""mini-GRPO's functions: their values, their gradients, their quirks, fused."""
+"""mini-GRPO's functions, fused: values, gradients, masks, error messages."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def paired(module, name: str, ref: torch.Tensor, mask, **keywords):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["entropy_from_logits", *PAIRED])
-def test_value_and_gradient_are_as_accurate_as_torch_in_the_same_dtype(backend, name, dtype):
-    # Moderate logits: at larger ones the approximate KL's ratios reach 1e6 and hide everything.
+def test_value_and_gradient_accuracy(backend, name, dtype):
+    # Small logits, because the ratios of the approximate KL would reach 1e6 and hide errors.
     new, ref = logits(0, 2, 3, V, dtype=dtype, std=1), logits(1, 2, 3, V, dtype=dtype, std=1)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
 
@@ -51,7 +51,7 @@ def test_value_and_gradient_are_as_accurate_as_torch_in_the_same_dtype(backend, 
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_approximate_kl_reductions_equal_the_formula(backend, reduction):
+def test_approximate_kl_reductions(backend, reduction):
     new, ref = logits(0, 2, 3, V), logits(1, 2, 3, V)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     q = ref.softmax(-1).clamp_min(1e-6)
@@ -68,7 +68,7 @@ def test_approximate_kl_reductions_equal_the_formula(backend, reduction):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_approximate_kl_gradient_stops_where_the_floor_holds_the_probability(backend):
+def test_approximate_kl_gradient_below_the_floor(backend):
     new = torch.tensor([[[0.0, -1.0, -30.0]]], dtype=torch.float64)
     ref = torch.tensor([[[0.0, -2.0, -1.0]]], dtype=torch.float64)
     (_, ours), (_, expected) = (
@@ -79,20 +79,20 @@ def test_approximate_kl_gradient_stops_where_the_floor_holds_the_probability(bac
     assert ours[0, 0, 2].abs() < 1e-6  # 1 - r is about -2e5 there
 
 
-def test_approximate_kl_differentiates_like_finite_differences(backend):
+def test_approximate_kl_gradcheck(backend):
     new, ref = logits(0, 1, 2, 5, std=1), logits(1, 1, 2, 5, std=1)
     for reduction in ("mean", "none"):
         function = paired(grpo_kernels, "approximate_kl_divergence", ref, None, reduction=reduction)
         assert torch.autograd.gradcheck(function, new.requires_grad_(), fast_mode=True)
 
 
-def test_entropy_is_detached_unless_asked_not_to_be(backend):
+def test_entropy_is_detached_by_default(backend):
     new = logits(0, 2, 3, V).requires_grad_()
     assert not grpo_kernels.entropy_from_logits(new).requires_grad
     assert grpo_kernels.entropy_from_logits(new, detach=False).requires_grad
 
 
-def test_the_reference_gets_no_gradient(backend):
+def test_ref_logits_have_no_gradient(backend):
     new, ref = logits(0, 2, 3, V).requires_grad_(), logits(1, 2, 3, V).requires_grad_()
     for name in PAIRED:
         getattr(grpo_kernels, name)(ref, new).backward()
@@ -100,7 +100,7 @@ def test_the_reference_gets_no_gradient(backend):
 
 
 @pytest.mark.parametrize("name", ["entropy_from_logits", *PAIRED])
-def test_garbage_under_the_mask_is_ignored(backend, name):
+def test_masked_tokens_have_no_effect(backend, name):
     new, ref = logits(0, 2, 3, V), logits(1, 2, 3, V)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     dirty = new.clone()
@@ -116,13 +116,13 @@ def test_garbage_under_the_mask_is_ignored(backend, name):
 
 
 @pytest.mark.parametrize("name", ["entropy_from_logits", *PAIRED])
-def test_all_masked_gives_zero(backend, name):
+def test_all_masked(backend, name):
     new, mask = logits(0, 2, 3, V), torch.zeros(2, 3, dtype=torch.bool)
     arguments = (new, mask) if name == "entropy_from_logits" else (new, new, mask)
     assert getattr(grpo_kernels, name)(*arguments).item() == 0
 
 
-def test_any_number_of_leading_dimensions(backend):
+def test_leading_dimensions(backend):
     new, ref = logits(0, 2, 3, 2, V), logits(1, 2, 3, 2, V)
     for name in PAIRED:
         function = getattr(grpo_kernels, name)
@@ -130,13 +130,13 @@ def test_any_number_of_leading_dimensions(backend):
         torch.testing.assert_close(function(ref, new), flat, rtol=1e-12, atol=0)
 
 
-def test_kl_of_a_policy_with_itself_is_exactly_zero(backend):
+def test_kl_with_itself_is_zero(backend):
     new = logits(0, 2, 3, V, dtype=torch.float32)
     assert grpo_kernels.kl_divergence(new, new).item() == 0
     assert grpo_kernels.approximate_kl_divergence(new, new).item() == 0
 
 
-def test_wrong_arguments_are_named(backend):
+def test_wrong_arguments_raise(backend):
     new = logits(0, 2, 3, V)
     with pytest.raises(ValueError, match=r"reduction must be one of 'none', 'mean', 'sum'"):
         grpo_kernels.approximate_kl_divergence(new, new, reduction="max")
