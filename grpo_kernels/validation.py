@@ -122,7 +122,7 @@ def expect_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:
 
 
 def expect_temperature(temperature: object, tokens: Tensor, mask: Tensor | None) -> None:
-    """Expect a number > 0, or a tensor of such numbers that broadcasts to the tokens, else raise."""
+    """Expect a number > 0, or a tensor of them that broadcasts to the tokens, else raise."""
     if not isinstance(temperature, Tensor):
         if not torch.compiler.is_compiling():  # a symbol has no value yet
             expect_number("temperature", temperature, above=0)
