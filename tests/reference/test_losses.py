@@ -1,4 +1,4 @@
-"""The oracle itself: against formulas written out here, in Python or in plain torch."""
+"""Tests of the oracle against formulas written out here, in Python or in plain PyTorch."""
 
 import inspect
 import math
@@ -20,7 +20,7 @@ from reference.losses import (
 )
 
 V = 5
-KINDS = ["forward", "reverse"]
+KL_KINDS = ["forward", "reverse"]
 
 
 def randn(*shape, seed=0):
@@ -33,9 +33,9 @@ def softmax_by_hand(row):
     return [math.exp(x - top) / total for x in row]
 
 
-def test_token_stats_by_hand():
+def test_token_stats_equal_formulas_in_python():
     logits, ref_logits, tokens = randn(4, V), randn(4, V, seed=1), torch.tensor([0, 4, 2, 2])
-    for kind in KINDS:
+    for kind in KL_KINDS:
         stats = token_stats(
             logits, tokens, temperature=0.7, softcap=2.0, ref_logits=ref_logits, kl=kind
         )
@@ -52,8 +52,8 @@ def test_token_stats_by_hand():
             assert stats.kl[n].item() == pytest.approx(kl, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_token_stats_gradients_are_the_closed_forms(kind):
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_token_stats_gradients_equal_closed_forms(kind):
     logits, ref_logits = randn(3, V).requires_grad_(), randn(3, V, seed=1)
     tokens = torch.tensor([1, 0, 4])
     stats = token_stats(logits, tokens, ref_logits=ref_logits, kl=kind)
@@ -68,15 +68,14 @@ def test_token_stats_gradients_are_the_closed_forms(kind):
         torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KL_KINDS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_entries_of_minus_infinity_equal_a_smaller_vocabulary(kind, softcap):
+def test_logits_of_minus_infinity_equal_a_smaller_vocabulary(kind, softcap):
     keep = torch.tensor([False, False, True, True, False, True, True])
     small, small_ref = randn(3, 4).requires_grad_(), randn(3, 4, seed=1)
-    nowhere = torch.full((3, 7), -torch.inf, dtype=torch.float64)
-    logits = nowhere.masked_scatter(keep, small.detach())
-    ref_logits = nowhere.masked_scatter(keep, small_ref)
-    logits.requires_grad_()
+    excluded = torch.full((3, 7), -torch.inf, dtype=torch.float64)
+    logits = excluded.masked_scatter(keep, small.detach()).requires_grad_()
+    ref_logits = excluded.masked_scatter(keep, small_ref)
     common = {"softcap": softcap, "kl": kind}
     padded = token_stats(logits, torch.tensor([2, 3, 6]), ref_logits=ref_logits, **common)
     plain = token_stats(small, torch.tensor([0, 1, 3]), ref_logits=small_ref, **common)
@@ -98,24 +97,28 @@ def test_extreme_rows_stay_finite():
     assert logits.grad.isfinite().all()
 
 
-def test_a_vocabulary_of_one_has_nothing_to_say():
+def test_vocabulary_of_one_gives_zeros():
     stats = token_stats(randn(2, 1), torch.zeros(2).long(), ref_logits=randn(2, 1), kl="reverse")
     assert all((x == 0).all() for x in stats)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (6,)])
-def test_masked_tokens_are_zero_with_zero_gradient_whatever_they_hold(shape):
+def test_masked_tokens_have_zero_results_and_gradients(shape):
     mask = torch.tensor([1, 0, 1, 0, 1, 1]).reshape(shape)
     drop = ~mask.bool()
     clean, ref_logits = randn(*shape, V), randn(*shape, V, seed=1)
     tokens, temperature = torch.full(shape, 3), torch.full(shape, 0.8, dtype=torch.float64)
     results = []
-    for garbage, token, heat in [(0.0, 0, 1.0), (torch.nan, -100, torch.nan), (torch.inf, 99, 0)]:
+    for garbage, token, masked_temperature in [
+        (0.0, 0, 1.0),
+        (torch.nan, -100, torch.nan),
+        (torch.inf, 99, 0),
+    ]:
         logits = clean.masked_fill(drop[..., None], garbage).requires_grad_()
         stats = token_stats(
             logits,
             tokens.masked_fill(drop, token),
-            temperature=temperature.masked_fill(drop, heat),
+            temperature=temperature.masked_fill(drop, masked_temperature),
             ref_logits=ref_logits.masked_fill(drop[..., None], garbage),
             kl="reverse",
             mask=mask,
@@ -128,11 +131,11 @@ def test_masked_tokens_are_zero_with_zero_gradient_whatever_they_hold(shape):
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
-def test_a_temperature_per_token_equals_one_call_per_temperature():
-    logits, tokens, temperature = randn(3, V), torch.tensor([1, 2, 0]), [0.5, 1.0, 2.0]
-    together = token_stats(logits, tokens, temperature=torch.tensor(temperature))
-    for n, heat in enumerate(temperature):
-        alone = token_stats(logits[n : n + 1], tokens[n : n + 1], temperature=heat)
+def test_temperature_per_token_equals_one_call_per_temperature():
+    logits, tokens, temperatures = randn(3, V), torch.tensor([1, 2, 0]), [0.5, 1.0, 2.0]
+    together = token_stats(logits, tokens, temperature=torch.tensor(temperatures))
+    for n, temperature in enumerate(temperatures):
+        alone = token_stats(logits[n : n + 1], tokens[n : n + 1], temperature=temperature)
         torch.testing.assert_close(together.logprob[n], alone.logprob[0])
         torch.testing.assert_close(together.entropy[n], alone.entropy[0])
 
@@ -144,7 +147,7 @@ def test_half_precision_logits_are_computed_in_fp32():
     assert half.logprob.dtype == torch.float32
 
 
-def test_what_is_not_asked_for_is_none():
+def test_statistics_not_requested_are_none():
     stats = token_stats(randn(2, V), torch.zeros(2).long(), entropy=False)
     assert stats.entropy is None
     assert stats.kl is None
@@ -160,17 +163,17 @@ def make_linear(seed=0):
     return policy, ref, torch.tensor([[0, 1, 4], [2, 2, 3]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_token_stats_is_token_stats_of_the_product(kind):
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_linear_token_stats_equals_token_stats_of_the_product(kind):
     policy, ref, tokens = make_linear()
-    ours = linear_token_stats(**policy, tokens=tokens, **ref, kl=kind, softcap=4.0)
-    theirs = token_stats(
+    actual = linear_token_stats(**policy, tokens=tokens, **ref, kl=kind, softcap=4.0)
+    expected = token_stats(
         F.linear(*policy.values()), tokens, ref_logits=F.linear(*ref.values()), kl=kind, softcap=4.0
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_masked_hidden_states_leave_no_trace_in_the_weight():
+def test_masked_hidden_states_have_no_effect_on_weight_gradient():
     policy, ref, tokens = make_linear()
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     gradients = []
@@ -184,15 +187,15 @@ def test_masked_hidden_states_leave_no_trace_in_the_weight():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("estimator", ["k3", *KINDS])
-def test_grpo_loss_is_policy_loss_of_token_stats(estimator):
+@pytest.mark.parametrize("estimator", ["k3", *KL_KINDS])
+def test_grpo_loss_equals_policy_loss_of_token_stats(estimator):
     policy, ref, tokens = make_linear()
     logits, ref_logits = F.linear(*policy.values()), F.linear(*ref.values())
     config = LossConfig(beta=0.1, entropy_coef=0.01, kl_estimator=estimator)
     advantages, mask = torch.tensor([1.0, -0.5]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     common = {"mask": mask, "old_logprob": randn(2, 3).sub(2), "config": config}
-    heat = {"temperature": 0.9, "softcap": 5.0}
-    from_logits = grpo_loss(logits, tokens, advantages, ref_logits=ref_logits, **common, **heat)
+    scaling = {"temperature": 0.9, "softcap": 5.0}
+    from_logits = grpo_loss(logits, tokens, advantages, ref_logits=ref_logits, **common, **scaling)
     from_hidden = linear_grpo_loss(
         policy["hidden"],
         policy["weight"],
@@ -201,7 +204,7 @@ def test_grpo_loss_is_policy_loss_of_token_stats(estimator):
         bias=policy["bias"],
         **ref,
         **common,
-        **heat,
+        **scaling,
     )
     stats = token_stats(
         logits,
@@ -209,9 +212,9 @@ def test_grpo_loss_is_policy_loss_of_token_stats(estimator):
         ref_logits=ref_logits,
         kl=None if estimator == "k3" else estimator,
         mask=mask,
-        **heat,
+        **scaling,
     )
-    ref_logprob = token_stats(ref_logits, tokens, mask=mask, **heat).logprob
+    ref_logprob = token_stats(ref_logits, tokens, mask=mask, **scaling).logprob
     expected = losses.policy_loss(
         stats.logprob,
         advantages,
@@ -247,69 +250,70 @@ def test_grpo_loss_gradient_passes_gradcheck():
 
 
 @pytest.mark.parametrize("estimator", ["k3", "reverse"])
-def test_a_missing_reference_is_an_error(estimator):
+def test_missing_reference_policy_is_an_error(estimator):
     config = LossConfig(beta=0.1, kl_estimator=estimator)
     with pytest.raises(ValueError, match=r"needs (ref_logprob|kl)"):
         grpo_loss(randn(1, 2, V), torch.zeros(1, 2).long(), torch.ones(1), config=config)
 
 
-def test_a_token_outside_the_vocabulary_is_an_error():
+def test_token_outside_the_vocabulary_is_an_error():
     for token in (-1, V):
         with pytest.raises(ValueError, match=r"tokens must lie in \[0, 5\)"):
             token_stats(randn(1, V), torch.tensor([token]))
 
 
-# mini-GRPO, its formulas as its README states them
+# mini-GRPO: the formulas of its README
 
 
-def mini_mean(per_token, mask):
+def masked_mean(per_token, mask):
     return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum()
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.booleans())
-def test_functional_has_the_values_and_gradients_of_mini_grpo(seed, masked):
+def test_mini_grpo_values_and_gradients(seed, masked):
     ref_logits, new_logits = randn(2, 3, V, seed=seed), 3 * randn(2, 3, V, seed=seed + 1)
     new_logits.requires_grad_()
     mask = torch.tensor([[1.0, 0, 1], [1, 1, 0]]).double() if masked else None
     p, q = ref_logits.softmax(-1), new_logits.softmax(-1)
-    entropy = mini_mean(-(q * q.log()).sum(-1), mask)
-    cross_entropy = mini_mean(-(p * q.log()).sum(-1), mask)
+    entropy = masked_mean(-(q * q.log()).sum(-1), mask)
+    cross_entropy = masked_mean(-(p * q.log()).sum(-1), mask)
     ratio = p.clamp_min(0.1) / q.clamp_min(0.1)
     entries = ratio - ratio.log() - 1
     if mask is not None:
         entries = entries * mask[..., None]
-    pair = (ref_logits, new_logits, mask)
-    for ours, theirs in [
+    inputs = (ref_logits, new_logits, mask)
+    for actual, expected in [
         (losses.entropy_from_logits(new_logits, mask, detach=False), entropy),
-        (losses.cross_entropy_from_logits(*pair), cross_entropy),
+        (losses.cross_entropy_from_logits(*inputs), cross_entropy),
         (
-            losses.kl_divergence(*pair),
-            cross_entropy - mini_mean(-(p * p.log()).sum(-1), mask),
+            losses.kl_divergence(*inputs),
+            cross_entropy - masked_mean(-(p * p.log()).sum(-1), mask),
         ),
-        (losses.approximate_kl_divergence(*pair, 0.1), entries.mean()),
-        (losses.approximate_kl_divergence(*pair, 0.1, "sum"), entries.sum()),
-        (losses.approximate_kl_divergence(*pair, 0.1, "none"), entries),
+        (losses.approximate_kl_divergence(*inputs, 0.1), entries.mean()),
+        (losses.approximate_kl_divergence(*inputs, 0.1, "sum"), entries.sum()),
+        (losses.approximate_kl_divergence(*inputs, 0.1, "none"), entries),
     ]:
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
         gradients = [
-            torch.autograd.grad(x.sum(), new_logits, retain_graph=True)[0] for x in (ours, theirs)
+            torch.autograd.grad(x.sum(), new_logits, retain_graph=True)[0]
+            for x in (actual, expected)
         ]
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
 
 
-def test_entropy_is_detached_unless_asked_otherwise():
+def test_entropy_is_detached_by_default():
     logits = randn(2, 3, V).requires_grad_()
     assert not losses.entropy_from_logits(logits).requires_grad
     assert losses.entropy_from_logits(logits, detach=False).requires_grad
 
 
-def test_with_every_token_masked_the_functional_results_are_zero():
-    pair = (randn(2, 3, V), torch.full((2, 3, V), torch.nan), torch.zeros(2, 3))
-    assert losses.entropy_from_logits(*pair[1:]) == 0
-    assert losses.cross_entropy_from_logits(*pair) == 0
-    assert losses.kl_divergence(*pair) == 0
-    assert losses.approximate_kl_divergence(*pair) == 0
+def test_mini_grpo_is_zero_with_every_token_masked():
+    inputs = (randn(2, 3, V), torch.full((2, 3, V), torch.nan), torch.zeros(2, 3))
+    assert losses.entropy_from_logits(*inputs[1:]) == 0
+    assert losses.cross_entropy_from_logits(*inputs) == 0
+    assert losses.kl_divergence(*inputs) == 0
+    assert losses.approximate_kl_divergence(*inputs) == 0
 
 
 # Signatures of the two implementations
