@@ -1,6 +1,6 @@
-"""A whole call of a public function, drawn: sizes, dtypes, strides, masks, extremes and settings.
+"""Random calls of the public functions: sizes, dtypes, strides, masks, extreme values, settings.
 
-Hypothesis draws the choices and a seed; the seed makes the numbers.
+Hypothesis draws the choices and a seed; the seed generates the numbers.
 """
 
 import math
@@ -20,11 +20,11 @@ PAIRS = ("cross_entropy_from_logits", "kl_divergence", "approximate_kl_divergenc
 ADVANTAGES = (*grpo_kernels.ADVANTAGES.values(), grpo_kernels.pass_at_k_advantage)
 FAMILIES = (
     "token_stats", "linear_token_stats", *OBJECTIVES, "grpo_loss", *PAIRS, "entropy_from_logits",
-    "advantage", "several", "process_advantage",
+    "advantage", "multi_reward", "process_advantage",
 )  # fmt: skip
 ROWS = ("logits", "ref_logits", "new_logits", "hidden", "ref_hidden")  # [..., V] or [..., H]
 LOGITS = ROWS[:3]
-OF_ALL = ("cu_seqlens", "weight", "bias", "ref_weight", "ref_bias")  # whatever shape they have
+NOT_PER_TOKEN = ("cu_seqlens", "weight", "bias", "ref_weight", "ref_bias")  # in any shape
 NORMAL, EXCLUDED = "normal", "excluded"
 KINDS = (NORMAL, NORMAL, EXCLUDED, "offset", "one_hot", "negative", "equal", "huge", "tiny")
 LAYOUTS = ("contiguous", "contiguous", "sliced", "shifted", "transposed")
@@ -32,13 +32,13 @@ LAYOUTS = ("contiguous", "contiguous", "sliced", "shifted", "transposed")
 
 @dataclass(frozen=True)
 class Call:
-    """A public function's name and its arguments by name, contiguous; how each will lie."""
+    """Name of a public function, its contiguous arguments by name, and the layout of each."""
 
     name: str
     arguments: dict[str, object]
-    leaves: tuple[str, ...] = ()  # of the arguments, those whose gradient is compared
+    leaves: tuple[str, ...] = ()  # arguments whose gradient is compared
     shape: tuple[int, ...] = ()  # of the tokens
-    upstream: dict[str, Tensor] = field(default_factory=dict)  # by the name of the output
+    upstream: dict[str, Tensor] = field(default_factory=dict)  # gradient by name of the output
     layouts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -47,7 +47,7 @@ class Call:
 
     def is_token_level(self, name: str) -> bool:
         value = self.arguments[name]
-        if not isinstance(value, Tensor) or name in OF_ALL:
+        if not isinstance(value, Tensor) or name in NOT_PER_TOKEN:
             return False
         shape = value.shape[:-1] if name in ROWS else value.shape
         return len(shape) > 0 and shape == torch.Size(self.shape)
@@ -67,7 +67,7 @@ class Call:
 
 
 class Numbers:
-    """Tensors from a seed."""
+    """Random tensors from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -109,23 +109,20 @@ class Numbers:
 def calls(draw, families=FAMILIES, most_rows=(4, 5), most_vocabulary=140) -> Call:
     family = draw(st.sampled_from(families))
     numbers = Numbers(draw(st.integers(0, 2**31)))
-    shape = draw(_shapes(most_rows))
+    padded = st.tuples(st.integers(1, most_rows[0]), st.integers(1, most_rows[1]))
+    packed = st.tuples(st.integers(1, most_rows[0] * most_rows[1]))
+    empty = st.sampled_from([(0,), (0, 3), (2, 0)])
+    shape = draw(st.one_of(padded, padded, packed, empty))
     V = draw(st.one_of(st.integers(1, 4), st.integers(5, most_vocabulary)))
-    if family in ("advantage", "several", "process_advantage"):
+    if family in ("advantage", "multi_reward", "process_advantage"):
         return _advantage_call(draw, family, numbers)
     if family in (*PAIRS, "entropy_from_logits"):
-        return _functional_call(draw, family, numbers, shape, V)
+        return _mini_grpo_call(draw, family, numbers, shape, V)
     return _token_call(draw, family, numbers, shape, V)
 
 
-def _shapes(most: tuple[int, int]) -> st.SearchStrategy:
-    padded = st.tuples(st.integers(1, most[0]), st.integers(1, most[1]))
-    packed = st.tuples(st.integers(1, most[0] * most[1]))
-    return st.one_of(padded, padded, packed, st.sampled_from([(0,), (0, 3), (2, 0)]))
-
-
-def _dtype_beside(draw, dtype: torch.dtype) -> torch.dtype:
-    """Of a reference: as the policy's, or fp32; beside fp64 they would set the precision."""
+def _ref_dtype(draw, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the reference policy: the policy's or fp32; only fp64 beside fp64."""
     return dtype if dtype == torch.float64 else draw(st.sampled_from([dtype, torch.float32]))
 
 
@@ -142,7 +139,7 @@ def _layouts(draw, names) -> dict[str, str]:
 
 
 def _advantage_call(draw, family: str, numbers: Numbers) -> Call:
-    """Rewards well apart or exactly equal: what counts as rounding depends on the dtype."""
+    """Rewards are well apart or exactly equal: the size of a rounding depends on the dtype."""
     B, G, dtype = draw(st.integers(0, 4)), draw(st.integers(2, 6)), draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(["normal", "binary", "equal"]))
 
@@ -156,10 +153,10 @@ def _advantage_call(draw, family: str, numbers: Numbers) -> Call:
         arguments = {"rewards": rewards()}
         if function == "pass_at_k_advantage":
             arguments["k"] = draw(st.integers(2, G))
-    elif family == "several":
+    elif family == "multi_reward":
         K = draw(st.integers(1, 3))
         function = draw(st.sampled_from(["weighted_reward", "multi_reward_advantage"]))
-        weights = [1.0, 0.7, 0.45][:K]  # with which equal rewards do not cancel
+        weights = [1.0, 0.7, 0.45][:K]  # equal rewards do not cancel
         weights = draw(st.sampled_from([weights, torch.tensor(weights), *[None] * (K == 1)]))
         arguments = {"rewards": rewards(K), "weights": weights}
     else:
@@ -171,7 +168,7 @@ def _advantage_call(draw, family: str, numbers: Numbers) -> Call:
     return Call(function, arguments, layouts=_layouts(draw, names))
 
 
-def _functional_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
+def _mini_grpo_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
     dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(KINDS))
     shape = draw(st.sampled_from([shape, (1, *shape), ()]))
     logits = numbers.logits(kind, *shape, V, dtype=dtype)
@@ -179,7 +176,7 @@ def _functional_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
         arguments = {"logits": logits, "detach": draw(st.booleans())}
         leaves = () if arguments["detach"] else ("logits",)
     else:
-        ref = numbers.logits(kind, *shape, V, dtype=_dtype_beside(draw, dtype))
+        ref = numbers.logits(kind, *shape, V, dtype=_ref_dtype(draw, dtype))
         arguments = {"ref_logits": ref.masked_fill(logits == -torch.inf, -torch.inf)}
         arguments |= {"new_logits": logits, "eps": draw(st.sampled_from([1e-6, 1e-3, 0.1]))}
         leaves = ("new_logits",)
@@ -195,18 +192,18 @@ def _functional_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
 
 
 def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
-    """token_stats, the objectives, and the hidden level's."""
     dtype = draw(st.sampled_from(DTYPES))
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     mask, linear = _mask(draw, numbers, shape), name.startswith("linear")
     arguments: dict[str, object] = {"mask": mask}
     if name != "policy_loss":
-        arguments |= {"temperature": _temperature(draw, numbers, shape, acc)}
-        arguments |= {"softcap": draw(st.sampled_from([None, None, 3.0, 30.0]))}
+        arguments["temperature"] = _temperature(draw, numbers, shape, acc)
+        arguments["softcap"] = draw(st.sampled_from([None, None, 3.0, 30.0]))
     if linear:
         arguments |= _head(draw, "", numbers, shape, V, dtype)
         arguments["chunk_tokens"] = draw(st.sampled_from([None, None, 1, 2, 5]))
-        logits = _product("", arguments)
+        hidden, weight, bias = (arguments[n] for n in ("hidden", "weight", "bias"))
+        logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
         some = st.sets(st.sampled_from(["hidden", "weight", "bias"]), min_size=1)
         leaves = tuple(n for n in sorted(draw(some)) if arguments.get(n) is not None)
     elif name != "policy_loss":
@@ -214,25 +211,32 @@ def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
         arguments["logits"], leaves = logits, ("logits",)
     else:
         logits, leaves = numbers.logits("normal", *shape, V, dtype=dtype), ("logprob",)
-    stray = name == "token_stats" and draw(st.integers(0, 4)) == 0
-    tokens = _tokens(numbers, logits, stray)
-    over_vocabulary = None
+    may_be_excluded = name == "token_stats" and draw(st.integers(0, 4)) == 0
+    tokens = numbers.below(V, *shape)
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    excluded = (chosen == -torch.inf) & (not may_be_excluded)
+    tokens = torch.where(excluded, logits.argmax(-1), tokens)
     if name in OBJECTIVES:
-        per_token = {"temperature": arguments.get("temperature", 1.0)}
-        per_token["softcap"] = arguments.get("softcap")
-        logprob = losses.token_stats(logits.double(), tokens, **per_token).logprob
+        scaling = {n: arguments[n] for n in ("temperature", "softcap") if n in arguments}
+        logprob = losses.token_stats(logits.double(), tokens, **scaling).logprob
         arguments |= _objective(draw, name, numbers, shape, acc, logprob)
         estimator = arguments["config"].kl_estimator
         over_vocabulary = None if estimator in SAMPLED else estimator
         if name == "policy_loss":
-            arguments |= _policy_inputs(draw, numbers, shape, dtype, logprob, over_vocabulary)
+            arguments["logprob"] = logprob.to(dtype)
+            arguments["entropy"] = numbers.normal(*shape, dtype=dtype).abs()
+            if over_vocabulary:
+                arguments["kl"] = numbers.normal(*shape, dtype=dtype).abs()
+            else:
+                ref_logprob = logprob + numbers.normal(*shape, std=2.0)
+                arguments["ref_logprob"] = ref_logprob.to(dtype)
             leaves = tuple(n for n in ("logprob", "entropy", "kl") if n in arguments)
     else:
         over_vocabulary = draw(st.sampled_from([None, "forward", "reverse"]))
         arguments |= {"kl": over_vocabulary, "entropy": draw(st.booleans())}
     if name != "policy_loss":
         arguments["tokens"] = tokens.to(draw(st.sampled_from([torch.int64, torch.int32])))
-        arguments |= _reference(draw, name, numbers, arguments, logits, over_vocabulary, acc)
+        arguments |= _ref_inputs(draw, name, numbers, arguments, logits, over_vocabulary, acc)
     if name == "grpo_loss":
         arguments["inplace"] = draw(st.booleans())
     upstream = _upstream(draw, name, numbers, shape, arguments)
@@ -259,19 +263,6 @@ def _head(draw, prefix: str, numbers: Numbers, shape, V: int, dtype: torch.dtype
     }
 
 
-def _product(prefix: str, arguments: dict) -> Tensor:
-    hidden, weight, bias = (arguments[prefix + n] for n in ("hidden", "weight", "bias"))
-    logits = hidden.double() @ weight.double().T
-    return logits if bias is None else logits + bias.double()
-
-
-def _tokens(numbers: Numbers, logits: Tensor, stray: bool) -> Tensor:
-    """Ids of entries that are not excluded, unless stray."""
-    tokens = numbers.below(logits.shape[-1], *logits.shape[:-1])
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return torch.where((chosen == -torch.inf) & (not stray), logits.argmax(-1), tokens)
-
-
 def _objective(draw, name: str, numbers: Numbers, shape, acc, logprob: Tensor) -> dict:
     config = draw(loss_configs())
     arguments: dict[str, object] = {"config": config}
@@ -281,54 +272,47 @@ def _objective(draw, name: str, numbers: Numbers, shape, acc, logprob: Tensor) -
         cu_seqlens = sorted([0, *cuts, shape[0]])
         arguments["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
         sequences = len(cu_seqlens) - 1
-    given_per_sequence = draw(st.booleans()) and (len(shape) == 2 or "cu_seqlens" in arguments)
-    advantages = numbers.normal(*((sequences,) if given_per_sequence else shape), dtype=acc)
+    per_sequence = draw(st.booleans()) and (len(shape) == 2 or "cu_seqlens" in arguments)
+    advantages = numbers.normal(*((sequences,) if per_sequence else shape), dtype=acc)
     arguments["advantages"] = advantages * numbers.coin(*advantages.shape, p=0.8)
     spread = draw(st.sampled_from([0.1, 3.0, 40.0, 100.0]))
-    for each in ("old_logprob", "sampling_logprob"):
-        needed = each == "sampling_logprob" and config.importance_mode == "mask"
+    for given in ("old_logprob", "sampling_logprob"):
+        needed = given == "sampling_logprob" and config.importance_mode == "mask"
         if draw(st.booleans()) or needed:
-            arguments[each] = (logprob + numbers.normal(*shape, std=spread)).to(acc)
-    counted = draw(st.sampled_from([None, 11, torch.tensor(13), torch.tensor(0), 2.5]))
-    if counted is not None:
-        arguments |= {"normalizer": counted, "entropy_normalizer": counted}
+            arguments[given] = (logprob + numbers.normal(*shape, std=spread)).to(acc)
+    normalizer = draw(st.sampled_from([None, 11, torch.tensor(13), torch.tensor(0), 2.5]))
+    if normalizer is not None:
+        arguments |= {"normalizer": normalizer, "entropy_normalizer": normalizer}
     return arguments
 
 
-def _policy_inputs(draw, numbers: Numbers, shape, dtype, logprob: Tensor, over_vocabulary) -> dict:
-    arguments = {"logprob": logprob.to(dtype), "entropy": numbers.normal(*shape, dtype=dtype).abs()}
-    if over_vocabulary:
-        return arguments | {"kl": numbers.normal(*shape, dtype=dtype).abs()}
-    return arguments | {"ref_logprob": (logprob + numbers.normal(*shape, std=2.0)).to(dtype)}
-
-
-def _reference(draw, name: str, numbers, arguments, logits: Tensor, over_vocabulary, acc) -> dict:
-    """What the KL reads, or nothing where the call does without it."""
+def _ref_inputs(draw, name: str, numbers, arguments, logits: Tensor, over_vocabulary, acc) -> dict:
+    """Inputs of the KL; none if the call needs none."""
     is_objective = name in OBJECTIVES
     needed = arguments["config"].beta != 0 if is_objective else over_vocabulary is not None
     if not needed and (not is_objective or draw(st.booleans())):
         return {}
     shape, V = logits.shape[:-1], logits.shape[-1]
-    found = {}
+    inputs = {}
     if is_objective and not over_vocabulary and draw(st.booleans()):
-        found["ref_logprob"] = -numbers.normal(*shape, dtype=acc, std=3.0).abs()
+        inputs["ref_logprob"] = -numbers.normal(*shape, dtype=acc, std=3.0).abs()
         if draw(st.booleans()):
-            return found
+            return inputs
     if name.startswith("linear"):
-        dtype = _dtype_beside(draw, arguments["hidden"].dtype)
-        found |= _head(draw, "ref_", numbers, shape, V, dtype)
+        dtype = _ref_dtype(draw, arguments["hidden"].dtype)
+        inputs |= _head(draw, "ref_", numbers, shape, V, dtype)
         bias = torch.where(logits.reshape(-1, V).isinf().any(0), -torch.inf, 0.0)
-        if bias.isinf().any():  # else the divergence may be infinite
-            found["ref_bias"] = bias.to(dtype)
-        elif found["ref_bias"] is not None:
-            found["ref_bias"] = found["ref_bias"].clamp_min(-20)
-        return found
+        if bias.isinf().any():  # the KL is infinite unless both exclude these entries
+            inputs["ref_bias"] = bias.to(dtype)
+        elif inputs["ref_bias"] is not None:
+            inputs["ref_bias"] = inputs["ref_bias"].clamp_min(-20)
+        return inputs
     kind = draw(st.sampled_from([k for k in KINDS if k != EXCLUDED]))
-    dtype = _dtype_beside(draw, arguments["logits"].dtype)
+    dtype = _ref_dtype(draw, arguments["logits"].dtype)
     ref_logits = numbers.logits(kind, *logits.shape, dtype=dtype)
-    alike = draw(st.integers(0, 5)) > 0
-    found["ref_logits"] = ref_logits.masked_fill((logits == -torch.inf) & alike, -torch.inf)
-    return found
+    same_support = draw(st.integers(0, 5)) > 0
+    inputs["ref_logits"] = ref_logits.masked_fill((logits == -torch.inf) & same_support, -torch.inf)
+    return inputs
 
 
 def _upstream(draw, name: str, numbers: Numbers, shape, arguments: dict) -> dict[str, Tensor]:
@@ -341,11 +325,11 @@ def _upstream(draw, name: str, numbers: Numbers, shape, arguments: dict) -> dict
     chosen = draw(st.sets(st.sampled_from(outputs), min_size=1))
     expanded = draw(st.booleans())
     drawn = {n: numbers.normal(*(() if expanded else shape)) for n in sorted(chosen)}
-    return {n: each.expand(shape) for n, each in drawn.items()}
+    return {name: gradient.expand(shape) for name, gradient in drawn.items()}
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers, other strides; what lies between them is NaN, or an id out of range."""
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """Copy x to other strides; the memory between its entries is NaN, or an id out of range."""
     poison = torch.nan if x.is_floating_point() else False if x.dtype == torch.bool else 10**6
     rows = x.dim() > 1
     match layout:
@@ -361,5 +345,5 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def log_size(V: int) -> float:
-    """Of a row's log-probs about the uniform one, with 1 for the sum that is rounded."""
+    """Size of the log-probs of a uniform row, plus 1 for the rounding of its sum."""
     return 1.0 + math.log(max(1, V))

@@ -1,11 +1,11 @@
-"""What a drawn call should give, in float64, and how far from it rounding may lead.
+"""Expected results of a drawn call in float64, and the error that rounding may cause.
 
-The tolerance is a backward error. In the accumulation dtype every logit, seen from its row's
-maximum, every log-prob and every advantage carries a few roundings of its size, whatever the
-algorithm. So the exact function is evaluated on inputs moved by one rounding, several times at
-random: a result may be MARGIN times as far from the exact one as the farthest of these, and
-MARGIN roundings of itself on top. A common offset of a row is no part of a logit's size here: it
-must cost nothing. A threshold that lies within a rounding moves the result of the moved inputs too.
+The tolerance is a backward error. In the accumulation dtype every logit (relative to its row's
+maximum), every log-prob and every advantage carries a few roundings of its size, whatever the
+algorithm. The exact function is therefore also evaluated on several randomly perturbed inputs, each
+off by one rounding. The error of a result may be MARGIN times the largest change among these, plus
+MARGIN roundings of the result itself. A common offset of a row does not count as a logit's size:
+it must cost nothing. If a threshold lies within a rounding, the perturbed results differ as well.
 """
 
 from dataclasses import asdict
@@ -15,23 +15,22 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from grpo_kernels.objective.ratios import MAX_LOG_RATIO
-from grpo_kernels.objective.sequences import spread_to_tokens
 from reference import losses
 from tests.helpers import advantage_formulas
-from tests.helpers.fuzz_cases import LOGITS, OBJECTIVES, Call, Numbers, laid_out, log_size
+from tests.helpers.fuzz_cases import LOGITS, OBJECTIVES, Call, Numbers, log_size, with_layout
 
 MARGIN = 8
-FEW, MANY = 2, 48  # moved inputs: to pass most calls, and to judge those that do not
+FEW, MANY = 2, 48  # perturbations: a few pass most calls, many decide about the rest
+MAX_LOG_RATIO = 20
 LOGPROBS = ("old_logprob", "ref_logprob", "sampling_logprob", "logprob", "entropy", "kl")
 EXPONENTS = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")  # of "vespo"
 REWARDS = ("rewards", "step_rewards", "advantages")
 
 
 def results(call: Call, device: str = "cpu") -> dict[str, Tensor]:
-    """Outputs by name, and as "d_<leaf>" the gradients; the caller's tensors must be unchanged."""
+    """Outputs by name, gradients as "d_<leaf>"; checks that no argument was modified."""
     arguments = {
-        name: laid_out(value.to(device), call.layouts.get(name, ""))
+        name: with_layout(value.to(device), call.layouts.get(name, ""))
         if isinstance(value, Tensor)
         else value
         for name, value in call.arguments.items()
@@ -52,7 +51,7 @@ def _with_gradients(output, upstream: dict[str, Tensor], leaves: dict[str, Tenso
     elif hasattr(output, "metrics"):
         found = {"loss": output.loss, **output.metrics}
     else:
-        found = {name: each for name, each in output._asdict().items() if each is not None}
+        found = {name: x for name, x in output._asdict().items() if x is not None}
     if leaves:
         outputs = [found[name] for name in upstream]
         factors = [g.to(y) for g, y in zip(upstream.values(), outputs, strict=True)]
@@ -64,18 +63,15 @@ def _with_gradients(output, upstream: dict[str, Tensor], leaves: dict[str, Tenso
 
 
 def exact_results(call: Call, numbers: Numbers | None = None, eps: float = 0.0) -> dict:
-    """The reference in fp64 on the very same numbers, or on those moved by about eps."""
-    arguments = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in call.arguments.items()
-    }
+    """Results of the reference implementation in fp64, on the inputs or perturbed by about eps."""
+    arguments = _in_float64(call.arguments)
     leaves = {name: arguments[name].clone().requires_grad_() for name in call.leaves}
     arguments |= leaves
-    if arguments.get("softcap") is None:  # else a common offset would cost the oracle digits
-        arguments |= {n: _centred(arguments[n]) for n in LOGITS if n in arguments}
+    if arguments.get("softcap") is None:  # a common offset would cost the oracle digits
+        arguments |= {n: _subtract_max(arguments[n]) for n in LOGITS if n in arguments}
     name = call.name
     if numbers is not None:
-        name, arguments = _moved(call, arguments, numbers, eps)
+        name, arguments = _perturb(call, arguments, numbers, eps)
     module = advantage_formulas if hasattr(advantage_formulas, name) else losses
     output = getattr(module, name)(**arguments)
     if numbers is not None and name == "approximate_kl_divergence":
@@ -83,66 +79,82 @@ def exact_results(call: Call, numbers: Numbers | None = None, eps: float = 0.0) 
     return _with_gradients(output, call.upstream, leaves)
 
 
-def _centred(x: Tensor) -> Tensor:
+def _in_float64(arguments: dict) -> dict:
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def _subtract_max(x: Tensor) -> Tensor:
     return x - x.detach().amax(dim=-1, keepdim=True) if x.numel() else x
 
 
-def _moved(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[str, dict]:
-    def shake(x: Tensor, size: Tensor | float) -> Tensor:
+def _perturb(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple[str, dict]:
+    """Return the reference function to call and its arguments, each off by about a rounding."""
+
+    def rounded(x: Tensor, size: Tensor | float) -> Tensor:
         return x + (eps * _noise(x, numbers) * size).detach()
 
     name, arguments = call.name, dict(arguments)
-    summed = dict.fromkeys(LOGITS, torch.zeros(()))
+    product_size = dict.fromkeys(LOGITS, torch.zeros(()))
     if name.startswith("linear"):
         name = name.removeprefix("linear_")
-        chosen = arguments.pop("chunk_tokens") is not None
+        fixed_chunks = arguments.pop("chunk_tokens") is not None
         for prefix, logits in (("", "logits"), ("ref_", "ref_logits")):
             parts = [arguments.pop(prefix + n, None) for n in ("hidden", "weight", "bias")]
             if parts[0] is not None:
                 product, size = _product(*parts)
-                arguments[logits] = shake(product, size)
-                # The backward may repeat it in another shape, and so with other roundings.
-                summed[logits] = summed[logits] if chosen else size.amax(-1, keepdim=True)
+                arguments[logits] = rounded(product, size)
+                if not fixed_chunks:  # the backward may repeat it in another shape and rounding
+                    product_size[logits] = size.amax(-1, keepdim=True)
         half = call.arguments["hidden"].dtype in (torch.bfloat16, torch.float16)
-        if half and arguments["logits"].requires_grad:  # the gradient's products are of bf16
+        if half and arguments["logits"].requires_grad:  # products of the gradient are in bf16
             arguments["logits"].register_hook(lambda g: g * (1 + _noise(g, numbers) * 2**-8))
     temperature, softcap = arguments.get("temperature", 1.0), arguments.get("softcap")
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = temperature.unsqueeze(-1)
-    for each in LOGITS:
-        if each in arguments:
-            x = arguments[each]
+    for logits in LOGITS:
+        if logits in arguments:
+            x = arguments[logits]
             if softcap is not None:
-                x = _capped(x, softcap, shake)
-            x = shake(x, _size(x, temperature, softcap is not None))
-            rest = log_size(x.shape[-1]) + summed[each] / temperature
-            arguments[each] = _with_rest(x, temperature, eps * rest, numbers)
+                x = _capped(x, softcap, rounded)
+            x = rounded(x, _logit_size(x, temperature, softcap is not None))
+            rest = log_size(x.shape[-1]) + product_size[logits] / temperature
+            arguments[logits] = _with_rest(x, temperature, eps * rest, numbers)
     if softcap is not None:
         arguments["softcap"] = None
     if arguments.get("reduction") == "mean":
         arguments["reduction"] = "sum"
-    for each in LOGPROBS:
-        if isinstance(arguments.get(each), Tensor):
-            arguments[each] = shake(arguments[each], 1 + arguments[each].abs())
-    if call.name in OBJECTIVES:  # each token's own is rounded, for one
-        given, shape = arguments["advantages"], torch.Size(call.shape)
-        arguments["advantages"] = spread_to_tokens(given, shape, arguments.get("cu_seqlens"))
+    for logprob in LOGPROBS:
+        x = arguments.get(logprob)
+        if isinstance(x, Tensor):
+            arguments[logprob] = rounded(x, 1 + x.abs())
+    if call.name in OBJECTIVES and arguments["advantages"].shape != torch.Size(call.shape):
+        # One per token, because each token rounds its own.
+        x, cu_seqlens = arguments["advantages"], arguments.get("cu_seqlens")
+        if cu_seqlens is None:
+            arguments["advantages"] = x[:, None].expand(call.shape)
+        else:
+            arguments["advantages"] = x.repeat_interleave(cu_seqlens.diff())
     if "config" in arguments:
         config = arguments["config"]
         exponents = torch.tensor([getattr(config, n) for n in EXPONENTS], dtype=torch.float64)
-        rounded = dict(zip(EXPONENTS, shake(exponents, exponents).tolist(), strict=True))
-        for each in ("epsilon_low", "epsilon_high"):  # of probabilities, which underflow, in "dppo"
-            rounded[each] = getattr(config, each) + _accumulation(call).tiny * numbers.coin().item()
-        # A plain object: LossConfig refuses settings that its surrogate does not read.
-        arguments["config"] = SimpleNamespace(**(asdict(config) | rounded))
+        fields = dict(zip(EXPONENTS, rounded(exponents, exponents).tolist(), strict=True))
+        for bound in ("epsilon_low", "epsilon_high"):  # "dppo" bounds probabilities: they underflow
+            tiny = _accumulation(call).tiny * numbers.coin().item()
+            fields[bound] = getattr(config, bound) + tiny
+        # A plain object: LossConfig rejects settings that its surrogate does not read.
+        arguments["config"] = SimpleNamespace(**(asdict(config) | fields))
         if "logits" in arguments and numbers.coin().item():
             vars(arguments["config"]).update(_with_ties(call, arguments, eps))
-    for each in REWARDS:
-        if each in arguments:
-            x = arguments[each]
-            largest = x.abs().amax() if each != "advantages" and x.numel() else x.abs()
-            moved = shake(x, largest * (1 + _exponent_size(call)))  # of the weight beside it
-            arguments[each] = moved.clamp_min(0) if each == "rewards" and (x >= 0).all() else moved
+    for reward in REWARDS:
+        if reward in arguments:
+            x = arguments[reward]
+            largest = x.abs().amax() if reward != "advantages" and x.numel() else x.abs()
+            perturbed = rounded(x, largest * (1 + _exponent_size(call)))  # of its VESPO weight
+            nonnegative = reward == "rewards" and (x >= 0).all()
+            arguments[reward] = perturbed.clamp_min(0) if nonnegative else perturbed
     return name, arguments
 
 
@@ -151,24 +163,24 @@ def _noise(like: Tensor, numbers: Numbers) -> Tensor:
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits, and the size of what is added up to them."""
+    """Logits, and the sum of the absolute values of their terms."""
     logits, size = hidden @ weight.T, hidden.abs() @ weight.abs().T
     if bias is None:
         return logits, size
     return logits + bias, size + torch.where(bias.isinf(), 0, bias.abs())
 
 
-def _capped(x: Tensor, softcap: float, shake) -> Tensor:
-    """Whose slope, 1 - tanh², is a difference of numbers about 1."""
+def _capped(x: Tensor, softcap: float, rounded) -> Tensor:
+    """Apply the softcap; its gradient 1 - tanh² is a difference of numbers near 1."""
     excluded = x == -torch.inf
     plain = x.masked_fill(excluded, 0)
-    slope = shake(torch.zeros_like(plain), 1.0)
-    capped = softcap * (plain / softcap).tanh() + slope * (plain - plain.detach())
+    grad_error = rounded(torch.zeros_like(plain), 1.0)
+    capped = softcap * (plain / softcap).tanh() + grad_error * (plain - plain.detach())
     return capped.masked_fill(excluded, -torch.inf)
 
 
-def _size(x: Tensor, temperature: float | Tensor, capped: bool) -> Tensor:
-    """Of the numbers that a row's logits become on their way to a log-prob."""
+def _logit_size(x: Tensor, temperature: float | Tensor, capped: bool) -> Tensor:
+    """Size of the intermediate values between a row's logits and a log-prob."""
     x = x.detach()
     if x.numel() == 0:
         return torch.zeros_like(x)
@@ -178,6 +190,7 @@ def _size(x: Tensor, temperature: float | Tensor, capped: bool) -> Tensor:
 
 
 def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
+    """Compare the results of the package with the exact ones, within the rounding."""
     exact, eps = exact_results(call), _accumulation(call).eps
     assert ours.keys() == exact.keys(), f"{sorted(ours)}, not {sorted(exact)}"
     for name, value in ours.items():
@@ -196,7 +209,7 @@ def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
         wrong = {
             name: message
             for name, x in ours.items()
-            if (message := _too_far(name, x, exact[name], spread[name] + floor, eps))
+            if (message := _excess(name, x, exact[name], spread[name] + floor, eps))
         }
         if not wrong:
             return
@@ -204,7 +217,7 @@ def check_accuracy(call: Call, ours: dict[str, Tensor], seed: int = 0) -> None:
 
 
 def _with_ties(call: Call, arguments: dict, eps: float) -> dict[str, float]:
-    """The fractions that rank tokens, of all where numbers that they rank may round to one."""
+    """Settings that rank tokens, set to select all tokens if the ranked values may be equal."""
     config = arguments["config"]
     if config.top_entropy is None and config.kl_cov is None:
         return {}
@@ -212,19 +225,19 @@ def _with_ties(call: Call, arguments: dict, eps: float) -> dict[str, float]:
     keep = torch.ones(call.shape, dtype=torch.bool) if call.mask is None else call.mask != 0
     tokens = torch.where(keep, arguments["tokens"], 0)
     stats = losses.token_stats(x, tokens, temperature=temperature)
-    entropy, logprob = (each[keep].sort().values for each in (stats.entropy, stats.logprob))
-    rounding, found = 64 * eps * log_size(x.shape[-1]), {}
+    entropy, logprob = (x[keep].sort().values for x in (stats.entropy, stats.logprob))
+    rounding, fields = 64 * eps * log_size(x.shape[-1]), {}
     if config.top_entropy is not None and (entropy.diff() < rounding).any():
-        found["top_entropy"] = 1.0
+        fields["top_entropy"] = 1.0
     if config.kl_cov is not None and (logprob[-1:] - logprob[:1] < rounding).any():
-        found["kl_cov"] = 1.0
-    return found
+        fields["kl_cov"] = 1.0
+    return fields
 
 
 def _gate_size(call: Call) -> float:
-    """Of SAPO's 4 A r, whose factor 1 - gate is a difference until the gate rounds to 1.
+    """Size of SAPO's 4 A r, whose factor 1 - gate is a difference until the gate rounds to 1.
 
-    In fp32 that is at tau (r - 1) = 17, with tau >= 0.2 at r = 86.
+    In fp32 the gate rounds to 1 at tau (r - 1) = 17, with tau >= 0.2 at r = 86.
     """
     config, advantages = call.arguments.get("config"), call.arguments.get("advantages")
     if config is None or config.surrogate != "sapo" or advantages.numel() == 0:
@@ -233,7 +246,7 @@ def _gate_size(call: Call) -> float:
 
 
 def _kl_size(call: Call, exact: dict[str, Tensor]) -> float:
-    """Of the terms r·e^d of k3_corrected, which cancel in the oracle's gradient, autograd's."""
+    """Size of the terms r·e^d of k3_corrected, which cancel in the gradient by autograd."""
     config = call.arguments.get("config")
     if config is None or config.kl_estimator != "k3_corrected" or "kl" not in exact:
         return 0.0
@@ -242,7 +255,7 @@ def _kl_size(call: Call, exact: dict[str, Tensor]) -> float:
 
 
 def _exponent_size(call: Call) -> float:
-    """Of the exponent of VESPO's weight of a sequence, a sum of bounded log-ratios."""
+    """Size of the exponent of VESPO's weight of a sequence, a sum of bounded log-ratios."""
     config, old = call.arguments.get("config"), call.arguments.get("old_logprob")
     if config is None or config.surrogate != "vespo" or old is None:
         return 0.0
@@ -253,26 +266,22 @@ def _exponent_size(call: Call) -> float:
     keep = call.mask is None or call.mask != 0
     summed = torch.where(torch.as_tensor(keep), size, 0.0).sum(-1)
     largest = float(summed.max()) if summed.numel() else 0.0
-    return largest * max(getattr(config, each) for each in EXPONENTS)
+    return largest * max(getattr(config, name) for name in EXPONENTS)
 
 
 def _logprob(call: Call) -> Tensor:
-    """The policy's log-probs, exactly."""
+    """Exact log-probs of the policy."""
     if "logprob" in call.arguments:
         return call.arguments["logprob"].double()
     linear = call.name.startswith("linear")
-    name, first = ("linear_token_stats", "hidden") if linear else ("token_stats", "logits")
+    function, first = ("linear_token_stats", "hidden") if linear else ("token_stats", "logits")
     names = (first, "weight", "bias", "tokens", "mask", "temperature", "softcap")
-    given = {each: call.arguments[each] for each in names if each in call.arguments}
-    wide = {
-        each: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for each, x in given.items()
-    }
-    return getattr(losses, name)(**wide).logprob
+    arguments = {name: call.arguments[name] for name in names if name in call.arguments}
+    return getattr(losses, function)(**_in_float64(arguments)).logprob
 
 
 def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Numbers) -> Tensor:
-    """A further entry that holds the rounding of the row's sum, so that no log p is exact.
+    """Append an entry with the rounding of the row's sum, so that no log p is exact.
 
     Its probability is at most `most`.
     """
@@ -283,7 +292,7 @@ def _with_rest(x: Tensor, temperature: float | Tensor, most: Tensor, numbers: Nu
 
 
 def _without_rest(output: Tensor, call: Call) -> Tensor:
-    """That entry adds 0 to a sum, but is one more to divide a mean by."""
+    """Remove the entry of `_with_rest`: it adds 0 to a sum, but 1 to the count of a mean."""
     if call.arguments["reduction"] == "none":
         return output[..., :-1]
     numel = max(1, call.arguments["new_logits"].numel())
@@ -295,9 +304,9 @@ def _accumulation(call: Call) -> torch.finfo:
     return torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
-def _too_far(name: str, ours: Tensor, exact: Tensor, spread: Tensor, eps: float) -> str | None:
+def _excess(name: str, ours: Tensor, exact: Tensor, spread: Tensor, eps: float) -> str | None:
     size = exact.abs().nan_to_num(nan=0.0, posinf=0.0)
-    if name == "value" and size.numel():  # parts of it, in units of a standard deviation, cancel
+    if name == "value" and size.numel():  # terms of about 1 cancel in it
         size = size.amax().clamp_min(1.0)
     if name.startswith("d_") and size.dim() > 1 and size.shape[-1]:
         size = size.amax(dim=-1, keepdim=True).expand_as(size)
@@ -311,8 +320,8 @@ def _too_far(name: str, ours: Tensor, exact: Tensor, spread: Tensor, eps: float)
     if fine.all():
         return None
     excess = torch.where(fine, -1.0, (error - allowed).nan_to_num(nan=torch.inf))
-    at = int(excess.argmax())
-    numbers = (x.flatten()[at].item() for x in (ours, exact, error, allowed))
+    worst = int(excess.argmax())
+    numbers = (x.flatten()[worst].item() for x in (ours, exact, error, allowed))
     return "{:.9g}, exactly {:.9g}, off by {:.3g}, allowed {:.3g}".format(*numbers)
 
 
