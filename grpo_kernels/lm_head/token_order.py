@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_advantages
-from ..objective.sequences import spread_to_tokens
+from ..objective.sequences import check_advantages, spread_to_tokens
 from ..validation import expect_mask, expect_tensor, values_are_readable
 
 

@@ -1,26 +1,25 @@
-"""How token terms become one number: the weight of each token in the sum that is the loss.
+"""Aggregation of token terms to one number: the weight of each token in the sum that is the loss.
 
-Every aggregation is linear, so it is a weight per token. A part of a batch, weighted with the whole
-batch's denominator, then adds up to the whole batch's loss.
+Every aggregation is linear, so it is a weight per token. The losses of micro-batches, weighted with
+the whole batch's denominator, then add up to the whole batch's loss.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..validation import expect_number, shape_of
+from .config import LossConfig
 from .sequences import Sequences
-
-if TYPE_CHECKING:
-    from .config import LossConfig
 
 
 class Aggregation(NamedTuple):
-    """A sum over tokens, each over its sequence's length or not, divided by a denominator."""
+    """A sum over tokens, each divided by its sequence's length or not, over a denominator."""
 
     over_length: bool
-    denominator: Callable[[Tensor, int, "LossConfig"], Tensor | int]  # tokens, sequences, config
+    denominator: Callable[[Tensor, int, LossConfig], Tensor | int]  # (tokens, sequences, config)
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -35,14 +34,13 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 def token_weights(
     sequences: Sequences,
-    config: "LossConfig",
+    config: LossConfig,
     normalizer: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight of each token's term in the loss, which is the weighted sum of the terms.
+    """Compute the weight of each token's term in the loss, 0 where masked.
 
-    It has the shape of `sequences.keep`, and is 0 where that is False. `normalizer`: as in
-    `policy_loss`.
+    The loss is the weighted sum of the terms. `normalizer` replaces the denominator.
     """
     over_length, denominator = AGGREGATIONS[config.aggregation]
     weight = sequences.keep.to(dtype)
@@ -53,16 +51,48 @@ def token_weights(
     return (weight / _nonzero(normalizer)).to(dtype)
 
 
-def entropy_divisor(
-    keep: Tensor, normalizer: float | Tensor | None, entropy_normalizer: float | Tensor | None
-) -> Tensor | float:
-    """What the sum of the entropies is divided by: a number of tokens."""
-    for given in (entropy_normalizer, normalizer):
-        if given is not None:
-            return _nonzero(given)
-    return keep.sum().clamp(min=1)
+def entropy_weight(
+    keep: Tensor,
+    config: LossConfig,
+    normalizer: float | Tensor | None,
+    entropy_normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Compute entropy_coef / number of tokens: the weight, 0-dim, of the sum of the entropies."""
+    if config.entropy_coef == 0:
+        return None
+    given = normalizer if entropy_normalizer is None else entropy_normalizer
+    count = keep.sum().clamp(min=1) if given is None else _nonzero(given)
+    coef = torch.full((), config.entropy_coef, dtype=dtype, device=keep.device)
+    return (coef / count).to(dtype)
 
 
 def _nonzero(count: Tensor | float) -> Tensor | float:
-    """Where nothing was counted, what is divided by the count is 0 already."""
+    """Replace a count of 0 by 1: what is divided by it is 0 already."""
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count
+
+
+def check_normalizers(
+    config: LossConfig,
+    normalizer: float | Tensor | None,
+    entropy_normalizer: float | Tensor | None,
+) -> None:
+    """Check that both are positive, and that they come together where they count differently."""
+    named = {"normalizer": normalizer, "entropy_normalizer": entropy_normalizer}
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            if value.dim() != 0:
+                raise ValueError(
+                    f"{name} must be a number or a 0-dim tensor, got {shape_of(value)}"
+                )
+        elif value is not None and not torch.compiler.is_compiling():
+            # Under torch.compile the number is a symbol, and a comparison would recompile for it.
+            expect_number(name, value, above=0)
+    if config.entropy_coef == 0 or normalizer is None or config.aggregation == "token_mean":
+        return
+    if entropy_normalizer is None:
+        raise ValueError(
+            f"normalizer with entropy_coef={config.entropy_coef} and "
+            f"aggregation={config.aggregation!r} needs entropy_normalizer, the number of tokens "
+            "that the mean entropy divides by, got None"
+        )

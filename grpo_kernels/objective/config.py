@@ -1,117 +1,224 @@
-"""LossConfig: what the loss is, as a value."""
+"""LossConfig: the settings of the loss, validated at construction, and the named objectives."""
 
 import ast
 import functools
 import numbers
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-from .. import checks
-from .aggregation import AGGREGATIONS
-from .kl_estimators import SAMPLED_KL, VOCABULARY_KL
-from .surrogates import RATIO_LEVELS, SURROGATES
-from .token_selection import IMPORTANCE_LEVELS, IMPORTANCE_MODES
+from ..validation import expect_choice, expect_number
+from .surrogates import SURROGATES, Surrogate
+
+Constructor = TypeVar("Constructor", bound=Callable[..., Any])
+_OBJECTIVES: list[str] = []
+
+
+def _objective(constructor: Constructor) -> Constructor:
+    """Register a named constructor of LossConfig."""
+    _OBJECTIVES.append(constructor.__name__)
+    return constructor
+
+
+def _setting(default: Any, *, read_with: str | None = None, **bounds: float) -> Any:
+    """Declare a number with bounds for `expect_number`.
+
+    read_with: the setting that must be given for this one to be read.
+    """
+    return field(default=default, metadata={"bounds": bounds, "read_with": read_with})
+
+
+class _Derived:
+    """Attributes that LossConfig computes at construction. They are not settings."""
+
+    policy_term: Surrogate
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What the loss is: a point in the space that GRPO and its relatives span.
+class LossConfig(_Derived):
+    """Settings of the loss: a point in the space that GRPO and its relatives span.
 
-    Below, r is the ratio of the policy to the old one, A the advantage, s() a stop-gradient. Each
-    named constructor is a paper's point; its keywords override.
+        loss = aggregate(policy term + beta·KL) - entropy_coef·mean entropy
 
-    Attributes:
-        surrogate: the policy term. "clip": -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
-            "ratio": -r A. "cispo": -s(min(r, ratio_cap)) A logprob. "sapo": -A (4/τ) σ(τ (r - 1)).
-            "dppo": that of "cispo", and 0 where the token's probability has already ratios by more
-            than epsilon_high (A > 0) or epsilon_low (A < 0) the way A pushes it. "reinforce":
-            -A logprob. "vespo": -s(φ(w)) A logprob, w the probability ratio of the sequence, φ(w) =
-            e^λ w^k e^(-λw). "gmpo": -A times the geometric mean of the sequence's ratios, each
-            bounded by e^epsilon_high (A > 0) or e^-epsilon_low (A < 0).
-        ratio_level: "token"; "sequence": the geometric mean of the sequence's token ratios;
-            "sequence_token": its value, with the gradient of the token's own.
-        epsilon_low, epsilon_high: >= 0; bounds, as `surrogate` reads them.
-        delta: > 1 + epsilon_high, or None; caps the ratio of "clip" before the minimum is taken,
-            which bounds the loss where the advantage is negative (arXiv:2505.07291).
-        dual_clip: > 1, or None; where A < 0 the loss of "clip" is at most dual_clip·|A|
-            (arXiv:1912.09729). The same bound as delta, but it may lie below 1 + epsilon_high.
-        ratio_cap: > 0; of "cispo" and "dppo", and only there.
-        tau_positive, tau_negative: > 0; τ of "sapo" where A > 0, and elsewhere.
-        k_positive, lambda_positive, k_negative, lambda_negative: >= 0; k and λ of "vespo" where
-            A >= 0, and elsewhere.
-        beta: >= 0; coefficient of the KL to the reference.
-        kl_estimator: "k1", "k2", "k3", "k3+", "k3_corrected" or "abs" on the sampled tokens, or
-            "forward" or "reverse" over the vocabulary; `policy_loss` says which to choose.
-        entropy_coef: coefficient of the entropy bonus; mini-GRPO writes the same bonus with a
-            negative coefficient in front of the entropy.
-        aggregation: how token terms become one number. "sequence_mean": the mean over sequences
-            of their token means; "token_mean": the mean over tokens; "fixed_length": the sum over
-            (sequences · max_completion_length); "sequence_sum_mean": the mean over sequences of
-            their token sums. A sequence without an unmasked token counts, as 0.
-        max_completion_length: tokens; for "fixed_length", and only there.
-        importance_mode, importance_level, importance_floor, importance_cap: the weight
-            w = exp(old - sampling) of the policy term where the sampler's log-probabilities are
-            given: "truncate" to [floor, cap], or "mask", 0 outside; of each "token", or of the
-            "sequence", of its sum. None: no bound. In "vespo" it is part of the sequence's ratio.
-        off_policy_threshold: or None; a sequence with A < 0 whose mean of sampling - logprob (old -
-            logprob without a sampler's) is above it has no policy term (DeepSeek-V3.2).
-        top_entropy: in (0, 1], or None; the policy term and the entropy bonus act on this fraction
-            of the tokens, those of the highest entropy (arXiv:2506.01939).
-        clip_cov: in (0, 1], or None; at most this fraction of the tokens, drawn from PyTorch's
-            generator among those not clipped whose (A - mean A)(logprob - mean logprob) is in
-            (clip_cov_low, clip_cov_high), has no policy term (Clip-Cov, arXiv:2505.22617).
-        kl_cov: in (0, 1], or None; the fraction of the tokens where that covariance is largest
-            gets a term kl_cov_coef·|logprob - old| (KL-Cov, same paper). Quantiles, means and
-            fractions are over the unmasked tokens of the call: a micro-batch has its own.
+    Each named constructor, such as `LossConfig.dapo()`, sets what its paper sets; its keywords
+    override. Below, r is the probability ratio of the policy to the old policy, A the advantage.
+    A policy term is minimised.
 
     Raises:
-        ValueError, TypeError: at construction, naming the setting, what is allowed and what came.
+        ValueError, TypeError: at construction: a setting out of range, one that nothing reads, or
+            a contradiction. The message names the setting, what is allowed and what was passed.
     """
 
-    surrogate: str = "clip"
-    ratio_level: str = "token"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    dual_clip: float | None = None
-    ratio_cap: float | None = None
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-    k_positive: float = 2.0
-    lambda_positive: float = 3.0
-    k_negative: float = 3.0
-    lambda_negative: float = 2.0
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    aggregation: str = "sequence_mean"
-    max_completion_length: int | None = None
-    importance_mode: str = "truncate"
-    importance_level: str = "token"
-    importance_floor: float | None = None
-    importance_cap: float | None = 2.0
-    off_policy_threshold: float | None = None
-    top_entropy: float | None = None
-    clip_cov: float | None = None
-    clip_cov_low: float = 1.0
-    clip_cov_high: float = 5.0
-    kl_cov: float | None = None
-    kl_cov_coef: float = 1.0
+    surrogate: Literal["clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo"] = (
+        "clip"
+    )
+    """Policy term of a token. clip: -min(r·A, clip(r)·A). ratio: -r·A. gmpo: -A times the geometric
+    mean of the sequence's bounded ratios. cispo: -A·logprob weighted by the capped r, a constant.
+    sapo: -A times a sigmoid of r. dppo: as cispo, and 0 where the token's probability has moved too
+    far. reinforce: -A·logprob. vespo: -A·logprob weighted by a function of the sequence's r, a
+    constant."""
+    ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
+    """Level of the ratio r. token: each token has its own. sequence: the geometric mean of the
+    sequence's token ratios. sequence_token: its value, with the gradient of the token's own."""
+    epsilon_low: float = _setting(0.2, at_least=0)
+    """Lower bound. clip: of r, at 1 - this. gmpo: of the log-ratio, at -this, where A < 0. dppo: of
+    the change of the token's probability, at -this, where A <= 0."""
+    epsilon_high: float = _setting(0.2, at_least=0)
+    """Upper bound. clip: of r, at 1 + this. gmpo: of the log-ratio, where A > 0. dppo: of the
+    change of the token's probability, where A > 0."""
+    delta: float | None = _setting(None, above=0)
+    """clip: cap of r before the minimum is taken, above 1 + epsilon_high. It bounds the loss where
+    A < 0 (arXiv:2505.07291)."""
+    dual_clip: float | None = _setting(None, above=1)
+    """clip: the loss is at most this times |A| where A < 0 (arXiv:1912.09729). It is the same bound
+    as delta, but it may lie below 1 + epsilon_high."""
+    ratio_cap: float | None = _setting(None, above=0)
+    """cispo, dppo: cap of r."""
+    tau_positive: float = _setting(1.0, above=0)
+    """sapo: steepness of the sigmoid where A > 0."""
+    tau_negative: float = _setting(1.05, above=0)
+    """sapo: steepness of the sigmoid where A <= 0."""
+    k_positive: float = _setting(2.0, at_least=0)
+    """vespo: k in the weight e^λ w^k e^(-λw) of the sequence's ratio w, where A >= 0."""
+    lambda_positive: float = _setting(3.0, at_least=0)
+    """vespo: λ in that weight where A >= 0."""
+    k_negative: float = _setting(3.0, at_least=0)
+    """vespo: k in that weight where A < 0."""
+    lambda_negative: float = _setting(2.0, at_least=0)
+    """vespo: λ in that weight where A < 0."""
+    beta: float = _setting(0.0, at_least=0)
+    """Coefficient of the KL to the reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3+", "k3_corrected", "abs", "forward", "reverse"] = (
+        "k3"
+    )
+    """Estimate of that KL on the sampled tokens, or the exact sum over the vocabulary: "forward" is
+    KL(reference‖policy), "reverse" is KL(policy‖reference). Choosing an estimator is choosing a
+    gradient; the docstring of policy_loss has the table."""
+    entropy_coef: float = _setting(0.0)
+    """Coefficient of the entropy bonus. mini-GRPO writes the same bonus with a negative coefficient
+    in front of the entropy."""
+    aggregation: Literal["sequence_mean", "token_mean", "fixed_length", "sequence_sum_mean"] = (
+        "sequence_mean"
+    )
+    """From token terms to one number. sequence_mean: mean over sequences of their token means.
+    token_mean: mean over tokens. fixed_length: sum over (sequences · max_completion_length).
+    sequence_sum_mean: mean over sequences of their token sums. A sequence without an unmasked token
+    counts as 0."""
+    max_completion_length: int | None = _setting(None, at_least=1)
+    """fixed_length: number of tokens in the denominator for each sequence."""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """Treatment of the importance weight exp(old - sampling log-prob) of a policy term, where the
+    sampler's log-probs are given. truncate: bound it to [importance_floor, importance_cap]. mask:
+    set it to 0 outside."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Importance weight of each token, or the product over its sequence."""
+    importance_floor: float | None = _setting(None, at_least=0)
+    """Lower bound of the importance weight; None is no bound."""
+    importance_cap: float | None = _setting(2.0, above=0)
+    """Upper bound of the importance weight; None is no bound."""
+    off_policy_threshold: float | None = _setting(None)
+    """Drop the policy term of sequences with A < 0 whose mean of sampling - policy log-prob is
+    above this; without the sampler's log-probs, the old ones count (DeepSeek-V3.2)."""
+    top_entropy: float | None = _setting(None, above=0, at_most=1)
+    """Fraction of the tokens, those of highest entropy, that the policy term and the entropy bonus
+    act on (arXiv:2506.01939). The quantile is over the unmasked tokens of the call: a micro-batch
+    has its own."""
+    clip_cov: float | None = _setting(None, above=0, at_most=1)
+    """Clip-Cov: drop the policy term of at most this fraction of the tokens, drawn at random from
+    those that are not clipped and whose (A - mean A)·(logprob - mean logprob) is between
+    clip_cov_low and clip_cov_high (arXiv:2505.22617). Means are over the call."""
+    clip_cov_low: float = _setting(1.0, read_with="clip_cov")
+    """Clip-Cov: lower end of that interval."""
+    clip_cov_high: float = _setting(5.0, read_with="clip_cov")
+    """Clip-Cov: upper end of that interval."""
+    kl_cov: float | None = _setting(None, above=0, at_most=1)
+    """KL-Cov: fraction of the tokens, where that covariance is largest, that get a penalty
+    kl_cov_coef·|logprob - old| (arXiv:2505.22617)."""
+    kl_cov_coef: float = _setting(1.0, at_least=0, read_with="kl_cov")
+    """KL-Cov: coefficient of the penalty."""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            checks.expect_choice(name, getattr(self, name), choices)
-        checks.check_numbers(self)
-        checks.check_max_completion_length(self.max_completion_length, self.aggregation)
-        checks.check_combination(self)
-        for name, value in vars(self).items():  # NumPy's numbers, for one, have another repr
-            if isinstance(value, numbers.Integral):
-                object.__setattr__(self, name, int(value))
-            elif isinstance(value, numbers.Real):
-                object.__setattr__(self, name, float(value))
+        for setting in fields(self):
+            self._check_value(setting.name, setting.type, setting.metadata.get("bounds", {}))
+        self._check_unread_settings()
+        self._check_combination()
+        reads = fields(SURROGATES[self.surrogate])
+        term = SURROGATES[self.surrogate](*(getattr(self, name.name) for name in reads))
+        object.__setattr__(self, "policy_term", term)
         # The text is made here because torch.compile cannot format a symbolic float.
-        settings = {name: value for name, value in vars(self).items() if name != "entropy_coef"}
-        object.__setattr__(self, "_text", repr(settings))
+        settings = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        del settings["entropy_coef"]
+        object.__setattr__(self, "text", repr(settings))
+
+    def _check_value(self, name: str, kind: Any, bounds: dict[str, float]) -> None:
+        """Check one setting against its type and bounds; store numbers as plain int or float."""
+        value, kinds = getattr(self, name), get_args(kind) or (kind,)
+        if get_origin(kind) is Literal:
+            expect_choice(name, value, kinds)
+        elif value is not None or NoneType not in kinds:
+            expect_number(name, value, integer=int in kinds, **bounds)
+            plain = int if isinstance(value, numbers.Integral) else float
+            object.__setattr__(self, name, plain(value))  # a NumPy number has another repr
+
+    def _check_unread_settings(self) -> None:
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if value == setting.default:
+                continue
+            readers = [
+                key
+                for key, surrogate in SURROGATES.items()
+                if name in (read.name for read in fields(surrogate))
+            ]
+            if readers and self.surrogate not in readers:
+                raise ValueError(
+                    f"{name} is read by surrogate={' or '.join(map(repr, readers))} only, "
+                    f"got {value!r} with surrogate={self.surrogate!r}"
+                )
+            needed = setting.metadata.get("read_with")
+            if needed is not None and getattr(self, needed) is None:
+                raise ValueError(f"{name} is read with {needed} only, got {value!r} without")
+        if self.max_completion_length is not None and self.aggregation != "fixed_length":
+            raise ValueError(
+                "max_completion_length is read by aggregation='fixed_length' only, "
+                f"got {self.max_completion_length!r} with aggregation={self.aggregation!r}"
+            )
+
+    def _check_combination(self) -> None:
+        surrogate, term = self.surrogate, SURROGATES[self.surrogate]
+        for read in fields(term):
+            if read.type is float and getattr(self, read.name) is None:
+                raise ValueError(f"surrogate={surrogate!r} needs {read.name}, got None")
+        if self.aggregation == "fixed_length" and self.max_completion_length is None:
+            raise ValueError("aggregation='fixed_length' needs max_completion_length, got None")
+        if self.delta is not None:
+            expect_number("delta", self.delta, above=1 + self.epsilon_high)
+        if self.ratio_level != "token" and term.only_token_ratio:
+            raise ValueError(
+                f"surrogate={surrogate!r} {term.only_token_ratio}: ratio_level must be 'token', "
+                f"got {self.ratio_level!r}"
+            )
+        if term.applies_importance and self.importance_level != "token":
+            raise ValueError(
+                f"surrogate={surrogate!r} sums the sampler's log-ratios itself: importance_level "
+                f"must be 'token', got {self.importance_level!r}"
+            )
+        floor, cap = self.importance_floor, self.importance_cap
+        if floor is not None and cap is not None and floor >= cap:
+            raise ValueError(
+                f"importance_floor must be less than importance_cap={cap}, got {floor}"
+            )
+        if self.importance_mode == "mask" and floor is None and cap is None:
+            raise ValueError("importance_mode='mask' needs importance_floor or importance_cap")
+        if self.clip_cov is not None and self.kl_cov is not None:
+            raise ValueError("clip_cov and kl_cov are two cures of one thing: set only one")
+        if self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(
+                f"clip_cov_low must be less than clip_cov_high={self.clip_cov_high}, "
+                f"got {self.clip_cov_low}"
+            )
 
     def encode(self) -> str:
         """Return the settings as text, for an operator's schema; all but entropy_coef.
@@ -119,7 +226,7 @@ class LossConfig:
         The entropy coefficient reaches an operator as a tensor, so that it may change in every
         step without another compilation.
         """
-        return self._text  # type: ignore[attr-defined]
+        return self.text
 
     @staticmethod
     @functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
@@ -127,38 +234,50 @@ class LossConfig:
         """Return the config whose `encode` gave this text."""
         return LossConfig(**ast.literal_eval(text))
 
+    @staticmethod
+    def objectives() -> "dict[str, Callable[..., LossConfig]]":
+        """Return the named constructors by name.
+
+        The first line of a constructor's docstring describes it in one sentence.
+        """
+        return {name: getattr(LossConfig, name) for name in _OBJECTIVES}
+
     @property
     def reads_sequences(self) -> bool:
-        """Whether it matters which tokens make a sequence, with a sampler's log-probs given."""
+        """Tell if sequences matter, with a sampler's log-probs: packed input needs cu_seqlens."""
         return (
             self.ratio_level != "token"
             or self.aggregation != "token_mean"
-            or SURROGATES[self.surrogate].of_sequences
+            or not self.policy_term.token_level
             or self.importance_level == "sequence"
             or self.off_policy_threshold is not None
         )
 
     @classmethod
+    @_objective
     def grpo(cls, **overrides: Any) -> Self:
-        """-min(r A, clip(r) A), the mean over sequences of their token means (arXiv:2402.03300).
+        """Clipped ratio, averaged over each sequence, then over sequences (arXiv:2402.03300).
 
         beta is 0 here, 0.04 in DeepSeekMath, 0.001 in R1 (2501.12948).
         """
         return cls(**overrides)
 
     @classmethod
+    @_objective
     def one_shot(cls, **overrides: Any) -> Self:
-        """GRPO - 0.001 · the mean entropy: learns from a single example (arXiv:2504.20571)."""
+        """GRPO with an entropy bonus of 0.001, to learn from one example (arXiv:2504.20571)."""
         return cls(**{"entropy_coef": 0.001, **overrides})
 
     @classmethod
+    @_objective
     def bnpo(cls, **overrides: Any) -> Self:
         """GRPO averaged over the tokens of the local batch, as TRL's loss of that name."""
         return cls(**{"aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def dr_grpo(cls, max_completion_length: int, **overrides: Any) -> Self:
-        """Divided by a constant, so that length has no weight (arXiv:2503.20783).
+        """GRPO divided by a constant length, so that length has no weight (arXiv:2503.20783).
 
         The paper's advantages are not divided by their standard deviation either.
         """
@@ -166,99 +285,109 @@ class LossConfig:
         return cls(**{**fixed, **overrides})
 
     @classmethod
+    @_objective
     def dapo(cls, **overrides: Any) -> Self:
-        """More room to rise than to fall, averaged over tokens (arXiv:2503.14476).
+        """GRPO with a higher upper clip, averaged over tokens (arXiv:2503.14476).
 
         The paper's mean is over the global batch: pass its token count as `normalizer`.
         """
         return cls(**{"epsilon_high": 0.28, "aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def gspo(cls, **overrides: Any) -> Self:
-        """GRPO of exp(mean of logprob - old), clipped tightly (arXiv:2507.18071)."""
+        """GRPO with the ratio of the sequence, clipped tightly (arXiv:2507.18071)."""
         defaults = {"ratio_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
         return cls(**{**defaults, **overrides})
 
     @classmethod
+    @_objective
     def gspo_token(cls, **overrides: Any) -> Self:
-        """GSPO in the form that takes an advantage per token (arXiv:2507.18071, 4.3)."""
+        """GSPO in the form that takes an advantage per token (arXiv:2507.18071, section 4.3)."""
         return cls.gspo(**{"ratio_level": "sequence_token", **overrides})
 
     @classmethod
+    @_objective
     def luspo(cls, **overrides: Any) -> Self:
         """GSPO with each sequence weighted by its length (arXiv:2602.05261)."""
         defaults = {"epsilon_low": 2e-3, "epsilon_high": 2.5e-3}
         return cls.gspo(**{**defaults, "aggregation": "sequence_sum_mean", **overrides})
 
     @classmethod
+    @_objective
     def gmpo(cls, **overrides: Any) -> Self:
-        """-A · geometric mean of the ratios, bounded to e^±0.4 (arXiv:2507.20673)."""
+        """Geometric mean of the sequence's ratios, each bounded to e^±0.4 (arXiv:2507.20673)."""
         return cls(**{"surrogate": "gmpo", "epsilon_low": 0.4, "epsilon_high": 0.4, **overrides})
 
     @classmethod
+    @_objective
     def cispo(cls, **overrides: Any) -> Self:
-        """-s(min(r, 5)) A logprob: no token loses its gradient (arXiv:2506.13585, 2510.13786)."""
+        """Policy gradient weighted by the ratio, capped at 5 (arXiv:2506.13585, 2510.13786)."""
         defaults = {"surrogate": "cispo", "ratio_cap": 5.0, "aggregation": "token_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
+    @_objective
     def sapo(cls, **overrides: Any) -> Self:
-        """-A (4/τ) σ(τ (r - 1)): a gate that closes softly (arXiv:2511.20347)."""
+        """Sigmoid of the ratio, a clip that closes softly (arXiv:2511.20347)."""
         return cls(**{"surrogate": "sapo", **overrides})
 
     @classmethod
+    @_objective
     def vespo(cls, **overrides: Any) -> Self:
-        """-s(φ(w)) A logprob, w the ratio of whole sequences (arXiv:2602.10693)."""
+        """Policy gradient weighted by a function of the sequence's ratio (arXiv:2602.10693)."""
         return cls(**{"surrogate": "vespo", "aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def reinforce(cls, **overrides: Any) -> Self:
-        """-A logprob, summed over a sequence: the policy gradient itself (Williams, 1992)."""
+        """Policy gradient without a ratio, summed over each sequence (Williams, 1992)."""
         defaults = {"surrogate": "reinforce", "aggregation": "sequence_sum_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
+    @_objective
     def gpg(cls, **overrides: Any) -> Self:
-        """-A logprob, averaged over tokens (arXiv:2504.02546)."""
+        """Policy gradient without a ratio, averaged over tokens (arXiv:2504.02546)."""
         return cls.reinforce(**{"aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def two_sided(cls, **overrides: Any) -> Self:
-        """GRPO with r capped at 4 where A < 0 too (arXiv:2505.07291)."""
+        """GRPO with the ratio capped at 4 where the advantage is negative (arXiv:2505.07291)."""
         return cls(**{"delta": 4.0, **overrides})
 
     @classmethod
+    @_objective
     def icepop(cls, **overrides: Any) -> Self:
-        """Tokens that sampler and trainer see too differently, w outside [0.5, 5], drop out.
+        """BNPO without the tokens whose importance weight is outside [0.5, 5] (IcePop, 2025).
 
-        Averaged over tokens; it needs `sampling_logprob` (IcePop, Ling team, 2025).
+        It needs `sampling_logprob` (Ling team).
         """
         weight = {"importance_mode": "mask", "importance_floor": 0.5, "importance_cap": 5.0}
         return cls(**{**weight, "aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def clip_covariance(cls, **overrides: Any) -> Self:
-        """GRPO without some of the tokens that make the entropy collapse (arXiv:2505.22617)."""
+        """BNPO without some of the tokens that collapse the entropy (arXiv:2505.22617)."""
         return cls(**{"clip_cov": 2e-4, "aggregation": "token_mean", **overrides})
 
     @classmethod
+    @_objective
     def kl_covariance(cls, **overrides: Any) -> Self:
-        """-r A, with a penalty on the tokens that make the entropy collapse (2505.22617)."""
+        """Plain ratio with a penalty on the tokens that collapse the entropy (arXiv:2505.22617)."""
         defaults = {"surrogate": "ratio", "kl_cov": 2e-4, "aggregation": "token_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
+    @_objective
     def dppo(cls, **overrides: Any) -> Self:
-        """-s(min(r, 20)) A logprob where the probability ratios by less than 0.15 (2602.04879)."""
+        """CISPO without tokens whose probability moved by more than 0.15 (arXiv:2602.04879)."""
         bounds = {"epsilon_low": 0.15, "epsilon_high": 0.15, "ratio_cap": 20.0}
         return cls(**{"surrogate": "dppo", **bounds, "aggregation": "token_mean", **overrides})
 
 
-_CHOICES = {
-    "surrogate": SURROGATES,
-    "ratio_level": RATIO_LEVELS,
-    "kl_estimator": [*SAMPLED_KL, *VOCABULARY_KL],
-    "aggregation": AGGREGATIONS,
-    "importance_mode": IMPORTANCE_MODES,
-    "importance_level": IMPORTANCE_LEVELS,
-}
+def expect_config(config: object) -> None:
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")

@@ -1,9 +1,8 @@
-"""The policy objective on per-token tensors: its settings, the loss, its metrics.
+"""The policy objective on per-token tensors: the loss and its metrics.
 
 Everything here works on tensors with one number per token, so it costs next to nothing beside the
-logits. A variant of the objective is a value of LossConfig: an entry in a table of surrogates.py,
-sampled_kl.py, token_filters.py or aggregation.py; one of a single token has its grad in
-kernels/row_math.py too.
+logits. `prepare_loss_inputs` checks and masks what the caller passes; `compute_loss` adds the
+policy's own statistics. The fused ops call the two; `policy_loss` is one after the other.
 """
 
 from typing import NamedTuple
@@ -11,13 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from .aggregation import entropy_divisor, token_weights
-from .config import LossConfig
-from .kl_estimators import VOCABULARY_KL
+from ..validation import expect_mask, expect_tensor
+from .aggregation import check_normalizers, entropy_weight, token_weights
+from .config import LossConfig, expect_config
+from .importance_sampling import policy_ratios
+from .kl_estimators import SAMPLED_KL, VOCABULARY_KL
 from .metrics import token_metrics
-from .sequences import Sequences, spread_to_tokens
-from .token_gradients import LossInputs, token_losses, weighted_sum
+from .ratios import LossInputs
+from .sequences import Sequences, check_advantages, check_cu_seqlens, spread_to_tokens
+from .token_selection import covariance_penalty, kept_by_filters
 
 __all__ = [
     "LossConfig",
@@ -127,17 +128,18 @@ def policy_loss(
 
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """
-    checks.check_type("config", config, LossConfig)
-    checks.check_logprob(logprob)
-    checks.check_per_token("entropy", entropy, logprob.shape)
-    checks.check_per_token("kl", kl, logprob.shape)
-    checks.check_entropy_input(config, entropy)
-    over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, kl)
-    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    expect_config(config)
+    expect_tensor("logprob", logprob, floating=True, dims=(1, 2), layout="[B, T] or packed [N]")
+    for name, tensor in {"entropy": entropy, "kl": kl}.items():
+        if tensor is not None:
+            expect_tensor(name, tensor, floating=True, shape=logprob.shape)
+    for name in ("entropy_coef", "top_entropy"):
+        if getattr(config, name) and entropy is None:
+            raise ValueError(f"{name}={getattr(config, name)} needs entropy, got None")
+    check_kl_input(config, ref_logprob, kl)
     prepared = prepare_loss_inputs(
         logprob.shape,
-        dtype,
+        torch.float64 if logprob.dtype == torch.float64 else torch.float32,
         advantages,
         mask=mask,
         old_logprob=old_logprob,
@@ -149,21 +151,6 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
     )
     return compute_loss(prepared, logprob, entropy, kl)
-
-
-def compute_loss(
-    prepared: PreparedLoss, logprob: Tensor, entropy: Tensor | None, kl: Tensor | None
-) -> LossOutput:
-    """Compute the loss and its metrics from prepared inputs and the policy's statistics."""
-    config, sequences, loss_inputs = prepared
-    dtype = loss_inputs.weight.dtype
-    logprob, entropy, kl = (zero_masked(sequences, x, dtype) for x in (logprob, entropy, kl))
-    loss_inputs = loss_inputs.with_old(logprob)
-    terms = token_losses(logprob, entropy, kl, loss_inputs, config, sequences)
-    loss = weighted_sum(terms, loss_inputs, config)
-    metrics = {"policy_loss": (loss_inputs.weight * terms.policy).sum()}
-    metrics |= token_metrics(terms, entropy, loss_inputs, config)
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
 def prepare_loss_inputs(
@@ -180,48 +167,109 @@ def prepare_loss_inputs(
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> PreparedLoss:
-    """Check the arguments of `policy_loss` and set masked tokens to 0."""
-    checks.check_cu_seqlens(cu_seqlens, shape, config)
-    checks.check_advantages(advantages, shape, cu_seqlens)
-    checks.expect_mask(mask, shape)
+    """Check the arguments of `policy_loss` and set masked tokens to 0.
+
+    Args:
+        shape: of the tokens, [B, T] or [N].
+        dtype: of the loss, fp32 or fp64.
+        Others: as in `policy_loss`.
+    """
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, shape)
+    elif len(shape) == 1 and config.reads_sequences:
+        settings = (
+            "surrogate", "ratio_level", "aggregation", "importance_level", "off_policy_threshold",
+        )  # fmt: skip
+        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
+        raise ValueError(f"packed [N] input needs cu_seqlens with {given}, got None")
+    check_advantages(advantages, shape, cu_seqlens)
+    expect_mask(mask, shape)
     logprobs = {
         "old_logprob": old_logprob,
         "ref_logprob": ref_logprob,
         "sampling_logprob": sampling_logprob,
     }
-    for name, each in logprobs.items():
-        checks.check_per_token(name, each, shape)
-    checks.check_sampling_input(config.importance_mode, sampling_logprob)
-    checks.check_normalizers(
-        normalizer, entropy_normalizer, config.entropy_coef, config.aggregation
-    )
+    for name, logprob in logprobs.items():
+        if logprob is not None:
+            expect_tensor(name, logprob, floating=True, shape=shape)
+    if config.importance_mode == "mask" and sampling_logprob is None:
+        raise ValueError("importance_mode='mask' needs sampling_logprob, got None")
+    check_normalizers(config, normalizer, entropy_normalizer)
+
     if mask is None:
         keep = torch.ones(shape, dtype=torch.bool, device=advantages.device)
     else:
         keep = mask.bool()
     sequences = Sequences(keep, cu_seqlens)
-    weight = token_weights(sequences, config, normalizer, dtype)
-    entropy_weight = None
-    if config.entropy_coef != 0:
-        divisor = entropy_divisor(keep, normalizer, entropy_normalizer)
-        entropy_weight = (weight.new_full((), config.entropy_coef) / divisor).to(dtype)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
-    loss_inputs = LossInputs(
+    inputs = LossInputs(
         zero_masked(sequences, advantage, dtype),
-        weight,
-        entropy_weight,
+        token_weights(sequences, config, normalizer, dtype),
+        entropy_weight(keep, config, normalizer, entropy_normalizer, dtype),
         **{
-            name: zero_masked(sequences, logprob, dtype, detach=True)
+            name: None if logprob is None else zero_masked(sequences, logprob.detach(), dtype)
             for name, logprob in logprobs.items()
         },
     )
-    return PreparedLoss(config, sequences, loss_inputs)
+    return PreparedLoss(config, sequences, inputs)
 
 
-def zero_masked(
-    sequences: Sequences, x: Tensor | None, dtype: torch.dtype, *, detach: bool = False
-) -> Tensor | None:
-    """x where kept, else 0. Before any arithmetic: NaN times a mask is NaN, in the gradient too."""
-    if x is None:
-        return None
-    return (x.detach() if detach else x).to(dtype).masked_fill(sequences.drop, 0.0)
+def check_kl_input(config: LossConfig, ref_logprob: Tensor | None, kl: Tensor | None) -> None:
+    """Check that the KL estimator gets the input that it reads, and not the other one."""
+    wanted, unread = ("ref_logprob", ref_logprob), ("kl", kl)
+    if config.kl_estimator in VOCABULARY_KL:
+        wanted, unread = unread, wanted
+    estimator = f"kl_estimator={config.kl_estimator!r}"
+    if config.beta != 0 and wanted[1] is None:
+        raise ValueError(f"beta={config.beta} with {estimator} needs {wanted[0]}, got None")
+    if unread[1] is not None:
+        raise ValueError(f"{estimator} reads {wanted[0]}, got {unread[0]}")
+
+
+def compute_loss(
+    prepared: PreparedLoss, logprob: Tensor, entropy: Tensor | None, kl: Tensor | None
+) -> LossOutput:
+    """Compute the loss and its metrics from prepared inputs and the policy's statistics.
+
+        loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy
+
+    Args:
+        logprob, entropy: of each token under the policy.
+        kl: over the vocabulary; None where it is estimated from ref_logprob.
+    """
+    config, sequences, inputs = prepared
+    dtype = inputs.weight.dtype
+    logprob, entropy, kl = (
+        None if x is None else zero_masked(sequences, x, dtype) for x in (logprob, entropy, kl)
+    )
+    ratios = policy_ratios(logprob, inputs, config, sequences)
+    policy = config.policy_term.value(ratios)
+    kept = kept_by_filters(ratios, entropy, config)
+    for keep in kept.values():
+        policy = torch.where(keep | policy.isnan(), policy, 0.0)  # a NaN stays visible
+    if ratios.importance is not None and not config.policy_term.applies_importance:
+        policy = policy * ratios.importance
+    if config.kl_cov is not None:
+        policy = policy + covariance_penalty(ratios, config)
+    if inputs.ref_logprob is not None:
+        estimator = SAMPLED_KL[config.kl_estimator]
+        kl = estimator.value(logprob - inputs.ref_logprob, ratios.log_ratio)
+
+    term = policy if config.beta == 0 else policy + config.beta * kl
+    loss = (inputs.weight * term).sum()
+    if inputs.entropy_weight is not None:
+        bonus = entropy
+        if "top_entropy" in kept:
+            # Scaled so that the mean over all tokens is the mean over the chosen ones.
+            chosen = kept["top_entropy"]
+            scale = sequences.keep.sum().to(dtype) / chosen.sum().clamp(min=1)
+            bonus = torch.where(chosen, entropy, 0.0) * scale
+        loss = loss - inputs.entropy_weight * bonus.sum()
+    metrics = {"policy_loss": (inputs.weight * policy).sum()}
+    metrics |= token_metrics(ratios, entropy, kl, kept, config)
+    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def zero_masked(sequences: Sequences, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Set masked tokens to 0 before any arithmetic: NaN times 0 is NaN, in the gradient too."""
+    return x.to(dtype).masked_fill(sequences.drop, 0.0)

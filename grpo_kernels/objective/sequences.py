@@ -1,14 +1,17 @@
-"""Which tokens make a sequence: sums and means over each, handed back to its tokens."""
+"""Sequences of tokens: sums and means over each, broadcast to its tokens."""
 
 import torch
 from torch import Tensor
 
+from ..validation import expect_tensor, shape_of, values_are_readable
+
 
 class Sequences:
-    """The rows of a padded batch [B, T], or the stretches of packed tokens [N].
+    """Rows of a padded batch [B, T], or segments of packed tokens [N].
 
-    `keep` is bool, of the tokens' shape: what is not kept is in no sum. Without `cu_seqlens` packed
-    tokens are of unknown sequences, and nothing here may be asked.
+    `keep` is the loss mask as bool, with the tokens' shape, `drop` its inverse; a sum leaves out
+    the masked tokens. Without `cu_seqlens` the sequences of packed tokens are unknown, and only
+    `keep` and `drop` may be read.
     """
 
     def __init__(self, keep: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -21,11 +24,11 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """Sequences without a kept token are counted too."""
+        """Number of sequences, including those without an unmasked token."""
         return self.keep.shape[0] if self._cu_seqlens is None else self._cu_seqlens.shape[0] - 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """At every token the sum of x over its sequence."""
+        """Sum x over each sequence; every token gets the sum of its sequence."""
         x = x.masked_fill(self.drop, 0)
         if self._cu_seqlens is None:
             return x.sum(-1, keepdim=True).expand_as(x)
@@ -34,18 +37,18 @@ class Sequences:
         return sums[_sequence_ids(x.shape[0], self._cu_seqlens)]
 
     def lengths(self, dtype: torch.dtype) -> Tensor:
-        """At every token the number of kept tokens of its sequence, at least 1."""
+        """Count the unmasked tokens of each token's sequence, at least 1."""
         if self._lengths is None:
             self._lengths = self.sum(self.keep.to(dtype)).clamp(min=1)
         return self._lengths.to(dtype)
 
     def mean(self, x: Tensor) -> Tensor:
-        """At every token the mean of x over its sequence."""
+        """Average x over each sequence; every token gets the mean of its sequence."""
         return self.sum(x) / self.lengths(x.dtype)
 
 
 def spread_to_tokens(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
-    """Advantages per token, of the shape, from one per token or one per sequence."""
+    """Broadcast advantages, one per token or one per sequence, to the tokens' shape."""
     if advantages.shape == shape:
         return advantages
     if cu_seqlens is None:
@@ -56,3 +59,33 @@ def spread_to_tokens(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor |
 def _sequence_ids(tokens: int, cu_seqlens: Tensor) -> Tensor:
     positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+
+
+def check_advantages(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> None:
+    """Check that there is one advantage per token of this shape, or one per sequence."""
+    expect_tensor("advantages", advantages)
+    allowed = [shape]
+    if len(shape) == 2:
+        allowed.append(shape[:1])
+    elif cu_seqlens is not None:
+        allowed.append(torch.Size([cu_seqlens.shape[0] - 1]))
+    if advantages.shape not in allowed:
+        expected = " or ".join(str(tuple(size)) for size in allowed)
+        raise ValueError(f"advantages must have shape {expected}, got {shape_of(advantages)}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size) -> None:
+    """Check the boundaries [sequences + 1] of packed tokens."""
+    if len(shape) == 2:
+        raise ValueError("cu_seqlens belongs to packed [N] input, got [B, T] input")
+    expect_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [sequences + 1], got {shape_of(cu_seqlens)}")
+    if not values_are_readable(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to {shape[0]} tokens, got {cu_seqlens.tolist()}"
+        )

@@ -1,201 +1,277 @@
-"""The surrogates: what is minimised for each sampled token, as a function of how the policy ratios.
+"""Surrogates: the policy term of the loss, one class per objective.
 
-A surrogate is an entry of SURROGATES: its value, its grad beside it, and where its clip is active.
-Those that read whole sequences have no grad: their gradient is left to autograd.
+A class holds the formula, its paper, the settings that it reads (its fields), its value, its
+gradient and the tokens that it clips. r is the ratio of the policy to the old policy at the
+config's ratio_level, A the advantage, s() a stop-gradient. Every value is minimised.
+
+To add an objective: write a class, enter it in SURROGATES, give `surrogate_grad` in
+backends/triton/row_math.py its gradient if it is token-level, and add its name, its settings and a
+named constructor to LossConfig.
 """
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ratios import MAX_LOG_RATIO, saturated_exp, saturated_exp_grad
-from .sequences import Sequences
+from .ratios import MAX_LOG_RATIO, PolicyRatios, saturated_exp
 
-if TYPE_CHECKING:
-    from .config import LossConfig
-
-LEAST_LOG_WEIGHT = math.log(1e-8)  # of VESPO's weight of a sequence
-
-
-class PolicyRatios(NamedTuple):
-    """Sampled tokens, and how far the policy has ratios on them since the old one."""
-
-    logprob: Tensor
-    old_logprob: Tensor
-    ratio: Tensor  # at the config's ratio_level, saturated
-    advantage: Tensor
-    importance: Tensor | None  # weight for a sampler with log-probs of its own
-    sequences: Sequences | None  # None: of a part of a batch, where sequences do not matter
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """Each token's own, not saturated."""
-        return self.logprob - self.old_logprob
-
-    @property
-    def d_ratio(self) -> Tensor:
-        """d ratio / d logprob of a token-level ratio."""
-        return saturated_exp_grad(self.log_ratio, self.ratio)
-
-    @property
-    def prob_diff(self) -> Tensor:
-        """Change of the token's probability."""
-        return self.logprob.exp() - self.old_logprob.exp()
-
-
-Term = Callable[[PolicyRatios, "LossConfig"], Tensor]
 Flags = tuple[Tensor, Tensor]
 
 
-def _never(ratios: PolicyRatios, config: "LossConfig") -> Flags:
-    nowhere = torch.zeros_like(ratios.advantage, dtype=torch.bool)
-    return nowhere, nowhere
+class KernelForm(NamedTuple):
+    """Branch of `surrogate_grad` in backends/triton/row_math.py, and the numbers that it reads."""
+
+    name: str
+    lowest: float
+    highest: float
+    cap: float
 
 
-class Surrogate(NamedTuple):
-    """A term of the loss per token; `grad` is d/d(logprob) at token level.
+@dataclass(frozen=True)
+class Surrogate:
+    """Policy term of a token. Its fields are the fields of LossConfig that it reads.
 
-    `clipped`: where its clip holds the policy back, from below (A < 0) and from above (A > 0).
+    A token-level surrogate depends on the token alone; its gradient has a closed form, here and in
+    the row kernel. The gradient of any other is left to autograd.
     """
 
-    value: Term
-    grad: Term | None
-    clipped: Callable[[PolicyRatios, "LossConfig"], Flags] = _never
+    token_level: ClassVar[bool] = True
+    spreads_grad: ClassVar[bool] = False  # one token's term has a gradient in other tokens
+    applies_importance: ClassVar[bool] = False  # `value` contains the importance weight
+    only_token_ratio: ClassVar[str] = ""  # why ratio_level must be "token"; "": it need not be
 
-    @property
-    def of_sequences(self) -> bool:
-        """Whether a token's term depends on the rest of its sequence."""
-        return self.grad is None
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        raise NotImplementedError
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        """Derivative of `value` in the log-prob, for ratio_level "token"."""
+        raise NotImplementedError
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        """Find the tokens that a bound holds back: from below (A < 0) and from above (A > 0)."""
+        none = torch.zeros_like(ratios.advantage, dtype=torch.bool)
+        return none, none
+
+    def kernel_form(self) -> KernelForm:
+        raise NotImplementedError
 
 
 def _beyond(x: Tensor, lowest: float, highest: float, advantage: Tensor) -> Flags:
     return (x < lowest) & (advantage < 0), (x > highest) & (advantage > 0)
 
 
-def _clip(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    """-min(r A, clip(r) A) is -A·r with r bounded on the side to which the advantage pushes it."""
-    falling = ratios.ratio.clamp(min=1 - config.epsilon_low, max=two_sided_cap(config))
-    rising = ratios.ratio.clamp(max=1 + config.epsilon_high)
-    return -ratios.advantage * torch.where(ratios.advantage < 0, falling, rising)
-
-
-def _clip_slope(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    ratio, advantage = ratios.ratio, ratios.advantage
-    falling = (ratio >= 1 - config.epsilon_low) & (ratio <= two_sided_cap(config))
-    rising = ratio <= 1 + config.epsilon_high
-    inside = torch.where(advantage < 0, falling, rising)
-    return torch.where(inside, -advantage, 0.0) * ratios.d_ratio
-
-
-def _clip_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
-    lowest, highest = 1 - config.epsilon_low, 1 + config.epsilon_high
-    return _beyond(ratios.ratio, lowest, highest, ratios.advantage)
-
-
-def two_sided_cap(config: "LossConfig") -> float:
-    return min(x for x in (config.delta, config.dual_clip, math.inf) if x is not None)
-
-
-def _sapo(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    """-A·(4/τ)·σ(τ(r - 1)): the grad in r is A at r = 1, and fades on both sides."""
-    tau = _tau(ratios, config)
-    return -ratios.advantage * torch.sigmoid(tau * (ratios.ratio - 1)) * 4 / tau
-
-
-def _sapo_slope(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    gate = torch.sigmoid(_tau(ratios, config) * (ratios.ratio - 1))
-    return -ratios.advantage * 4 * gate * (1 - gate) * ratios.d_ratio
-
-
-def _tau(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    return _either(ratios.advantage > 0, config.tau_positive, config.tau_negative, ratios.advantage)
-
-
-def _either(condition: Tensor, x: float, other: float, like: Tensor) -> Tensor:
-    """In the dtype of `like`: of two numbers torch.where makes fp32."""
+def _choose(condition: Tensor, x: float, other: float, like: Tensor) -> Tensor:
+    """Select x or other in the dtype of `like`; torch.where of two numbers gives fp32."""
     return torch.where(condition, torch.full_like(like, x), other)
 
 
-# -s(w)·A·logprob, for three weights w: the gradient of a policy that w reweights.
+@dataclass(frozen=True)
+class Clip(Surrogate):
+    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A); where A < 0, r is capped first.
+
+    It equals -A·r with r bounded on the side to which the advantage pushes it. The cap is `delta`
+    or `dual_clip`, whichever is lower.
+
+    PPO (arXiv:1707.06347), GRPO (2402.03300); two epsilons 2503.14476, delta 2505.07291,
+    dual_clip 1912.09729.
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    dual_clip: float | None
+
+    def cap(self) -> float:
+        return min(x for x in (self.delta, self.dual_clip, math.inf) if x is not None)
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        falling = ratios.ratio.clamp(min=1 - self.epsilon_low, max=self.cap())
+        rising = ratios.ratio.clamp(max=1 + self.epsilon_high)
+        return -ratios.advantage * torch.where(ratios.advantage < 0, falling, rising)
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        ratio, advantage = ratios.ratio, ratios.advantage
+        falling = (ratio >= 1 - self.epsilon_low) & (ratio <= self.cap())
+        rising = ratio <= 1 + self.epsilon_high
+        inside = torch.where(advantage < 0, falling, rising)
+        return torch.where(inside, -advantage, 0.0) * ratios.d_ratio
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        lowest, highest = 1 - self.epsilon_low, 1 + self.epsilon_high
+        return _beyond(ratios.ratio, lowest, highest, ratios.advantage)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("clip", 1 - self.epsilon_low, 1 + self.epsilon_high, self.cap())
 
 
-def _scored(weight: Term) -> tuple[Term, Term]:
-    """The value and the grad of a term whose weight is not differentiated."""
+class Ratio(Surrogate):
+    """-r A, without a clip."""
 
-    def grad(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-        return -(weight(ratios, config) * ratios.advantage).detach()
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        return -ratios.advantage * ratios.ratio
 
-    return lambda ratios, config: grad(ratios, config) * ratios.logprob, grad
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        return -ratios.advantage * ratios.d_ratio
 
-
-def _capped(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    return ratios.ratio.clamp(max=config.ratio_cap)
-
-
-def _cispo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
-    return _beyond(ratios.ratio, -math.inf, config.ratio_cap, ratios.advantage)
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("clip", -math.inf, math.inf, math.inf)
 
 
-def _trusted(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    """DPPO's: nothing where the probability has already ratios too far the way A pushes it."""
-    prob_diff = ratios.prob_diff
-    inside = torch.where(
-        ratios.advantage > 0, prob_diff <= config.epsilon_high, prob_diff >= -config.epsilon_low
-    )
-    return torch.where(inside, _capped(ratios, config), 0.0)
+@dataclass(frozen=True)
+class Gmpo(Surrogate):
+    """-A times the geometric mean of the sequence's ratios, each bounded on one side.
+
+    The bound of a log-ratio is epsilon_high where A > 0 and -epsilon_low where A < 0
+    (arXiv:2507.20673).
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    token_level = False
+    spreads_grad = True
+    only_token_ratio = "averages over the sequence itself"
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        log_ratio, advantage = ratios.log_ratio, ratios.advantage
+        rising, falling = log_ratio.clamp(max=self.epsilon_high), log_ratio.clamp(-self.epsilon_low)
+        bounded = torch.where(advantage > 0, rising, torch.where(advantage < 0, falling, log_ratio))
+        return -advantage * saturated_exp(ratios.sequences.mean(bounded))
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        return _beyond(ratios.log_ratio, -self.epsilon_low, self.epsilon_high, ratios.advantage)
 
 
-def _dppo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
-    return _beyond(ratios.prob_diff, -config.epsilon_low, config.epsilon_high, ratios.advantage)
+@dataclass(frozen=True)
+class Sapo(Surrogate):
+    """-A (4/τ) σ(τ (r - 1)): its derivative in r is -A at r = 1 and fades on both sides.
+
+    τ is tau_positive where A > 0, else tau_negative (arXiv:2511.20347).
+    """
+
+    tau_positive: float
+    tau_negative: float
+
+    def tau(self, advantage: Tensor) -> Tensor:
+        return _choose(advantage > 0, self.tau_positive, self.tau_negative, advantage)
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        tau = self.tau(ratios.advantage)
+        return -ratios.advantage * torch.sigmoid(tau * (ratios.ratio - 1)) * 4 / tau
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        gate = torch.sigmoid(self.tau(ratios.advantage) * (ratios.ratio - 1))
+        return -ratios.advantage * 4 * gate * (1 - gate) * ratios.d_ratio
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("sapo", self.tau_negative, self.tau_positive, 0.0)
 
 
-def sequence_gamma(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    """VESPO's φ(w) = e^λ w^k e^(-λw), 1 at w = 1, of the probability ratio w of whole sequences."""
-    bounded = ratios.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if ratios.importance is not None:
-        bounded = bounded + ratios.importance.log().clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
-    log_weight = ratios.sequences.sum(bounded).clamp(LEAST_LOG_WEIGHT, MAX_LOG_RATIO)
-    rising = ratios.advantage >= 0
-    k = _either(rising, config.k_positive, config.k_negative, log_weight)
-    decay = _either(rising, config.lambda_positive, config.lambda_negative, log_weight)
-    return (decay + k * log_weight - decay * log_weight.exp()).exp()
+class WeightedScore(Surrogate):
+    """-s(weight) A logprob: the policy gradient of each token, times a constant."""
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        raise NotImplementedError
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        return -(self.weight(ratios) * ratios.advantage).detach()
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        return self.grad(ratios) * ratios.logprob
 
 
-def _gmpo(ratios: PolicyRatios, config: "LossConfig") -> Tensor:
-    """-A times the geometric mean of the sequence's ratios, each bounded as "clip" does in r."""
-    log_ratio, advantage = ratios.log_ratio, ratios.advantage
-    rising, falling = log_ratio.clamp(max=config.epsilon_high), log_ratio.clamp(-config.epsilon_low)
-    bounded = torch.where(advantage > 0, rising, torch.where(advantage < 0, falling, log_ratio))
-    return -advantage * saturated_exp(ratios.sequences.mean(bounded))
+class Reinforce(WeightedScore):
+    """-A logprob (Williams, 1992)."""
+
+    only_token_ratio = "has no ratio"
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        return torch.ones_like(ratios.advantage)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("score", 1.0, 0.0, 1.0)
 
 
-def _gmpo_flags(ratios: PolicyRatios, config: "LossConfig") -> Flags:
-    return _beyond(ratios.log_ratio, -config.epsilon_low, config.epsilon_high, ratios.advantage)
+@dataclass(frozen=True)
+class Cispo(WeightedScore):
+    """-s(min(r, ratio_cap)) A logprob: no token loses its gradient (arXiv:2506.13585)."""
+
+    ratio_cap: float
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        return ratios.ratio.clamp(max=self.ratio_cap)
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        return _beyond(ratios.ratio, -math.inf, self.ratio_cap, ratios.advantage)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("score", 0.0, 0.0, self.ratio_cap)
 
 
-SURROGATES: dict[str, Surrogate] = {
-    "clip": Surrogate(_clip, _clip_slope, _clip_flags),
-    "ratio": Surrogate(
-        lambda ratios, config: -ratios.advantage * ratios.ratio,
-        lambda ratios, config: -ratios.advantage * ratios.d_ratio,
-    ),
-    "cispo": Surrogate(*_scored(_capped), _cispo_flags),
-    "sapo": Surrogate(_sapo, _sapo_slope),
-    "dppo": Surrogate(*_scored(_trusted), _dppo_flags),
-    "reinforce": Surrogate(*_scored(lambda ratios, config: torch.ones_like(ratios.advantage))),
-    "vespo": Surrogate(_scored(sequence_gamma)[0], None),
-    "gmpo": Surrogate(_gmpo, None, _gmpo_flags),
-}
+@dataclass(frozen=True)
+class Dppo(WeightedScore):
+    """-s(min(r, ratio_cap)) A logprob, or 0 where the token's probability changed too far.
+
+    Too far: p - p_old is above epsilon_high where A > 0, or below -epsilon_low elsewhere. It is
+    the binary total variation of arXiv:2602.04879.
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    ratio_cap: float
+    only_token_ratio = "bounds each token's own probability"
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        prob_diff = ratios.prob_diff
+        inside = torch.where(
+            ratios.advantage > 0, prob_diff <= self.epsilon_high, prob_diff >= -self.epsilon_low
+        )
+        return torch.where(inside, ratios.ratio.clamp(max=self.ratio_cap), 0.0)
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        return _beyond(ratios.prob_diff, -self.epsilon_low, self.epsilon_high, ratios.advantage)
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("dppo", -self.epsilon_low, self.epsilon_high, self.ratio_cap)
 
 
-# The log-ratio that is exponentiated, at every token, from the tokens' own.
-RATIO_LEVELS: dict[str, Callable[[Tensor, Sequences], Tensor]] = {
-    "token": lambda log_ratio, sequences: log_ratio,
-    "sequence": lambda log_ratio, sequences: sequences.mean(log_ratio),
-    "sequence_token": lambda log_ratio, sequences: (
-        sequences.mean(log_ratio).detach() + (log_ratio - log_ratio.detach())
-    ),
+@dataclass(frozen=True)
+class Vespo(WeightedScore):
+    """-s(φ(w)) A logprob, φ(w) = e^λ w^k e^(-λw), w the sequence's probability ratio.
+
+    φ(1) = 1. k and λ are chosen by the sign of A. The importance weights of the tokens are factors
+    of w (arXiv:2602.10693).
+    """
+
+    k_positive: float
+    lambda_positive: float
+    k_negative: float
+    lambda_negative: float
+    token_level = False
+    applies_importance = True
+    only_token_ratio = "weighs whole sequences itself"
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        least = math.log(1e-8)
+        log_weight = ratios.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        if ratios.importance is not None:
+            log_weight = log_weight + ratios.importance.log().clamp(least, MAX_LOG_RATIO)
+        log_weight = ratios.sequences.sum(log_weight).clamp(least, MAX_LOG_RATIO)
+        rising = ratios.advantage >= 0
+        k = _choose(rising, self.k_positive, self.k_negative, log_weight)
+        decay = _choose(rising, self.lambda_positive, self.lambda_negative, log_weight)
+        return (decay + k * log_weight - decay * log_weight.exp()).exp()
+
+
+SURROGATES: dict[str, type[Surrogate]] = {
+    "clip": Clip,
+    "ratio": Ratio,
+    "gmpo": Gmpo,
+    "cispo": Cispo,
+    "sapo": Sapo,
+    "dppo": Dppo,
+    "reinforce": Reinforce,
+    "vespo": Vespo,
 }

@@ -7,13 +7,13 @@ wanted. Any other objective is `token_stats` followed by `policy_loss`.
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import RowInputs, backend_for
-from ..objective.config import LossConfig
+from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
     LossOutput,
     PreparedLoss,
+    check_kl_input,
     compute_loss,
     prepare_loss_inputs,
 )
@@ -100,7 +100,7 @@ def grpo_loss(
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
-    checks.check_type("config", config, LossConfig)
+    expect_config(config)
     check_logits("logits", logits)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
@@ -113,7 +113,7 @@ def grpo_loss(
                 mask=mask,
             ).logprob  # fmt: skip
     if kl is None:
-        checks.check_kl_input(config.kl_estimator, config.beta, over_vocabulary, ref_logprob, None)
+        check_kl_input(config, ref_logprob, None)
     rows = prepare_rows(
         logits, tokens, temperature, softcap, ref_logits if over_vocabulary else None, kl, mask
     )

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends.interface import accumulation_dtype
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
 from ..lm_head.inputs import LMHeadInputs, check_reference_head, prepare_inputs
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
-from ..objective.config import LossConfig
+from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
     LossOutput,
@@ -145,7 +144,7 @@ def linear_grpo_loss(
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
-    checks.check_type("config", config, LossConfig)
+    expect_config(config)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     has_reference = any(part is not None for part in reference.values())

@@ -81,7 +81,7 @@ class LossSettings:
     entropy_coef: float | None = None
     """Weight of the entropy bonus. None: 0, of one_shot 0.001."""
     surrogate: (
-        Literal["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "vespo", "gmpo"] | None
+        Literal["clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo"] | None
     ) = None
     """The term of each token. clip: of r; ratio: r as it is; reinforce: no r; others: see above."""
     ratio_level: Literal["token", "sequence", "sequence_token"] | None = None

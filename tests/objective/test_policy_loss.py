@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels.checks import objective as checks_of_objective
+from grpo_kernels.objective import sequences
 from grpo_kernels.objective.aggregation import AGGREGATIONS
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss, prepare_loss_inputs
 from grpo_kernels.objective.token_gradients import token_gradients
@@ -284,7 +284,7 @@ def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
         inputs["mask"] = inputs["mask"].bool()
     with pytest.MonkeyPatch.context() as patch, Waits() as waits:
         # The checks look at what tensors hold, but only on the CPU.
-        patch.setattr(checks_of_objective, "values_are_readable", lambda tensor: False)
+        patch.setattr(sequences, "values_are_readable", lambda tensor: False)
         run(policy_loss, logprob, advantages, inputs, config=config, **keywords)
     assert waits.found == []
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from grpo_kernels.objective.surrogates import SURROGATES, Surrogate
 from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate
 
 e, ln = math.exp, math.log
@@ -223,3 +224,10 @@ def test_importance_weights(implementation, surrogate, fields, log_weights, weig
     assert ours[2][name + "min"] == close(min(weights))
     assert ours[2][name + "mean"] == close(sum(weights) / 2)
     assert ours[2][name + "max"] == close(max(weights))
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_token_level_surrogates_have_a_gradient_and_a_kernel_form(name):
+    surrogate = SURROGATES[name]
+    assert (surrogate.kernel_form is not Surrogate.kernel_form) == surrogate.token_level
+    assert surrogate.grad is not Surrogate.grad or not surrogate.token_level

@@ -7,7 +7,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_stats
-from grpo_kernels.objective.surrogates import SURROGATES
 from grpo_kernels.ops import grpo_loss as operators
 from tests.helpers.loss_configs import per_token_configs
 from tests.helpers.tensors import coin, make_case, normal
@@ -207,12 +206,6 @@ def test_normalizer_dtype_does_not_change_loss_dtype(name):
     config = LossConfig(aggregation="token_mean", entropy_coef=0.1)
     loss, _ = grpo_loss(logits, torch.zeros(1, 3).long(), torch.ones(1), config=config, **given)
     assert loss.dtype == torch.float32
-
-
-def test_every_token_level_surrogate_has_a_kernel_form():
-    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
-    of_tokens = {name for name, surrogate in SURROGATES.items() if not surrogate.of_sequences}
-    assert calls._KERNEL_FORMS.keys() == of_tokens
 
 
 @pytest.mark.parametrize("compute_loss", ["logits", "hidden"])

@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...objective.config import LossConfig
-from ...objective.surrogates import two_sided_cap
 from ...objective.token_gradients import LossInputs, TokenGrads
 from ..interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
@@ -158,22 +156,11 @@ def token_stats_backward(
     )
 
 
-# The kernel's form of each surrogate, and what its two bounds and its cap are.
-_KERNEL_FORMS: dict[str, tuple[str, Callable[[LossConfig], tuple[float, float, float]]]] = {
-    "clip": ("clip", lambda c: (1 - c.epsilon_low, 1 + c.epsilon_high, two_sided_cap(c))),
-    "ratio": ("clip", lambda c: (-math.inf, math.inf, math.inf)),
-    "sapo": ("sapo", lambda c: (c.tau_negative, c.tau_positive, 0.0)),
-    "cispo": ("score", lambda c: (0.0, 0.0, c.ratio_cap)),
-    "reinforce": ("score", lambda c: (1.0, 0.0, 1.0)),
-    "dppo": ("dppo", lambda c: (-c.epsilon_low, c.epsilon_high, c.ratio_cap)),
-}
-
-
 def _settings(config: LossConfig, like: Tensor) -> Tensor:
     """What the kernel reads of a config, on the device and in the dtype of `like`."""
     floor, cap = config.importance_floor, config.importance_cap
     numbers = (
-        *_KERNEL_FORMS[config.surrogate][1](config),
+        *config.policy_term.kernel_form()[1:],
         config.beta,
         0.0 if floor is None else floor,
         math.inf if cap is None else cap,
@@ -211,7 +198,7 @@ def grpo_loss(
         logprob_ptr=logprob,
         entropy_ptr=entropy,
         d_logits_ptr=d_logits,
-        SURROGATE=_KERNEL_FORMS[config.surrogate][0],
+        SURROGATE=config.policy_term.kernel_form().name,
         ESTIMATOR=config.kl_estimator,
     )
     return logprob, entropy

@@ -8,8 +8,8 @@ import pytest
 import grpo_kernels
 from grpo_kernels.objective.aggregation import AGGREGATIONS
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
-from grpo_kernels.objective.surrogates import RATIO_LEVELS, SURROGATES
-from grpo_kernels.objective.token_selection import IMPORTANCE_LEVELS, IMPORTANCE_MODES
+from grpo_kernels.objective.ratios import RATIO_LEVELS
+from grpo_kernels.objective.surrogates import SURROGATES
 from reference.training.command_line import parse_command_line
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
@@ -44,8 +44,8 @@ def test_flags_take_what_the_package_takes():
         "ratio_level": RATIO_LEVELS,
         "kl_estimator": SAMPLED_KL,
         "aggregation": AGGREGATIONS,
-        "importance_mode": IMPORTANCE_MODES,
-        "importance_level": IMPORTANCE_LEVELS,
+        "importance_mode": ("truncate", "mask"),
+        "importance_level": ("token", "sequence"),
     }
     types = get_type_hints(LossSettings)
     for name, table in tables.items():
