@@ -120,12 +120,12 @@ class ChunkedLMHead:
         for chunk_idx in token_idx.split(self.size):
             n = len(chunk_idx)
             m = self.size if self.pad_last_chunk else n
-            hidden = self._gather("hidden", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
+            hidden = self._gather("states", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
             write_logits(self._logits[:m], hidden, inputs.weight, inputs.bias, workspace)
             ref_logits = None
             if inputs.kl:
                 dtype = inputs.ref_matmul_dtype
-                ref_hidden = self._gather("ref_hidden", inputs.ref_hidden, chunk_idx, m, dtype)
+                ref_hidden = self._gather("ref_states", inputs.ref_hidden, chunk_idx, m, dtype)
                 write_logits(
                     self._ref_logits[:m], ref_hidden, inputs.ref_weight, inputs.ref_bias, workspace
                 )
@@ -184,7 +184,7 @@ class LMHeadGrad:
             write_hidden_gradient(product, d_logits, self._weight, workspace)
             self.d_hidden.index_copy_(0, chunk.token_idx, product[: len(chunk.token_idx)])
         if self.d_weight is not None:
-            hidden = workspace.cast("hidden", chunk.hidden, self._inputs.grad_matmul_dtype)
+            hidden = workspace.cast("states", chunk.hidden, self._inputs.grad_matmul_dtype)
             add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
         if self.d_bias is not None:
             self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))

@@ -1,21 +1,22 @@
 """How many tokens of hidden states become logits at a time: a pure function of sizes.
 
-Each chunk reads and writes the whole fp32 gradient of the weight, 2·V·H·4 bytes, so chunks are few
-and large; the workspace that holds a chunk's logits bounds them; and they are equal, because a
-small last one would run its matrix products at a small one's speed.
+Each chunk reads and writes the whole fp32 gradient of the weight, 2·V·H·4 bytes, so chunks should
+be few and large. The workspace that holds a chunk's logits bounds them. Chunks are equal, because a
+small last one would run its matrix products at a small product's speed.
 """
 
 import torch
 
 WORKSPACE = 1 << 30  # bytes
-MEMORY_SHARE = 16  # of a device's memory, where that is less than WORKSPACE
+MEMORY_SHARE = 16  # the workspace is at most this part of the device's memory
 TILE = 128  # rows: matrix products work in tiles of this height
 
 
 def bytes_per_token(V: int, H: int, dtype: torch.dtype, *, kl: bool, gradient: bool) -> int:
-    """The workspace of one token: unrounded logits, the reference's, their gradient, the hidden.
+    """Count one token's bytes of workspace: unrounded logits, their gradient, hidden states.
 
-    In half precision the gradient of the logits has a buffer of its own; else it replaces them.
+    With kl there are logits of the reference policy too. In half precision the gradient of the
+    logits has its own memory; else it overwrites them.
     """
     wide, narrow = max(4, dtype.itemsize), dtype.itemsize
     logits = V * wide * (2 if kl else 1)
@@ -34,12 +35,12 @@ def plan_chunk(
     kl: bool = False,
     gradient: bool = True,
 ) -> int:
-    """Tokens per chunk, so that N tokens make few, large, equal chunks.
+    """Plan tokens per chunk, so that N tokens make few, large, equal chunks.
 
     Args:
         dtype: of the operands of the matrix products.
         memory: of the device, in bytes.
-        kl: the reference's logits are needed beside the policy's.
+        kl: the reference policy's logits are needed beside the policy's.
         gradient: False where only statistics are wanted.
 
     Returns:
@@ -50,6 +51,6 @@ def plan_chunk(
     largest = max(1, budget // bytes_per_token(V, H, dtype, kl=kl, gradient=gradient))
     tile = TILE if largest >= TILE else 1
     largest -= largest % tile
-    count = max(1, -(-N // largest))
-    equal = -(-N // count)
+    num_chunks = max(1, -(-N // largest))
+    equal = -(-N // num_chunks)
     return max(1, min(N, equal + -equal % tile))
