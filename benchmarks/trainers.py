@@ -49,13 +49,14 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from grpo_kernels.integrations.trl import fuse_trainer
-    from reference import train
     from reference.training.evaluate import accuracy
+    from reference.training.model.policy import load_policy
     from reference.training.rollout.samplers import shared_prompt
+    from reference.training.tasks.tasks import load_task
 
     config = _config(steps)
-    task = train.load_task(config)
-    policy = train.load_policy(config, torch.device("cpu"), shared_prompt, task.system)
+    task = load_task(config)
+    policy = load_policy(config, torch.device("cpu"), shared_prompt, task.system)
     order = random.Random(config.seed)
     before = accuracy(policy, task, task.held_out)
     questions = [q for _ in range(steps) for q in order.sample(task.train, config.prompts)]

@@ -40,7 +40,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -51,19 +50,15 @@ from reference.training.command_line import parse_command_line
 from reference.training.config import TrainConfig
 from reference.training.distributed import (
     SINGLE_PROCESS,
-    Ranks,
     finish_distributed,
-    full_state_dict,
     init_distributed,
     is_peer_lost,
-    is_sharded,
 )
 from reference.training.errors import UserError
 from reference.training.evaluate import chat, evaluate
-from reference.training.model.policy import Policy, pick_device
+from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
-from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
-from reference.training.run import run_directory
+from reference.training.rollout.samplers import Sampler, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.plots import load_matplotlib, plot_dashboard
@@ -74,10 +69,11 @@ from reference.training.run.resume import (
     resume_after_torchrun_restart,
     resume_command,
 )
+from reference.training.run.run_directory import clear, lock_run_dir, save_json, save_policy
 from reference.training.run.run_log import RunLog, load_wandb, read_metrics, summary_table
 from reference.training.run.training_state import TrainingState
-from reference.training.tasks.rewards import choose_rewards, load_function
-from reference.training.tasks.tasks import Task, make_task
+from reference.training.tasks.rewards import load_function
+from reference.training.tasks.tasks import Task, load_task
 from reference.training.update.learner import Learner
 from reference.training.warm_start import warm_start
 
@@ -88,6 +84,7 @@ is then about 0, up to a remainder from completions of unequal length. Its gradi
 the reward.
 """
 CHAT_TOKENS = 256
+TRACKERS = ("tensorboard", "wandb")
 SCORERS = {"fused": FusedScorer(), "reference": PlainScorer()}  # --loss-impl
 
 
@@ -143,7 +140,7 @@ def run(config: TrainConfig) -> dict:
     config = resume_after_torchrun_restart(config, ranks)
     with (
         ranks.only_rank0_prints(),
-        run_directory.lock_run_dir(config, ranks) as directory,
+        lock_run_dir(config, ranks) as directory,
         GracefulShutdown(ranks) as shutdown,
     ):
         # Load the model; a model from scratch first learns from ground truths.
@@ -167,15 +164,11 @@ def run(config: TrainConfig) -> dict:
 
         # Only now is an older run in this directory replaced.
         if config.overwrite:
-            run_directory.clear(directory, config.as_json())
+            clear(directory, config.as_json())
         record_torchrun_run(directory)
-        log = RunLog(
-            directory,
-            config.as_json(),
-            tensorboard=config.tensorboard and ranks.is_first,
-            wandb=config.wandb and ranks.is_first,
-            after=None if config.resume is None else state.step,
-        )
+        trackers = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
+        after = None if config.resume is None else state.step
+        log = RunLog(directory, config.as_json(), **trackers, after=after)
         try:
             with closing(log):
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
@@ -184,34 +177,6 @@ def run(config: TrainConfig) -> dict:
                 line = resume_command(config, directory)
                 print(f"\nto go on after step {state.saved_step}: {line}", file=sys.stderr)
             raise
-
-
-def load_task(config: TrainConfig) -> Task:
-    """Load the task, with the rewards and the weights that the command line adds."""
-    options = {"data": config.data, "question": config.question, "answer": config.answer}
-    task = make_task(config.task, config.seed, settings=config.task_settings(), **options)
-    rewards = choose_rewards(task.rewards, config.reward, config.reward_weight)
-    system = task.system if config.system is None else config.system
-    return replace(task, rewards=rewards, system=system)
-
-
-def load_policy(
-    config: TrainConfig,
-    device: torch.device,
-    sampler: Sampler,
-    system: str | None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> Policy:
-    """Seed PyTorch and load the model."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    # A server serves other weights than the policy's: evaluations do not use it.
-    own = {} if is_server(config.sampler) else {"sampler": sampler}
-    policy = Policy.load(
-        config, device, config.max_new_tokens, cache_dir=config.cache_dir, system=system, **own
-    )
-    return replace(policy, ranks=ranks)
 
 
 def train(
@@ -298,11 +263,11 @@ def train(
                 state.try_save(checkpoints)
             shutdown.raise_if_requested()
 
-        save_model(policy, directory, state.step)
+        save_policy(directory, policy, state.step)
         after = evaluate(policy, task, config)
         shutdown.defer()  # the rest takes no longer than a step
     except BaseException as error:
-        save_interrupted_run(error, state, checkpoints, shutdown, directory)
+        state.save_interrupted(error, checkpoints, shutdown, directory)
         raise
 
     # Write the summary, and keep the last checkpoint only.
@@ -312,7 +277,7 @@ def train(
     seconds = round(state.elapsed, 1)
     before = {name: value for name, value in evaluations[0].items() if name != "step"}
     summary = {"before": before, "after": after, "seconds": seconds}
-    run_directory.save_json(directory / "summary.json", summary)
+    save_json(directory / "summary.json", summary)
     if policy.ranks.is_first:
         checkpoints.prune(state.step, keep=1)
     print(summary_table(before, after, history))
@@ -320,34 +285,6 @@ def train(
     print(f"{seconds:.0f} s; in {directory}: {written}")
     shutdown.raise_if_requested()
     return summary
-
-
-def save_interrupted_run(
-    error: BaseException,
-    state: TrainingState,
-    checkpoints: Checkpoints,
-    shutdown: GracefulShutdown,
-    directory: Path,
-) -> None:
-    """Save a checkpoint if the run was stopped between two steps, and the model if possible."""
-    policy = state.learner.policy
-    try:
-        stopped = isinstance(error, Stopped | KeyboardInterrupt) and not shutdown.is_deferred
-        if stopped and state.step > state.saved_step:
-            state.save(checkpoints)
-    finally:
-        # Several ranks save a model together: only if all of them were stopped.
-        if state.step > 0 and (policy.ranks.size == 1 or isinstance(error, Stopped)):
-            save_model(policy, directory, state.step)
-
-
-def save_model(policy: Policy, directory: Path, steps: int) -> None:
-    """Write <directory>/model; every rank must call this."""
-    weights = full_state_dict(policy.model) if is_sharded(policy.model) else None
-    if policy.ranks.is_first:
-        model = policy.model_to_save()
-        saved = run_directory.save_model(directory, model, policy.tokenizer, weights)
-        print(f"\nthe model after {steps} steps: {saved}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from reference.training.config import ModelSettings
+from reference.training.config import ModelSettings, TrainConfig
 from reference.training.distributed import SINGLE_PROCESS, Ranks
 from reference.training.errors import UserError
 from reference.training.guards import out_of_memory_error
@@ -26,7 +26,7 @@ from reference.training.rollout.generate import (
     encode,
     encode_messages,
 )
-from reference.training.rollout.samplers import Sampler, shared_prompt
+from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
 from reference.training.tasks.tasks import Question
 
 Precision = Literal["auto", "bf16", "off"]
@@ -196,6 +196,24 @@ class WithoutAdapter:
     def autocast(self) -> AbstractContextManager:
         """As `Policy.autocast`."""
         return self.policy.autocast()
+
+
+def load_policy(
+    config: TrainConfig,
+    device: torch.device,
+    sampler: Sampler,
+    system: str | None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> Policy:
+    """Seed PyTorch and load the model of the settings."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    settings: dict[str, Any] = {"cache_dir": config.cache_dir, "system": system}
+    if not is_server(config.sampler):  # a server has other weights: evaluations do not use it
+        settings["sampler"] = sampler
+    policy = Policy.load(config, device, config.max_new_tokens, **settings)
+    return replace(policy, ranks=ranks)
 
 
 def pick_device(name: str) -> torch.device:

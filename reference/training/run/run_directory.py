@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from reference.training.config import TrainConfig
-from reference.training.distributed import SINGLE_PROCESS, Ranks
+from reference.training.distributed import SINGLE_PROCESS, Ranks, full_state_dict, is_sharded
 from reference.training.errors import UserError, one_line
+from reference.training.model.policy import Policy
 
 # What a run leaves beside settings.json: --overwrite removes nothing else.
 FILES = ("metrics.jsonl", "completions.txt", "curves.png", "summary.json")
@@ -222,6 +223,14 @@ def save_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def save_policy(directory: Path, policy: Policy, steps: int) -> None:
+    """Write <directory>/model after so many steps. Every rank must call this."""
+    weights = full_state_dict(policy.model) if is_sharded(policy.model) else None
+    if policy.ranks.is_first:
+        saved = save_model(directory, policy.model_to_save(), policy.tokenizer, weights)
+        print(f"\nthe model after {steps} steps: {saved}")
 
 
 def save_json(path: Path, content: dict) -> None:

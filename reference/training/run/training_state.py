@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from reference.training.distributed import full_tensor, shard_like
 from reference.training.errors import UserError
 from reference.training.model.policy import Policy
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
+from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
+from reference.training.run.run_directory import save_policy
 from reference.training.update.learner import Learner
 
 
@@ -95,6 +98,24 @@ class TrainingState:
                 f"the last one is of step {self.saved_step}" if self.saved_step else "there is none"
             )
             print(f"\nno checkpoint of step {self.step}: {error}; {left}", file=sys.stderr)
+
+    def save_interrupted(
+        self,
+        error: BaseException,
+        checkpoints: Checkpoints,
+        shutdown: GracefulShutdown,
+        directory: Path,
+    ) -> None:
+        """Save a checkpoint if the run was stopped between two steps, and the model if possible."""
+        policy = self.learner.policy
+        try:
+            stopped = isinstance(error, Stopped | KeyboardInterrupt) and not shutdown.is_deferred
+            if stopped and self.step > self.saved_step:
+                self.save(checkpoints)
+        finally:
+            # Several ranks save a model together: only if all of them were stopped.
+            if self.step > 0 and (policy.ranks.size == 1 or isinstance(error, Stopped)):
+                save_policy(directory, policy, self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """What JSON can say, as of the last `record_rng`."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from reference.training.config import TrainConfig
 from reference.training.errors import UserError
 from reference.training.tasks import answers, data, rewards
 from reference.training.tasks.data import HELD_OUT, Question
@@ -52,6 +53,15 @@ class Task:
     strict: Reward
     lenient: Reward
     system: str | None = None  # the system prompt
+
+
+def load_task(config: TrainConfig) -> Task:
+    """Make --task, with the rewards and the weights of the command line."""
+    options = {"data": config.data, "question": config.question, "answer": config.answer}
+    task = make_task(config.task, config.seed, settings=config.task_settings(), **options)
+    system = task.system if config.system is None else config.system
+    chosen = rewards.choose_rewards(task.rewards, config.reward, config.reward_weight)
+    return replace(task, rewards=chosen, system=system)
 
 
 def make_task(

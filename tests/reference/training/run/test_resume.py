@@ -157,7 +157,7 @@ def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, mon
     assert left_by(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("moment", ["evaluate", "save_model"])
+@pytest.mark.parametrize("moment", ["evaluate", "save_policy"])
 def test_sigterm_after_the_last_step_saves_it(tmp_path, tiny_model, whole, moment, monkeypatch):
     original = getattr(train, moment)
 
