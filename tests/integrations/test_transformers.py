@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels.integrations.transformers import forward_to_hidden
-from reference import losses as reference
+from reference import losses
 from tests.helpers.causal_lms import MODELS, SMALL, V, make_batch, make_model
 from tests.helpers.tensors import coin
 
@@ -28,7 +28,7 @@ def logits_token_stats(model, *, ref_model=None, **keywords):
     if ref_model is not None:
         with torch.no_grad():
             keywords["ref_logits"] = ref_model(ids, attention_mask=attention).logits[:, :-1]
-    return reference.token_stats(logits, ids[:, 1:], **keywords)
+    return losses.token_stats(logits, ids[:, 1:], **keywords)
 
 
 def stats_and_gradients(token_stats, model, **keywords):
