@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from grpo_kernels import token_stats
-from grpo_kernels.backends import use
 from grpo_kernels.backends.pytorch.softmax import MIN_SHARE, SHARE_UNIT, exp2
 from tests.helpers.tensors import normal
 
@@ -40,9 +39,8 @@ def test_llama_s_rows_are_taken_together(threads, monkeypatch):
     assert len(calls) == 1
 
 
-def test_buffers_made_in_inference_mode_serve_outside_of_it(monkeypatch):
+def test_buffers_made_in_inference_mode_serve_outside_of_it(pytorch_backend):
     """Old log-probs first, then training, in a thread that never called before."""
-    use("pytorch")
     logits, tokens, failures = normal(1, 1, 3, 50), torch.zeros(1, 3).long(), []
 
     def work():

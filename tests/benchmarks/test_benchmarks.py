@@ -18,16 +18,11 @@ from benchmarks.core.results import ResultFile, read
 from benchmarks.core.shapes import Shape
 from benchmarks.core.tasks import TASKS
 from benchmarks.peers import OURS, PEERS, Peer
-from grpo_kernels.backends import use
+
+pytestmark = pytest.mark.usefixtures("pytorch_backend")  # the harness is tested, not kernels
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 64, "fp32")
-
-
-@pytest.fixture(autouse=True)
-def pytorch_backend(monkeypatch):
-    """Tests the harness, not the kernels: Triton's interpreter would take minutes."""
-    use("pytorch")
 
 
 def correct(problem):

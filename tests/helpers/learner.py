@@ -1,7 +1,5 @@
 """A learner on a random model, completions to learn from, and their advantages."""
 
-from contextlib import contextmanager
-
 import torch
 
 import grpo_kernels
@@ -13,15 +11,6 @@ from reference.training.update.learner import Learner
 
 PLAIN = PlainScorer()
 QUESTIONS = make_task("reverse", 0).train[:4]
-
-
-@contextmanager
-def one_thread():
-    """Matrices this small lose up to 20 times when shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_learner(scorer=PLAIN, **changes):

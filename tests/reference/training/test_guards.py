@@ -19,16 +19,13 @@ from reference.training.model.policy import Policy
 from reference.training.run import plots, run_directory
 from reference.training.run import run_log as runlog
 from reference.training.update.learner import Learner
-from tests.helpers.learner import ADVANTAGES, QUESTIONS, make_learner, one_thread
+from tests.helpers.learner import ADVANTAGES, QUESTIONS, make_learner
 from tests.helpers.training_runs import tiny
 
 NAN = float("nan")
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(learner):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_kernels.backends import use
 from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference.training.errors import UserError
 from reference.training.model import load as models
@@ -17,13 +16,9 @@ from reference.training.model.activation_checkpointing import (
 )
 
 IDS = torch.tensor([[2, 5, 11, 4, 7], [3, 3, 9, 12, 6]])
+pytestmark = pytest.mark.usefixtures("pytorch_backend")
+
 RANK = 4
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """The kernels have their own tests; interpreted, they would take minutes here."""
-    use("pytorch")
 
 
 @pytest.fixture

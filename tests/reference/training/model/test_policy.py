@@ -4,7 +4,6 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from grpo_kernels.backends import use
 from reference.training.config import ModelSettings
 from reference.training.errors import UserError
 from reference.training.model import load as models
@@ -17,15 +16,11 @@ from reference.training.tasks.tasks import Question
 from reference.training.update.micro_batches import MicroBatch
 from tests.helpers.rollout import completion_logits
 
+pytestmark = pytest.mark.usefixtures("pytorch_backend")
+
 QUESTIONS = [Question("7+5=", "12"), Question("a longer one: 90+12=", "102")]
 CPU = torch.device("cpu")
 SCORERS = [PlainScorer(), FusedScorer()]
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """The kernels have their own tests; interpreted, they would take minutes here."""
-    use("pytorch")
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,9 @@ import pytest
 import torch
 
 from reference.training.model.scorers import PlainScorer
-from tests.helpers.learner import ADVANTAGES, REWARDS, advantages, make_learner, one_thread
+from tests.helpers.learner import ADVANTAGES, REWARDS, advantages, make_learner
 
-
-@pytest.fixture(autouse=True)
-def quick():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):

@@ -16,7 +16,6 @@ from tests.helpers.learner import (
     advantages,
     gradient,
     make_learner,
-    one_thread,
 )
 
 FUSED = FusedScorer()
@@ -26,10 +25,7 @@ EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 OF_PARTS = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("loss", OF_PARTS)
