@@ -1,10 +1,10 @@
-"""The training script, TRL's GRPOTrainer, and the latter with our loss: time, memory, rewards.
+"""Compare the training script, TRL's GRPOTrainer, and GRPOTrainer with our loss.
 
     python -m benchmarks.trainers [--steps N] [--results FILE]
 
-Same model, questions, rewards, group size, learning rate, steps and seed; fp32 on a CPU, one after
-the other, each in a process of its own, so that its peak resident memory is its own. The numbers
-drawn while sampling are the same for TRL's trainer and for ours in TRL, and others in the script.
+All three have the same model, questions, rewards, group size, learning rate, steps and seed. They
+run in fp32 on a CPU, one after the other; each has a process of its own, whose peak resident memory
+is reported. Both runs of GRPOTrainer draw the same random numbers; the script draws other ones.
 Accuracy is greedy, on held-out questions, before the first and after the last step.
 """
 
@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.core.results import Record, ResultFile
 
-TASK = "grpo_training"
 OURS, IN_TRL, TRL = "grpo_kernels", "grpo_kernels in TRL", "TRL"
 TRAINERS = (OURS, IN_TRL, TRL)
 
@@ -30,7 +29,7 @@ TRAINERS = (OURS, IN_TRL, TRL)
 def run_ours(steps: int, directory: Path) -> dict:
     from reference import train
 
-    config = replace(_config(steps), output_dir=directory / "run", tensorboard=False)
+    config = replace(preset(steps), output_dir=directory / "run", tensorboard=False)
     summary = train.run(config)
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").open()]
     trained = [row for row in rows if "step_time" in row]
@@ -43,7 +42,7 @@ def run_ours(steps: int, directory: Path) -> dict:
 
 
 def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
-    """TRL's trainer; fused: its log-probs, entropies and loss by us."""
+    """Run GRPOTrainer; fused: with our log-probs, entropies and loss."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -54,21 +53,21 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     from reference.training.rollout.samplers import shared_prompt
     from reference.training.tasks.tasks import load_task
 
-    config = _config(steps)
+    config = preset(steps)
     task = load_task(config)
     policy = load_policy(config, torch.device("cpu"), shared_prompt, task.system)
     order = random.Random(config.seed)
     before = accuracy(policy, task, task.held_out)
-    questions = [q for _ in range(steps) for q in order.sample(task.train, config.prompts)]
     data = [
-        {"prompt": [{"role": "user", "content": q.text}], "answer": q.answer} for q in questions
+        {"prompt": [{"role": "user", "content": question.text}], "answer": question.answer}
+        for _ in range(steps)
+        for question in order.sample(task.train, config.prompts)
     ]
-    batch = config.prompts * config.group_size
     arguments = GRPOConfig(
         output_dir=str(directory / "trl"),
         use_cpu=True,
         bf16=False,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=config.prompts * config.group_size,
         num_generations=config.group_size,
         max_completion_length=config.max_new_tokens,
         max_steps=steps,
@@ -93,15 +92,15 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     rewards: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **keywords):
-            if "step_time" in (logs or {}):
+        def on_log(self, args, state, control, logs=None, **_):
+            if logs and "step_time" in logs:
                 times.append(logs["step_time"])
                 rewards.append(logs["reward"])
                 print(f"step {state.global_step}: {times[-1]:.1f} s", flush=True)
 
     trainer = GRPOTrainer(
         policy.model,
-        [_trl_reward(name, each) for name, each in task.rewards.items()],
+        [trl_reward(name, reward) for name, reward in task.rewards.items()],
         args=arguments,
         train_dataset=Dataset.from_list(data),
         processing_class=policy.tokenizer,
@@ -115,18 +114,20 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     return {"before": before, "after": after, "step_times": times, "rewards": rewards}
 
 
-def _config(steps: int):
+def preset(steps: int):
     from reference.training.command_line import PRESETS
 
     return replace(PRESETS["smollm2-135m"], steps=steps)
 
 
-def _trl_reward(name: str, reward):
-    """Our reward, with the signature that TRL calls."""
+def trl_reward(name: str, reward):
+    """Return a reward of ours with the signature that TRL calls."""
 
     def function(prompts, completions, answer, **_):
         texts = [prompt[-1]["content"] for prompt in prompts]
-        values = reward.function(texts, [each[0]["content"] for each in completions], answer)
+        values = reward.function(
+            texts, [completion[0]["content"] for completion in completions], answer
+        )
         return [reward.weight * value for value in values]
 
     function.__name__ = name
@@ -134,32 +135,32 @@ def _trl_reward(name: str, reward):
 
 
 def child(trainer: str, steps: int, out: Path) -> None:
-    """Run one trainer in this process, and write what came of it."""
+    """Run one trainer in this process and write its measurements as JSON."""
     import resource
 
     with tempfile.TemporaryDirectory() as directory:
         if trainer == OURS:
-            found = run_ours(steps, Path(directory))
+            measured = run_ours(steps, Path(directory))
         else:
-            found = run_trl(steps, Path(directory), fused=trainer == IN_TRL)
+            measured = run_trl(steps, Path(directory), fused=trainer == IN_TRL)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    out.write_text(json.dumps({**found, "peak_bytes": peak}))
+    out.write_text(json.dumps({**measured, "peak_bytes": peak}))
 
 
-def record_of(trainer: str, found: dict) -> Record:
-    """Seconds of a step; extra_bytes is the peak of the process, reason accuracy and reward."""
-    lower, median, upper = statistics.quantiles(found["step_times"], n=4)
-    config, steps = _config(1), len(found["step_times"])
+def record_of(trainer: str, measured: dict) -> Record:
+    """Return the times of a step; extra_bytes is the peak of the process, reason the accuracy."""
+    lower, median, upper = statistics.quantiles(measured["step_times"], n=4)
+    config, steps = preset(1), len(measured["step_times"])
     tokens = config.prompts * config.group_size * config.max_new_tokens
     return Record(
-        *(TASK, "both", "SmolLM2 135M", tokens, "fp32", 0.0, 0.0, trainer),
+        *("grpo_training", "both", "SmolLM2 135M", tokens, "fp32", 0.0, 0.0, trainer),
         seconds=median,
         lower_quartile=lower,
         upper_quartile=upper,
         rounds=steps,
-        extra_bytes=found["peak_bytes"],
-        reason=f"{found['before']['lenient']:.1%} → {found['after']['lenient']:.1%} "
-        f"after {steps} steps, mean reward {statistics.mean(found['rewards']):.3f}",
+        extra_bytes=measured["peak_bytes"],
+        reason=f"{measured['before']['lenient']:.1%} → {measured['after']['lenient']:.1%} "
+        f"after {steps} steps, mean reward {statistics.mean(measured['rewards']):.3f}",
     )
 
 
@@ -180,12 +181,12 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.trainers", "--child", trainer]
             command += ["--steps", str(arguments.steps), "--out", file.name]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            found = json.load(file)
-        record = record_of(trainer, found)
+            measured = json.load(file)
+        record = record_of(trainer, measured)
         results.add(record)
         peak = record.extra_bytes / 2**30
         print(f"{trainer:22}{record.seconds:10.2f}{peak:10.2f}  {record.reason}")
-        print(" rewards:", *(f"{each:.3f}" for each in found["rewards"]), flush=True)
+        print(" rewards:", *(f"{reward:.3f}" for reward in measured["rewards"]), flush=True)
 
 
 if __name__ == "__main__":
