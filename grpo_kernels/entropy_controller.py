@@ -76,6 +76,7 @@ class AdaptiveEntropy:
             raise ValueError(f"state must be a dict of 'coef' and 'entropy', got {got}")
         coef, entropy = state["coef"], state["entropy"]
         expect_number("state['coef']", coef, at_least=0)
+        assert coef is not None
         if entropy is not None:
             expect_number("state['entropy']", entropy)
         self._coef, self._entropy = self._clamp(coef), entropy

@@ -39,6 +39,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
     """
     expect_tensor("logits", logits, floating=True)
     stats = _token_stats(logits.detach() if detach else logits, mask, entropy=True)
+    assert stats.entropy is not None
     return _masked_mean(stats.entropy, mask)
 
 
@@ -69,6 +70,7 @@ def kl_divergence(
     Args, Returns: see `cross_entropy_from_logits`.
     """
     stats = _token_stats(new_logits, mask, entropy=False, ref_logits=ref_logits)
+    assert stats.kl is not None
     return _masked_mean(stats.kl, mask)
 
 

@@ -10,6 +10,7 @@ its `prime_rl/trainer/rl/loss.py`, and `FusedOutputLinear` in `models/layers/lm_
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,16 +100,17 @@ class FusedOutputLinear(torch.nn.Linear):
         Raises:
             ValueError, TypeError: labels or temperature is None; else as `linear_token_stats`.
         """
-        for name, value in {"labels": labels, "temperature": temperature}.items():
-            if value is None:
-                raise ValueError(f"{name} must be a tensor, got None: this head computes no logits")
+        if labels is None or temperature is None:
+            name = "labels" if labels is None else "temperature"
+            raise ValueError(f"{name} must be a tensor, got None: this head computes no logits")
         stats = linear_token_stats(hidden_states, self.weight, labels, temperature=temperature)
+        assert stats.entropy is not None
         return {"logprobs": stats.logprob, "entropy": stats.entropy}
 
 
 @functools.cache
 def _loss_config(objective: str, **settings: Any) -> LossConfig:
-    constructor = getattr(LossConfig, objective, None)
+    constructor: Callable[..., LossConfig] | None = getattr(LossConfig, objective, None)
     if objective.startswith("_") or not callable(constructor):
         raise ValueError(f"objective must be a named constructor of LossConfig, got {objective!r}")
     aggregation = settings.setdefault("aggregation", "token_mean")

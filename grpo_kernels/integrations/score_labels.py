@@ -149,6 +149,7 @@ def _score_or_forward(
     # Select the positions that predict a label, as logits_to_keep says.
     kept = inputs.get("logits_to_keep", 0)
     if labels is None:
+        assert shift_labels is not None
         targets = shift_labels[:, kept if isinstance(kept, Tensor) else slice(-kept, None)]
     elif isinstance(kept, Tensor):
         raise ValueError("logits_to_keep as indices needs shift_labels, got labels")
@@ -162,6 +163,7 @@ def _score_or_forward(
     stats = head.token_stats(
         hidden.to(device), targets, temperature=temperature, mask=targets != IGNORE_INDEX
     )
+    assert stats.entropy is not None
     scored = {field.name: getattr(output, field.name, None) for field in fields(ScoredOutput)}
     # Clones, because FSDP2's hook on a view would not survive an in-place operation of the caller.
     scored |= {"logprobs": stats.logprob.clone(), "entropy": stats.entropy.clone(), "logits": None}

@@ -98,9 +98,7 @@ class LMHead:
         bias = None if self.bias is None else self.bias.float()
         return replace(self, weight=self.weight.float(), bias=bias)
 
-    def _keywords(
-        self, temperature: float | Tensor, ref_head: "LMHead | None"
-    ) -> dict[str, float | Tensor | None]:
+    def _keywords(self, temperature: float | Tensor, ref_head: "LMHead | None") -> dict[str, Any]:
         """Express the scale through temperature and softcap; add the reference policy's head."""
         keywords = {
             "bias": self.bias,
@@ -185,19 +183,20 @@ def call_to_hidden(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the transformers model inside PEFT, torch.compile or DistributedDataParallel."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel
-            model = model.module
+        if hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):  # DistributedDataParallel
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
-def linear_head(model: nn.Module) -> nn.Linear:
-    """Return the linear layer that computes a model's logits.
+def linear_head(model: Any) -> nn.Linear:
+    """Return the linear layer that computes the logits of a transformers model.
 
     Raises:
         TypeError: the model has no such layer, or it is not a plain linear layer.

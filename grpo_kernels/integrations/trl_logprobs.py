@@ -68,7 +68,8 @@ def run_model(
     # Like TRL, on the device of the head: a model may be spread over devices.
     hidden = hidden[:, -T - 1 : -1].to(head.weight.device)
     autocast = trainer.accelerator.autocast()
-    if trainer.args.cast_lm_head_to_fp32:
+    args: Any = trainer.args  # a GRPOConfig, which transformers.Trainer does not know
+    if args.cast_lm_head_to_fp32:
         hidden, head = hidden.float(), head.in_fp32()
         autocast = torch.autocast(hidden.device.type, enabled=False)
     tokens = input_ids[:, -T:].to(hidden.device)

@@ -95,6 +95,7 @@ def loss_denominators(
     elif config.aggregation == "token_mean":
         denominator = tokens
     elif config.aggregation == "fixed_length":
+        assert config.max_completion_length is not None
         denominator = sequences * config.max_completion_length
     else:
         denominator = sequences
@@ -161,7 +162,8 @@ def _loss_keywords(
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
-    training = trainer.model.training
+    args: Any = trainer.args  # a GRPOConfig, which transformers.Trainer does not know
+    model: Any = trainer.model
     keywords = {
         "advantages": inputs["advantages"],
         "mask": mask,
@@ -178,8 +180,8 @@ def _loss_keywords(
         mask,
         loss_type=trainer.loss_type,
         generated_tokens=inputs["num_items_in_batch"] / trainer.accelerator.num_processes,
-        batches=trainer.args.steps_per_generation if training else 1,
-        accumulated=trainer.current_gradient_accumulation_steps if training else 1,
+        batches=args.steps_per_generation if model.training else 1,
+        accumulated=trainer.current_gradient_accumulation_steps if model.training else 1,
     )
     keywords = {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -193,15 +195,17 @@ def _settings(trainer: "GRPOTrainer") -> dict[str, Any]:
 
     TRL's loss reads the same attributes. entropy_coef is that of the current step.
     """
+    args: Any = trainer.args
     coef = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
-    if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
+    if trainer.use_adaptive_entropy and trainer._last_world_entropy > args.entropy_target:
         coef = 0.0
     current = {"epsilon": trainer.epsilon_low, "entropy_coef": coef}
-    return vars(trainer.args) | vars(trainer) | current
+    return vars(args) | vars(trainer) | current
 
 
 def check_loss(trainer: "GRPOTrainer") -> None:
     """Raise a ValueError for settings where the fused loss would differ from TRL's."""
+    args: Any = trainer.args
     processes = trainer.accelerator.num_processes
     has_sampler = trainer.use_vllm or trainer.rollout_func is not None
     refusals = (
@@ -211,7 +215,7 @@ def check_loss(trainer: "GRPOTrainer") -> None:
         ),
         (
             trainer.beta != 0
-            and trainer.args.use_bias_correction_kl
+            and args.use_bias_correction_kl
             and trainer.importance_sampling_level == "sequence",
             "use_bias_correction_kl at importance_sampling_level='sequence' corrects by the "
             "sequence's ratio in TRL, and by each token's own in the fused loss",

@@ -118,6 +118,7 @@ def linear_cross_entropy(
         temperature=temperature,
         vocab_group=dist_process_group,
     )
+    assert stats.entropy is not None
     return _REDUCTIONS[reduction](stats.logprob), stats.entropy
 
 
