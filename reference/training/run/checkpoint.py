@@ -1,15 +1,15 @@
-"""Checkpoints: where a run stands, in files that a kill at any moment leaves whole.
+"""Checkpoints that are complete or absent, even if the process is killed while one is written.
 
     <run>/checkpoints/step-000016/
         model.safetensors         the weights that train
-        optimizer.safetensors     AdamW's moments of each of them
-        reference.safetensors     the KL's frozen model, where it is a copy
+        optimizer.safetensors     AdamW's moments of these weights
+        reference.safetensors     the reference policy, if it is a copy
         rng.safetensors           the state of PyTorch's generators
         state.json                everything else
-        manifest.json             size and SHA-256 of the others, written last
+        manifest.json             size and SHA-256 of the other files, written last
 
-All is written to step-000016.partial, flushed to the disk and renamed. Nothing is pickled: reading
-one runs no code, whoever wrote it.
+The files are written to step-000016.partial, flushed to the disk and renamed. Nothing is pickled,
+so reading a checkpoint runs no code, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from reference.training.errors import UserError
 from reference.training.run.run_directory import report_write_errors
 
 FORMAT = 2
-LINES = ("metrics.jsonl", "completions.txt")  # which a resumed run cuts back, and writes on
+LOGS = ("metrics.jsonl", "completions.txt")  # a resumed run truncates them and appends
 KINDS = ("model", "optimizer", "reference", "rng")
-# What reading a file of ours raises where it is another's, or damaged.
-NOT_AS_WRITTEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+# Reading a file that is damaged, or written by another program, raises one of these.
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """The files of a checkpoint are not what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole."""
+    """A complete checkpoint on the disk."""
 
     path: Path
     state: dict[str, Any]
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """Those of a kind, by name, on the CPU; none where it has none of that kind."""
+        """Load the tensors of one of KINDS by name, on the CPU; it may have none."""
         path = self.path / f"{kind}.safetensors"
         return load_file(path) if path.exists() else {}
 
 
 class Checkpoints:
-    """Those of one run, of which the last few are kept.
+    """The checkpoints of one run.
 
     Args:
-        run: its directory.
-        keep: how many, at least 1.
+        run: the directory of the run.
+        keep: how many of the newest to keep, at least 1.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -70,15 +70,15 @@ class Checkpoints:
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
     ) -> Path:
-        """Write one, whole or not at all, and then remove the oldest.
+        """Write a checkpoint completely or not at all, then remove the oldest.
 
         Args:
-            state: what JSON can say.
+            state: a JSON object.
             tensors: by kind and name.
 
         Raises:
-            UserError: the disk is full, or does not take it for another reason; those of before
-                are as they were.
+            UserError: the checkpoint cannot be written, for instance because the disk is full. The
+                earlier ones are unchanged.
         """
         target = self.directory / f"step-{step:06d}"
         partial = target.with_name(target.name + ".partial")
@@ -88,10 +88,17 @@ class Checkpoints:
                 partial.mkdir(parents=True)
                 for kind in (kind for kind in KINDS if tensors.get(kind)):
                     save_file(dict(tensors[kind]), partial / f"{kind}.safetensors")
-                content = {"format": FORMAT, "lines": self._sizes_of_lines(), **state}
+                content = {"format": FORMAT, "lines": self._flush_logs(), **state}
                 (partial / "state.json").write_text(json.dumps(content), encoding="utf-8")
-                _write_manifest(partial)
-                if target.exists():  # damaged, or it would have been resumed
+                files = {}
+                for path in sorted(partial.iterdir()):
+                    _flush(path)
+                    files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+                manifest = partial / "manifest.json"
+                manifest.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+                _flush(manifest)
+                _flush(partial)
+                if target.exists():  # a damaged one: the run would have been resumed from it
                     _remove(target)
                 partial.rename(target)
                 _flush(self.directory)
@@ -102,47 +109,49 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole; a line for each that is not. None where there is none at all.
+        """Find the newest undamaged checkpoint, and print a line for each damaged one.
+
+        Returns None if the run has no checkpoint at all.
 
         Raises:
-            UserError: there are some, and none can be used.
+            UserError: there are checkpoints, and all are damaged.
         """
-        found = self.steps()
-        for step in reversed(found):
+        steps = self.steps()
+        for step in reversed(steps):
             path = self.directory / f"step-{step:06d}"
             try:
                 return self._read(path)
             except Damaged as damage:
                 self._damaged.add(step)
                 print(f"checkpoint {path} cannot be used: {damage}", file=sys.stderr)
-        if found:
+        if steps:
             raise UserError(
-                f"--resume {self.run}: none of its {len(found)} checkpoints can be used; start "
+                f"--resume {self.run}: none of its {len(steps)} checkpoints can be used; start "
                 "anew with another --output-dir"
             )
         return None
 
     def steps(self) -> list[int]:
-        """After which steps there is one, ascending."""
+        """List the steps that have a checkpoint, ascending."""
         names = (path.name.removeprefix("step-") for path in self.directory.glob("step-*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def prune(self, last: int, keep: int) -> None:
-        """Leave the newest up to the step `last`: of later ones none was resumed.
+        """Remove all checkpoints but the newest `keep` up to the step `last`.
 
-        Those that `latest` found damaged are in nobody's place.
+        Later ones belong to an earlier attempt. A damaged checkpoint takes the place of no other.
         """
         steps = self.steps()
         kept = [step for step in steps if step <= last and step not in self._damaged][-keep:]
         for step in steps:
             if step not in kept:
                 _remove(self.directory / f"step-{step:06d}")
-        for left in self.directory.glob("*.partial"):  # by a run that was killed
-            _remove(left)
+        for leftover in self.directory.glob("*.partial"):  # of a run that was killed
+            _remove(leftover)
 
     def truncate_logs(self, checkpoint: Checkpoint | None) -> None:
-        """Take back what the run wrote after the checkpoint, without one all of it."""
-        for name in LINES:
+        """Remove what the run logged after the checkpoint; without a checkpoint, everything."""
+        for name in LOGS:
             path = self.run / name
             size = 0 if checkpoint is None else checkpoint.state["lines"][name]
             if size == 0:
@@ -151,46 +160,35 @@ class Checkpoints:
                 os.truncate(path, size)
 
     def _read(self, path: Path) -> Checkpoint:
+        """Verify every file, the format and the logs, and raise Damaged if one is not right."""
         try:
-            state, sizes = _verified(path), self._sizes_of_lines()
+            state, sizes = _verify_files(path), self._flush_logs()
             if state["format"] != FORMAT:
                 raise Damaged(f"its format is {state['format']}, and not this version's {FORMAT}")
-            for name in LINES:
+            for name in LOGS:
                 if sizes[name] < state["lines"][name]:
                     raise Damaged(f"{name} is shorter than it was")
-        except NOT_AS_WRITTEN as error:
+        except READ_ERRORS as error:
             raise Damaged(f"{type(error).__name__}: {error}") from None
         return Checkpoint(path, state)
 
-    def _sizes_of_lines(self) -> dict[str, int]:
-        sizes = {}
-        for name in LINES:
-            path = self.run / name
+    def _flush_logs(self) -> dict[str, int]:
+        """Flush the logs to the disk and return their sizes in bytes."""
+        sizes = dict.fromkeys(LOGS, 0)
+        for path in (self.run / name for name in LOGS):
             if path.exists():
                 _flush(path)
-            sizes[name] = path.stat().st_size if path.exists() else 0
+                sizes[path.name] = path.stat().st_size
         return sizes
 
 
-def _write_manifest(directory: Path) -> None:
-    """Name every file with its size and digest, and flush all of them to the disk."""
-    files = {}
-    for path in sorted(directory.iterdir()):
-        _flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    manifest = directory / "manifest.json"
-    manifest.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-    _flush(manifest)
-    _flush(directory)
-
-
-def _verified(directory: Path) -> dict[str, Any]:
-    """Its state, once every file is what the manifest says."""
+def _verify_files(directory: Path) -> dict[str, Any]:
+    """Compare every file with the manifest, and read state.json."""
     files = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    there = {path.name for path in directory.iterdir()} - {"manifest.json"}
-    if there != files.keys():
-        odd = sorted(there ^ files.keys())[0]
-        raise Damaged(f"{odd} is {'not in the manifest' if odd in there else 'missing'}")
+    present = {path.name for path in directory.iterdir()} - {"manifest.json"}
+    if present != files.keys():
+        name = sorted(present ^ files.keys())[0]
+        raise Damaged(f"{name} is {'not in the manifest' if name in present else 'missing'}")
     for name, expected in files.items():
         path = directory / name
         if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
@@ -204,7 +202,10 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk: a rename that outlives a power cut must not come before what it names."""
+    """Flush a file or directory to the disk.
+
+    After a power cut a rename may have survived, so the content has to be there before it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -213,7 +214,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Under a name of no checkpoint first, so that a kill leaves no half of one."""
+    """Remove a directory under a name that is no checkpoint's, so that a kill leaves no half."""
     if directory.suffix != ".partial" and directory.exists():
         aside = directory.with_name(directory.name + ".old.partial")
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Going on with a run: its settings are the defaults, and few of them may change."""
+"""Resuming a run: its settings are the defaults, and few of them may change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from reference.training.distributed import Ranks
 from reference.training.errors import UserError
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
 
-RESTARTS = "torchrun"  # in the directory of a run: who may go on with it unasked
+TORCHRUN_FILE = "torchrun"  # in the directory of a run: the torchrun process that started it
 
-# Where a run ends, what it prints and keeps, and how it fits into memory: not what it computes.
+# These settings decide when a run ends, what it writes and how it uses memory, not its numbers.
 MAY_CHANGE = {
     "steps",
     "print_every",
@@ -38,94 +38,96 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
 }
-# A directory from elsewhere must choose neither what is run as code nor where a model is written.
+# Settings of a directory that somebody else made must not choose what code runs nor where a model
+# is written.
 CODE = ("reward", "step_reward")
-NOT_FROM_THERE = (*CODE, "cache_dir")
-# Filters that compare the tokens of a micro-batch with each other.
-RANKING = ("top_entropy", "clip_cov", "kl_cov")
+COMMAND_LINE_ONLY = (*CODE, "cache_dir")
+# These settings compare the tokens of a micro-batch with each other.
+BATCH_FILTERS = ("top_entropy", "clip_cov", "kl_cov")
 
 
 def load_settings(run: Path) -> TrainConfig:
-    """Those of the run in that directory, but for the code and the --cache-dir that it names.
+    """Load the settings of a run, except the code and the --cache-dir that they name.
 
     Raises:
-        UserError: there is no run, or what it says is not of this version.
+        UserError: there is no run in the directory, or its settings are of another version.
     """
-    found, types = _read(run), get_type_hints(TrainConfig)
-    odd = sorted(found.keys() ^ types.keys())
-    if odd:
+    settings, types = _read_settings(run), get_type_hints(TrainConfig)
+    unknown = sorted(settings.keys() ^ types.keys())
+    if unknown:
         raise UserError(
-            f"--resume {run}: its settings are of another version: {', '.join(odd)} not in both"
+            f"--resume {run}: its settings are of another version: {', '.join(unknown)} not in both"
         )
-    defaults = {each.name: each.default for each in fields(TrainConfig)}
-    found |= {name: defaults[name] for name in NOT_FROM_THERE}
+    for field in fields(TrainConfig):
+        value = settings[field.name]
+        if field.name in COMMAND_LINE_ONLY:
+            settings[field.name] = field.default
+        elif isinstance(value, list):
+            settings[field.name] = tuple(value)
+        elif isinstance(value, str) and types[field.name] == Path | None:
+            settings[field.name] = Path(value)
     try:
-        return TrainConfig(**{name: _typed(value, types[name]) for name, value in found.items()})
+        return TrainConfig(**settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"--resume {run}: settings.json is damaged: {error}") from None
 
 
-def _read(run: Path) -> dict[str, Any]:
+def _read_settings(run: Path) -> dict[str, Any]:
     path = run / "settings.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"--resume {run} is not the directory of a run: {path.name}: {error.strerror}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--resume {run}: {path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"--resume {run}: {path} holds no settings")
-    return found
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if isinstance(value, str) and kind == Path | None else value
+    return settings
 
 
 def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint | None:
-    """Where the run goes on: None where it begins, or was ended before its first checkpoint.
+    """Find the checkpoint from which to resume; None if the run is new or has none yet.
 
     Raises:
-        UserError: no checkpoint can be used, or the settings would make another run of it.
+        UserError: all checkpoints are damaged, or settings of the run were changed.
     """
     if config.resume is None:
         return None
-    found = checkpoints.latest()
-    if found is None:
-        check_settings_match(config, _read(config.resume), 0)
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
+        check_settings_match(config, _read_settings(config.resume), 0)
     else:
-        check_settings_match(config, found.state["settings"], found.state["step"])
-    return found
+        check_settings_match(config, checkpoint.state["settings"], checkpoint.state["step"])
+    return checkpoint
 
 
 def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None:
-    """Raise a UserError where settings would make another run of one that was saved after `step`.
+    """Raise a UserError if settings that decide the numbers of a run were changed.
 
     Args:
-        saved: its settings, as `TrainConfig.as_json` gives them.
+        saved: the settings of the run, as `TrainConfig.as_json` gives them.
+        step: the last step of the run.
     """
-    now = config.as_json()
-    named = [name for name in CODE if saved.get(name) and not now[name]]
-    if named:
-        again = shlex.join(_flags({name: saved[name] for name in named}))
+    new = config.as_json()
+    code = {name: saved[name] for name in CODE if saved.get(name) and not new[name]}
+    if code:
         raise UserError(
             f"--resume {config.resume}: code is run only where the command line names it; if you "
-            f"trust it, add {again}"
+            f"trust it, add {shlex.join(_flags(code))}"
         )
     loss = config.loss_fields()
-    ranks_tokens = any(loss.get(name) is not None for name in RANKING)
-    may_change = MAY_CHANGE - {"micro_batch"} if ranks_tokens else MAY_CHANGE
-    changed = [name for name in now if name not in may_change and now[name] != saved.get(name)]
-    if changed:
-        told = ", ".join(
-            f"--{_flag(name)} was {saved.get(name)}, not {now[name]}" for name in changed
-        )
+    has_filter = any(loss.get(name) is not None for name in BATCH_FILTERS)
+    may_change = MAY_CHANGE - {"micro_batch"} if has_filter else MAY_CHANGE
+    changes = ", ".join(
+        f"--{name.replace('_', '-')} was {saved.get(name)}, not {new[name]}"
+        for name in new
+        if name not in may_change and new[name] != saved.get(name)
+    )
+    if changes:
         raise UserError(
-            f"--resume {config.resume}: {told}: these would make another run of it; leave them "
+            f"--resume {config.resume}: {changes}: these would make another run of it; leave them "
             "out, or start anew from its model with --model"
         )
     if config.steps < step:
@@ -135,59 +137,58 @@ def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: in
 
 
 def resume_after_torchrun_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Where torchrun has started all ranks anew, because one died: go on with their run.
+    """Return a config that resumes the run if torchrun has restarted all ranks after a failure.
 
-    The run left a note of the torchrun process that had started its first rank. That one outlives
-    a restart; any rank may know it, since the first may be on another node by now. On one node a
-    count of 0 restarts is a first start all the same; of several each counts its own failures only.
+    The directory of a run names the torchrun process that started the first rank. That process
+    outlives a restart. Any rank may recognise it, since the first rank may be on another node now.
+    On one node a restart count of 0 means a first start. Of several nodes each counts only its own
+    failures.
 
     Raises:
-        UserError: nothing would say where that is.
+        UserError: torchrun may restart the ranks, and no --output-dir names the run.
     """
-    if config.resume is not None or _torchrun() is None:
+    if config.resume is not None or _torchrun_process() is None:
         return config
     if config.output_dir is None:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             raise UserError("torchrun --max-restarts needs --output-dir: a restart goes on there")
         return config
-    note = config.output_dir / RESTARTS
+    note = config.output_dir / TORCHRUN_FILE
     on_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     is_first = on_one_node and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    known = not is_first and note.is_file() and note.read_text() == _torchrun()
+    known = not is_first and note.is_file() and note.read_text() == _torchrun_process()
     if not any(ranks.all_gather(known)):
         return config
     return replace(config, resume=config.output_dir, overwrite=False)
 
 
 def record_torchrun_run(run: Path) -> None:
-    """The run in this directory is of this torchrun, if any, whose restarts go on with it."""
-    name = _torchrun()
-    if name is not None:
-        (run / RESTARTS).write_text(name)
+    """Write the torchrun process, if any, into the directory: its restarts resume the run."""
+    process = _torchrun_process()
+    if process is not None:
+        (run / TORCHRUN_FILE).write_text(process)
 
 
-def _torchrun() -> str | None:
-    """Its name, and the process that has started this one, whose number alone may come again."""
+def _torchrun_process() -> str | None:
+    """Identify the torchrun process that started this one; process numbers alone are reused."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    began = psutil.Process(os.getppid()).create_time() - psutil.boot_time()  # no clock in it
+    # Both times move when the clock is set, their difference does not.
+    started = psutil.Process(os.getppid()).create_time() - psutil.boot_time()
     name = f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"
-    return f"{name} {began:.2f}"
+    return f"{name} {started:.2f}"
 
 
 def resume_command(config: TrainConfig, directory: Path) -> str:
-    """The line that goes on with the run."""
+    """Return the command that resumes the run."""
     settings = config.as_json()
-    own = {name: settings[name] for name in NOT_FROM_THERE if settings[name]}
-    return shlex.join(["python", "reference/train.py", "--resume", str(directory), *_flags(own)])
+    flags = _flags({name: settings[name] for name in COMMAND_LINE_ONLY if settings[name]})
+    return shlex.join(["python", "reference/train.py", "--resume", str(directory), *flags])
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in settings.items():
-        flags += [f"--{_flag(name)}", *(value if isinstance(value, list) else [value])]
+        flag = "--" + name.replace("_", "-")
+        flags += [flag, *(value if isinstance(value, list) else [value])]
     return flags
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

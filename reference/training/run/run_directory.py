@@ -1,12 +1,12 @@
-"""The directory of a run. Files are written beside their place and renamed: all in it are whole.
+"""The directory of a run. Files are written under another name and renamed, so none is partial.
 
 settings.json      the settings
 metrics.jsonl      a line per step and per evaluation
 completions.txt    sampled completions
 curves.png         the curves
-checkpoints/       where the run can be resumed
-model/             the model, after the last step
-summary.json       the end
+checkpoints/       the states from which the run can be resumed
+model/             the model after the last step
+summary.json       accuracy before and after
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from reference.training.distributed import SINGLE_PROCESS, Ranks, full_state_dic
 from reference.training.errors import UserError, one_line
 from reference.training.model.policy import Policy
 
-# What a run leaves beside settings.json: --overwrite removes nothing else.
+# The files of a run beside settings.json: --overwrite removes nothing else.
 FILES = ("metrics.jsonl", "completions.txt", "curves.png", "summary.json")
 FILES += ("torchrun", "events.out.tfevents.*", "*.partial", "partial-*")
 FOLDERS = ("checkpoints", "model", "model.partial", "model.before.partial", "wandb")
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator[Path]:
-    """The directory of this run, which no other process takes while this lasts.
+    """Make the directory of this run and lock it against other processes.
 
-    A run that never began takes back what was made here. Only the first rank's is kept: what the
-    others write goes into directories that are removed.
+    A directory made here is removed if the run writes nothing but its settings into it. The ranks
+    but the first get temporary directories.
 
     Raises:
-        UserError: it belongs to another run, cannot be written, or the disk is full.
+        UserError: the directory belongs to another run or cannot be written, or the disk is full.
     """
     if not ranks.is_first:
         with tempfile.TemporaryDirectory() as scratch:
@@ -53,17 +53,17 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
     is_new = given is None or not given.exists()
     directory = make_run_directory(config)
     try:
-        with _locked(directory), _begun(directory, config, is_new):
+        with _lock(directory), _initial_settings(directory, config, is_new):
             yield directory
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(f"cannot write to {error.filename or directory}: {reason(error)}") from None
 
 
 @contextmanager
-def _begun(directory: Path, config: TrainConfig, is_new: bool) -> Iterator[None]:
-    """With settings in it, so that the run can be resumed from its first moment on."""
+def _initial_settings(directory: Path, config: TrainConfig, is_new: bool) -> Iterator[None]:
+    """Write settings.json, so that the run can be resumed from its first moment on."""
     settings = directory / "settings.json"
     if settings.exists():
         yield
@@ -75,16 +75,19 @@ def _begun(directory: Path, config: TrainConfig, is_new: bool) -> Iterator[None]
         if directory.is_dir() and {path.name for path in directory.iterdir()} <= {settings.name}:
             settings.unlink(missing_ok=True)
             if is_new:
-                with suppress(OSError):  # a mount, or a new file of another
+                with suppress(OSError):  # a mount point, or another process wrote a file
                     directory.rmdir()
 
 
 def make_run_directory(config: TrainConfig) -> Path:
-    """--resume's; or --output-dir, new or empty or with --overwrite another run's; without either
-    the first free runs/<model>-<task>-seed<seed>[-n].
+    """Choose and make the directory of a run.
+
+    It is that of --resume, or --output-dir, or else the first unused
+    runs/<model>-<task>-seed<seed>[-n].
 
     Raises:
-        UserError: the directory has something in it, or leads out of itself, or cannot be written.
+        UserError: --output-dir is not empty and --overwrite does not apply, or the directory holds
+            a symbolic link, or it cannot be written.
     """
     given = config.resume or config.output_dir
     if given is not None and config.resume is None and given.is_dir() and any(given.iterdir()):
@@ -95,13 +98,24 @@ def make_run_directory(config: TrainConfig) -> Path:
             )
         if not (given / "settings.json").is_file():
             raise UserError(f"--overwrite: {given} is not empty, and not the directory of a run")
-        _check_model_stays(config.model, given)
+        model = Path(config.model)
+        if model.is_dir() and model.resolve().is_relative_to(given.resolve()):
+            raise UserError(
+                f"--overwrite removes the run in {given}, and --model {config.model} lies in it: "
+                "move the model, or name another --output-dir"
+            )
     if config.resume or config.overwrite:
-        _check_no_links(given, "--resume" if config.resume else "--overwrite")
+        flag = "--resume" if config.resume else "--overwrite"
+        # wandb replaces the links that it makes and does not follow them.
+        links = [path for path in given.rglob("*") if path.is_symlink()]
+        for path in (path for path in links if given / "wandb" not in path.parents):
+            raise UserError(
+                f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
+            )
     directory = given
     try:
         if given is None:
-            directory = _first_free(config)
+            directory = _make_unused(config)
         else:
             directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -112,45 +126,22 @@ def make_run_directory(config: TrainConfig) -> Path:
     return directory
 
 
-def _check_model_stays(model: str, directory: Path) -> None:
-    """Raise a UserError where --overwrite might remove what the run starts from."""
-    if Path(model).is_dir() and Path(model).resolve().is_relative_to(directory.resolve()):
-        raise UserError(
-            f"--overwrite removes the run in {directory}, and --model {model} lies in it: move the "
-            "model, or name another --output-dir"
-        )
-
-
-def _check_no_links(directory: Path, flag: str) -> None:
-    """Raise a UserError where a directory from elsewhere would have files outside it written.
-
-    Those in wandb/ are made by that package, which replaces them and does not follow them.
-    """
-    for path in directory.rglob("*"):
-        if path.is_symlink() and directory / "wandb" not in path.parents:
-            raise UserError(
-                f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
-            )
-
-
-def _first_free(config: TrainConfig) -> Path:
+def _make_unused(config: TrainConfig) -> Path:
     model = "tiny" if config.model == "scratch" else Path(config.model).name
     stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
     stem.parent.mkdir(exist_ok=True)
     number = 1
     while True:
         directory = stem if number == 1 else Path(f"{stem}-{number}")
-        try:
-            directory.mkdir(parents=True)  # which of two processes only one can do
-        except FileExistsError:
-            number += 1
-        else:
+        with suppress(FileExistsError):
+            directory.mkdir(parents=True)  # only one of two processes can make it
             return directory
+        number += 1
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Alone in it; the lock goes with the process, however that ends. Windows has no such lock."""
+def _lock(directory: Path) -> Iterator[None]:
+    """Lock the directory; the lock ends with the process. Windows has no such lock."""
     try:
         import fcntl
     except ImportError:
@@ -164,7 +155,7 @@ def _locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"another process trains in {directory}: wait for it or end it"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         yield
     finally:
@@ -172,9 +163,9 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def clear(directory: Path, settings: dict) -> None:
-    """Remove what a run leaves, and nothing else; the settings are replaced by its successor's.
+    """Remove the files of a run, and nothing else, and write the settings of its successor.
 
-    A kill at any moment leaves the directory of a run.
+    If the process is killed meanwhile, the directory is still that of a run.
     """
     for name in FOLDERS:
         shutil.rmtree(directory / name, ignore_errors=True)
@@ -185,7 +176,7 @@ def clear(directory: Path, settings: dict) -> None:
 
 @contextmanager
 def report_write_errors(path: Path) -> Iterator[None]:
-    """Where it fails, a UserError that names the path."""
+    """Turn an error of writing into a UserError that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -199,13 +190,13 @@ def reason(error: OSError | SafetensorError) -> str:
 def save_model(
     directory: Path, model, tokenizer, weights: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write <directory>/model in the format of Hugging Face, whole or not at all.
+    """Write <directory>/model in the format of Hugging Face, completely or not at all.
 
     Args:
-        weights: in the place of the model's own, which may be shards.
+        weights: replace the model's own, which may be sharded.
 
     Raises:
-        UserError: the disk is full, or does not take it for another reason.
+        UserError: the model cannot be written, for instance because the disk is full.
     """
     target = directory / "model"
     partial = directory / "model.partial"
@@ -214,12 +205,12 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            before = directory / "model.before.partial"
-            shutil.rmtree(before, ignore_errors=True)
+            previous = directory / "model.before.partial"
+            shutil.rmtree(previous, ignore_errors=True)
             if target.exists():
-                target.rename(before)
+                target.rename(previous)
             partial.rename(target)
-            shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -234,15 +225,15 @@ def save_policy(directory: Path, policy: Policy, steps: int) -> None:
 
 
 def save_json(path: Path, content: dict) -> None:
-    """Raises a UserError where the disk does not take it."""
+    """Write a JSON file completely or not at all; raise a UserError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         with report_write_errors(path):
             with partial.open("w", encoding="utf-8") as file:
                 file.write(json.dumps(content, indent=2) + "\n")
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut may leave it empty
+                os.fsync(file.fileno())  # otherwise a power cut may leave it empty
             partial.rename(path)
     finally:
-        with suppress(OSError):  # such as on a file system that has become read-only
+        with suppress(OSError):  # the file system may have become read-only
             partial.unlink()

@@ -1,7 +1,7 @@
-"""Where a run stands between two steps: everything by which the next step differs from the first.
+"""The state of a run between two steps: all that the next step depends on.
 
-The position in the data is the state of the generator that orders the questions; the learning rate
-follows from the number of steps. A sampler keeps nothing from step to step.
+The position in the data is the state of the generator that orders the questions. The learning rate
+follows from the number of steps. Samplers have no state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +30,31 @@ from reference.training.update.learner import Learner
 
 
 class TrainingState:
-    """A learner, the order of questions, and how far they are.
+    """A learner, the order of the questions and the progress of the run.
 
     Args:
-        order: draws the questions.
-        settings: of the run, as JSON has them.
+        order: the generator that draws the questions.
+        settings: the settings of the run as a JSON object.
 
     Attributes:
-        step: the last whole one, 0 before the first.
-        saved: the step of the last checkpoint, 0 where there is none.
+        step: the last complete step, 0 before the first.
+        saved_step: the step of the last checkpoint, 0 if there is none.
     """
 
     def __init__(self, learner: Learner, order: random.Random, settings: Mapping[str, Any]) -> None:
         self.learner, self.order, self.settings = learner, order, settings
         self.step, self.saved_step, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
-        self._since = time.perf_counter()
-        self._frozen = _digest_of_frozen(learner.policy.model)
+        self._started = time.perf_counter()
+        self._frozen_digest = _digest_frozen_weights(learner.policy.model)
         self.record_rng()
 
     @property
     def elapsed(self) -> float:
-        """Seconds, those of before the run was resumed too."""
-        return self.seconds + time.perf_counter() - self._since
+        """Seconds of training, including those before the run was resumed."""
+        return self.seconds + time.perf_counter() - self._started
 
     def record_rng(self) -> None:
-        """A step begins: one that is dropped while it samples leaves the run here."""
+        """Record the random state at the start of a step, for a checkpoint if it is abandoned."""
         device = self.learner.policy.device
         self._rng = {"cpu": torch.get_rng_state()}
         if device.type != "cpu":
@@ -67,16 +66,16 @@ class TrainingState:
         }
 
     def advance(self, tokens: int) -> None:
-        """A step is whole."""
+        """Count a complete step."""
         self.step += 1
         self.tokens_seen += tokens
         self.record_rng()
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """By the first rank; every rank must call it.
+        """Write a checkpoint on the first rank; every rank must call this.
 
         Raises:
-            UserError: the disk does not take it.
+            UserError: the checkpoint cannot be written.
         """
         ranks, tensors, failed = self.learner.policy.ranks, self.tensors(), None
         if ranks.is_first:
@@ -90,14 +89,13 @@ class TrainingState:
         self.saved_step = self.step
 
     def try_save(self, checkpoints: Checkpoints) -> None:
-        """Where the disk does not take it, say so: ending the run would lose more."""
+        """Save, or print why it failed: ending the run would lose more."""
         try:
             self.save(checkpoints)
         except UserError as error:
-            left = (
-                f"the last one is of step {self.saved_step}" if self.saved_step else "there is none"
-            )
-            print(f"\nno checkpoint of step {self.step}: {error}; {left}", file=sys.stderr)
+            last = f"the last one is of step {self.saved_step}"
+            last = last if self.saved_step else "there is none"
+            print(f"\nno checkpoint of step {self.step}: {error}; {last}", file=sys.stderr)
 
     def save_interrupted(
         self,
@@ -118,7 +116,7 @@ class TrainingState:
                 save_policy(directory, policy, self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON can say, as of the last `record_rng`."""
+        """Return the part of the state that is JSON, as of the last `record_rng`."""
         numpy = self._random["numpy"]
         key = numpy["state"]["key"].tolist()
         return {
@@ -128,31 +126,37 @@ class TrainingState:
             "learner": self.learner.state_dict(),
             "random": self._random | {"numpy": numpy | {"state": numpy["state"] | {"key": key}}},
             "settings": self.settings,
-            "frozen": self._frozen,
+            "frozen": self._frozen_digest,
             "device": self.learner.policy.device.type,
             "versions": versions(),
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What it cannot, by kind and name, on the CPU; to the first rank, but all must call it."""
+        """Return the tensors by kind and name, on the CPU of the first rank; all must call this."""
         learner = self.learner
-        reference = (
-            learner.reference_policy.model if isinstance(learner.reference_policy, Policy) else None
-        )
-        keep = partial(_on_cpu, kept=learner.policy.ranks.is_first)
-        return {
-            "model": keep(trained(learner.policy.model)),
-            "optimizer": keep(_moments(learner)),
-            "reference": {} if reference is None else keep(dict(reference.named_parameters())),
-            "rng": self._rng,
+        is_copy = isinstance(learner.reference_policy, Policy)
+        reference = dict(learner.reference_policy.model.named_parameters()) if is_copy else {}
+        trained = trained_weights(learner.policy.model)
+        moments = {  # of AdamW
+            f"{name}.{key}": value  # exp_avg, exp_avg_sq or step
+            for name, weight in trained.items()
+            for key, value in learner.optimizer.state.get(weight, {}).items()
         }
+        gathered = {"model": trained, "optimizer": moments, "reference": reference}
+        for kind, shards in gathered.items():
+            gathered[kind] = {}
+            for name, shard in shards.items():  # one tensor at a time
+                whole = full_tensor(shard.detach())
+                if learner.policy.ranks.is_first:
+                    gathered[kind][name] = whole.cpu().contiguous()
+        return gathered | {"rng": self._rng}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Stand where the checkpoint was made.
+        """Restore the state of a checkpoint.
 
         Raises:
-            UserError: its tensors are not of this model, or were trained beside other frozen
-                weights, or it was made on another device.
+            UserError: the checkpoint is of another model, or was trained with other frozen weights
+                or on another device.
         """
         state, learner = checkpoint.state, self.learner
         device = learner.policy.device
@@ -160,27 +164,36 @@ class TrainingState:
             raise UserError(
                 f"{checkpoint.path} was made on {state['device']}: it cannot go on on {device.type}"
             )
-        if state["frozen"] != self._frozen:
+        if state["frozen"] != self._frozen_digest:
             raise UserError(
                 f"{checkpoint.path} is of another model: the frozen weights of --model "
                 f"{self.settings['model']} are not those that it was trained on"
             )
         if state["versions"] != versions():
-            before = ", ".join(f"{name} {number}" for name, number in state["versions"].items())
-            print(f"{checkpoint.path} was made by {before}: numbers may differ in the last bits")
-        _fill(trained(learner.policy.model), checkpoint.tensors("model"), checkpoint)
+            writer = ", ".join(f"{name} {number}" for name, number in state["versions"].items())
+            print(f"{checkpoint.path} was made by {writer}: numbers may differ in the last bits")
+        trained = trained_weights(learner.policy.model)
+        _copy_weights(trained, checkpoint.tensors("model"), checkpoint)
         if isinstance(learner.reference_policy, Policy):
             frozen = dict(learner.reference_policy.model.named_parameters())
-            _fill(frozen, checkpoint.tensors("reference"), checkpoint)
-        _load_moments(learner, checkpoint.tensors("optimizer"))
+            _copy_weights(frozen, checkpoint.tensors("reference"), checkpoint)
+        # An optimiser numbers its weights in the order of `trained`.
+        moments: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(trained)}
+        for name, value in checkpoint.tensors("optimizer").items():
+            weight, _, key = name.rpartition(".")
+            value = value if key == "step" else shard_like(value, trained[weight])
+            moments.setdefault(numbers[weight], {})[key] = value
+        learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": moments})
         learner.load_state_dict(state["learner"])
         self.step = self.saved_step = state["step"]
         self.tokens_seen, self.seconds = state["tokens_seen"], state["seconds"]
 
-        saved = state["random"]
-        self.order.setstate(_as_tuples(saved["order"]))
-        random.setstate(_as_tuples(saved["python"]))
-        numpy = saved["numpy"]
+        generators = ((self.order.setstate, "order"), (random.setstate, "python"))
+        for set_state, name in generators:
+            version, internal, gauss = state["random"][name]
+            set_state((version, tuple(internal), gauss))
+        numpy = state["random"]["numpy"]
         key = np.array(numpy["state"]["key"], dtype=np.uint32)
         np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
         rng = checkpoint.tensors("rng")
@@ -191,7 +204,7 @@ class TrainingState:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions of the software that the numbers depend on."""
     return {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -200,79 +213,44 @@ def versions() -> dict[str, str]:
     }
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What moves, by name; of an adapted model the adapter alone, and tied weights once."""
-    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Collect the weights that train by name, tied ones once; with LoRA the adapter's only."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _digest_of_frozen(model: nn.Module) -> str | None:
-    """SHA-256 of the weights that do not train, which no checkpoint holds; None without any.
+def _digest_frozen_weights(model: nn.Module) -> str | None:
+    """Compute the SHA-256 of the weights that do not train, or None if all do.
 
-    Those under an adapter, above all. Every rank has to call it: shards are gathered.
+    A checkpoint does not hold them; with LoRA they are the base model. Every rank must call this,
+    since shards are gathered.
     """
-    weights = {name: each for name, each in model.named_parameters() if not each.requires_grad}
-    if not weights:
+    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    if not frozen:
         return None
-    found = hashlib.sha256()
-    for name, each in weights.items():
-        found.update(f"{name} {each.dtype} {list(each.shape)}\n".encode())
-        whole = full_tensor(each.detach()).cpu().contiguous()
-        found.update(whole.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def _moments(learner: Learner) -> dict[str, Tensor]:
-    """AdamW's state as <weight>.<exp_avg, exp_avg_sq or step>."""
-    state = learner.optimizer.state
-    return {
-        f"{name}.{key}": value
-        for name, each in trained(learner.policy.model).items()
-        for key, value in state.get(each, {}).items()
-    }
-
-
-def _load_moments(learner: Learner, moments: Mapping[str, Tensor]) -> None:
-    """The inverse; an optimiser numbers its weights in the order of `trained`."""
-    weights = trained(learner.policy.model)
-    numbers = {name: number for number, name in enumerate(weights)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        weight, _, key = name.rpartition(".")
-        value = value if key == "step" else shard_like(value, weights[weight])
-        state.setdefault(numbers[weight], {})[key] = value
-    learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state})
-
-
-def _on_cpu(tensors: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
-    """The tensors whole, one after the other; a rank that keeps none of them only takes part."""
-    found = {}
-    for name, each in tensors.items():
-        whole = full_tensor(each.detach())
-        if kept:
-            found[name] = whole.cpu().contiguous()
-    return found
+    digest = hashlib.sha256()
+    for name, weight in frozen.items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        whole = full_tensor(weight.detach()).cpu().contiguous()
+        digest.update(whole.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
-def _fill(
-    parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], checkpoint: Checkpoint
+def _copy_weights(
+    weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> None:
-    odd = sorted(parameters.keys() ^ saved.keys())
-    if odd:
-        holder = "the checkpoint" if odd[0] in saved else "the model"
-        raise UserError(f"{checkpoint.path} is of another model: only {holder} has {odd[0]}")
-    for name, each in parameters.items():
-        if (each.shape, each.dtype) != (saved[name].shape, saved[name].dtype):
-            kinds = [f"{list(x.shape)} in {x.dtype}" for x in (saved[name], each)]
+    """Copy the saved tensors into the weights, or raise a UserError if they do not match."""
+    unmatched = sorted(weights.keys() ^ saved.keys())
+    if unmatched:
+        name = unmatched[0]
+        holder = "the checkpoint" if name in saved else "the model"
+        raise UserError(f"{checkpoint.path} is of another model: only {holder} has {name}")
+    for name, weight in weights.items():
+        if (weight.shape, weight.dtype) != (saved[name].shape, saved[name].dtype):
+            kinds = [f"{list(x.shape)} in {x.dtype}" for x in (saved[name], weight)]
             raise UserError(
                 f"{checkpoint.path} is of another model: {name} is {kinds[0]} in it, and "
                 f"{kinds[1]} in the model"
             )
-    for name, each in parameters.items():
-        each.copy_(shard_like(saved[name].to(each.device), each))
-
-
-def _as_tuples(state: list) -> tuple:
-    """As `random.setstate` wants what `getstate` gave, which JSON knows as lists."""
-    version, internal, gauss = state
-    return version, tuple(internal), gauss
+    for name, weight in weights.items():
+        weight.copy_(shard_like(saved[name].to(weight.device), weight))
