@@ -1,9 +1,9 @@
-"""Groups of sampled completions, and the states behind them under the policy that trains.
+"""Sampling of groups of completions.
 
-Prompts are padded on the left, completions on the right. A group computes its prompt once: of the
-50 tokens of an arithmetic question and its answer 45 belong to the prompt, so that a group of 8
-costs 45 + 8·5 tokens and not 8·50. In sampling the prompt's key-value cache is repeated; in
-training the completions stand in one row behind their prompt (see packing).
+Prompts are padded on the left, completions on the right. The prompt of a group is computed once:
+of the 50 tokens of an arithmetic question and its completion 45 belong to the prompt, so a group of
+8 costs 45 + 8·5 tokens and not 8·50. Sampling repeats the prompt's key-value cache; training puts
+the completions into one row behind their prompt (see packing).
 
 Sizes: B prompts, G completions per prompt, P prompt length, T completion length, V vocabulary.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reference.training.errors import UserError
-from reference.training.rollout.chat_template import token_ids
+from reference.training.rollout.chat_template import Messages, apply_chat_template
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,20 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Completions:
-    """Right-padded completions, prompt after prompt: row b·G + g answers prompt b.
+    """Right-padded completions; row b·G + g belongs to prompt b.
 
-    `mask` [B·G, T] is True up to and including the end-of-sequence token. It is made from
-    positions, never from token ids, because many tokenizers pad with that very token. `logprob`
-    [B·G, T] is what the sampler assigned to its tokens, 0 under the mask.
+    Attributes:
+        tokens: [B·G, T].
+        mask: [B·G, T], True up to and including the end-of-sequence token. It is made from
+            positions, never from token ids, because many tokenizers pad with that very token.
+        logprob: [B·G, T], the sampler's log-probs of its tokens, 0 under the mask.
+        finished: [B·G], True if the completion has its end-of-sequence token.
     """
 
     tokens: Tensor
     mask: Tensor
     logprob: Tensor
-    finished: Tensor  # [B·G], True where the completion ended by itself
+    finished: Tensor
 
     @classmethod
     def from_lists(
@@ -56,16 +59,17 @@ class Completions:
         pad_id: int,
         device: torch.device,
     ) -> Completions:
-        """Completions as other engines give them: each with its end token, where it has ended."""
+        """Pad completions without padding; a finished one includes its end token."""
         longest = max(map(len, tokens))
 
-        def padded(rows: list[list], padding: float) -> Tensor:
-            return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+        def pad(rows: list[list], padding: float) -> Tensor:
+            padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
+            return torch.tensor(padded).to(device)
 
         return cls(
-            padded(tokens, pad_id).to(device),
-            padded([[True] * len(row) for row in tokens], False).to(device),
-            padded(logprobs, 0.0).to(device),
+            pad(tokens, pad_id),
+            pad([[True] * len(row) for row in tokens], False),
+            pad(logprobs, 0.0),
             torch.tensor([row[-1] in eos_ids for row in tokens], device=device),
         )
 
@@ -76,17 +80,17 @@ def encode(
     device: torch.device | str = "cpu",
     system: str | None = None,
 ) -> Prompts:
-    """The questions through the chat template, behind the system prompt, padded on the left."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    chats = [[*first, {"role": "user", "content": question}] for question in questions]
+    """Encode questions with the system prompt and the chat template, padded on the left."""
+    start = [] if system is None else [{"role": "system", "content": system}]
+    chats = [[*start, {"role": "user", "content": question}] for question in questions]
     return encode_messages(tokenizer, chats, device)
 
 
 def encode_messages(
-    tokenizer, chats: Sequence[list[dict[str, str]]], device: torch.device | str = "cpu"
+    tokenizer, chats: Sequence[Messages], device: torch.device | str = "cpu"
 ) -> Prompts:
-    """Conversations, as `token_ids` takes them, padded on the left."""
-    rows = [token_ids(tokenizer, chat) for chat in chats]
+    """Encode conversations up to the assistant's turn, padded on the left."""
+    rows = [apply_chat_template(tokenizer, chat) for chat in chats]
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
@@ -108,25 +112,45 @@ def generate(
 ) -> Completions:
     """Sample `group_size` completions per prompt; temperature 0 decodes greedily.
 
-    A completion that has ended leaves the batch. Stops as soon as every one has. Returns
-    completions as long as the longest of them.
+    A completion that has ended leaves the batch; sampling stops when all have. T is the length of
+    the longest completion.
 
     Args:
-        draw: gives a random number of [0, 1) per completion; None: torch.rand.
+        draw: returns a random number in [0, 1) per completion; by default torch.rand.
+
+    Raises:
+        UserError: the cache of this model cannot be repeated.
     """
-    logits, cache = _prefill(model, prompts, group_size)
+    # Run each prompt once, and repeat its cache and its last logits for the group.
+    output = model(
+        input_ids=prompts.ids,
+        attention_mask=prompts.mask.long(),
+        position_ids=positions(prompts.mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = output.past_key_values
+    try:
+        cache.batch_repeat_interleave(group_size)
+    except (AttributeError, NotImplementedError):  # recurrent states, for instance
+        raise UserError(
+            f"the cache of {type(model).__name__} cannot be repeated for a group: take "
+            "--sampler generate"
+        ) from None
+    logits = output.logits[:, -1].repeat_interleave(group_size, dim=0)
+
     R, device = len(logits), logits.device
     eos = torch.tensor(list(eos_ids), device=device)
     tokens = torch.full((R, max_new_tokens), pad_id, device=device)
     logprob = torch.zeros((R, max_new_tokens), device=device)
     mask = torch.zeros((R, max_new_tokens), dtype=torch.bool, device=device)
     finished = torch.zeros(R, dtype=torch.bool, device=device)
-    rows = torch.arange(R, device=device)  # those that have not ended
+    rows = torch.arange(R, device=device)  # the completions that have not ended
     draw = draw or partial(torch.rand, R, device=device)
     attention = prompts.mask.repeat_interleave(group_size, dim=0)
     position = attention.sum(-1, keepdim=True)
     for step in range(max_new_tokens):
-        # Drawn for all rows, so that the draw of one does not depend on which others have ended.
+        # A number is drawn for every row, so no draw depends on which other rows have ended.
         token, logprob[rows, step] = _choose(logits.float(), temperature, draw()[rows])
         tokens[rows, step], mask[rows, step] = token, True
         ended = torch.isin(token, eos)
@@ -134,9 +158,10 @@ def generate(
         if step == max_new_tokens - 1 or ended.all():
             break
         if ended.any():
-            kept = (~ended).nonzero().flatten()
-            rows, token, attention, position = (x[kept] for x in (rows, token, attention, position))
-            cache.batch_select_indices(kept)
+            going_on = (~ended).nonzero().flatten()
+            rows, token = rows[going_on], token[going_on]
+            attention, position = attention[going_on], position[going_on]
+            cache.batch_select_indices(going_on)
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
         output = model(
             input_ids=token[:, None],
@@ -150,43 +175,25 @@ def generate(
     return Completions(tokens[:, :longest], mask[:, :longest], logprob[:, :longest], finished)
 
 
-def _prefill(model, prompts: Prompts, copies: int):
-    """Run the prompts once: the logits after each and the cache, `copies` times."""
-    output = model(
-        input_ids=prompts.ids,
-        attention_mask=prompts.mask.long(),
-        position_ids=_positions(prompts.mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    try:
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(copies)
-    except (AttributeError, NotImplementedError):  # recurrent states, where a model has them
-        name = type(model).__name__
-        raise UserError(
-            f"the cache of {name} cannot be repeated for a group: take --sampler generate"
-        ) from None
-    return output.logits[:, -1].repeat_interleave(copies, dim=0), cache
-
-
-def _positions(mask: Tensor) -> Tensor:
+def positions(mask: Tensor) -> Tensor:
+    """Number the real tokens of left-padded prompts from 0; padding has position 0."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row of logits [R, V] and its log-prob, by a number of [0, 1) per row.
+    """Choose one token per row of logits [R, V]; return the tokens and their log-probs.
 
-    The token where the cumulative distribution passes that number: torch.multinomial draws V
-    numbers per row instead, which took a fifth of the sampling time on a CPU.
+    The token is the one at which the cumulative distribution passes a number in [0, 1) per row.
+    torch.multinomial draws V numbers per row instead, which took a fifth of the sampling time on a
+    CPU.
     """
     if temperature == 0:
         logprobs = logits.log_softmax(-1)
         token = logprobs.argmax(-1, keepdim=True)
         return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)
     probs = (logits / temperature).softmax(-1)
-    # MPS has no fp64
-    cumulative = probs.cumsum(-1, dtype=torch.float32 if probs.is_mps else torch.float64)
+    dtype = torch.float32 if probs.is_mps else torch.float64  # MPS has no fp64
+    cumulative = probs.cumsum(-1, dtype=dtype)
     total = cumulative[:, -1:]
     threshold = (uniform[:, None] * total).minimum(torch.nextafter(total, total * 0))
     token = torch.searchsorted(cumulative, threshold, right=True)

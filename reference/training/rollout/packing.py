@@ -1,13 +1,13 @@
-"""The completions of a group behind one copy of their prompt, in one row.
+"""Pack the completions of a group behind one copy of their prompt, in one row.
 
     prompt prompt prompt | a1 a2 a3 b1 c1 c2 c3 c4 |
 
-An attention mask lets each token see the prompt and its own completion only, and the positions of
-each completion go on from the prompt's. The last token of a completion predicts nothing and is left
-out. One pass does it, without a key-value cache, so that recomputed activations are possible.
+The attention mask lets each token attend to the prompt and to its own completion. The positions of
+each completion continue those of the prompt. The last token of a completion predicts nothing and is
+left out. One pass without a key-value cache scores a row, so activations can be recomputed.
 
-Sizes: B prompts, N completions, k of them in a row, R = N / k rows, P prompt length, T completion
-length, S completion tokens of the fullest row.
+Sizes: B prompts, G completions of each, N = B·G, k completions in a row, R = N / k rows, P prompt
+length, T completion length, S completion tokens of the fullest row.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from reference.training.rollout.generate import Prompts
+from reference.training.rollout.generate import Prompts, positions
 
-PADDING, PROMPT = -2, -1  # owners; those of completion tokens are numbered from 0 in each row
+# Values of Packed.owner. Completions are numbered from 0 in each row.
+PADDING, PROMPT = -2, -1
 
 # Attention grows with the square of a row: at 2,048 tokens it takes a seventh of the
 # multiplications of a model of 1 B parameters.
@@ -33,10 +34,10 @@ class Packed:
     """Rows of a prompt and its completions.
 
     Attributes:
-        ids, positions: [R, P + S], what the model is given.
-        owner: [R, P + S], whose token it is.
-        index: [N, T], the place from which a completion's token is predicted, counted from the last
-            token of the prompt; 0 under the mask.
+        ids, positions: [R, P + S], inputs of the model.
+        owner: [R, P + S], the number of the completion to which a token belongs, or PROMPT.
+        index: [N, T], the place in the row that predicts a token, counted from the last token of
+            the prompt; 0 under the mask.
     """
 
     ids: Tensor
@@ -69,69 +70,51 @@ class Packed:
         return embedding(place, outputs.flatten(0, 1))
 
     def visible(self) -> Tensor:
-        """[R, 1, P + S, P + S], True where a query (row) sees a key (column).
+        """Compute the mask [R, 1, P + S, P + S], True if a query (row) attends to a key (column).
 
-        Padding sees padding: with nothing to see it would become NaN.
+        Padding attends to padding: a query without any key would become NaN.
         """
         keys, queries = self.owner[:, None, None, :], self.owner[:, None, :, None]
         causal = torch.ones(2 * self.ids.shape[-1:], dtype=torch.bool, device=self.ids.device)
         return causal.tril() & ((keys == PROMPT) | (keys == queries))
 
 
-def pack(
-    prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor, per_row: int
-) -> Packed:
-    """Put `per_row` completions behind each copy of their prompt.
+def pack_completions(model, prompts: Prompts, tokens: Tensor, mask: Tensor) -> Packed:
+    """Pack prompts and their completions into rows as full as the model allows.
 
     Args:
-        prompt_ids, prompt_mask: [B, P], left-padded.
-        tokens, mask: [N, T], the N / B completions of each prompt after each other; the mask is
-            True on the tokens with which a row begins.
-        per_row: a divisor of N / B.
+        prompts: left-padded.
+        tokens: [N, T], row b·G + g is a completion of prompt b.
+        mask: [N, T], True on completion tokens, with which each row begins.
     """
-    N, T = tokens.shape
-    copies = N // (len(prompt_ids) * per_row)
-    prompt_ids, prompt_mask = (
-        x.repeat_interleave(copies, dim=0) for x in (prompt_ids, prompt_mask)
-    )
-    lengths = (mask.sum(-1) - 1).clamp_min(0).view(-1, per_row)
+    (B, P), (N, T) = prompts.ids.shape, tokens.shape
+    k = completions_per_row(getattr(model, "module", model), N // B, P, T)  # of DDP: its module
+    prompts = prompts[torch.arange(B, device=tokens.device).repeat_interleave(N // (B * k))]
+    lengths = (mask.sum(-1) - 1).clamp_min(0).view(-1, k)
     start = (lengths.cumsum(-1) - lengths).flatten()[:, None]
     times = torch.arange(T, device=tokens.device).expand(N, T)
     kept = times < lengths.view(-1, 1)
     number = torch.arange(N, device=tokens.device)[:, None].expand(N, T)
-    place = ((number // per_row)[kept], (start + times)[kept])
+    place = ((number // k)[kept], (start + times)[kept])
     width = int(lengths.sum(-1).max())
 
-    def behind(prompt: Tensor, values: Tensor, padding: int) -> Tensor:
+    def append(prompt: Tensor, values: Tensor, padding: int) -> Tensor:
         rows = values.new_full((len(prompt), width), padding)
         rows[place] = values[kept]
         return torch.cat([prompt, rows], dim=1)
 
-    after = prompt_mask.sum(-1).repeat_interleave(per_row)[:, None] + times
+    continued = prompts.mask.sum(-1).repeat_interleave(k)[:, None] + times
     return Packed(
-        ids=behind(prompt_ids, tokens, 0),
-        positions=behind((prompt_mask.long().cumsum(-1) - 1).clamp_min(0), after, 0),
-        owner=behind(torch.where(prompt_mask, PROMPT, PADDING), number % per_row, PADDING),
+        ids=append(prompts.ids, tokens, 0),
+        positions=append(positions(prompts.mask), continued, 0),
+        owner=append(torch.where(prompts.mask, PROMPT, PADDING), number % k, PADDING),
         index=torch.where(mask & (times > 0), start + times, 0),
-        prompt_length=prompt_ids.shape[1],
+        prompt_length=P,
     )
 
 
-def pack_completions(model, prompts: Prompts, tokens: Tensor, mask: Tensor) -> Packed:
-    """Pack B prompts and their completions [B·G, T] into rows as full as the model allows.
-
-    Args:
-        prompts: left-padded.
-        tokens: row b·G + g is a completion of prompt b.
-        mask: True on completion tokens, with which each row begins.
-    """
-    (B, P), (N, T) = prompts.ids.shape, tokens.shape
-    per_row = most_per_row(getattr(model, "module", model), N // B, P, T)  # of DDP: its module
-    return pack(prompts.ids, prompts.mask, tokens, mask, per_row)
-
-
-def most_per_row(model, group_size: int, prompt_length: int, completion_length: int) -> int:
-    """The most completions to put in a row; one where the model cannot keep several apart."""
+def completions_per_row(model, group_size: int, prompt_length: int, completion_length: int) -> int:
+    """Choose how many completions share a row; one if the model cannot keep them apart."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     takes_any_mask = (

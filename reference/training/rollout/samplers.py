@@ -1,10 +1,10 @@
-"""Who writes the completions: the loop of `rollout`, two engines of transformers, or a server.
+"""Samplers: the loop of `generate`, two engines of transformers, or a server.
 
-A sampler is a callable (policy, prompts, group_size, temperature) -> Completions. Every one draws
-from softmax(logits / temperature), untruncated: what a model's generation_config.json asks for
-besides (top-k, top-p, a repetition penalty) would make sampler and trainer two policies. Their
-log-probs are their own: engines that add up in another order or precision differ from the trainer,
-by what the metric sampling/sampling_logp_difference says.
+A sampler is a callable (policy, prompts, group_size, temperature) -> Completions. Every sampler
+draws from softmax(logits / temperature), untruncated: the top-k, top-p or repetition penalty of a
+model's generation_config.json would make sampler and trainer two policies. A sampler returns its
+own log-probs. Engines that sum in another order or precision differ from the trainer; the metric
+sampling/sampling_logp_difference shows by how much.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Sampler = Callable[[Any, Prompts, int, float], Completions]
 
 
 def pick_sampler(name: str) -> Sampler:
-    """The sampler of that name, or the server at that http(s) URL.
+    """Choose the sampler of a name, or the server at an http(s) URL.
 
     Raises:
-        UserError: there is no such sampler, or the server does not answer.
+        UserError: there is no such sampler, or the server is out of reach.
     """
     if is_server(name):
         return ServerSampler(name)
@@ -44,7 +44,7 @@ def is_server(name: str) -> bool:
 
 
 def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """`rollout.generate`: the prompt of a group is computed once."""
+    """Sample with `generate`, which computes the prompt of a group once."""
     rows, device = len(prompts.ids) * group_size, prompts.ids.device
     with policy.autocast(), policy.ranks.shared_rng(rows, device) as draw:
         return generate(
@@ -60,62 +60,60 @@ def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float)
 
 
 def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """`model.generate` of transformers, for models whose cache cannot be repeated."""
+    """Sample with `model.generate` of transformers, also if the cache cannot be repeated."""
     from transformers import LogitsProcessorList
 
     rows = prompts[torch.arange(len(prompts.ids)).repeat_interleave(group_size)]
-    noted = RecordLogprobs(temperature)
-    with (
-        policy.autocast(),
-        override_generation_config(policy.model, _settings(policy, do_sample=temperature > 0)),
-    ):
+    recorder = RecordLogprobs(temperature)
+    settings = generation_config(policy, do_sample=temperature > 0)
+    with policy.autocast(), override_generation_config(policy.model, settings):
         ids = policy.model.generate(
             rows.ids,
             attention_mask=rows.mask.long(),
-            logits_processor=LogitsProcessorList([noted]),
+            logits_processor=LogitsProcessorList([recorder]),
         )
     tokens = ids[:, prompts.ids.shape[1] :]
-    logprob = noted.upto(tokens)
+    logprob = recorder.finish(tokens)
     ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=tokens.device))
-    # After its first end token a row is padding, whatever the padding token is.
+    # After its first end token a row is padding, whichever token pads it.
     mask = ends.long().cumsum(-1) - ends.long() == 0
     return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1))
 
 
 class RecordLogprobs:
-    """A logits processor that applies the temperature and keeps the log-probs of what was drawn.
+    """A logits processor that applies the temperature and records the log-probs of drawn tokens.
 
     `generate` can return the scores of all steps instead: T times the vocabulary per completion.
     """
 
     def __init__(self, temperature: float) -> None:
-        self.temperature = temperature or 1.0  # 0 is greedy, and scored at 1
+        self.temperature = temperature or 1.0  # 0 is greedy and scored at 1
         self.logprobs: list[Tensor] = []
         self.last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.last is not None:
-            self._note(input_ids[:, -1])
+            self._record(input_ids[:, -1])
         self.last = (scores.float() / self.temperature).log_softmax(-1)
         return self.last
 
-    def upto(self, tokens: Tensor) -> Tensor:
-        """[N, T], once the last tokens were drawn."""
-        self._note(tokens[:, -1])
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Return the log-probs [N, T] after the last tokens were drawn."""
+        self._record(tokens[:, -1])
         return torch.stack(self.logprobs, dim=1)
 
-    def _note(self, token: Tensor) -> None:
+    def _record(self, token: Tensor) -> None:
         self.logprobs.append(self.last.gather(-1, token[:, None]).squeeze(-1))
 
 
 def continuous(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """`model.generate_batch` of transformers: rows enter and leave the batch as they end.
+    """Sample with `model.generate_batch` of transformers: continuous batching.
 
-    It runs in a thread of its own, where autocast does not reach: the model acts in the dtype of
-    its weights.
+    It runs in another thread, where autocast has no effect: the model computes in the dtype of its
+    weights.
 
     Raises:
-        UserError: this transformers, model or device does not run it; the reason is given.
+        UserError: this version of transformers, this model or this device does not support it.
     """
     if not hasattr(policy.model, "generate_batch"):
         raise UserError(
@@ -124,17 +122,29 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
         )
     rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
     inputs = [row for row in rows for _ in range(group_size)]
-    settings = _settings(policy, do_sample=temperature > 0)
+    settings = generation_config(policy, do_sample=temperature > 0)
     if temperature > 0:
         settings.temperature = temperature
+    from transformers.generation import ContinuousBatchingConfig
+
+    # By default the cache takes most of the memory. Here it has room for as many completions as a
+    # step has tokens; others wait. Without flash attention the mask of a step is its tokens times
+    # the room of the cache, which would be 4 GiB for 2,000 completions.
+    page = 256  # the default, under a name that changes with the version
+    step = max(1024, *map(len, inputs))  # tokens
+    pages = sorted((-(-(len(row) + policy.max_new_tokens) // page) for row in inputs), reverse=True)
+    batching = ContinuousBatchingConfig(
+        num_blocks=1 + sum(pages[:step]), max_batch_tokens=step, return_logprobs=True
+    )
+    batching.auto_switch_to_flash = False  # flash attention refuses fp32 weights
     try:
         results = policy.model.generate_batch(
             inputs,
             generation_config=settings,
-            continuous_batching_config=_paging(policy, inputs),
+            continuous_batching_config=batching,
             warmup=False,
         )
-    except Exception as error:  # each backend refuses in its own way
+    except Exception as error:  # each backend raises its own type
         raise UserError(f"--sampler continuous does not run here: {error}") from error
     failed = [result.error for result in results.values() if result.error is not None]
     if failed or len(results) < len(inputs):
@@ -150,8 +160,8 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
     )
 
 
-def _settings(policy, **changes):
-    """Nothing but the model's own distribution: left open, top-k would be 50."""
+def generation_config(policy, **options):
+    """Make a config that samples the model's own distribution; by default top-k would be 50."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -159,40 +169,22 @@ def _settings(policy, **changes):
         eos_token_id=list(policy.eos_ids),
         pad_token_id=policy.tokenizer.pad_token_id,
         top_k=0,
-        **changes,
+        **options,
     )
 
 
 @contextlib.contextmanager
 def override_generation_config(model, settings) -> Iterator[None]:
-    """With these settings alone: `generate` fills what they leave open from the model's files."""
-    # peft's generate hands the settings on to the model inside.
-    models = {id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}
-    own = [(each, each.generation_config) for each in models.values()]
+    """Replace the model's generation config, from which `generate` takes unset options."""
+    # peft's generate passes the config on to the base model.
+    base = getattr(model, "get_base_model", lambda: model)()
+    before = [(owner, owner.generation_config) for owner in (model, base)]
     model.generation_config = settings
     try:
         yield
     finally:
-        for each, config in own:
-            each.generation_config = config
-
-
-def _paging(policy, inputs: list[list[int]]):
-    """A cache for these completions; left to itself transformers takes most of the memory.
-
-    For no more at once than a step has tokens: without flash attention it makes a mask of a step's
-    tokens by all that the cache has room for, which were 4 GiB of 2,000 completions. Others wait.
-    """
-    from transformers.generation import ContinuousBatchingConfig
-
-    page = 256  # its default, under a name that changes with the version
-    step = max(1024, *map(len, inputs))  # tokens
-    pages = sorted((-(-(len(row) + policy.max_new_tokens) // page) for row in inputs), reverse=True)
-    config = ContinuousBatchingConfig(
-        num_blocks=1 + sum(pages[:step]), max_batch_tokens=step, return_logprobs=True
-    )
-    config.auto_switch_to_flash = False  # flash attention refuses fp32 weights
-    return config
+        for owner, config in before:
+            owner.generation_config = config
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -1,13 +1,12 @@
-"""Completions from an OpenAI-compatible server, such as vLLM, over HTTP and token ids.
+"""Completions from an OpenAI-compatible server, such as vLLM, as token ids over HTTP.
 
     vllm serve DIRECTORY --logprobs-mode processed_logprobs
 
-That mode matters where --temperature is not 1: without it vLLM tells the log-probs of before the
-temperature. The server keeps the weights with which it was started, while the trainer's move on;
-nothing here tells it of new ones, since what vLLM offers for that goes over NCCL, CUDA handles or a
-developer mode. The loss corrects for the distance with truncated importance sampling, and
-the metric sampling/sampling_logp_difference shows it: restart the server from a saved model when it
-has grown.
+This mode is needed if --temperature is not 1: otherwise vLLM returns log-probs without the
+temperature. The server keeps the weights with which it was started, while the policy is trained.
+New weights are not sent: vLLM receives them by NCCL, CUDA handles or a developer mode only. The
+loss corrects the difference by truncated importance sampling. The metric
+sampling/sampling_logp_difference shows it; if it has grown, restart the server from a saved model.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from reference.training.rollout.generate import Completions, Prompts
 
 TIMEOUT_S = 600
 ATTEMPTS = 5
-BACK_OFF_S = 0.5  # before the second attempt, and twice as long before each further one
+BACK_OFF_S = 0.5  # the wait before the second attempt; it doubles with each further one
 REQUESTS_AT_ONCE = 64
 
 
 class ServerSampler:
-    """A sampler that asks the server at `url` for the completions of each prompt at once."""
+    """A sampler that requests the completions of all prompts from a server at once."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        models = self._ask("/v1/models").get("data") or [{}]
+        models = self._send("/v1/models").get("data") or [{}]
         self.model = models[0].get("id")
         if self.model is None:
             raise UserError(
@@ -44,11 +43,11 @@ class ServerSampler:
     def __call__(
         self, policy, prompts: Prompts, group_size: int, temperature: float
     ) -> Completions:
-        """Sample; see `samplers`.
+        """Sample a group for each prompt.
 
         Raises:
-            UserError: the server is out of reach, refuses, or leaves out ids or log-probs; or its
-                ids are not of the policy's tokenizer.
+            UserError: the server is out of reach, refuses the request or omits ids or log-probs, or
+                its ids are not of the policy's tokenizer.
         """
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
         seeds = policy.ranks.seeds(len(rows))  # from the seed of the run
@@ -57,10 +56,12 @@ class ServerSampler:
             for row, seed in zip(rows, seeds, strict=True)
         ]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            answers = list(pool.map(lambda body: self._ask("/v1/completions", body), requests))
+            responses = list(pool.map(lambda body: self._send("/v1/completions", body), requests))
         tokens, logprobs = [], []
-        for answer in answers:
-            choices = sorted(self._choices(answer), key=lambda choice: choice.get("index", 0))
+        for response in responses:
+            if not response.get("choices"):
+                raise UserError(f"{self.url} gave no choices: {json.dumps(response)[:200]}")
+            choices = sorted(response["choices"], key=lambda choice: choice.get("index", 0))
             if temperature == 0:
                 choices = choices[:1] * group_size
             if len(choices) != group_size:
@@ -81,7 +82,7 @@ class ServerSampler:
     def _request(
         self, policy, prompt: list[int], group_size: int, temperature: float, seed: int
     ) -> dict[str, Any]:
-        """What vLLM's generation_config would add is set to nothing; others ignore those fields."""
+        """Build a request that overrides vLLM's generation_config; others ignore these fields."""
         return {
             "model": self.model,
             "prompt": prompt,
@@ -99,13 +100,8 @@ class ServerSampler:
             "return_tokens_as_token_ids": True,
         }
 
-    def _choices(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        if not answer.get("choices"):
-            raise UserError(f"{self.url} gave no choices: {json.dumps(answer)[:200]}")
-        return answer["choices"]
-
     def _parse(self, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-        """Token ids, given as numbers or as "token_id:123", and their log-probs."""
+        """Read the token ids, numbers or texts like "token_id:123", and their log-probs."""
         logprobs = choice.get("logprobs") or {}
         values = logprobs.get("token_logprobs")
         if not values or None in values:
@@ -139,8 +135,8 @@ class ServerSampler:
                 f"tokens {list(policy.eos_ids)}"
             )
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """GET, or POST `body`; tries again where the connection or the server failed."""
+    def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """GET, or POST `body`, and retry if the connection or the server fails."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path, data, {"Content-Type": "application/json"}
@@ -163,7 +159,7 @@ class ServerSampler:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says of its refusal, in one line."""
+    """Read the server's reason for an error, as one line."""
     text = error.read().decode(errors="replace")
     try:
         content = json.loads(text)

@@ -1,4 +1,4 @@
-"""Conversations as tokens, through templates that know system messages or do not."""
+"""Chat templates with and without system messages."""
 
 import copy
 
@@ -17,7 +17,7 @@ REFUSES_SYSTEM = (
 )
 
 
-def written(template, messages):
+def encoded_text(template, messages):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template
     return tokenizer.decode(encode_messages(tokenizer, [messages]).ids[0])
@@ -27,32 +27,32 @@ def chat(*pairs):
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-def test_a_system_prompt_goes_through_a_template_that_shows_it():
+def test_template_with_system_role():
     messages = chat(("system", "12"), ("user", "34"))
-    assert written(SHOWS_ALL, messages) == " =12  =34 +"
+    assert encoded_text(SHOWS_ALL, messages) == " =12  =34 +"
 
 
 @pytest.mark.parametrize("template", [SHOWS_NO_SYSTEM, REFUSES_SYSTEM])
-def test_a_system_prompt_that_a_template_leaves_out_or_refuses_comes_before_the_question(
+def test_template_without_system_role_gets_the_system_prompt_in_the_question(
     template,
 ):
     messages = chat(("system", "12"), ("user", "34"))
-    assert written(template, messages) == "12 34"  # the empty line is one unknown character
+    assert encoded_text(template, messages) == "12 34"  # the empty line is one unknown character
     assert messages == chat(("system", "12"), ("user", "34"))
 
 
-def test_a_template_that_shows_the_first_message_only_gets_both_in_it():
+def test_template_that_shows_only_the_first_message_gets_both_in_it():
     prompts = encode(TOKENIZER, ["34", "5"], system="12")
     assert TOKENIZER.decode(prompts.ids[0]) == "12 34"
     assert prompts.mask.sum(-1).tolist() == [5, 4]
 
 
-def test_a_conversation_is_encoded_with_all_its_turns():
+def test_conversation_is_encoded_with_all_turns():
     messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"))
-    assert written(SHOWS_ALL, messages) == " =1  =2  =3 +"
+    assert encoded_text(SHOWS_ALL, messages) == " =1  =2  =3 +"
 
 
-def test_messages_that_a_template_refuses_are_an_error_with_its_reason():
+def test_refused_messages_raise_user_error_with_the_reason():
     refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"\(user, user\): roles must alternate"):
-        written(refuses, chat(("user", "1"), ("user", "2")))
+        encoded_text(refuses, chat(("user", "1"), ("user", "2")))

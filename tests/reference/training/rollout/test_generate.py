@@ -1,4 +1,4 @@
-"""Sampling: masks, padding, the shared prompt and its cache, against plain full forward passes."""
+"""Sampling with a shared prompt against full forward passes: masks, padding, log-probs."""
 
 from types import SimpleNamespace
 
@@ -27,8 +27,8 @@ def logprobs(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def alone(scratch, question, tokens):
-    """The logits of the tokens from one unpadded pass over question and tokens, without a cache."""
+def logits_alone(scratch, question, tokens):
+    """Compute the tokens' logits in one unpadded pass over question and tokens, without a cache."""
     model, tokenizer = scratch
     prompt = encode(tokenizer, [question]).ids[0]
     logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0]
@@ -43,9 +43,7 @@ def test_prompts_are_padded_on_the_left(scratch):
 
 
 @pytest.mark.parametrize("pad_id", [0, END])
-def test_the_mask_holds_the_end_token_and_nothing_after_it_even_where_padding_is_that_token(
-    scratch, pad_id
-):
+def test_mask_ends_with_the_end_token_even_if_padding_is_that_token(scratch, pad_id):
     completions = sample(scratch, group_size=40, pad_id=pad_id, temperature=3.0)
     ended = 0
     for tokens, mask, finished in zip(
@@ -70,7 +68,7 @@ def test_generation_stops_when_every_completion_has_ended(scratch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature):
+def test_sampled_logprobs_match_the_forward_pass(scratch, temperature):
     model, tokenizer = scratch
     completions = sample(scratch, temperature=temperature)
     logits = completion_logits(
@@ -81,18 +79,18 @@ def test_the_sampled_logprobs_are_those_of_the_forward_pass(scratch, temperature
     assert (completions.logprob[~completions.mask] == 0).all()
 
 
-def test_left_padding_and_the_shared_prompt_give_the_logits_of_each_sequence_alone(scratch):
+def test_packed_logits_match_each_sequence_alone(scratch):
     model, tokenizer = scratch
     completions = sample(scratch)
     logits = completion_logits(
         model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
     )
     for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
-        expected = alone(scratch, QUESTIONS[row // 3], tokens[mask])
+        expected = logits_alone(scratch, QUESTIONS[row // 3], tokens[mask])
         assert torch.allclose(logits[row, mask], expected, atol=1e-12)
 
 
-def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(scratch):
+def test_packed_gradient_matches_the_sequences_alone(scratch):
     model, tokenizer = scratch
     completions = sample(scratch)
     weights = torch.randn(completions.tokens.shape, dtype=torch.float64)
@@ -101,7 +99,7 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(s
     )
     shared = (logprobs(logits, completions.tokens) * weights)[completions.mask].sum()
     separate = sum(
-        (logprobs(alone(scratch, QUESTIONS[row // 3], t[m]), t[m]) * weights[row, m]).sum()
+        (logprobs(logits_alone(scratch, QUESTIONS[row // 3], t[m]), t[m]) * weights[row, m]).sum()
         for row, (t, m) in enumerate(zip(completions.tokens, completions.mask, strict=True))
     )
     parameters = list(model.parameters())
@@ -114,8 +112,8 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_the_sequences_alone(s
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_gradient_is_added_up_in_the_order_in_which_threads_come(scratch):
-    """index_put with accumulate is one on a CPU: a run beside others lost its bits to it."""
+def test_gradient_is_summed_in_a_fixed_order(scratch):
+    """On a CPU index_put with accumulate depends on the order of threads."""
     model, tokenizer = scratch
     seen = []
 
@@ -132,7 +130,7 @@ def test_no_gradient_is_added_up_in_the_order_in_which_threads_come(scratch):
     assert not [name for name, *added in seen if "index_put" in name and added == [True]]
 
 
-def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
+def test_greedy_generation_matches_argmax_of_full_passes(scratch):
     model, tokenizer = scratch
     completions = sample(scratch, group_size=2, temperature=0.0)
     for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
@@ -144,8 +142,8 @@ def test_greedy_generation_with_the_cache_is_the_argmax_of_full_passes(scratch):
 
 
 @torch.no_grad()
-def drawn_alone(scratch, row, draws, temperature):
-    """Completion `row`, from full passes over it alone, by its own column of the draws."""
+def sample_alone(scratch, row, draws, temperature):
+    """Sample completion `row` from full passes over it alone, with its column of the draws."""
     model, tokenizer = scratch
     ids, tokens, values = encode(tokenizer, [QUESTIONS[row // 3]]).ids, [], []
     for draw in draws[:, row]:
@@ -159,19 +157,19 @@ def drawn_alone(scratch, row, draws, temperature):
     return tokens, torch.tensor(values)
 
 
-def test_completions_are_what_each_row_draws_alone_though_others_end_and_leave(scratch):
+def test_completions_match_each_row_sampled_alone(scratch):
     completions = sample(scratch, temperature=3.0, max_new_tokens=16)
     torch.manual_seed(1)
     draws = torch.stack([torch.rand(9) for _ in range(16)])
     lengths = completions.mask.sum(-1)
     assert len(set(lengths.tolist())) > 2
     for row, length in enumerate(lengths):
-        tokens, values = drawn_alone(scratch, row, draws, 3.0)
+        tokens, values = sample_alone(scratch, row, draws, 3.0)
         assert completions.tokens[row, :length].tolist() == tokens
         assert torch.allclose(completions.logprob[row, :length], values, atol=1e-5)
 
 
-def test_a_row_draws_the_same_tokens_whether_others_end_or_not(scratch):
+def test_a_row_does_not_depend_on_other_rows_ending(scratch):
     ending, going_on = (
         sample(scratch, temperature=3.0, eos_ids=ids, group_size=20) for ids in ([END], [])
     )
@@ -181,7 +179,7 @@ def test_a_row_draws_the_same_tokens_whether_others_end_or_not(scratch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_evenly_spread_draws_choose_each_token_as_often_as_its_probability(temperature):
+def test_token_frequencies_match_probabilities(temperature):
     logits = torch.tensor([1.0, -2.0, -torch.inf, 3.0, 0.5, -torch.inf])
     probs = (logits / temperature).softmax(-1)
     draws = torch.arange(1000) / 1000
@@ -191,14 +189,14 @@ def test_evenly_spread_draws_choose_each_token_as_often_as_its_probability(tempe
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
-def test_the_ends_of_the_draw_choose_no_token_of_probability_0(draw):
+def test_extreme_draws_choose_no_token_of_probability_0(draw):
     logits = torch.full((1, 50_000), -torch.inf)
     logits[0, 100:40_000] = torch.randn(39_900)
     token, logprob = _choose(logits, 1.0, torch.tensor([draw]))
     assert token == (100 if draw == 0 else 39_999) and logprob.isfinite()
 
 
-def test_a_cache_that_cannot_be_repeated_is_an_error_that_names_the_way_out(scratch):
+def test_unrepeatable_cache_raises_user_error_with_a_remedy(scratch):
     def recurrent(**inputs):
         return SimpleNamespace(past_key_values=object(), logits=torch.zeros(3, 1, 16))
 
@@ -206,20 +204,20 @@ def test_a_cache_that_cannot_be_repeated_is_an_error_that_names_the_way_out(scra
         sample((recurrent, scratch[1]))
 
 
-def test_the_same_seed_draws_the_same_completions(scratch):
+def test_same_seed_gives_same_completions(scratch):
     assert torch.equal(sample(scratch).tokens, sample(scratch).tokens)
 
 
-def test_completions_of_one_token_have_their_logits(scratch):
+def test_logits_of_one_token_completions(scratch):
     model, tokenizer = scratch
     tokens = torch.tensor([[4], [5], [6]])
     prompts, mask = encode(tokenizer, QUESTIONS), torch.ones(3, 1, dtype=torch.bool)
     logits = completion_logits(model, prompts, tokens, mask)
     for row, question in enumerate(QUESTIONS):
-        assert torch.allclose(logits[row], alone(scratch, question, tokens[row]), atol=1e-12)
+        assert torch.allclose(logits[row], logits_alone(scratch, question, tokens[row]), atol=1e-12)
 
 
-def test_completions_from_lists_are_padded_and_finished_where_they_end():
+def test_from_lists_pads_and_marks_finished_completions():
     completions = Completions.from_lists(
         [[5, 9, END], [7], [5, 6, 8]],
         [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]],

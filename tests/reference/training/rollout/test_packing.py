@@ -1,4 +1,4 @@
-"""Completions of a group in one row: apart from each other, whatever stands beside them."""
+"""Packed completions: the values do not depend on how many completions share a row."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def sample(scratch, group_size=3, temperature=1.0):
     )
 
 
-def states_and_gradient(scratch, completions):
+def logits_and_gradient(scratch, completions):
     model, tokenizer = scratch
     logits = completion_logits(
         model, encode(tokenizer, QUESTIONS), completions.tokens, completions.mask
@@ -37,61 +37,62 @@ def states_and_gradient(scratch, completions):
 
 
 @pytest.mark.parametrize("row_tokens", [0, 7 + 2 * 8, 7 + 3 * 8])
-def test_states_and_gradients_do_not_depend_on_how_many_completions_share_a_row(
+def test_logits_and_gradients_do_not_depend_on_completions_per_row(
     scratch, monkeypatch, row_tokens
 ):
     completions = sample(scratch, group_size=6, temperature=2.0)
-    expected, expected_gradient = states_and_gradient(scratch, completions)
+    expected, expected_gradient = logits_and_gradient(scratch, completions)
     monkeypatch.setattr(packing, "ROW_TOKENS", row_tokens)
-    states, gradient = states_and_gradient(scratch, completions)
+    states, gradient = logits_and_gradient(scratch, completions)
     assert torch.allclose(states, expected, atol=1e-12)
     for ours, theirs in zip(gradient, expected_gradient, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_what_stands_under_the_mask_changes_no_state(scratch):
+def test_masked_tokens_have_no_effect(scratch):
     completions = sample(scratch, group_size=20, temperature=3.0)
-    states, _ = states_and_gradient(scratch, completions)
+    states, _ = logits_and_gradient(scratch, completions)
     garbage = completions.tokens.where(completions.mask, 7)
     changed = Completions(garbage, completions.mask, completions.logprob, completions.finished)
     assert not completions.mask.all()
-    assert torch.equal(states_and_gradient(scratch, changed)[0], states)
+    assert torch.equal(logits_and_gradient(scratch, changed)[0], states)
 
 
-def test_a_completion_without_any_token_leaves_the_states_of_the_others(scratch):
+def test_empty_completion_does_not_affect_the_others(scratch):
     completions = sample(scratch)
-    expected = states_and_gradient(scratch, completions)[0]
+    expected = logits_and_gradient(scratch, completions)[0]
     mask = completions.mask.clone()
     mask[4] = False
     others = Completions(completions.tokens, mask, completions.logprob, completions.finished)
-    states, gradient = states_and_gradient(scratch, others)
+    states, gradient = logits_and_gradient(scratch, others)
     assert torch.allclose(states, expected[mask[completions.mask]], atol=1e-12)
-    assert all(each.isfinite().all() for each in gradient)
+    assert all(grad.isfinite().all() for grad in gradient)
 
 
-def stand_in(**config):
+def stub_model(**config):
     config = {"_attn_implementation": "sdpa"} | config
     config = SimpleNamespace(**config)
     config.get_text_config = lambda: config
     return SimpleNamespace(config=config, _supports_attention_backend=True)
 
 
-def test_a_row_takes_the_largest_share_of_a_group_that_it_holds():
-    shares = [packing.most_per_row(stand_in(), 12, 48, length + 1) for length in (10, 400, 1000)]
+def test_row_holds_the_largest_divisor_of_the_group_that_fits():
+    lengths = (10, 400, 1000)
+    shares = [packing.completions_per_row(stub_model(), 12, 48, T + 1) for T in lengths]
     assert shares == [12, 4, 2]
-    assert packing.most_per_row(stand_in(), 12, 5000, 9) == 1
+    assert packing.completions_per_row(stub_model(), 12, 5000, 9) == 1
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        stand_in(_attn_implementation="eager"),
-        stand_in(_attn_implementation="flash_attention_2"),
-        stand_in(sliding_window=4096),
-        stand_in(layer_types=["full_attention", "linear_attention"]),
-        SimpleNamespace(config=stand_in().config, _supports_attention_backend=False),
-        SimpleNamespace(**vars(stand_in()), _is_stateful=True),
+        stub_model(_attn_implementation="eager"),
+        stub_model(_attn_implementation="flash_attention_2"),
+        stub_model(sliding_window=4096),
+        stub_model(layer_types=["full_attention", "linear_attention"]),
+        SimpleNamespace(config=stub_model().config, _supports_attention_backend=False),
+        SimpleNamespace(**vars(stub_model()), _is_stateful=True),
     ],
 )
-def test_a_model_that_cannot_keep_completions_apart_gets_one_per_row(model):
-    assert packing.most_per_row(model, 8, 10, 5) == 1
+def test_models_without_arbitrary_masks_get_one_completion_per_row(model):
+    assert packing.completions_per_row(model, 8, 10, 5) == 1

@@ -54,7 +54,7 @@ def trainer_logprobs(policy, prompts, completions, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("name", LOCAL)
-def test_the_logprobs_are_those_of_the_trainer(policy, name, temperature):
+def test_logprobs_match_the_trainer(policy, name, temperature):
     prompts, completions = sample(policy, name, temperature=temperature)
     mask = completions.mask
     expected = trainer_logprobs(policy, prompts, completions, temperature)
@@ -64,7 +64,7 @@ def test_the_logprobs_are_those_of_the_trainer(policy, name, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", LOCAL)
-def test_tokens_come_as_often_as_the_model_says(policy, name, temperature):
+def test_token_frequencies_match_the_model(policy, name, temperature):
     N = 2000
     one = SimpleNamespace(**{**vars(policy), "max_new_tokens": 1})
     prompts, completions = sample(one, name, N, temperature, QUESTIONS[:1])
@@ -78,7 +78,7 @@ def test_tokens_come_as_often_as_the_model_says(policy, name, temperature):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_the_mask_ends_with_the_end_token(policy, name):
+def test_mask_ends_with_the_end_token(policy, name):
     _, completions = sample(policy, name, group_size=40)
     T = completions.tokens.shape[1]
     ended = 0
@@ -93,7 +93,7 @@ def test_the_mask_ends_with_the_end_token(policy, name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_greedy_completions_are_those_of_the_shared_prompt(policy, name):
+def test_greedy_completions_match_shared_prompt(policy, name):
     _, completions = sample(policy, name, group_size=2, temperature=0.0)
     _, expected = sample(policy, "shared-prompt", group_size=2, temperature=0.0)
     assert torch.equal(completions.mask, expected.mask)
@@ -102,11 +102,11 @@ def test_greedy_completions_are_those_of_the_shared_prompt(policy, name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_the_same_seed_draws_the_same_completions(policy, name):
+def test_same_seed_gives_same_completions(policy, name):
     assert torch.equal(sample(policy, name)[1].tokens, sample(policy, name)[1].tokens)
 
 
-def test_sampling_leaves_the_settings_of_the_model_as_they_were(policy):
+def test_sampling_restores_the_generation_config(policy):
     before = policy.model.generation_config.to_dict(), policy.model.config._attn_implementation
     for name in LOCAL:
         sample(policy, name)
@@ -114,7 +114,7 @@ def test_sampling_leaves_the_settings_of_the_model_as_they_were(policy):
     assert (policy.model.generation_config.to_dict(), config._attn_implementation) == before
 
 
-def test_continuous_batching_that_fails_gives_the_reason_of_transformers(policy, monkeypatch):
+def test_continuous_batching_failure_gives_the_reason_of_transformers(policy, monkeypatch):
     def fails(*_, **__):
         raise ValueError("Implementation flex_attention is not supported")
 
@@ -123,13 +123,13 @@ def test_continuous_batching_that_fails_gives_the_reason_of_transformers(policy,
         sample(policy, "continuous")
 
 
-def test_continuous_batching_that_loses_completions_is_an_error(policy, monkeypatch):
+def test_continuous_batching_with_missing_completions_raises(policy, monkeypatch):
     monkeypatch.setattr(policy.model, "generate_batch", lambda *_, **__: {}, raising=False)
     with pytest.raises(UserError, match="--sampler continuous: 0 of 9 completions"):
         sample(policy, "continuous")
 
 
-def test_an_unknown_sampler_is_an_error_that_names_the_known():
+def test_unknown_sampler_raises_user_error_with_the_known_names():
     with pytest.raises(UserError, match="shared-prompt, generate, continuous, or the http"):
         pick_sampler("vllm")
     assert list(SAMPLERS) == LOCAL

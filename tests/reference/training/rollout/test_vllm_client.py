@@ -81,7 +81,7 @@ def without_ids(choice):
 
 
 @pytest.mark.parametrize("change", [lambda choice: choice, without_ids], ids=["ids", "texts"])
-def test_tokens_and_logprobs_come_in_the_order_of_prompts_and_choices(emulator, change):
+def test_completions_are_in_the_order_of_prompts_and_choices(emulator, change):
     emulator.change = change
     completions = sample(emulator)
     expected = [[q] * (i + 1) + [END] + [PAD] * (2 - i) for q in (6, 9) for i in range(3)]
@@ -92,13 +92,13 @@ def test_tokens_and_logprobs_come_in_the_order_of_prompts_and_choices(emulator, 
     assert completions.logprob.tolist() == logprobs * 2
 
 
-def test_a_completion_that_was_cut_off_has_not_finished(emulator):
+def test_truncated_completion_is_not_finished(emulator):
     completions = sample(emulator, group_size=4)
     assert completions.finished.tolist() == [True, True, True, False] * 2
     assert completions.mask[3].all()
 
 
-def test_the_request_asks_for_the_untruncated_distribution_of_the_first_model(emulator):
+def test_request_has_no_truncation_and_names_the_first_model(emulator):
     sample(emulator)
     body = min(emulator.bodies, key=lambda each: len(each["prompt"]))
     assert body["prompt"] == [5, 6]  # without the padding
@@ -107,7 +107,7 @@ def test_the_request_asks_for_the_untruncated_distribution_of_the_first_model(em
     assert (body["max_tokens"], body["stop_token_ids"]) == (4, [END])
 
 
-def test_the_seeds_of_the_requests_come_from_the_seed_of_the_run(emulator):
+def test_request_seeds_follow_the_seed_of_the_run(emulator):
     for _ in range(2):
         torch.manual_seed(3)
         sample(emulator)
@@ -115,43 +115,43 @@ def test_the_seeds_of_the_requests_come_from_the_seed_of_the_run(emulator):
     assert sorted(seeds[:2]) == sorted(seeds[2:]) and seeds[0] != seeds[1]
 
 
-def test_greedy_completions_are_asked_for_once_and_repeated(emulator):
+def test_greedy_completions_are_requested_once_and_repeated(emulator):
     completions = sample(emulator, group_size=2, temperature=0.0)
     assert [body["n"] for body in emulator.bodies] == [1, 1]
     assert completions.tokens.tolist() == [[6, END], [6, END], [9, END], [9, END]]
 
 
-def test_a_url_may_end_in_v1(emulator):
+def test_url_may_end_in_v1(emulator):
     assert pick_sampler(emulator.url + "/v1/").url == emulator.url
 
 
-def test_failures_of_the_server_are_tried_again(emulator):
+def test_server_failures_are_retried(emulator):
     emulator.failures = [(503, "loading")] * 3
     assert sample(emulator).tokens.shape == (6, 4)
     assert len(emulator.bodies) == 5
 
 
-def test_a_server_that_goes_on_failing_is_an_error(emulator):
+def test_persistent_server_failure_raises(emulator):
     emulator.failures = [(500, "out of memory")] * 100
     with pytest.raises(UserError, match=r"answered 500: out of memory \(after 5 attempts\)"):
         sample(emulator)
 
 
-def test_a_refusal_is_an_error_at_once(emulator):
+def test_client_error_is_not_retried(emulator):
     emulator.failures = [(404, "The model `served` does not exist.")] * 2
     with pytest.raises(UserError, match="answered 404: The model `served` does not exist"):
         sample(emulator)
     assert len(emulator.bodies) <= 2
 
 
-def test_a_server_out_of_reach_is_an_error_that_names_it(emulator):
+def test_unreachable_server_raises_user_error_with_its_url(emulator):
     emulator.shutdown()
     emulator.server_close()
     with pytest.raises(UserError, match=rf"{emulator.url}/v1/models is out of reach"):
         pick_sampler(emulator.url)
 
 
-def test_a_server_without_models_is_an_error(emulator):
+def test_server_without_models_raises(emulator):
     emulator.models = {"object": "list"}
     with pytest.raises(UserError, match="names no model"):
         pick_sampler(emulator.url)
@@ -168,13 +168,13 @@ def test_a_server_without_models_is_an_error(emulator):
         ({"token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}}, "ended a completion with"),
     ],
 )
-def test_what_a_server_leaves_out_or_gets_wrong_is_an_error(emulator, change, message):
+def test_incomplete_or_wrong_response_raises(emulator, change, message):
     emulator.change = lambda choice: choice | change
     with pytest.raises(UserError, match=message):
         sample(emulator, group_size=1)
 
 
-def test_an_answer_that_is_not_json_is_an_error(emulator, monkeypatch):
+def test_response_that_is_not_json_raises(emulator, monkeypatch):
     monkeypatch.setattr(server.json, "load", lambda response: json.loads("<html>"))
     with pytest.raises(UserError, match="did not answer in JSON"):
         pick_sampler(emulator.url)
