@@ -10,7 +10,6 @@ its `prime_rl/trainer/rl/loss.py`, and `FusedOutputLinear` in `models/layers/lm_
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..objective.policy_loss import LossConfig, policy_loss
 from ..ops.linear_token_stats import linear_token_stats
+from ..validation import expect_choice
 
 
 def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
@@ -110,13 +110,12 @@ class FusedOutputLinear(torch.nn.Linear):
 
 @functools.cache
 def _loss_config(objective: str, **settings: Any) -> LossConfig:
-    constructor: Callable[..., LossConfig] | None = getattr(LossConfig, objective, None)
-    if objective.startswith("_") or not callable(constructor):
-        raise ValueError(f"objective must be a named constructor of LossConfig, got {objective!r}")
+    objectives = LossConfig.objectives()
+    expect_choice("objective", objective, objectives)
     aggregation = settings.setdefault("aggregation", "token_mean")
     if aggregation != "token_mean":
         raise ValueError(
             f"aggregation must be 'token_mean', got {aggregation!r}: prime-rl divides by the "
             "tokens of the global batch"
         )
-    return constructor(**settings)
+    return objectives[objective](**settings)

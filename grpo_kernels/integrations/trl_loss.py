@@ -68,7 +68,7 @@ def loss_config(settings: Mapping[str, Any]) -> LossConfig:
         fields |= {"importance_level": level, "importance_mode": mode}
         fields["importance_floor"] = settings["vllm_importance_sampling_clip_min"]
         fields["importance_cap"] = settings["vllm_importance_sampling_clip_max"]
-    return getattr(LossConfig, loss_type)(**fields)
+    return LossConfig.objectives()[loss_type](**fields)
 
 
 def loss_denominators(

@@ -175,7 +175,7 @@ def read_objective(name: str, actor: Any) -> LossConfig:
     for field in _CLIP:
         if field in fields and fields[field] is None:
             fields[field] = actor.clip_ratio
-    return getattr(LossConfig, name)(**fields)
+    return LossConfig.objectives()[name](**fields)
 
 
 def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
