@@ -177,6 +177,11 @@ class LossConfig(_Derived):
                     f"{name} is read by surrogate={' or '.join(map(repr, readers))} only, "
                     f"got {value!r} with surrogate={self.surrogate!r}"
                 )
+            if name.startswith("importance_") and SURROGATES[self.surrogate].relative_to_sampler:
+                raise ValueError(
+                    f"{name} is not read by surrogate={self.surrogate!r}, whose ratio is the one "
+                    f"to the sampler, got {value!r}"
+                )
             needed = setting.metadata.get("read_with")
             if needed is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} is read with {needed} only, got {value!r} without")
@@ -241,6 +246,11 @@ class LossConfig(_Derived):
         The first line of a constructor's docstring describes it in one sentence.
         """
         return {name: getattr(LossConfig, name) for name in _OBJECTIVES}
+
+    @property
+    def needs_sampling(self) -> bool:
+        """Tell if the sampler's log-probs must be given."""
+        return self.importance_mode == "mask" or self.policy_term.relative_to_sampler
 
     @property
     def reads_sequences(self) -> bool:

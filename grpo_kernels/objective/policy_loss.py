@@ -192,8 +192,11 @@ def prepare_loss_inputs(
     for name, logprob in logprobs.items():
         if logprob is not None:
             expect_tensor(name, logprob, floating=True, shape=shape)
-    if config.importance_mode == "mask" and sampling_logprob is None:
-        raise ValueError("importance_mode='mask' needs sampling_logprob, got None")
+    if config.needs_sampling and sampling_logprob is None:
+        reader = "importance_mode" if config.importance_mode == "mask" else "surrogate"
+        raise ValueError(f"{reader}={getattr(config, reader)!r} needs sampling_logprob, got None")
+    if config.policy_term.relative_to_sampler:
+        logprobs |= {"old_logprob": sampling_logprob, "sampling_logprob": None}
     check_normalizers(config, normalizer, entropy_normalizer)
 
     if mask is None:

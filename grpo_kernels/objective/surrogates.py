@@ -40,6 +40,8 @@ class Surrogate:
 
     token_level: ClassVar[bool] = True
     spreads_grad: ClassVar[bool] = False  # one token's term has a gradient in other tokens
+    has_penalty: ClassVar[bool] = False  # the gradient may be nonzero where A = 0
+    relative_to_sampler: ClassVar[bool] = False  # the sampler takes the place of the old policy
     applies_importance: ClassVar[bool] = False  # `value` contains the importance weight
     only_token_ratio: ClassVar[str] = ""  # why ratio_level must be "token"; "": it need not be
 

@@ -55,6 +55,7 @@ def zero_advantage_has_zero_grad(config: LossConfig, *, per_sequence: bool) -> b
     spreads = config.ratio_level == "sequence" or config.policy_term.spreads_grad
     return (
         (per_sequence or not spreads)
+        and not config.policy_term.has_penalty
         and config.beta == 0
         and config.entropy_coef == 0
         and config.kl_cov is None

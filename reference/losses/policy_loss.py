@@ -9,7 +9,7 @@ from reference.losses.kl_estimators import sampled_kl
 from reference.losses.metrics import objective_metrics
 from reference.losses.ratios import importance_weight
 from reference.losses.sequences import Tokens, arrange
-from reference.losses.surrogates import SURROGATES
+from reference.losses.surrogates import RELATIVE_TO_SAMPLER, SURROGATES
 from reference.losses.token_selection import high_entropy, kept_tokens, kl_cov_term
 
 
@@ -68,6 +68,8 @@ def policy_loss(
         raise ValueError(f"beta != 0 with kl_estimator={config.kl_estimator!r} needs {name}")
     if logprob.dim() == 1 and cu_seqlens is None and _reads_sequences(config):
         raise ValueError("a packed logprob needs cu_seqlens wherever sequences matter")
+    if config.surrogate in RELATIVE_TO_SAMPLER:
+        old_logprob, sampling_logprob = sampling_logprob, None
     tokens = arrange(
         logprob,
         advantages,

@@ -113,6 +113,9 @@ SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
     for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo)
 }
 
+# Surrogates for which the sampler takes the place of the old policy.
+RELATIVE_TO_SAMPLER: tuple[str, ...] = ()
+
 
 def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
     """(low, high), bool: tokens with A < 0 below the lower bound, with A > 0 above the upper.

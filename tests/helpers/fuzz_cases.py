@@ -277,7 +277,7 @@ def _objective(draw, name: str, numbers: Numbers, shape, acc, logprob: Tensor) -
     arguments["advantages"] = advantages * numbers.coin(*advantages.shape, p=0.8)
     spread = draw(st.sampled_from([0.1, 3.0, 40.0, 100.0]))
     for given in ("old_logprob", "sampling_logprob"):
-        needed = given == "sampling_logprob" and config.importance_mode == "mask"
+        needed = given == "sampling_logprob" and config.needs_sampling
         if draw(st.booleans()) or needed:
             arguments[given] = (logprob + numbers.normal(*shape, std=spread)).to(acc)
     normalizer = draw(st.sampled_from([None, 11, torch.tensor(13), torch.tensor(0), 2.5]))

@@ -1,14 +1,24 @@
 """LossConfig and the arguments of policy_loss: defaults, named constructors, error messages."""
 
+import ast
+import dataclasses
+import inspect
+import itertools
 import math
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
+from grpo_kernels.objective.aggregation import AGGREGATIONS
+from grpo_kernels.objective.kl_estimators import SAMPLED_KL, VOCABULARY_KL
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
+from grpo_kernels.objective.ratios import RATIO_LEVELS
+from grpo_kernels.objective.surrogates import SURROGATES
 
 
-def test_named_constructors_are_points_of_the_table_and_keywords_override():
+def test_named_constructors_and_overrides():
     def point(**fields):
         return LossConfig(**fields)
 
@@ -38,8 +48,62 @@ def test_config_is_frozen_and_hashable():
         LossConfig("clip")
 
 
+SETTINGS = [setting.name for setting in fields(LossConfig)]
+TABLES = {
+    "surrogate": SURROGATES,
+    "ratio_level": RATIO_LEVELS,
+    "kl_estimator": [*SAMPLED_KL, *VOCABULARY_KL],
+    "aggregation": AGGREGATIONS,
+    "importance_mode": ["truncate", "mask"],
+    "importance_level": ["token", "sequence"],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_choices_equal_keys_of_table(name):
+    kind = get_type_hints(LossConfig)[name]
+    choices = list(get_args(kind)) if get_origin(kind) is Literal else None
+    assert choices == (list(TABLES[name]) if name in TABLES else None)
+
+
+def test_every_setting_has_a_docstring():
+    body = ast.parse(inspect.getsource(LossConfig)).body[0].body
+    documented = [
+        node.target.id
+        for node, following in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value.value, str)
+        and following.value.value.strip().endswith(".")
+    ]
+    assert documented == SETTINGS
+
+
+def test_surrogates_read_settings_of_loss_config():
+    for surrogate in SURROGATES.values():
+        assert {setting.name for setting in fields(surrogate)} <= set(SETTINGS)
+
+
+def test_objectives_lists_every_named_constructor():
+    objectives = LossConfig.objectives()
+    constructors = [name for name, x in vars(LossConfig).items() if isinstance(x, classmethod)]
+    assert list(objectives) == constructors
+    for name, constructor in objectives.items():
+        length = {"max_completion_length": 9} if name == "dr_grpo" else {}
+        assert isinstance(constructor(**length), LossConfig)
+        first, *_ = constructor.__doc__.splitlines()
+        assert first.endswith("."), name
+
+
+def test_decode_inverts_encode_except_for_entropy_coef():
+    config = LossConfig.cispo(beta=0.1, entropy_coef=0.3)
+    decoded = LossConfig.decode(config.encode())
+    assert decoded == dataclasses.replace(config, entropy_coef=0.0)
+    assert decoded.encode() == config.encode()
+
+
 @pytest.mark.parametrize(
-    ("error", "fields", "message"),
+    ("error", "settings", "message"),
     [
         (ValueError, {"surrogate": "ppo"}, "surrogate must be one of 'clip', .*, got 'ppo'"),
         (ValueError, {"ratio_level": "word"}, "ratio_level must be one of 'token', 'sequence'"),
@@ -99,11 +163,11 @@ def test_config_is_frozen_and_hashable():
         (ValueError, {"max_completion_length": 0}, "must be at least 1, got 0"),
     ],
 )
-def test_a_wrong_setting_is_an_error_at_construction(error, fields, message):
-    if fields.get("max_completion_length") in (9.5, 0):
-        fields = {"aggregation": "fixed_length", **fields}
+def test_wrong_setting_raises_at_construction(error, settings, message):
+    if settings.get("max_completion_length") in (9.5, 0):
+        settings = {"aggregation": "fixed_length", **settings}
     with pytest.raises(error, match=message):
-        LossConfig(**fields)
+        LossConfig(**settings)
 
 
 PACKED = {"logprob": torch.zeros(4), "advantages": torch.zeros(4)}
@@ -165,7 +229,7 @@ TOKEN_MEAN = LossConfig(aggregation="token_mean")
         ),
     ],
 )
-def test_a_wrong_argument_is_a_clear_error(error, keywords, message):
+def test_wrong_argument_raises(error, keywords, message):
     arguments = {"logprob": torch.zeros(2, 3), "advantages": torch.zeros(2)} | keywords
     with pytest.raises(error, match=message):
         policy_loss(**arguments)

@@ -336,7 +336,7 @@ def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, sprea
     """Of every formula in the tables, also where ratios saturate; autograd is the oracle."""
     logprob = -normal(seed, 5, 6, dtype=torch.float64).abs().requires_grad_()
     entropy = normal(seed + 1, 5, 6, dtype=torch.float64).abs().requires_grad_()
-    if config.importance_mode == "mask":
+    if config.needs_sampling:
         given_logprobs = given_logprobs | {"sampling_logprob"}
     others = {
         name: logprob.detach() + normal(seed + i, 5, 6, dtype=torch.float64, std=spread)

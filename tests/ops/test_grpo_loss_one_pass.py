@@ -83,7 +83,7 @@ def check(one_launch, logits, tokens, advantages, config, rows=None, tolerance=1
 @example(2, LossConfig(beta=0.04, kl_estimator="abs", dual_clip=1.1), set(GIVEN), 0.3)
 def test_any_config_matches_policy_loss_of_token_stats(backend, seed, config, names, spread):
     names = names | ({"ref_logprob"} if config.beta else set())
-    names = names | ({"sampling_logprob"} if config.importance_mode == "mask" else set())
+    names = names | ({"sampling_logprob"} if config.needs_sampling else set())
     logits, tokens, advantages, given = inputs(seed, names, spread=spread)
     tolerance = (
         1e-10 if config.kl_estimator != "k3_corrected" else 1e-7
