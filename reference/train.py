@@ -43,7 +43,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from grpo_kernels import LossConfig
 from reference.training.advantages import StepReward, compute_advantages
 from reference.training.collect import collect_rollouts, examples, rollout_metrics
 from reference.training.command_line import parse_command_line
@@ -119,7 +118,7 @@ def run(config: TrainConfig) -> dict:
     transformers_logging.disable_progress_bar()
 
     # Find errors in the settings before any model is loaded.
-    config.check_loss(LossConfig)
+    config.check_loss()
     sampler = pick_sampler(config.sampler)
     ranks, device = init_distributed(pick_device(config.device))
     ranks.check_settings(config.prompts, config.sampler)
@@ -153,7 +152,7 @@ def run(config: TrainConfig) -> dict:
             print(f"warm start: {warm_start(alone, scorer, task, order)} supervised steps")
 
         # Restore the state of a run that is resumed, and cut its logs back to the checkpoint.
-        learner = Learner(policy, scorer, LossConfig(**config.loss_fields()), config)
+        learner = Learner(policy, scorer, config.loss_config(), config)
         state = TrainingState(learner, order, config.as_json())
         if checkpoint is not None:
             state.load(checkpoint)

@@ -1,4 +1,4 @@
-"""Sets of defaults by name, and the command line over them."""
+"""Presets, and the command line over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from reference.training.config import SECTIONS, TrainConfig
+from grpo_kernels import LossConfig
+from reference.training.config import SECTIONS, LossSettings, TrainConfig, in_flags
 from reference.training.run.resume import load_settings
 
 PRESETS = {
@@ -47,7 +48,7 @@ PRESETS = {
 
 
 def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
-    """The preset named in the arguments, or the run to resume, overridden by the other flags."""
+    """Return the settings of --preset, or of the run to resume, with the other flags on top."""
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -55,26 +56,35 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first.add_argument("--resume", type=Path)
     early = first.parse_known_args(arguments)[0]
     defaults = PRESETS[early.preset] if early.resume is None else load_settings(early.resume)
-    panels = _flags(TrainConfig, ["preset"], defaults)
+    sections = _flags(TrainConfig, ["preset"], defaults)
     for name, kind in SECTIONS.items():
-        flags = _flags(kind, [each.name for each in fields(kind)], defaults)
-        panel = make_dataclass(kind.__name__, flags, namespace={"__doc__": kind.__doc__})
-        panels.append((name, tyro.conf.OmitArgPrefixes[panel], field(default_factory=panel)))
+        flags = _flags(kind, [setting.name for setting in fields(kind)], defaults)
+        section = make_dataclass(kind.__name__, flags, namespace={"__doc__": kind.__doc__})
+        sections.append((name, tyro.conf.OmitArgPrefixes[section], field(default_factory=section)))
     about = inspect.getdoc(TrainConfig)
-    found = vars(tyro.cli(make_dataclass("Flags", panels), args=arguments, description=about))
-    chosen = {name: value for panel in SECTIONS for name, value in vars(found[panel]).items()}
-    return TrainConfig(preset=found["preset"], **chosen)
+    parsed = vars(tyro.cli(make_dataclass("Flags", sections), args=arguments, description=about))
+    chosen = {name: value for section in SECTIONS for name, value in vars(parsed[section]).items()}
+    return TrainConfig(preset=parsed["preset"], **chosen)
 
 
 def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Fields of a class for a panel of --help, their texts on one line: tyro keeps line breaks."""
+    """Return dataclass fields for a section of --help, with the preset's values as defaults.
+
+    Help texts are the docstrings of the fields, joined to one line: tyro keeps line breaks.
+    """
     import docstring_parser
     import tyro
 
     types = get_type_hints(kind)
-    texts = {x.arg_name: x.description for x in docstring_parser.parse_from_object(kind).params}
+    documented = LossConfig if kind is LossSettings else kind
+    params = docstring_parser.parse_from_object(documented).params
+    texts = {param.arg_name: " ".join(str(param.description).split()) for param in params}
+    if kind is LossSettings:
+        texts = {name: in_flags(text) for name, text in texts.items()}
+        texts["max_completion_length"] += " None: --max-new-tokens."
+        texts["loss"] = "One of the above."
     flags = []
     for name in names:
-        text = tyro.conf.arg(help=" ".join(texts[name].split()))
-        flags.append((name, Annotated[types[name], text], field(default=getattr(defaults, name))))
+        annotated = Annotated[types[name], tyro.conf.arg(help=texts[name])]
+        flags.append((name, annotated, field(default=getattr(defaults, name))))
     return flags

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from grpo_kernels import LossConfig
+from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from reference.training.errors import UserError, one_line
-from reference.training.loss_settings import LossSettings, in_flags
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,42 @@ class RunSettings:
     $XDG_CACHE_HOME/grpo_kernels, else ~/.cache/grpo_kernels."""
 
 
+LOSS_SETTINGS = tuple(setting.name for setting in fields(LossConfig))
+
+
+def make_loss_settings() -> type:
+    """Make the class of --loss and of a flag for each field of LossConfig.
+
+    The flags are None unless given, which keeps the objective's value. No objective sets beta and
+    kl_estimator: they have LossConfig's defaults.
+    """
+    types = get_type_hints(LossConfig)
+    types["kl_estimator"] = Literal[tuple(SAMPLED_KL)]  # others need the reference policy's logits
+    objectives = LossConfig.objectives()
+    flags: list[tuple[str, Any, Any]] = [("loss", Literal[tuple(objectives)], "grpo")]
+    for setting in fields(LossConfig):
+        if setting.name in ("beta", "kl_estimator"):
+            flags.append((setting.name, types[setting.name], setting.default))
+        else:
+            flags.append((setting.name, types[setting.name] | None, None))
+    lines = [f"  {name}: {make.__doc__.splitlines()[0]}" for name, make in objectives.items()]
+    doc = "The loss.\n\nA setting that is not None replaces that of the objective --loss:\n"
+    namespace = {"__doc__": doc + "\n".join(lines)}
+    return make_dataclass("LossSettings", flags, frozen=True, namespace=namespace)
+
+
+LossSettings: Any = make_loss_settings()
+
+
+def in_flags(text: str) -> str:
+    """Write the names of LossConfig's fields in a text as flags."""
+
+    def flag(match: re.Match) -> str:
+        return "--" + match[1].replace("_", "-") + " " * bool(match[2])
+
+    return re.sub(rf"\b({'|'.join(LOSS_SETTINGS)})\b(=?)", flag, text)
+
+
 SECTIONS = {
     "model": ModelSettings,
     "task": TaskSettings,
@@ -277,7 +314,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         if self.advantage == "pass_at_k":
             self._require("pass_k", self.pass_k <= self.group_size, "at most --group-size")
         if self.entropy_target is not None:
-            start = self.loss_fields().get("entropy_coef", 0.0)
+            start = self.loss_config().entropy_coef
             self._require(
                 "entropy_coef_max", self.entropy_coef_max >= start, f"at least the start, {start}"
             )
@@ -382,21 +419,28 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 found[name] = value
         return found
 
-    def loss_fields(self) -> dict[str, Any]:
-        """The keyword arguments of LossConfig."""
-        found = super().loss_fields()
-        if found.get("aggregation") == "fixed_length":
-            found.setdefault("max_completion_length", self.max_new_tokens)
-        return found
+    def loss_config(self) -> LossConfig:
+        """Return the objective --loss with the settings that the flags replace.
 
-    def check_loss(self, loss_config: Callable[..., Any]) -> None:
-        """Raise a UserError if the loss settings contradict each other."""
-        fields = self.loss_fields()
+        Raises:
+            UserError: the settings contradict each other.
+        """
+        given = {name: getattr(self, name) for name in LOSS_SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
+        aggregation = self.aggregation or ("fixed_length" if self.loss == "dr_grpo" else None)
+        if aggregation == "fixed_length":
+            given.setdefault("max_completion_length", self.max_new_tokens)
+        elif self.loss == "dr_grpo":
+            given.setdefault("max_completion_length", None)  # an argument that it requires
         try:
-            loss_config(**fields)
+            return LossConfig.objectives()[self.loss](**given)
         except (TypeError, ValueError) as error:
             raise UserError(f"--loss {self.loss}: {in_flags(one_line(error))}") from error
-        if fields.get("kl_cov") is not None and self.inner_iterations * self.minibatches == 1:
+
+    def check_loss(self) -> None:
+        """Raise a UserError if the settings of the loss contradict each other or the update's."""
+        loss = self.loss_config()
+        if loss.kl_cov is not None and self.inner_iterations * self.minibatches == 1:
             raise UserError(
                 f"--loss {self.loss}: --kl-cov acts from a batch's second optimiser step on: set "
                 "--inner-iterations or --minibatches above 1"

@@ -19,7 +19,7 @@ def make_learner(scorer=PLAIN, **changes):
     torch.manual_seed(0)
     policy = Policy.load(config, torch.device("cpu"), config.max_new_tokens)
     policy.model.double()
-    loss_config = grpo_kernels.LossConfig(**config.loss_fields())
+    loss_config = config.loss_config()
     samples = policy.sample(QUESTIONS, 4, 1.0)
     return Learner(policy, scorer, loss_config, config), samples
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grpo_kernels import LossConfig
 from reference import train
 from reference.training import warm_start as supervised
 from reference.training.command_line import PRESETS
-from reference.training.loss_settings import LOSSES
 from reference.training.model import load as models
 from reference.training.run import run_directory
 from reference.training.update.learner import Learner
@@ -196,7 +196,7 @@ def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
 
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LossConfig.objectives())
 def test_every_loss_trains(backend, loss, impl, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
     flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]

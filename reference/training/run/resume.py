@@ -117,8 +117,8 @@ def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: in
             f"--resume {config.resume}: code is run only where the command line names it; if you "
             f"trust it, add {shlex.join(_flags(code))}"
         )
-    loss = config.loss_fields()
-    has_filter = any(loss.get(name) is not None for name in BATCH_FILTERS)
+    loss = config.loss_config()
+    has_filter = any(getattr(loss, name) is not None for name in BATCH_FILTERS)
     may_change = MAY_CHANGE - {"micro_batch"} if has_filter else MAY_CHANGE
     changes = ", ".join(
         f"--{name.replace('_', '-')} was {saved.get(name)}, not {new[name]}"

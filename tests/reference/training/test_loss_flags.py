@@ -1,63 +1,44 @@
-"""The losses on the command line: the names are the package's, and every setting is a flag."""
+"""The flags of the loss: they are LossConfig's fields, and --loss is one of its constructors."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import get_args, get_type_hints
 
 import pytest
 
-import grpo_kernels
-from grpo_kernels.objective.aggregation import AGGREGATIONS
+from grpo_kernels import LossConfig
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
-from grpo_kernels.objective.ratios import RATIO_LEVELS
-from grpo_kernels.objective.surrogates import SURROGATES
 from reference.training.command_line import parse_command_line
-from reference.training.config import TrainConfig
+from reference.training.config import LOSS_SETTINGS, LossSettings, TrainConfig, in_flags
 from reference.training.errors import UserError
-from reference.training.loss_settings import LOSSES, SETTINGS_OF_LOSSES, LossSettings, in_flags
-
-CONSTRUCTORS = [
-    name for name, each in vars(grpo_kernels.LossConfig).items() if isinstance(each, classmethod)
-]
 
 
-def test_every_named_constructor_is_a_loss():
-    assert sorted(LOSSES) == sorted(CONSTRUCTORS)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LossConfig.objectives())
 def test_named_loss_equals_its_constructor(loss):
-    given = TrainConfig(loss=loss).loss_fields()
     arguments = {"max_completion_length": 12} if loss == "dr_grpo" else {}
-    expected = getattr(grpo_kernels.LossConfig, loss)(**arguments)
-    assert grpo_kernels.LossConfig(**given) == expected
+    expected = LossConfig.objectives()[loss](**arguments)
+    assert TrainConfig(loss=loss).loss_config() == expected
 
 
 def test_every_setting_of_a_loss_is_a_flag():
-    assert sorted(SETTINGS_OF_LOSSES) == sorted(
-        each.name for each in fields(grpo_kernels.LossConfig)
-    )
+    assert [flag.name for flag in fields(LossSettings)] == ["loss", *LOSS_SETTINGS]
+    assert LOSS_SETTINGS == tuple(setting.name for setting in fields(LossConfig))
 
 
 def test_flags_take_what_the_package_takes():
-    tables = {
-        "surrogate": SURROGATES,
-        "ratio_level": RATIO_LEVELS,
-        "kl_estimator": SAMPLED_KL,
-        "aggregation": AGGREGATIONS,
-        "importance_mode": ("truncate", "mask"),
-        "importance_level": ("token", "sequence"),
-    }
-    types = get_type_hints(LossSettings)
-    for name, table in tables.items():
-        kinds = [each for each in get_args(types[name]) if each is not type(None)]
-        assert list(get_args(kinds[0]) or kinds) == list(table), name
+    ours, expected = get_type_hints(LossSettings), get_type_hints(LossConfig)
+    for name in set(LOSS_SETTINGS) - {"beta", "kl_estimator"}:
+        assert ours[name] == expected[name] | None, name
+    assert get_args(ours["kl_estimator"]) == tuple(SAMPLED_KL)
 
 
-def test_no_named_loss_sets_what_has_a_default_of_its_own():
-    plain = {name for name in SETTINGS_OF_LOSSES if getattr(LossSettings(), name) is not None}
-    assert plain == {"beta", "kl_estimator"}
-    for own in LOSSES.values():
-        assert not plain & own.keys()
+def test_no_objective_sets_beta_or_the_kl_estimator():
+    """Their flags have the defaults of LossConfig, not None."""
+    default = LossConfig()
+    with_defaults = {x.name for x in fields(LossSettings) if x.default is not None} - {"loss"}
+    assert with_defaults == {"beta", "kl_estimator"}
+    for loss in LossConfig.objectives():
+        config = TrainConfig(loss=loss).loss_config()
+        assert (config.beta, config.kl_estimator) == (default.beta, default.kl_estimator)
 
 
 # A value of each setting that is not its default, and what it needs beside it.
@@ -94,25 +75,24 @@ SET = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS_OF_LOSSES)
+@pytest.mark.parametrize("name", LOSS_SETTINGS)
 def test_a_flag_sets_its_setting_and_no_other(name):
     value, needed = SET[name]
     flag = "--" + name.replace("_", "-")
-    before = parse_command_line(needed).loss_fields()
+    before = parse_command_line(needed).loss_config()
     after = parse_command_line([*needed, flag, str(value)])
-    expected = {**before, name: value}
+    expected = {**asdict(before), name: value}
     if name == "aggregation":
-        del expected["max_completion_length"]
-    assert after.loss_fields() == expected
-    assert getattr(grpo_kernels.LossConfig(**after.loss_fields()), name) == value
-    after.check_loss(grpo_kernels.LossConfig)
+        expected["max_completion_length"] = None
+    assert asdict(after.loss_config()) == expected
+    after.check_loss()
 
 
 def test_a_fixed_length_is_the_longest_completion_unless_it_is_given():
     config = TrainConfig(aggregation="fixed_length", max_new_tokens=9)
-    assert config.loss_fields()["max_completion_length"] == 9
+    assert config.loss_config().max_completion_length == 9
     config = TrainConfig(loss="dr_grpo", max_completion_length=5, max_new_tokens=9)
-    assert config.loss_fields()["max_completion_length"] == 5
+    assert config.loss_config().max_completion_length == 5
 
 
 @pytest.mark.parametrize(
@@ -142,7 +122,7 @@ def test_a_fixed_length_is_the_longest_completion_unless_it_is_given():
 )
 def test_a_wrong_combination_is_one_line_that_names_the_flags(settings, said):
     with pytest.raises(UserError) as error:
-        TrainConfig(**settings).check_loss(grpo_kernels.LossConfig)
+        TrainConfig(**settings).check_loss()
     assert str(error.value) == said
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reference.training.loss_settings import LOSSES
+from grpo_kernels import LossConfig
 from reference.training.model.scorers import FusedScorer
 from reference.training.update.learner import combine_metrics
 from reference.training.update.micro_batches import MicroBatch
@@ -21,6 +21,7 @@ from tests.helpers.learner import (
 FUSED = FusedScorer()
 # On the CPU the kernels are interpreted, which is slow, and these tests are not about them.
 EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
+LOSSES = list(LossConfig.objectives())
 # All but those that rank the tokens which they are given.
 OF_PARTS = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
 
