@@ -18,7 +18,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from benchmarks.codegen.kernel_report import KernelReport, report_by_name
+from benchmarks.codegen.kernel_report import KernelReport, make_report
 from benchmarks.codegen.variants import LAYOUTS, TARGETS, N, V, variants
 
 HEAD = (
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"Predicted from machine code for {N} rows of {V:,} entries; nothing was timed.\n{HEAD}")
     reports = []
     with ProcessPoolExecutor() as pool:
-        for report in pool.map(report_by_name, cases):
+        for report in pool.map(make_report, cases):
             reports.append(asdict(report))
             print(table_row(report), flush=True)
     if arguments.json:

@@ -23,12 +23,14 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """The resources that a compiled kernel takes."""
+class MachineCode:
+    """The resources that a compiled kernel takes, and its loops."""
 
     registers: int
     stack_bytes: int
     spills: int
+    loops: list[Loop]  # one per pass; empty on AMD
+    load_bytes: list[int]  # the widths in use: in the loops, on AMD in the whole kernel
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -40,12 +42,6 @@ def cuobjdump(cubin: bytes, option: str) -> str:
         command = [str(tool), option, file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
-
-
-def cuda_usage(cubin: bytes) -> Usage:
-    text = cuobjdump(cubin, "-res-usage")
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(used["REG"], used["STACK"], used["LOCAL"])
 
 
 def loop_bodies(sass: str) -> list[list[str]]:
@@ -99,12 +95,14 @@ def count_loop(body: list[str], bytes_per_entry: int) -> Loop | None:
     )
 
 
-def cuda_loops(cubin: bytes, passes: tuple[RowPass, ...], itemsize: int) -> list[Loop]:
-    """Return the loop of each pass, the passes that only read first.
+def read_sass(cubin: bytes, passes: tuple[RowPass, ...], itemsize: int) -> MachineCode:
+    """Read the resources and the loop of each pass, the passes that only read first.
 
     What is left after whole tiles has a masked loop of its own, which takes more instructions:
     of the loops that read only and of those that write, the shortest are taken.
     """
+    usage = cuobjdump(cubin, "-res-usage")
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     bodies, selected = loop_bodies(cuobjdump(cubin, "-sass")), []
     for writes in (False, True):
         kind = [row_pass for row_pass in passes if row_pass.writes is writes]
@@ -116,17 +114,15 @@ def cuda_loops(cubin: bytes, passes: tuple[RowPass, ...], itemsize: int) -> list
             raise RuntimeError(f"{len(kind)} passes, but {len(loops)} loops in the machine code")
         shortest = sorted(loops, key=lambda loop: loop.instructions)[: len(kind)]
         selected += [loop for loop in loops if loop in shortest]
-    return selected
+    widths = {width for loop in selected for width in loop.load_bytes}
+    return MachineCode(used["REG"], used["STACK"], used["LOCAL"], selected, sorted(widths))
 
 
-def amd_usage(assembly: str) -> Usage:
+def read_amd(assembly: str) -> MachineCode:
+    """Read the resources and the widths of all loads; the loops are not searched."""
     # A spilled scalar register goes to a lane of a vector register, not to memory: not counted.
     notes = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-    return Usage(*(int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in notes))
-
-
-def amd_load_bytes(assembly: str) -> list[int]:
-    """Return the widths of all loads of a kernel, per thread."""
+    usage = (int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in notes)
     widths = {"dword": 4, "dwordx2": 8, "dwordx4": 16, "ushort": 2, "short_d16": 2}
     loads = re.findall(r"(?:global|buffer)_load_(\w+)", assembly)
-    return sorted({widths.get(name, 4) for name in loads})
+    return MachineCode(*usage, [], sorted({widths.get(name, 4) for name in loads}))
