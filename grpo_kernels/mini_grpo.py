@@ -102,7 +102,7 @@ def approximate_kl_divergence(
     Schulman, 2020 (http://joschu.net/blog/kl-approx.html).
     """
     expect_choice("reduction", reduction, ("none", "mean", "sum"))
-    _check_pair("ref_logits", ref_logits, "new_logits", new_logits)
+    _check_pair(ref_logits, new_logits)
     expect_mask(mask, new_logits.shape[:-1])
     expect_number("eps", eps, above=0, below=1)
     ref_rows, new_rows = _to_rows(ref_logits), _to_rows(new_logits)
@@ -133,7 +133,7 @@ def _token_stats(
 ) -> TokenStats:
     """Compute entropy or forward KL; the log-prob, of token 0, is not used."""
     if ref_logits is not None:
-        _check_pair("ref_logits", ref_logits, "new_logits", logits)
+        _check_pair(ref_logits, logits)
     expect_mask(mask, logits.shape[:-1])
     rows = _to_rows(logits)
     return token_stats(
@@ -152,13 +152,12 @@ def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
     return per_token.sum() / (mask != 0).sum().clamp(min=1)
 
 
-def _check_pair(name: str, logits: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that two logits have one shape and one device."""
-    expect_tensor(name, logits, floating=True)
-    expect_tensor(other_name, other, floating=True)
-    if logits.shape != other.shape:
+def _check_pair(ref_logits: Tensor, new_logits: Tensor) -> None:
+    expect_tensor("ref_logits", ref_logits, floating=True)
+    expect_tensor("new_logits", new_logits, floating=True)
+    if ref_logits.shape != new_logits.shape:
         raise ValueError(
-            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
-            f"got {shape_of(logits)}"
+            f"ref_logits must have the shape of new_logits, {tuple(new_logits.shape)}, "
+            f"got {shape_of(ref_logits)}"
         )
-    expect_tensor(name, logits, device_of=other)
+    expect_tensor("ref_logits", ref_logits, device_of=new_logits)

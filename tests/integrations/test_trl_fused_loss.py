@@ -365,7 +365,7 @@ def test_overridden_methods_raise():
 @pytest.mark.parametrize(
     ("kind", "below"), [(DoubledLossBehind, "DoubledLoss"), (LossBehind, "GMPOTrainer")]
 )
-def test_a_class_that_ours_would_stand_before_is_named(kind, below):
+def test_hidden_base_class_raises(kind, below):
     with pytest.raises(
         TypeError, match=f"must come after {below} .*{kind.__name__}: it would hide"
     ):
