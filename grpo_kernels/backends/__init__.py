@@ -1,82 +1,25 @@
 """Two backends compute the same row functions: fused Triton kernels, or chunked PyTorch.
 
     token_stats_forward, token_stats_backward    log-prob, entropy, KL of each row; their gradient
-    grpo_loss                                    a loss's gradient in one launch
+    grpo_loss                                    a token-level loss and its gradient in one launch
     approximate_kl_forward, approximate_kl_backward
     scale_
 
-`interface.py` documents the tensors that go in and come out. A row's statistics return to the
-backend that made them.
+`interface.py` documents the tensors that go in and come out. The statistics of a row return to the
+backend that computed them.
 """
 
-import os
-from importlib.util import find_spec
-from types import ModuleType, TracebackType
-from typing import Literal
+from .availability import HAS_TRITON, INTERPRETED
+from .choice import backend_for, use
+from .interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
 
-from torch import Tensor
-
-from . import pytorch
-from .interface import RowInputs, RowStats
-
-__all__ = ["HAS_TRITON", "INTERPRETED", "RowInputs", "RowStats", "backend_for", "use"]
-
-HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-Backend = Literal["triton", "pytorch"]
-_chosen: Backend | None = None
-
-
-def backend_for(logits: Tensor) -> ModuleType:
-    """The backend module that serves these logits.
-
-    Without `use`, Triton serves CUDA tensors and, under its interpreter, CPU tensors. PyTorch
-    serves all others.
-    """
-    runs_triton = HAS_TRITON and (logits.is_cuda or (INTERPRETED and logits.device.type == "cpu"))
-    if _chosen == "triton" and not runs_triton:
-        raise RuntimeError(
-            f"backend 'triton' was chosen and cannot run on {logits.device}: it needs Triton and a "
-            "CUDA tensor, or TRITON_INTERPRET=1 set before the first import"
-        )
-    if runs_triton and _chosen != "pytorch":
-        from .triton import launchers
-
-        return launchers
-    return pytorch
-
-
-class use:
-    """Choose the backend of all later calls in this process, on every thread.
-
-        use("pytorch")              # from now on
-        with use("pytorch"): ...    # inside the block; the earlier choice returns after it
-        use(None)                   # choose by the device of each tensor again
-
-    Args:
-        name: "triton", "pytorch", or None.
-
-    Raises:
-        ValueError: the name is another, or "triton" is chosen where Triton is not installed.
-    """
-
-    def __init__(self, name: Backend | None) -> None:
-        global _chosen
-        if name not in ("triton", "pytorch", None):
-            raise ValueError(f"name must be 'triton', 'pytorch' or None, got {name!r}")
-        if name == "triton" and not HAS_TRITON:
-            raise ValueError("backend 'triton' needs the triton package, which is not installed")
-        self._before, _chosen = _chosen, name
-
-    def __enter__(self) -> "use":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        global _chosen
-        _chosen = self._before
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "ApproximateKL",
+    "RowInputs",
+    "RowStats",
+    "accumulation_dtype",
+    "backend_for",
+    "use",
+]

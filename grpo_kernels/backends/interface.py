@@ -1,4 +1,4 @@
-"""What goes into the row functions of a backend, and what comes out.
+"""Inputs and results of the row functions that both backends implement.
 
 A row is the logits of one token. Rows are laid out as [B, T, V]: packed input is one long sequence,
 B = 1. Rows may be strided; their entries are contiguous.

@@ -1,7 +1,7 @@
 """mini-GRPO's approximate KL and its gradient, a block of rows at a time.
 
-The quantities are those of backends/triton/approximate_kl.py: t, the log2 of q / p with both at
-least eps, and W, the sum over a row of w = (1 - 2^t) where p >= eps.
+The quantities are those of backends/triton/approximate_kl.py: t is log2(q / p) with both at least
+eps, and w = 1 - 2^t where p >= eps, else 0.
 """
 
 import torch
@@ -9,18 +9,17 @@ from torch import Tensor
 
 from ...workspace import thread_buffers
 from ..interface import ApproximateKL, accumulation_dtype
-from .softmax import LN2, LOG2E, Softmax, clear, exp2, row_blocks
+from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, softmax, zero_rows
 
 
 def _log_ratio(p: Softmax, q: Softmax, log2_eps: float) -> Tensor:
-    """t of every entry, in the place of q.z; p.z is kept."""
+    """t of every entry, written to q.z; p.z is not changed."""
     least_p = torch.maximum(p.z, log2_eps + p.log_sum, out=p.product)
     least_q = torch.maximum(q.z, log2_eps + q.log_sum, out=q.z)
     return least_q.sub_(least_p).add_(p.log_sum - q.log_sum)
 
 
-def _floored(p: Softmax, log2_eps: float) -> Tensor:
-    """Where p is less than eps."""
+def _below_eps(p: Softmax, log2_eps: float) -> Tensor:
     return p.z < log2_eps + p.log_sum
 
 
@@ -34,13 +33,13 @@ def approximate_kl_forward(
     scale = total.new_full((1, 1), LOG2E)
     buffers = thread_buffers(logits.device)
     for block in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.of(logits[block], scale, None, buffers, "policy")
-        q = Softmax.of(ref_logits[block], scale, None, buffers, "reference")
+        p = softmax(logits[block], scale, None, buffers, "policy")
+        q = softmax(ref_logits[block], scale, None, buffers, "reference")
         kl.row_lse[block], kl.ref_row_lse[block] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
         kl.total[block] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
-        kl.weight_sum[block] = -excess.masked_fill_(_floored(p, log2_eps), 0.0).sum(dim=-1)
+        kl.weight_sum[block] = -excess.masked_fill_(_below_eps(p, log2_eps), 0.0).sum(dim=-1)
     return kl
 
 
@@ -53,16 +52,16 @@ def approximate_kl_backward(
     log2_eps: float,
     d_logits: Tensor,
 ) -> None:
-    """Write d_total · (w - p W) of every row to d_logits [B, T, V]."""
+    """Write the gradient of every row to d_logits [B, T, V]."""
     scale = kl.weight_sum.new_full((1, 1), LOG2E)
-    clear(d_logits, ~mask)
+    zero_rows(d_logits, ~mask)
     buffers = thread_buffers(logits.device)
     for block in row_blocks(mask, logits.shape[-1]):
-        p = Softmax.again(logits[block], kl.row_lse[block], scale, None, buffers, "policy")
-        again = ref_logits[block], kl.ref_row_lse[block], scale, None, buffers, "reference"
-        q = Softmax.again(*again)
+        of_rows = scale, None, buffers
+        p = softmax(logits[block], *of_rows, "policy", kl.row_lse[block])
+        q = softmax(ref_logits[block], *of_rows, "reference", kl.ref_row_lse[block])
         t = _log_ratio(p, q, log2_eps)
-        excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_floored(p, log2_eps), 0.0)
+        excess = exp2(t, out=q.e).sub_(1.0).masked_fill_(_below_eps(p, log2_eps), 0.0)
         row_weight = kl.weight_sum[block].unsqueeze(-1) / p.total
         dx = exp2(p.z, out=p.e).mul_(row_weight).add_(excess)
         d_logits[block] = dx.mul_(-d_total[block].unsqueeze(-1)).to(d_logits.dtype)

@@ -1,6 +1,6 @@
-"""The token-level loss of a block of rows and its gradient, while their softmax is at hand.
+"""The token-level loss and its gradient, a block of rows at a time.
 
-The counterpart of backends/triton/grpo_loss.py.
+The formulas are those of backends/triton/grpo_loss.py.
 """
 
 import torch
@@ -10,8 +10,8 @@ from ...objective.config import LossConfig
 from ...objective.token_gradients import LossInputs, token_gradients
 from ...workspace import thread_buffers
 from ..interface import RowInputs
-from .softmax import LOG2E, Softmax, clear, row_blocks
-from .token_stats import RowWeights, write_gradient
+from .softmax import LOG2E, row_blocks, softmax, zero_rows
+from .token_stats import gradient_weights, write_gradient
 
 
 def grpo_loss(
@@ -26,8 +26,7 @@ def grpo_loss(
     buffers = thread_buffers(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         inverse = temperature[block].reciprocal().unsqueeze(-1)
-        block_logits = logits[block]
-        p = Softmax.of(block_logits, LOG2E * inverse, softcap, buffers, "policy")
+        p = softmax(logits[block], LOG2E * inverse, softcap, buffers, "policy")
         logprob[block], entropy[block] = p.logprob(tokens[block]), p.entropy()
         grads = token_gradients(
             logprob[block], loss_inputs.map(lambda x, block=block: x[block]), config
@@ -36,13 +35,13 @@ def grpo_loss(
         if grads.entropy is not None:
             has_gradient[block] |= grads.entropy != 0
         if has_gradient[block].any():
-            weights = RowWeights(inverse, grads.logprob, grads.entropy, entropy[block])
-            write_gradient(d_logits, block, p, None, weights, tokens, block_logits, softcap)
-    clear(d_logits, ~has_gradient)
+            weights = gradient_weights(inverse, grads, entropy[block], None, None)
+            write_gradient(rows, block, p, None, weights, d_logits)
+    zero_rows(d_logits, ~has_gradient)
     return logprob, entropy
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """Multiply x by a number; a 1 touches nothing."""
+    """Multiply x by a number in place; a factor of 1 touches nothing."""
     if factor != 1:
         x.mul_(factor)

@@ -1,16 +1,16 @@
-"""The softmax of rows in PyTorch, a block of rows at a time, and what is read off it.
+"""The softmax of a block of rows in PyTorch, and the statistics that are read from it.
 
-The quantities are those of the kernels: z and log_sum in bits, which exp2 reads in two thirds of
-exp's time.
+The quantities are those of the kernels: z and log_sum are in bits, because exp2 takes two thirds of
+the time of exp.
 
-Every pass works in place on a few buffers that a thread keeps (64 x 49,152 gradients in fp32 took
-22 ms into new memory and 10 into memory in use). A block of BLOCK_BYTES is small enough to stay in
-the processor's cache from one pass to the next, and large enough that a pass, at whose end the
-threads meet, is not over before they start: forward of those rows on two cores took 10.9 ms in
-blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
+Every pass works in place on a few buffers per thread: writing the gradient of 64 x 49,152 logits in
+fp32 took 22 ms into new memory and 10 into memory in use. A block of BLOCK_BYTES is small enough to
+stay in the processor's cache from one pass to the next. It is large enough that the threads, which
+meet after every pass, have work to share: forward of those rows on two cores took 10.9 ms in blocks
+of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
 
 A row's result must not depend on its neighbours, to the last bit. Reductions over the last axis
-keep that promise in blocks of two rows or more: a single row would be split over the threads.
+guarantee that in blocks of two rows or more: PyTorch would split a single row over the threads.
 """
 
 import math
@@ -30,21 +30,17 @@ LONG_ROW = 4096
 SHARE_UNIT = 64  # entries: more than any processor's vector code takes at a time
 MIN_SHARE = 32_768  # entries of a thread, below which PyTorch employs fewer of them
 
-Rows = tuple[int, slice] | tuple[Tensor, Tensor]
+Block = tuple[int, slice] | tuple[Tensor, Tensor]  # an index of [B, T, ...]
 
 
-def block_rows(V: int) -> int:
-    """How many rows are worked on at a time."""
-    return max(2, BLOCK_BYTES // (4 * V))
+def row_blocks(active: Tensor, V: int) -> Iterator[Block]:
+    """Index the True rows of active [B, T] in blocks of two rows or more.
 
-
-def row_blocks(active: Tensor, V: int) -> Iterator[Rows]:
-    """Indices of the True rows of active [B, T] in blocks of two rows or more.
-
-    Neighbours are a slice, which indexing views; others are index tensors (b, t), which it copies.
+    Neighbouring rows are indexed by a slice, which makes a view; others by index tensors (b, t),
+    which make a copy.
     """
     b, t = active.nonzero(as_tuple=True)
-    size = block_rows(V)
+    size = max(2, BLOCK_BYTES // (4 * V))
     for start in range(0, b.numel(), size):
         block_b, block_t = b[start : start + size], t[start : start + size]
         n, first, last = block_b.numel(), int(block_t[0]), int(block_t[-1])
@@ -56,18 +52,19 @@ def row_blocks(active: Tensor, V: int) -> Iterator[Rows]:
             yield block_b, block_t
 
 
-def clear(d_logits: Tensor, rows: Tensor) -> None:
-    """Zero the True rows [B, T] of d_logits [B, T, V]; by a mask every row would be walked."""
-    if rows.any():
-        d_logits[rows.nonzero(as_tuple=True)] = 0
+def zero_rows(d_logits: Tensor, inactive: Tensor) -> None:
+    """Zero the True rows of inactive [B, T]; assigning through the mask would visit every row."""
+    if inactive.any():
+        d_logits[inactive.nonzero(as_tuple=True)] = 0
 
 
 def exp2(z: Tensor, out: Tensor) -> Tensor:
-    """2^z of rows [n, V] in out, each entry the same bits wherever it lies.
+    """Compute 2^z of rows [n, V] in out; an entry has the same bits wherever it lies.
 
-    torch.exp2 ends a tensor, and each thread's share of it, in scalar code of another rounding. So
-    rows are taken together only where no share has such an end; else one long row at a time, and
-    for short rows, where the calls would cost more, torch.exp.
+    torch.exp2 processes the end of a tensor, and of each thread's share, in scalar code that rounds
+    differently. Rows are therefore computed together only if no share has such an end, and long
+    rows otherwise one at a time. For short rows, where that many calls would cost more, torch.exp
+    is used.
     """
     V = z.shape[-1]
     if V < LONG_ROW:
@@ -80,75 +77,23 @@ def exp2(z: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _capped(x: Tensor, softcap: float) -> Tensor:
-    """softcap · tanh(x / softcap) in place; -inf stays -inf."""
-    excluded = x == -torch.inf
-    return x.div_(softcap).tanh_().mul_(softcap).masked_fill_(excluded, -torch.inf)
-
-
-def _difference(
-    rows: Tensor, pivot: Tensor | None, scale: Tensor, softcap: float | None, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """((x - pivot) · scale in out, at least FLOOR; pivot), by default the row's maximum."""
-    if rows.dtype == out.dtype and softcap is None:
-        x = rows
-    else:
-        x = out.copy_(rows)
-        if softcap is not None:
-            _capped(x, softcap)
-    if pivot is None:
-        pivot = x.amax(dim=-1, keepdim=True)
-    return torch.sub(x, pivot, out=out).mul_(scale).clamp_(min=FLOOR), pivot
-
-
-def _three(rows: Tensor, scale: Tensor, buffers: Buffers, name: str) -> Iterator[Tensor]:
-    """Memory for z, e and the product of a block, the last shared by every softmax of a call."""
-    names = (f"{name} z", f"{name} e", "product")
-    return (buffers(each, *rows.shape, dtype=scale.dtype) for each in names)
-
-
 class Softmax(NamedTuple):
     """A block of rows relative to their pivots, before normalisation: p = e / total."""
 
+    logits: Tensor  # [n, V], as given
     z: Tensor  # [n, V]: (x - pivot) · scale, at least FLOOR, so that e · z is never 0 · inf
     e: Tensor  # [n, V]: 2^z
-    pivot: Tensor  # [n, 1]: the maximum of x
+    pivot: Tensor  # [n, 1]: the maximum of x, the logits after the softcap
     total: Tensor  # [n, 1]: Σ e
     log_sum: Tensor  # [n, 1]: log2 of it
-    product: Tensor  # [n, V]: scratch
-
-    @classmethod
-    def of(
-        cls, rows: Tensor, scale: Tensor, softcap: float | None, buffers: Buffers, name: str
-    ) -> "Softmax":
-        """Of rows that are seen for the first time."""
-        z, e, product = _three(rows, scale, buffers, name)
-        z, pivot = _difference(rows, None, scale, softcap, out=z)
-        total = exp2(z, out=e).sum(dim=-1, keepdim=True)
-        return cls(z, e, pivot, total, total.log2(), product)
-
-    @classmethod
-    def again(
-        cls,
-        rows: Tensor,
-        row_lse: Tensor,
-        scale: Tensor,
-        softcap: float | None,
-        buffers: Buffers,
-        name: str,
-    ) -> "Softmax":
-        """Of rows whose row_lse [n, 2] is known. e is not filled in: call exp2 where needed."""
-        z, e, product = _three(rows, scale, buffers, name)
-        pivot, log_sum = row_lse.split(1, dim=-1)
-        z, _ = _difference(rows, pivot, scale, softcap, out=z)
-        return cls(z, e, pivot, log_sum.exp2(), log_sum, product)
+    product: Tensor  # [n, V]: scratch, shared by every softmax of a call
 
     @property
     def row_lse(self) -> Tensor:
         return torch.cat((self.pivot, self.log_sum), dim=-1)
 
     def logprob(self, tokens: Tensor) -> Tensor:
-        """That of tokens [n]; NaN for an id outside of the vocabulary."""
+        """Log-probability of tokens [n]; NaN for an id outside of the vocabulary."""
         token, V = tokens.unsqueeze(-1), self.z.shape[-1]
         z = self.z.gather(-1, token.clamp(0, V - 1))
         z = torch.where(z <= FLOOR, -torch.inf, z)  # masked_fill takes 30 us after threads ran
@@ -158,13 +103,48 @@ class Softmax(NamedTuple):
     def entropy(self) -> Tensor:
         """-Σ p ln p, [n]."""
         product = torch.mul(self.z, self.e, out=self.product)
-        return (self.log_sum - self._over_total(product)).squeeze(-1) * LN2
+        return (self.log_sum - self._normalized_sum(product)).squeeze(-1) * LN2
 
     def divergence(self, other: "Softmax") -> Tensor:
-        """Σ p (ln p - ln p_other), [n]; inf where p lives on entries that other excludes."""
+        """Σ p (ln p - ln p_other), [n]; inf where p has mass on entries that other excludes."""
         product = torch.sub(self.z, other.z, out=self.product).mul_(self.e)
-        bits = (self._over_total(product) - self.log_sum + other.log_sum).squeeze(-1)
+        bits = (self._normalized_sum(product) - self.log_sum + other.log_sum).squeeze(-1)
         return bits.masked_fill(bits > NO_OVERLAP, torch.inf) * LN2
 
-    def _over_total(self, product: Tensor) -> Tensor:
+    def _normalized_sum(self, product: Tensor) -> Tensor:
         return product.sum(dim=-1, keepdim=True) / self.total
+
+
+def softmax(
+    logits: Tensor,
+    scale: Tensor,
+    softcap: float | None,
+    buffers: Buffers,
+    name: str,
+    row_lse: Tensor | None = None,
+) -> Softmax:
+    """Compute the softmax of a block of rows, in buffers of that name.
+
+    Args:
+        logits: [n, V]; scale: [n, 1], log2(e) / temperature, in the accumulation dtype.
+        row_lse: [n, 2], if it was saved. e is then not computed: call exp2 where it is needed.
+    """
+    z, e, product = (
+        buffers(buffer, *logits.shape, dtype=scale.dtype)
+        for buffer in (f"{name} z", f"{name} e", "product")
+    )
+    # The capped logits, in the accumulation dtype.
+    x = logits
+    if logits.dtype != scale.dtype or softcap is not None:
+        x = z.copy_(logits)
+    if softcap is not None:
+        excluded = x == -torch.inf
+        x.div_(softcap).tanh_().mul_(softcap).masked_fill_(excluded, -torch.inf)
+    # Relative to the row's maximum, in bits.
+    pivot = x.amax(dim=-1, keepdim=True) if row_lse is None else row_lse[..., :1]
+    torch.sub(x, pivot, out=z).mul_(scale).clamp_(min=FLOOR)
+    if row_lse is None:
+        total = exp2(z, out=e).sum(dim=-1, keepdim=True)
+        return Softmax(logits, z, e, pivot, total, total.log2(), product)
+    log_sum = row_lse[..., 1:]
+    return Softmax(logits, z, e, pivot, log_sum.exp2(), log_sum, product)

@@ -1,7 +1,9 @@
 """Row statistics and their gradient in PyTorch, a block of rows at a time.
 
-The same contract as kernels/token_stats.py. Masked rows are not read.
+The formulas are those of backends/triton/token_stats.py. Masked rows are not read.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from ...objective.token_gradients import TokenGrads
 from ...workspace import thread_buffers
 from ..interface import RowInputs, RowStats
-from .softmax import FLOOR, LN2, LOG2E, Rows, Softmax, clear, exp2, row_blocks
+from .softmax import FLOOR, LN2, LOG2E, Block, Softmax, exp2, row_blocks, softmax, zero_rows
 
 
 def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
@@ -28,108 +30,106 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     buffers = thread_buffers(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         scale = LOG2E / temperature[block].unsqueeze(-1)
-        p = Softmax.of(logits[block], scale, softcap, buffers, "policy")
+        p = softmax(logits[block], scale, softcap, buffers, "policy")
         stats.logprob[block] = p.logprob(tokens[block])
         stats.row_lse[block] = p.row_lse
         if entropy:
             stats.entropy[block] = p.entropy()
         if kl is not None:
-            q = Softmax.of(ref_logits[block], scale, softcap, buffers, "reference")
+            q = softmax(ref_logits[block], scale, softcap, buffers, "reference")
             stats.kl[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
             stats.ref_row_lse[block] = q.row_lse
     return stats
 
 
-class RowWeights:
-    """What a block's upstream gradients make of its rows:
+class GradientWeights(NamedTuple):
+    """The upstream gradients of a block as weights of its entries, [n, 1] each; None is zero.
 
-        dx = one_hot + p · (plain + log2p · log2 p + log2q · log2 q) + q_weight · q
-
-    Every weight is [n, 1]; None is zero.
+    dx = one_hot · 1_token + p · (weight + log_p · log2 p + log_q · log2 q) + q_weight · q
     """
 
-    def __init__(
-        self,
-        inverse: Tensor,
-        d_logprob: Tensor | None,
-        d_entropy: Tensor | None,
-        entropy: Tensor | None,
-        d_kl: Tensor | None = None,
-        kl_value: Tensor | None = None,
-        kl: str | None = None,
-    ) -> None:
-        d_logprob, d_entropy, d_kl = (
-            None if each is None else each.unsqueeze(-1) * inverse  # 1 / temperature
-            for each in (d_logprob, d_entropy, d_kl)
-        )
-        self.one_hot, self.plain = d_logprob, torch.zeros_like(inverse)
-        self.log2p = self.log2q = self.q = None
-        if d_logprob is not None:
-            self.plain = -d_logprob
-        if d_entropy is not None:
-            self.plain = self.plain - d_entropy * entropy.unsqueeze(-1)
-            self.log2p = -LN2 * d_entropy
-        if d_kl is not None and kl == "reverse":
-            self.plain = self.plain - d_kl * kl_value.unsqueeze(-1)
-            self.log2q = -LN2 * d_kl
-            self.log2p = -self.log2q if self.log2p is None else self.log2p - self.log2q
-        elif d_kl is not None:
-            self.plain = self.plain + d_kl
-            self.q = -d_kl
+    one_hot: Tensor | None
+    weight: Tensor
+    log_p: Tensor | None
+    log_q: Tensor | None
+    q_weight: Tensor | None
 
 
-def row_gradient(
-    p: Softmax, q: Softmax | None, weights: RowWeights, tokens: Tensor, out: Tensor
-) -> Tensor:
-    """dx [n, V] in out, which may be p.e; the softmaxes are used up.
+def gradient_weights(
+    inverse: Tensor, grads: TokenGrads, entropy: Tensor | None, kl: Tensor | None, kind: str | None
+) -> GradientWeights:
+    """Weights of a block of n rows.
 
-    They are normalised by way of the weights: p · (plain + log2p · log2 p) is
-    e · ((plain - log2p · log_sum) / total + log2p / total · z), which saves two passes.
+    Args:
+        inverse: 1 / temperature, [n, 1].
+        grads: the upstream gradients, [n] each.
+        entropy, kl: the statistics, [n], where grads has their gradient.
+        kind: of the KL, "forward" or "reverse".
     """
-    plain, V, token = weights.plain, p.z.shape[-1], tokens.unsqueeze(-1)
-    included = (token >= 0) & (token < V) & (p.z.gather(-1, token.clamp(0, V - 1)) > FLOOR)
-    if weights.log2p is not None:
-        plain = plain - weights.log2p * p.log_sum
-    if weights.log2q is not None:
-        plain = plain - weights.log2q * q.log_sum
-    if weights.q is not None:
-        exp2(q.z, out=q.e).mul_(weights.q / q.total).masked_fill_(p.z <= FLOOR, 0.0)
-    factor = plain / p.total
-    if weights.log2p is not None:
-        factor = p.z.mul_(weights.log2p / p.total).add_(factor)
-    if weights.log2q is not None:
-        factor.add_(q.z.mul_(weights.log2q / p.total))
-    dx = torch.mul(p.e, factor, out=out)
-    if weights.q is not None:
-        dx.add_(q.e)
-    if weights.one_hot is not None:
-        dx.scatter_add_(-1, token.clamp(0, V - 1), torch.where(included, weights.one_hot, 0.0))
-    return dx
+    d_logprob, d_entropy, d_kl = (
+        None if grad is None else grad.unsqueeze(-1) * inverse for grad in grads
+    )
+    weight = torch.zeros_like(inverse) if d_logprob is None else -d_logprob
+    log_p = log_q = q_weight = None
+    if d_entropy is not None:
+        weight = weight - d_entropy * entropy.unsqueeze(-1)
+        log_p = -LN2 * d_entropy
+    if d_kl is not None and kind == "reverse":
+        weight = weight - d_kl * kl.unsqueeze(-1)
+        log_q = -LN2 * d_kl
+        log_p = -log_q if log_p is None else log_p - log_q
+    elif d_kl is not None:
+        weight = weight + d_kl
+        q_weight = -d_kl
+    return GradientWeights(d_logprob, weight, log_p, log_q, q_weight)
 
 
 def write_gradient(
-    d_logits: Tensor,
-    at: Rows,
+    rows: RowInputs,
+    block: Block,
     p: Softmax,
     q: Softmax | None,
-    weights: RowWeights,
-    tokens: Tensor,
-    rows: Tensor,
-    softcap: float | None,
+    weights: GradientWeights,
+    d_logits: Tensor,
 ) -> None:
-    """d_logits[at] = dx, at once where a block of it is a view in the accumulation dtype."""
-    is_view = isinstance(at[1], slice) and d_logits.dtype == p.e.dtype
-    if is_view and softcap is None:
-        row_gradient(p, q, weights, tokens[at], out=d_logits[at])
-        return
-    dx = row_gradient(p, q, weights, tokens[at], out=p.e)
-    if softcap is not None:
-        tanh = p.z.copy_(rows).div_(softcap).tanh_()
+    """Write dx to d_logits[block]; the softmaxes are overwritten.
+
+    They are normalised through the weights: p · (weight + log_p · log2 p) is
+    e · ((weight - log_p · log_sum) / total + log_p / total · z), which saves two passes.
+    """
+    one_hot, weight, log_p, log_q, q_weight = weights
+    V, token = p.z.shape[-1], rows.tokens[block].unsqueeze(-1)
+    position = token.clamp(0, V - 1)
+    included = (token >= 0) & (token < V) & (p.z.gather(-1, position) > FLOOR)
+    # A block of d_logits that is a view in the accumulation dtype is written directly.
+    is_view = isinstance(block[1], slice)
+    is_direct = is_view and d_logits.dtype == p.e.dtype and rows.softcap is None
+    # The factor of e, an entry's or its row's.
+    if log_p is not None:
+        weight = weight - log_p * p.log_sum
+    if log_q is not None:
+        weight = weight - log_q * q.log_sum
+    if q_weight is not None:
+        exp2(q.z, out=q.e).mul_(q_weight / q.total).masked_fill_(p.z <= FLOOR, 0.0)
+    factor = weight / p.total
+    if log_p is not None:
+        factor = p.z.mul_(log_p / p.total).add_(factor)
+    if log_q is not None:
+        factor.add_(q.z.mul_(log_q / p.total))
+    # The gradient of the capped logits.
+    dx = torch.mul(p.e, factor, out=d_logits[block] if is_direct else p.e)
+    if q_weight is not None:
+        dx.add_(q.e)
+    if one_hot is not None:
+        dx.scatter_add_(-1, position, torch.where(included, one_hot, 0.0))
+    # Through the softcap.
+    if rows.softcap is not None:
+        tanh = p.z.copy_(p.logits).div_(rows.softcap).tanh_()
         dx.mul_(tanh.square_().neg_().add_(1.0))
-    if isinstance(at[1], slice):
-        d_logits[at].copy_(dx)
-    else:
-        d_logits[at] = dx.to(d_logits.dtype)
+    if is_view and not is_direct:
+        d_logits[block].copy_(dx)
+    elif not is_view:
+        d_logits[block] = dx.to(d_logits.dtype)
 
 
 def token_stats_backward(
@@ -142,16 +142,17 @@ def token_stats_backward(
             active |= grad != 0
     if rows.mask is not None:
         active &= rows.mask
-    clear(d_logits, ~active)
+    zero_rows(d_logits, ~active)
     buffers = thread_buffers(rows.logits.device)
-    of_token = (grads.logprob, grads.entropy, stats.entropy, grads.kl, stats.kl)
     for block in row_blocks(active, rows.logits.shape[-1]):
         inverse = rows.temperature[block].reciprocal().unsqueeze(-1)
-        logits, scale, q = rows.logits[block], LOG2E * inverse, None
-        p = Softmax.again(logits, stats.row_lse[block], scale, rows.softcap, buffers, "policy")
+        of_rows = LOG2E * inverse, rows.softcap, buffers
+        p = softmax(rows.logits[block], *of_rows, "policy", stats.row_lse[block])
         exp2(p.z, out=p.e)
+        q = None
         if grads.kl is not None:
-            again = rows.ref_logits[block], stats.ref_row_lse[block], scale, rows.softcap
-            q = Softmax.again(*again, buffers, "reference")
-        weights = RowWeights(inverse, *(x if x is None else x[block] for x in of_token), rows.kl)
-        write_gradient(d_logits, block, p, q, weights, rows.tokens, logits, rows.softcap)
+            q = softmax(rows.ref_logits[block], *of_rows, "reference", stats.ref_row_lse[block])
+        block_grads = TokenGrads(*(None if grad is None else grad[block] for grad in grads))
+        entropy, kl = (None if x is None else x[block] for x in (stats.entropy, stats.kl))
+        weights = gradient_weights(inverse, block_grads, entropy, kl, rows.kl)
+        write_gradient(rows, block, p, q, weights, d_logits)

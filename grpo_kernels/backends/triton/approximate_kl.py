@@ -1,31 +1,48 @@
 """mini-GRPO's approximate KL: q/p - ln(q/p) - 1 summed over the vocabulary, and its gradient.
 
-With p of the new policy and q of the reference, both at least eps, t = log2 q - log2 p and
-r = 2^t, per row
+p is a probability of the new policy and q of the reference policy, both at least eps. With
+t = log2 q - log2 p and r = 2^t, a row has
 
-    total = Σ r - 1 - t · ln 2          W = Σ w,  w = 1 - r where p >= eps, else 0
-    dx = d_total · (w - p W)      for p · d(total)/dp = w, and dp_j/dx_i = p_j (1_ij - p_i)
+    total = Σ r - 1 - t · ln 2          weight_sum = Σ w,  w = 1 - r where p >= eps, else 0
+    dx = d_total · (w - p · weight_sum)
 
-Forward walks the two rows twice, for their row_lses and then for the sums; the second walk
-finds them in the L2. Backward is one read of each and one write. Bytes per entry in bf16: forward 4
-of memory and 4 of L2, backward 6. Masked rows are not read.
+because p · d(total)/dp = w and dp_j/dx_i = p_j (1_ij - p_i). Forward reads the two rows twice, for
+their softmax and then for the sums; the second read finds them in the L2. Backward reads each row
+once and writes one. Per entry in bf16, forward moves 4 bytes of memory and 4 of the L2, and
+backward 6 of memory. Masked rows are not read.
 """
 
 import triton
 import triton.language as tl
 
 from .row_math import (
+    KEEP_NAN,
     LN2,
     LOG2E,
     LOWEST,
+    load_row_lse,
     load_tile,
+    merge_lanes,
+    online_softmax,
     row_offset,
-    softmax_merge,
-    softmax_update,
+    store_row_lse,
     store_zeros,
     tile_offsets,
     tile_sum,
 )
+
+
+@triton.jit
+def log2_ratio(z, ref_z, log2_eps):
+    """t = log2 of max(q, eps) / max(p, eps). Past the end of a row both are eps, and t is 0."""
+    p = tl.maximum(z, log2_eps, propagate_nan=KEEP_NAN)
+    return tl.maximum(ref_z, log2_eps, propagate_nan=KEEP_NAN) - p
+
+
+@triton.jit
+def entry_weight(z, t, log2_eps):
+    """w, the derivative of an entry in ln p: 0 where p is below eps."""
+    return tl.where(z < log2_eps, 0.0, 1.0 - tl.exp2(t))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -34,7 +51,7 @@ def _approximate_kl_forward_kernel(
     ref_logits_ptr,  # [B, T, V], strided rows
     mask_ptr,  # [N]
     total_ptr,  # [N]
-    weight_sum_ptr,  # [N]: W
+    weight_sum_ptr,  # [N]
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
     T,
@@ -53,59 +70,45 @@ def _approximate_kl_forward_kernel(
     if tl.load(mask_ptr + row) == 0:
         tl.store(total_ptr + row, 0.0)
         tl.store(weight_sum_ptr + row, 0.0)
-        tl.store(row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
-        tl.store(ref_row_lse_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], ACC_DTYPE))
+        store_row_lse(row_lse_ptr, row, 0.0, 0.0)
+        store_row_lse(ref_row_lse_ptr, row, 0.0, 0.0)
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
-    TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
+    # First pass: the softmax of both rows.
     m = tl.full([LANES], LOWEST, ACC_DTYPE)
-    S = tl.zeros([LANES], ACC_DTYPE)
-    m_ref = m
-    S_ref = S
-    for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC_DTYPE, True)
-        y = load_tile(ref_row, start + offsets, V, True, ACC_DTYPE, True)
-        m, S, _, _, _, _ = softmax_update(m, S, S, x, scale, False)
-        m_ref, S_ref, _, _, _, _ = softmax_update(m_ref, S_ref, S_ref, y, scale, False)
-    pivot, row_S, _ = softmax_merge(m, S, scale)
-    ref_pivot, row_S_ref, _ = softmax_merge(m_ref, S_ref, scale)
-    log_sum = tl.log2(row_S)
-    ref_log_sum = tl.log2(row_S_ref)
+    sum_e = tl.zeros([LANES], ACC_DTYPE)
+    ref_m = m
+    ref_sum_e = sum_e
+    for start in range(0, V, offsets.numel):
+        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
+        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
+        m, sum_e, _, _, _, _ = online_softmax(m, sum_e, None, x, scale)
+        ref_m, ref_sum_e, _, _, _, _ = online_softmax(ref_m, ref_sum_e, None, y, scale)
+    pivot, row_sum_e, _ = merge_lanes(m, sum_e, scale)
+    ref_pivot, ref_row_sum_e, _ = merge_lanes(ref_m, ref_sum_e, scale)
+    log_sum = tl.log2(row_sum_e)
+    ref_log_sum = tl.log2(ref_row_sum_e)
 
+    # Second pass: the sums over the entries.
     total = tl.zeros([LANES], ACC_DTYPE)
-    weight = tl.zeros([LANES], ACC_DTYPE)
-    for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC_DTYPE, False)
-        y = load_tile(ref_row, start + offsets, V, True, ACC_DTYPE, False)
+    weight_sum = tl.zeros([LANES], ACC_DTYPE)
+    for start in range(0, V, offsets.numel):
+        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
+        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
         z = (x - pivot) * scale - log_sum
-        t = _log_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
+        t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
         total += tile_sum(tl.exp2(t) - 1.0 - t * LN2)
-        weight += tile_sum(_weight(z, t, log2_eps))
+        weight_sum += tile_sum(entry_weight(z, t, log2_eps))
+    # Merge the lanes and store the row's results.
     tl.store(total_ptr + row, tl.sum(total, axis=0))
-    tl.store(weight_sum_ptr + row, tl.sum(weight, axis=0))
-    tl.store(row_lse_ptr + 2 * row, pivot)
-    tl.store(row_lse_ptr + 2 * row + 1, log_sum)
-    tl.store(ref_row_lse_ptr + 2 * row, ref_pivot)
-    tl.store(ref_row_lse_ptr + 2 * row + 1, ref_log_sum)
-
-
-@triton.jit
-def _log_ratio(z, z_ref, log2_eps):
-    """t = log2 of max(q, eps) / max(p, eps); past the end of a row both are eps, and t is 0."""
-    NAN_STAYS: tl.constexpr = tl.PropagateNan.ALL
-    p = tl.maximum(z, log2_eps, propagate_nan=NAN_STAYS)
-    return tl.maximum(z_ref, log2_eps, propagate_nan=NAN_STAYS) - p
-
-
-@triton.jit
-def _weight(z, t, log2_eps):
-    """w: the derivative of an entry with respect to ln p, 0 where the floor holds p."""
-    return tl.where(z < log2_eps, 0.0, 1.0 - tl.exp2(t))
+    tl.store(weight_sum_ptr + row, tl.sum(weight_sum, axis=0))
+    store_row_lse(row_lse_ptr, row, pivot, log_sum)
+    store_row_lse(ref_row_lse_ptr, row, ref_pivot, ref_log_sum)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -113,7 +116,7 @@ def _approximate_kl_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows
     mask_ptr,  # [N]
-    weight_sum_ptr,  # [N]: W
+    weight_sum_ptr,  # [N]
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
     d_total_ptr,  # [N]
@@ -134,26 +137,25 @@ def _approximate_kl_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
-    TILE: tl.constexpr = UNROLL * LANES * VEC
     offsets = tile_offsets(UNROLL, LANES, VEC)
     if tl.load(mask_ptr + row) == 0:
-        store_zeros(d_row, offsets, 0, V, TILE)
+        store_zeros(d_row, offsets, 0, V)
         return
 
+    # Load what forward saved of the row.
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
-    pivot = tl.load(row_lse_ptr + 2 * row)
-    log_sum = tl.load(row_lse_ptr + 2 * row + 1)
-    ref_pivot = tl.load(ref_row_lse_ptr + 2 * row)
-    ref_log_sum = tl.load(ref_row_lse_ptr + 2 * row + 1)
-    row_weight = tl.load(weight_sum_ptr + row)
+    pivot, log_sum = load_row_lse(row_lse_ptr, row)
+    ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
+    weight_sum = tl.load(weight_sum_ptr + row)
     d_total = tl.load(d_total_ptr + row).to(ACC_DTYPE)
-    for start in range(0, V, TILE):
-        x = load_tile(logits_row, start + offsets, V, True, ACC_DTYPE, False)
-        y = load_tile(ref_row, start + offsets, V, True, ACC_DTYPE, False)
+    for start in range(0, V, offsets.numel):
+        # Load a tile of each row, compute its gradient, store it.
+        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
+        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
         z = (x - pivot) * scale - log_sum
-        t = _log_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
-        dx = d_total * (_weight(z, t, log2_eps) - tl.exp2(z) * row_weight)
+        t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
+        dx = d_total * (entry_weight(z, t, log2_eps) - tl.exp2(z) * weight_sum)
         tl.store(d_row + start + offsets, dx, mask=start + offsets < V)

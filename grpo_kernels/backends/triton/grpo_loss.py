@@ -1,15 +1,16 @@
-"""The token-level loss in one launch: a row's statistics, its objective, and its gradient.
+"""The token-level loss in one launch: a row's statistics, its loss, and the gradient of its logits.
 
     loss = Σ weight · (policy + beta · KL) - entropy_weight · Σ entropy
 
-of `policy_loss`, with the KL estimated on the sampled tokens. A program walks its row twice: for
-the log-prob and the entropy, from which it computes their gradients, and for the gradient of the
-logits. Bytes per entry in bf16: 2 read and 2 written in memory, and 2 from the L2, where the row
-still lies when one program at a time works on each multiprocessor (132 rows of 256 KB are 34 MB of
-an H100's 50). The second walk goes backwards, from what was read last.
+is `policy_loss`, with the KL estimated on the sampled tokens. A program makes two passes over its
+row. The first computes the log-prob and the entropy, from which follow their gradients; the second
+computes the gradient of the logits. Per entry in bf16, 2 bytes are read from memory and 2 written,
+and 2 more are read from the L2. The row is still there if one program at a time runs on each
+multiprocessor: 132 rows of 256 KB are 34 MB of an H100's 50. The second pass goes backwards,
+starting from the end that was read last.
 
-The loss itself is a sum of numbers per token, and not made here. Scaling a gradient that is ready
-is the other kernel's work; it touches nothing where the factor is 1.
+The loss is a sum of numbers per token and is not computed here. A second kernel scales a finished
+gradient; it touches nothing where the factor is 1.
 """
 
 import triton
@@ -19,6 +20,7 @@ from .row_math import (
     LN2,
     LOG2E,
     importance_weight,
+    is_unmasked,
     kl_grad,
     ratio_of,
     row_offset,
@@ -26,34 +28,39 @@ from .row_math import (
     surrogate_grad,
     tile_offsets,
 )
-from .row_passes import accumulate_row_stats, row_statistics, store_row_gradient
-from .token_stats import row_counts, token_logit
+from .row_passes import GradientScalars, accumulate_row_stats, row_results, store_row_gradient
+from .token_stats import load_inverse_temperature, load_token_logit
 
 
 @triton.jit
-def _log_prob_gradient(
+def logprob_gradient(
     row, logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
     sampling_logprob_ptr, settings_ptr, SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
 ):  # fmt: skip
     """d loss / d logprob of a token."""
+    # Load the settings of the surrogate and of the KL.
     lowest = tl.load(settings_ptr)
     highest = tl.load(settings_ptr + 1)
     cap = tl.load(settings_ptr + 2)
     beta = tl.load(settings_ptr + 3)
+    # The ratio to the old policy, which is the policy itself where none is given.
     old = logprob
     if old_logprob_ptr is not None:
         old = tl.load(old_logprob_ptr + row)
     ratio, d_ratio = ratio_of(logprob - old)
+    # The policy term, with the importance weight of the sampler.
     advantage = tl.load(advantage_ptr + row)
     grad = surrogate_grad(logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE)
     if sampling_logprob_ptr is not None:
-        least = tl.load(settings_ptr + 4)
-        most = tl.load(settings_ptr + 5)
+        floor = tl.load(settings_ptr + 4)
+        ceiling = tl.load(settings_ptr + 5)
         outside = tl.load(settings_ptr + 6)
-        grad *= importance_weight(old - tl.load(sampling_logprob_ptr + row), least, most, outside)
+        sampling = tl.load(sampling_logprob_ptr + row)
+        grad *= importance_weight(old - sampling, floor, ceiling, outside)
+    # The KL term, and the token's weight in the loss.
     if ref_logprob_ptr is not None:
-        d = logprob - tl.load(ref_logprob_ptr + row)
-        grad += beta * kl_grad(d, ratio, d_ratio, ESTIMATOR)
+        log_ratio = logprob - tl.load(ref_logprob_ptr + row)
+        grad += beta * kl_grad(log_ratio, ratio, d_ratio, ESTIMATOR)
     return grad * tl.load(weight_ptr + row)
 
 
@@ -62,14 +69,14 @@ def _grpo_loss_kernel(
     logits_ptr,  # [B, T, V], strided rows
     tokens_ptr,  # [N]
     temperature_ptr,  # [N], or [1] with stride 0
-    mask_ptr,  # [N]; None: every token counts
+    mask_ptr,  # [N]; None: no row is masked
     advantage_ptr,  # [N]
     weight_ptr,  # [N]
     entropy_weight_ptr,  # [1]; None: no bonus
     old_logprob_ptr,  # [N]; None: the policy's own
     ref_logprob_ptr,  # [N]; None: no KL in the loss
     sampling_logprob_ptr,  # [N]; None: no importance weight
-    settings_ptr,  # [7]: three of the surrogate, beta; two bounds of the importance, if it masks
+    settings_ptr,  # [7], as logprob_gradient reads them
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]
     d_logits_ptr,  # [B, T, V], strided rows; may be logits_ptr
@@ -92,45 +99,49 @@ def _grpo_loss_kernel(
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    if not row_counts(mask_ptr, row):
+    if not is_unmasked(mask_ptr, row):
         tl.store(logprob_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
-        store_zeros(d_row, offsets, 0, V, TILE)
+        store_zeros(d_row, offsets, 0, V)
         return
 
-    inverse = 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE)
+    # First pass: the log-prob and the entropy. The row stays in the L2.
+    inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     scale = inverse * LOG2E
     partial = accumulate_row_stats(
-        logits_row, logits_row, 0, V, scale,
-        True, "none", SOFTCAP, True, ACC_DTYPE, UNROLL, LANES, VEC,
+        logits_row, None, 0, V, scale, offsets,
+        HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, EVICT_LAST=True,
     )  # fmt: skip
-    x_token = token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
-    logprob, entropy, _, pivot, log_sum, _, _ = row_statistics(
-        partial, x_token, scale, True, "none"
-    )
-    tl.store(logprob_ptr + row, logprob)
-    tl.store(entropy_ptr + row, entropy)
+    x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
+    results = row_results(partial, x_token, scale, KL="none")
+    tl.store(logprob_ptr + row, results.logprob)
+    tl.store(entropy_ptr + row, results.entropy)
 
-    d_logprob = inverse * _log_prob_gradient(
-        row, logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
+    # The gradients of the loss in the log-prob and in the entropy.
+    d_logprob = inverse * logprob_gradient(
+        row, results.logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
         sampling_logprob_ptr, settings_ptr, SURROGATE, ESTIMATOR,
     )  # fmt: skip
     weight = -d_logprob
-    weight_log = inverse * 0.0
-    HAS_ENTROPY: tl.constexpr = entropy_weight_ptr is not None
-    if HAS_ENTROPY:
+    has_gradient = d_logprob != 0
+    weight_log = None
+    if entropy_weight_ptr is not None:
         d_entropy = -inverse * tl.load(entropy_weight_ptr)
-        weight -= d_entropy * entropy
+        weight -= d_entropy * results.entropy
         weight_log = -d_entropy * LN2
-    if (d_logprob == 0) & (weight_log == 0):
-        store_zeros(d_row, offsets, 0, V, TILE)
+        has_gradient |= weight_log != 0
+    if not has_gradient:
+        store_zeros(d_row, offsets, 0, V)
         return
-    row_scalars = (scale, pivot, log_sum, scale, scale, weight, weight_log, weight_log)
+
+    # Second pass: the gradient of the logits.
+    scalars = GradientScalars(
+        scale, results.pivot, results.log_sum, None, None, d_logprob, weight, weight_log, None
+    )
     token = tl.load(tokens_ptr + row)
     store_row_gradient(
-        logits_row, logits_row, d_row, 0, V, token, d_logprob, row_scalars,
-        HAS_ENTROPY, "none", SOFTCAP, 1, ACC_DTYPE, UNROLL, LANES, VEC,
+        logits_row, None, d_row, 0, V, token, scalars, offsets,
+        KL="none", SOFTCAP=SOFTCAP, REVERSE_ORDER=True,
     )  # fmt: skip
 
 
@@ -153,7 +164,7 @@ def _scale_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row_offset(row, T, stride_x_b, stride_x_t)
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    for start in range(0, V, UNROLL * LANES * VEC):
-        at = start + offsets
-        x = tl.load(x_row + at, mask=at < V, other=0.0).to(ACC_DTYPE)
-        tl.store(x_row + at, x * factor, mask=at < V)
+    for start in range(0, V, offsets.numel):
+        entries = start + offsets
+        x = tl.load(x_row + entries, mask=entries < V, other=0.0).to(ACC_DTYPE)
+        tl.store(x_row + entries, x * factor, mask=entries < V)

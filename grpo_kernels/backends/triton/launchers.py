@@ -1,8 +1,7 @@
-"""Host side of the kernels: outputs, strides and grids, behind the same functions as eager/."""
+"""The row functions on Triton: allocate the outputs, choose a launch config, launch the kernels."""
 
 import functools
 import math
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ...objective.config import LossConfig
 from ...objective.token_gradients import LossInputs, TokenGrads
+from ..availability import INTERPRETED
 from ..interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
@@ -23,7 +23,6 @@ from .token_stats import (
     _token_stats_part_kernel,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED_MULTIPROCESSORS = 2  # so that property tests have few rows, and not few
 
 

@@ -1,19 +1,19 @@
-"""Device mathematics of one row of logits: each formula once, its derivative beside it.
+"""Device functions for one row of logits; each formula is written once, its derivative beside it.
 
-A row is walked in tiles [UNROLL, LANES, VEC]; each lane keeps an online-softmax partial over the
-entries it has seen, and the lanes' partials are merged at the end. The partial is
+A row is processed in tiles [UNROLL, LANES, VEC]. Each lane accumulates an online softmax over the
+entries it has read; the lanes are merged at the end of the row. A lane accumulates
 
-    m = running maximum of the logits, before the temperature: an entry of the row, hence exact
-    S = Σ 2^z        z = (logit - m) · scale, scale = log2(e) / temperature: odds to m, in bits
-    U = Σ 2^z · z
-    D = Σ 2^z · (z - z_other), z_other the same entry's z in another row (the reference's logits)
+    m       the maximum of its logits, after the softcap and before the temperature
+    sum_e   Σ e, with z = (logit - m) · scale, e = 2^z and scale = log2(e) / temperature
+    sum_ez  Σ e · z, for the entropy
+    sum_ed  Σ e · (z - z_other), for a KL; z_other belongs to the same entry of the other row
 
-The difference to the pivot m is taken before anything is scaled, so that it rounds once however
-far from zero the logits lie; x·c - m·c would round twice and lose a common offset of 1e4.
+m is subtracted before scaling. The difference then rounds once, however far the logits are from
+zero; x·c - m·c would round twice and lose the precision of rows with a common offset of 1e4.
 
--inf logits give z = -inf, floored so that 2^z · z and 2^z · (z - z_other) are 0 and not NaN. A
-pivot starts at LOWEST and not at -inf for the same reason: no difference of pivots is inf - inf.
-NaN passes through every step, so that a broken row shows.
+A logit of -inf gives z = -inf. z is floored, so that e · z and e · (z - z_other) are 0 and not NaN.
+m starts at LOWEST and not at -inf for the same reason: no difference of maxima is inf - inf.
+NaN propagates through every step, so that a broken row is visible in the result.
 """
 
 import triton
@@ -35,6 +35,26 @@ def row_offset(row, T, stride_b, stride_t):
 
 
 @triton.jit
+def is_unmasked(mask_ptr, row):
+    unmasked = True
+    if mask_ptr is not None:
+        unmasked = tl.load(mask_ptr + row) != 0
+    return unmasked
+
+
+@triton.jit
+def load_row_lse(row_lse_ptr, row):
+    """(pivot, log_sum) of a row."""
+    return tl.load(row_lse_ptr + 2 * row), tl.load(row_lse_ptr + 2 * row + 1)
+
+
+@triton.jit
+def store_row_lse(row_lse_ptr, row, pivot, log_sum):
+    tl.store(row_lse_ptr + 2 * row, pivot)
+    tl.store(row_lse_ptr + 2 * row + 1, log_sum)
+
+
+@triton.jit
 def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """[UNROLL, LANES, VEC]: VEC neighbours belong to one lane, as one load of 16 bytes."""
     unroll = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
@@ -44,15 +64,15 @@ def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    row_ptr, offsets, V, TAIL: tl.constexpr, ACC_DTYPE: tl.constexpr, EVICT_LAST: tl.constexpr
+    row_ptr, offsets, end, ACC_DTYPE: tl.constexpr, TAIL: tl.constexpr, EVICT_LAST: tl.constexpr
 ):
-    """A tile of one row in ACC_DTYPE; only the tail can reach past the end, and finds -inf there.
+    """Load a tile in ACC_DTYPE. Only the tail is masked; entries past the end are -inf.
 
-    EVICT_LAST: it will be read again, so that the L2 should rather let go of something else.
+    EVICT_LAST: the tile will be read again, so the L2 should evict something else first.
     """
     POLICY: tl.constexpr = "evict_last" if EVICT_LAST else ""
     if TAIL:
-        inside = offsets < V
+        inside = offsets < end
         x = tl.load(row_ptr + offsets, mask=inside, other=-float("inf"), eviction_policy=POLICY)
     else:
         x = tl.load(row_ptr + offsets, eviction_policy=POLICY)
@@ -60,32 +80,27 @@ def load_tile(
 
 
 @triton.jit
-def store_zeros(row_ptr, offsets, begin, end, TILE: tl.constexpr):
-    """The gradient of entries that do not count, in a row or a part of one."""
+def store_zeros(row_ptr, offsets, begin, end):
+    """Store the gradient 0 for entries [begin, end)."""
     zeros = tl.zeros(offsets.shape, row_ptr.dtype.element_ty)
-    for start in range(begin, end, TILE):
+    for start in range(begin, end, offsets.numel):
         tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < end)
 
 
 @triton.jit
 def tile_sum(x):
-    """Each lane's sum over a tile [UNROLL, LANES, VEC]: registers only, no barrier."""
+    """Sum a tile [UNROLL, LANES, VEC] per lane: in registers, without a barrier."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
-
-
-@triton.jit
-def tile_max(x):
-    """Each lane's maximum over a tile [UNROLL, LANES, VEC]."""
-    return tl.max(tl.max(x, axis=2), axis=0)
 
 
 @triton.jit
 def softcapped(x, SOFTCAP: tl.constexpr):
     """softcap · tanh(x / softcap); -inf stays -inf.
 
-    (1 - t) / (1 + t) with t = e^(-2|x| / softcap), which cannot overflow, cancels for small |x|:
-    there it is Lambert's continued fraction, u / (1 + u² / (3 + u² / ...)), seven deep, whose
-    relative error u^14 / 2.7e11 is 2e-16 at 1/2 and 1e-9 at 3/2. The two share one division.
+    The formula (1 - t) / (1 + t) with t = e^(-2|x| / softcap) cannot overflow, but cancels for
+    small |x|. There tanh is Lambert's continued fraction, u / (1 + u² / (3 + u² / ...)), seven
+    deep, with a relative error of u^14 / 2.7e11: 2e-16 at u = 1/2 and 1e-9 at 3/2. Both formulas
+    share one division.
     """
     REACH: tl.constexpr = 0.5 if x.dtype == tl.float64 else 1.5
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / SOFTCAP))
@@ -107,45 +122,51 @@ def softcapped_derivative(x, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def floored(z):
-    """z, but at least FLOOR; NaN stays NaN."""
-    return tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    """max(z, FLOOR), NaN where z is."""
+    return tl.maximum(z, FLOOR, propagate_nan=KEEP_NAN)
 
 
 @triton.jit
-def rescale_moment(moment, S, shift, drift):
-    """Σ 2^(z + shift) · (w + drift) from moment = Σ 2^z · w and S = Σ 2^z.
+def rescale_moment(moment, sum_e, shift, drift):
+    """Σ 2^(z + shift) · (w + drift), from moment = Σ 2^z · w and sum_e = Σ 2^z.
 
-    This is how every moment follows its pivot: w and drift are z and shift for U, and the
-    differences z - z_other and shift - shift_other for D.
+    Every moment follows a new maximum in this way. For sum_ez, w is z and drift is shift. For
+    sum_ed, w is z - z_other and drift is shift - shift_other.
     """
-    return tl.exp2(shift) * (moment + drift * S)
+    return tl.exp2(shift) * (moment + drift * sum_e)
 
 
 @triton.jit
-def softmax_update(m, S, U, x, scale, HAS_MOMENT: tl.constexpr):
-    """The partials after a tile x: (m, S, U), the tile's z and 2^z, and the pivot's shift."""
-    m_new = tl.maximum(m, tile_max(x))
+def online_softmax(m, sum_e, sum_ez, x, scale):
+    """Add a tile x to (m, sum_e, sum_ez); sum_ez may be None.
+
+    Returns the three updated, z and e of the tile, and the shift of the old maximum.
+    """
+    # The new maximum, and how far it moves the old sums.
+    m_new = tl.maximum(m, tl.max(tl.max(x, axis=2), axis=0))
     shift = floored((m - m_new) * scale)
+    # The tile's terms.
     z = floored((x - m_new[None, :, None]) * scale)
     e = tl.exp2(z)
-    if HAS_MOMENT:
-        U = rescale_moment(U, S, shift, shift) + tile_sum(e * z)
-    S = tl.exp2(shift) * S + tile_sum(e)
-    return m_new, S, U, z, e, shift
+    # Rescale the old sums and add the tile's.
+    if sum_ez is not None:
+        sum_ez = rescale_moment(sum_ez, sum_e, shift, shift) + tile_sum(e * z)
+    sum_e = tl.exp2(shift) * sum_e + tile_sum(e)
+    return m_new, sum_e, sum_ez, z, e, shift
 
 
 @triton.jit
-def softmax_merge(m, S, scale):
-    """The row's pivot and S from the lanes' partials, and the shift of each lane."""
+def merge_lanes(m, sum_e, scale):
+    """The row's maximum and Σ e from those of its lanes, and the shift of each lane."""
     pivot = tl.max(m, axis=0)
     shift = floored((m - pivot) * scale)
-    return pivot, tl.sum(tl.exp2(shift) * S, axis=0), shift
+    return pivot, tl.sum(tl.exp2(shift) * sum_e, axis=0), shift
 
 
 @triton.jit
-def divergence(D, S, log_sum, other_log_sum):
-    """Σ p (ln p - ln p_other) in nats; inf where p lives on entries that the other row excludes."""
-    bits = D / S - log_sum + other_log_sum
+def divergence(sum_ed, sum_e, log_sum, other_log_sum):
+    """Σ p (ln p - ln p_other) in nats; inf where p has mass on entries the other row excludes."""
+    bits = sum_ed / sum_e - log_sum + other_log_sum
     return tl.where(bits > NO_OVERLAP, float("inf"), bits * LN2)
 
 
@@ -222,7 +243,7 @@ def kl_grad(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2" or ESTIMATOR == "k3+":
         grad = d
     else:
-        least = tl.maximum(d, -MAX_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
+        least = tl.maximum(d, -MAX_LOG_RATIO, propagate_nan=KEEP_NAN)
         odds = tl.exp2(-least * LOG2E)
         grad = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
         if ESTIMATOR == "k3_corrected":  # r·d where nothing saturates: two terms in e^(-d) cancel

@@ -1,9 +1,10 @@
-"""The two walks over a row, or over a part of it: its softmax partials, and its gradient.
+"""The two passes over a row, or over a part of it: accumulate its statistics, store its gradient.
 
-A walk goes over whole tiles without a mask, then over what is left with one. A partial is the tuple
-(m, S, U, m_ref, S_ref, D) of row_math.py, [LANES] each, of which those that are not asked for stay
-as they were.
+A pass processes whole tiles without a mask, then the rest under one. Where KL is "none" the row of
+the reference policy is None.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,149 +15,204 @@ from .row_math import (
     divergence,
     floored,
     load_tile,
+    merge_lanes,
+    online_softmax,
     rescale_moment,
     softcapped,
     softcapped_derivative,
-    softmax_merge,
-    softmax_update,
-    tile_offsets,
     tile_sum,
 )
 
 
+class Partial(NamedTuple):
+    """What the lanes have accumulated, [LANES] each; row_math.py defines the sums."""
+
+    m: tl.tensor
+    sum_e: tl.tensor
+    sum_ez: tl.tensor | None  # None without entropy
+    ref_m: tl.tensor | None  # None without KL
+    ref_sum_e: tl.tensor | None
+    sum_ed: tl.tensor | None
+
+
+class RowResults(NamedTuple):
+    """Statistics of a row, scalars; log_sum is log2 of Σ e over the row, pivot its maximum."""
+
+    logprob: tl.tensor
+    entropy: tl.tensor | None  # None where not asked for
+    kl: tl.tensor | None
+    pivot: tl.tensor
+    log_sum: tl.tensor
+    ref_pivot: tl.tensor | None  # None without KL
+    ref_log_sum: tl.tensor | None
+
+
+class GradientScalars(NamedTuple):
+    """The scalars of a row's gradient. With p and q the probabilities of an entry
+
+    dx = one_hot · [entry is the token] + p · (weight + weight_log · log2 p)
+         reverse KL: + p · weight_kl · (log2 p - log2 q)      forward KL: - weight_kl · q
+    """
+
+    scale: tl.tensor
+    pivot: tl.tensor
+    log_sum: tl.tensor
+    ref_pivot: tl.tensor | None  # None without a gradient of the KL
+    ref_log_sum: tl.tensor | None
+    one_hot: tl.tensor
+    weight: tl.tensor
+    weight_log: tl.tensor | None  # None without a gradient of the entropy
+    weight_kl: tl.tensor | None  # None without a gradient of the KL
+
+
 @triton.jit
-def empty_partial(LANES: tl.constexpr, ACC_DTYPE: tl.constexpr):
+def empty_partial(
+    LANES: tl.constexpr, ACC_DTYPE: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr
+):
     lowest = tl.full([LANES], LOWEST, ACC_DTYPE)
     zero = tl.zeros([LANES], ACC_DTYPE)
-    return lowest, zero, zero, lowest, zero, zero
-
-
-@triton.jit
-def update_partials(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
-    """The partial after tiles x, policy, and y, reference."""
-    m, S, U, m_ref, S_ref, D = partial
-    m_new, S_new, U, z, e, shift = softmax_update(m, S, U, x, scale, HAS_ENTROPY)
-    if KL != "none":
-        m_ref, S_ref_new, _, z_ref, e_ref, shift_ref = softmax_update(
-            m_ref, S_ref, S_ref, y, scale, False
-        )
-        if KL == "reverse":
-            D = rescale_moment(D, S, shift, shift - shift_ref)
-            D += tile_sum(e * (z - z_ref))
-        else:
-            D = rescale_moment(D, S_ref, shift_ref, shift_ref - shift)
-            D += tile_sum(e_ref * (z_ref - z))
-        S_ref = S_ref_new
-    return m_new, S_new, U, m_ref, S_ref, D
-
-
-@triton.jit
-def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
-    """The partial, lane by lane, of what both have seen."""
-    m_a, S_a, U_a, m_ref_a, S_ref_a, D_a = a
-    m_b, S_b, U_b, m_ref_b, S_ref_b, D_b = b
-    m = tl.maximum(m_a, m_b)
-    shift_a = floored((m_a - m) * scale)
-    shift_b = floored((m_b - m) * scale)
-    S = tl.exp2(shift_a) * S_a + tl.exp2(shift_b) * S_b
-    U = U_a
-    m_ref = m_ref_a
-    S_ref = S_ref_a
-    D = D_a
+    sum_ez = None
     if HAS_ENTROPY:
-        U = rescale_moment(U_a, S_a, shift_a, shift_a) + rescale_moment(U_b, S_b, shift_b, shift_b)
+        sum_ez = zero
+    if KL == "none":
+        return Partial(lowest, zero, sum_ez, None, None, None)
+    else:
+        return Partial(lowest, zero, sum_ez, lowest, zero, zero)
+
+
+@triton.jit
+def update_partials(partial, x, y, scale, KL: tl.constexpr):
+    """Add a tile x of the policy's row, and a tile y of the reference policy's."""
+    m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed = partial
+    m_new, sum_e_new, sum_ez, z, e, shift = online_softmax(m, sum_e, sum_ez, x, scale)
     if KL != "none":
-        m_ref = tl.maximum(m_ref_a, m_ref_b)
-        ref_a = floored((m_ref_a - m_ref) * scale)
-        ref_b = floored((m_ref_b - m_ref) * scale)
-        S_ref = tl.exp2(ref_a) * S_ref_a + tl.exp2(ref_b) * S_ref_b
+        ref_m, ref_sum_e_new, _, ref_z, ref_e, ref_shift = online_softmax(
+            ref_m, ref_sum_e, None, y, scale
+        )
+        # The KL's sum is over the softmax that comes first in it.
         if KL == "reverse":
-            D = rescale_moment(D_a, S_a, shift_a, shift_a - ref_a)
-            D += rescale_moment(D_b, S_b, shift_b, shift_b - ref_b)
+            sum_ed = rescale_moment(sum_ed, sum_e, shift, shift - ref_shift)
+            sum_ed += tile_sum(e * (z - ref_z))
         else:
-            D = rescale_moment(D_a, S_ref_a, ref_a, ref_a - shift_a)
-            D += rescale_moment(D_b, S_ref_b, ref_b, ref_b - shift_b)
-    return m, S, U, m_ref, S_ref, D
+            sum_ed = rescale_moment(sum_ed, ref_sum_e, ref_shift, ref_shift - shift)
+            sum_ed += tile_sum(ref_e * (ref_z - z))
+        ref_sum_e = ref_sum_e_new
+    return Partial(m_new, sum_e_new, sum_ez, ref_m, ref_sum_e, sum_ed)
+
+
+@triton.jit
+def merge_partials(a, b, scale, KL: tl.constexpr):
+    """Merge two partials, lane by lane."""
+    # Move both to the larger maximum.
+    m = tl.maximum(a.m, b.m)
+    shift_a = floored((a.m - m) * scale)
+    shift_b = floored((b.m - m) * scale)
+    sum_e = tl.exp2(shift_a) * a.sum_e + tl.exp2(shift_b) * b.sum_e
+    sum_ez = a.sum_ez
+    if a.sum_ez is not None:
+        sum_ez = rescale_moment(a.sum_ez, a.sum_e, shift_a, shift_a)
+        sum_ez += rescale_moment(b.sum_ez, b.sum_e, shift_b, shift_b)
+    if KL == "none":
+        return Partial(m, sum_e, sum_ez, None, None, None)
+    else:
+        # The same for the reference policy, then the KL's sum over the softmax that comes first.
+        ref_m = tl.maximum(a.ref_m, b.ref_m)
+        ref_shift_a = floored((a.ref_m - ref_m) * scale)
+        ref_shift_b = floored((b.ref_m - ref_m) * scale)
+        ref_sum_e = tl.exp2(ref_shift_a) * a.ref_sum_e + tl.exp2(ref_shift_b) * b.ref_sum_e
+        if KL == "reverse":
+            sum_ed = rescale_moment(a.sum_ed, a.sum_e, shift_a, shift_a - ref_shift_a)
+            sum_ed += rescale_moment(b.sum_ed, b.sum_e, shift_b, shift_b - ref_shift_b)
+        else:
+            sum_ed = rescale_moment(a.sum_ed, a.ref_sum_e, ref_shift_a, ref_shift_a - shift_a)
+            sum_ed += rescale_moment(b.sum_ed, b.ref_sum_e, ref_shift_b, ref_shift_b - shift_b)
+        return Partial(m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed)
 
 
 @triton.jit
 def accumulate_row_stats(
-    logits_row, ref_row, begin, end, scale,
+    logits_row, ref_row, begin, end, scale, offsets,
     HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, EVICT_LAST: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The partial of entries [begin, end); EVICT_LAST: keep them cached."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    offsets = tile_offsets(UNROLL, LANES, VEC)
-    partial = empty_partial(LANES, ACC_DTYPE)
+    """Accumulate the Partial of entries [begin, end). EVICT_LAST: keep the row in the L2."""
+    TILE: tl.constexpr = offsets.numel
+    partial = empty_partial(offsets.shape[1], scale.dtype, HAS_ENTROPY, KL)
     whole = begin + (end - begin) // TILE * TILE
-    for TAIL in tl.static_range(2):
+    for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
         for start in range(begin + TAIL * (whole - begin), whole + TAIL * (end - whole), TILE):
-            at = start + offsets
-            x = load_tile(logits_row, at, end, TAIL, ACC_DTYPE, EVICT_LAST)
-            y = x
+            # Load a tile of each row.
+            entries = start + offsets
+            x = load_tile(logits_row, entries, end, scale.dtype, TAIL=TAIL, EVICT_LAST=EVICT_LAST)
+            y = None
             if KL != "none":
-                y = load_tile(ref_row, at, end, TAIL, ACC_DTYPE, EVICT_LAST)
+                y = load_tile(ref_row, entries, end, scale.dtype, TAIL=TAIL, EVICT_LAST=EVICT_LAST)
+            # Apply the softcap.
             if SOFTCAP is not None:
                 x = softcapped(x, SOFTCAP)
-                y = softcapped(y, SOFTCAP)
-            partial = update_partials(partial, x, y, scale, HAS_ENTROPY, KL)
+                if KL != "none":
+                    y = softcapped(y, SOFTCAP)
+            # Add the tile to the lanes' sums.
+            partial = update_partials(partial, x, y, scale, KL)
     return partial
 
 
 @triton.jit
-def row_statistics(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
-    """(logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum) of a row, in nats."""
-    m, S, U, m_ref, S_ref, D = partial
-    pivot, row_S, shift = softmax_merge(m, S, scale)
-    log_sum = tl.log2(row_S)
+def row_results(partial, x_token, scale, KL: tl.constexpr):
+    """The RowResults in nats, from the lanes' sums and the token's capped logit."""
+    # Merge the lanes into the row's softmax.
+    pivot, row_sum_e, shift = merge_lanes(partial.m, partial.sum_e, scale)
+    log_sum = tl.log2(row_sum_e)
     logprob = ((x_token - pivot) * scale - log_sum) * LN2
-    entropy = logprob
-    kl = logprob
-    ref_pivot = pivot
-    ref_log_sum = log_sum
-    if HAS_ENTROPY:
-        row_U = tl.sum(rescale_moment(U, S, shift, shift), axis=0)
-        entropy = (log_sum - row_U / row_S) * LN2
-    if KL != "none":
-        ref_pivot, row_S_ref, shift_ref = softmax_merge(m_ref, S_ref, scale)
-        ref_log_sum = tl.log2(row_S_ref)
+    # The entropy is log_sum minus the mean of z, which does not cancel for large logits.
+    entropy = None
+    if partial.sum_ez is not None:
+        row_sum_ez = tl.sum(rescale_moment(partial.sum_ez, partial.sum_e, shift, shift), axis=0)
+        entropy = (log_sum - row_sum_ez / row_sum_e) * LN2
+    if KL == "none":
+        return RowResults(logprob, entropy, None, pivot, log_sum, None, None)
+    else:
+        # The reference policy's softmax, and the KL.
+        ref_pivot, ref_row_sum_e, ref_shift = merge_lanes(partial.ref_m, partial.ref_sum_e, scale)
+        ref_log_sum = tl.log2(ref_row_sum_e)
         if KL == "reverse":
-            row_D = tl.sum(rescale_moment(D, S, shift, shift - shift_ref), axis=0)
-            kl = divergence(row_D, row_S, log_sum, ref_log_sum)
+            drift = shift - ref_shift
+            sum_ed = tl.sum(rescale_moment(partial.sum_ed, partial.sum_e, shift, drift), axis=0)
+            kl = divergence(sum_ed, row_sum_e, log_sum, ref_log_sum)
         else:
-            row_D = tl.sum(rescale_moment(D, S_ref, shift_ref, shift_ref - shift), axis=0)
-            kl = divergence(row_D, row_S_ref, ref_log_sum, log_sum)
-    return logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum
+            drift = ref_shift - shift
+            lanes_ed = rescale_moment(partial.sum_ed, partial.ref_sum_e, ref_shift, drift)
+            kl = divergence(tl.sum(lanes_ed, axis=0), ref_row_sum_e, ref_log_sum, log_sum)
+        return RowResults(logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum)
 
 
 @triton.jit
-def entry_gradient(
-    x, y, row_scalars, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr
-):
-    """dx of an entry but for the token's one-hot term; x and y as stored, before the softcap."""
-    scale, pivot, log_sum, ref_pivot, ref_log_sum, weight, weight_log, weight_kl = row_scalars
+def entry_gradient(x, y, row, KL: tl.constexpr, SOFTCAP: tl.constexpr):
+    """dx of an entry without the one-hot term; x and y are the logits before the softcap."""
+    # log2 of the probability, and the probability.
     capped = x
     if SOFTCAP is not None:
         capped = softcapped(x, SOFTCAP)
-    z = (capped - pivot) * scale - log_sum
-    if HAS_ENTROPY or KL == "reverse":
+    z = (capped - row.pivot) * row.scale - row.log_sum
+    if row.weight_log is not None or KL == "reverse":
         z = floored(z)
     p = tl.exp2(z)
-    factor = weight
-    if HAS_ENTROPY:
-        factor += weight_log * z
+    # The gradients of the log-prob and of the entropy.
+    factor = row.weight
+    if row.weight_log is not None:
+        factor += row.weight_log * z
+    # The gradient of the KL.
     if KL == "none":
         dx = p * factor
     else:
         if SOFTCAP is not None:
             y = softcapped(y, SOFTCAP)
-        z_ref = (y - ref_pivot) * scale - ref_log_sum
+        ref_z = (y - row.ref_pivot) * row.scale - row.ref_log_sum
         if KL == "reverse":
-            dx = p * (factor + weight_kl * (z - floored(z_ref)))
+            dx = p * (factor + row.weight_kl * (z - floored(ref_z)))
         else:
-            q = tl.where(x == -float("inf"), 0.0, tl.exp2(z_ref))  # an excluded entry gets 0
-            dx = p * factor - weight_kl * q
+            q = tl.where(x == -float("inf"), 0.0, tl.exp2(ref_z))  # an excluded entry gets 0
+            dx = p * factor - row.weight_kl * q
+    # The chain rule through the softcap.
     if SOFTCAP is not None:
         dx *= softcapped_derivative(x, SOFTCAP)
     return dx
@@ -164,48 +220,54 @@ def entry_gradient(
 
 @triton.jit
 def store_row_gradient(
-    logits_row, ref_row, d_row, begin, end, token, one_hot, row_scalars,
-    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr,
-    REVERSE_ORDER: tl.constexpr,  # 1: the row was walked before; 0
-    ACC_DTYPE: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    logits_row, ref_row, d_row, begin, end, token, row, offsets,
+    KL: tl.constexpr, SOFTCAP: tl.constexpr, REVERSE_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Write dx of entries [begin, end) to d_row, which may be logits_row.
+    """Store dx of entries [begin, end) to d_row, which may be logits_row.
 
-    The token's own entry is written once more after the walk, with its one-hot term: in the loop
-    that would cost a comparison and a selection per entry. REVERSE_ORDER goes backwards: caches
-    hold the end of the row.
+    The token's own entry is stored again after the loop, with its one-hot term: inside the loop
+    that would cost a comparison and a selection per entry. REVERSE_ORDER starts at the end of the
+    row, which the caches still hold after a forward pass over it.
     """
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    offsets = tile_offsets(UNROLL, LANES, VEC)
-    # Its logits are read before any thread of the loop, working in place, overwrites them.
-    here = (token >= begin) & (token < end)
-    x_token = tl.load(logits_row + token, mask=here, other=0.0).to(ACC_DTYPE)
-    y_token = tl.load(ref_row + token, mask=here, other=0.0).to(ACC_DTYPE)
+    TILE: tl.constexpr = offsets.numel
+    ACC_DTYPE: tl.constexpr = row.scale.dtype
+    # Load the token's logits before the loop overwrites them in place.
+    has_token = (token >= begin) & (token < end)
+    x_token = tl.load(logits_row + token, mask=has_token, other=0.0).to(ACC_DTYPE)
+    y_token = None
+    if KL != "none":
+        y_token = tl.load(ref_row + token, mask=has_token, other=0.0).to(ACC_DTYPE)
     tl.debug_barrier()
 
+    # TAIL is 0 for the whole tiles and 1 for the rest, which comes first in reverse order.
+    FIRST: tl.constexpr = 1 if REVERSE_ORDER else 0
+    STOP: tl.constexpr = -1 if REVERSE_ORDER else 2
+    STEP: tl.constexpr = -1 if REVERSE_ORDER else 1
     whole = begin + (end - begin) // TILE * TILE
-    for TAIL in tl.static_range(
-        REVERSE_ORDER, 2 - 3 * REVERSE_ORDER, 1 - 2 * REVERSE_ORDER
-    ):  # 0, 1, or 1, 0
+    for TAIL in tl.static_range(FIRST, STOP, STEP):
         first = begin + TAIL * (whole - begin)
         last = whole + TAIL * (end - whole)
         for start in range(first, last, TILE):
-            at = start + offsets
+            # Load a tile of each row.
+            entries = start + offsets
             if REVERSE_ORDER and not TAIL:
-                at = first + last - TILE - start + offsets
-            x = load_tile(logits_row, at, end, TAIL, ACC_DTYPE, False)
-            y = x
+                entries = first + last - TILE - start + offsets
+            x = load_tile(logits_row, entries, end, ACC_DTYPE, TAIL=TAIL, EVICT_LAST=False)
+            y = None
             if KL != "none":
-                y = load_tile(ref_row, at, end, TAIL, ACC_DTYPE, False)
-            dx = entry_gradient(x, y, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
+                y = load_tile(ref_row, entries, end, ACC_DTYPE, TAIL=TAIL, EVICT_LAST=False)
+            # Compute and store its gradient.
+            dx = entry_gradient(x, y, row, KL, SOFTCAP)
             if TAIL:
-                tl.store(d_row + at, dx, mask=at < end)
+                tl.store(d_row + entries, dx, mask=entries < end)
             else:
-                tl.store(d_row + at, dx)
+                tl.store(d_row + entries, dx)
 
+    # Store the token's entry with its one-hot term; an excluded entry, -inf, keeps gradient 0.
+    one_hot = row.one_hot
     if SOFTCAP is not None:
         one_hot *= softcapped_derivative(x_token, SOFTCAP)
-    dx_token = one_hot + entry_gradient(x_token, y_token, row_scalars, HAS_ENTROPY, KL, SOFTCAP)
-    dx_token = tl.where(x_token == -float("inf"), 0.0, dx_token)  # outside the vocabulary
-    tl.debug_barrier()  # the loop's store to this entry comes from another thread
-    tl.store(d_row + token, dx_token, mask=here)
+    dx_token = one_hot + entry_gradient(x_token, y_token, row, KL, SOFTCAP)
+    dx_token = tl.where(x_token == -float("inf"), 0.0, dx_token)
+    tl.debug_barrier()  # another thread of the loop stored to this entry
+    tl.store(d_row + token, dx_token, mask=has_token)
