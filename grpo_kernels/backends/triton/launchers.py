@@ -114,7 +114,8 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     common["partials_ptr"] = logprob.new_empty((logprob.numel(), parts, 6, launch.lanes))
     common["parts"] = parts
     kernel = _token_stats_part_kernel
-    _launch(kernel, launch, rows.logits, parts, **common, **inputs, HAS_ENTROPY=entropy)
+    arguments = {**common, **inputs, "HAS_ENTROPY": entropy}
+    _launch(kernel, launch, rows.logits, programs_per_row=parts, **arguments)
     kernel = _token_stats_merge_kernel
     _launch(kernel, launch, rows.logits, **common, **outputs, LANES=launch.lanes)
     return stats
