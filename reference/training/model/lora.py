@@ -20,16 +20,16 @@ from reference.training.errors import UserError
 
 
 def add_lora(model: Any, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear"):
-    """The model with W + alpha/rank · B·A in the place of W; only A and B train, in fp32.
+    """Replace each W by W + alpha/rank · B·A; only A and B train, in fp32.
 
-    B is 0 at first, so that the numbers are still the model's. There is no dropout, which would
+    B starts as 0, so the outputs are at first those of the model. There is no dropout: it would
     make sampler and trainer two different policies.
 
     Args:
         model: a transformers model.
         rank: rows of A, at least 1.
         alpha: the scale, above 0.
-        targets: "all-linear" is every linear layer but the head; or the names of layers.
+        targets: names of layers; "all-linear" is every linear layer but the LM head.
 
     Raises:
         UserError: peft is not installed.
@@ -47,7 +47,7 @@ def add_lora(model: Any, rank: int, alpha: float, targets: str | Sequence[str] =
 
 
 def load_peft() -> ModuleType:
-    """The package, or a UserError: called before a model is loaded, it fails early."""
+    """Import peft or raise a UserError; called before a model is loaded, it fails early."""
     try:
         import peft
     except ImportError:
@@ -62,34 +62,36 @@ def has_adapter(model: Any) -> bool:
 
 
 def without_adapter(model: Any) -> AbstractContextManager:
-    """While this lasts the model is the one before `add_lora`; a plain model is itself."""
+    """Turn the adapter off inside this context; no effect on a model without one."""
     return model.disable_adapter() if has_adapter(model) else nullcontext()
 
 
 def merged(model: Any):
-    """A plain model, in memory of the CPU, with the adapter added into its weights; it loads with
-    AutoModelForCausalLM. The model given is left as it is, and returned where it has no adapter."""
+    """Return a copy on the CPU with the adapter merged into its weights.
+
+    AutoModelForCausalLM can load it. A model without an adapter is returned itself.
+    """
     if not has_adapter(model):
         return model
-    return _copy(model, lambda each: each.to("cpu", copy=True)).merge_and_unload()
+    return _copy(model, lambda weight: weight.to("cpu", copy=True)).merge_and_unload()
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype | None):
-    """A copy that does not train, with the weights of linear layers in `dtype`, if it is given.
+    """Copy a model without gradients, with the weights of linear layers in `dtype`, if given.
 
-    Weights that an embedding shares keep theirs, and so do buffers: those of rotary embeddings need
-    fp32. At no time are there two copies, one of each dtype.
+    Weights tied to an embedding keep their dtype, and so do buffers: rotary embeddings need fp32.
+    At no time are there two copies, one of each dtype.
     """
-    changed = _weights_of(model, nn.Linear) - _weights_of(model, nn.Embedding)
-    return _copy(model, lambda each: each.to(dtype) if dtype and each in changed else each.clone())
 
+    def weights(kind: type[nn.Module]) -> set[Tensor]:
+        return {module.weight for module in model.modules() if isinstance(module, kind)}
 
-def _weights_of(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
-    return {each.weight for each in model.modules() if isinstance(each, kind)}
+    cast = weights(nn.Linear) - weights(nn.Embedding) if dtype else set()
+    return _copy(model, lambda weight: weight.to(dtype) if weight in cast else weight.clone())
 
 
 def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]):
-    """A deep copy, but for its parameters: frozen, and `change` of the model's; ties stay tied."""
+    """Deep-copy a model with frozen parameters `change(parameter)`; tied ones stay tied."""
     memo = {}
     for parameter in model.parameters():
         with torch.no_grad():

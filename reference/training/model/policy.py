@@ -1,4 +1,4 @@
-"""A language model with what it takes to ask it questions: tokenizer, device, end tokens."""
+"""A language model with what is needed to sample from it: tokenizer, device, end tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Precision = Literal["auto", "bf16", "off"]
 
 @dataclass(frozen=True)
 class SampledCompletions:
-    """Completions of prompts, in tokens and in words."""
+    """Completions of prompts, as tokens and as texts."""
 
     prompts: Prompts
     completions: Completions
@@ -43,18 +43,25 @@ class SampledCompletions:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model and how it is asked."""
+    """A model and the settings with which it samples and is trained.
+
+    Attributes:
+        system: the system prompt of every question.
+        precision: the precision of `autocast`.
+        sampler: the default sampler.
+        ranks: the ranks that sample at the same time, each its shard.
+    """
 
     model: Any
     tokenizer: Any
     device: torch.device
     eos_ids: list[int]
     max_new_tokens: int
-    system: str | None = None  # the system prompt
-    precision: Precision = "auto"  # of `autocast`
+    system: str | None = None
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
-    sampler: Sampler = shared_prompt  # who answers where nobody else is named
-    ranks: Ranks = SINGLE_PROCESS  # who ask at the same time, each its share
+    sampler: Sampler = shared_prompt
+    ranks: Ranks = SINGLE_PROCESS
 
     @classmethod
     def load(
@@ -111,7 +118,7 @@ class Policy:
         temperature: float,
         sampler: Sampler | None = None,
     ) -> SampledCompletions:
-        """Sample `group_size` answers to each question; temperature 0 is greedy."""
+        """Sample `group_size` completions of each question; temperature 0 is greedy."""
         texts = [question.text for question in questions]
         prompts = encode(self.tokenizer, texts, self.device, system=self.system)
         remedy = "lower --prompts, --group-size or --max-new-tokens"
@@ -122,17 +129,17 @@ class Policy:
     def chat_reply(
         self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int
     ) -> str:
-        """What the model says next in a conversation.
+        """Sample the next message of a conversation.
 
         Args:
-            messages: {"role": ..., "content": ...}, in turn; the system prompt goes before them
-                where they bring none.
+            messages: {"role": ..., "content": ...}; the system prompt is put before them if they
+                have none.
         """
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         prompts = encode_messages(self.tokenizer, [messages], self.device)
-        longer = replace(self, max_new_tokens=max_new_tokens)
-        return self._texts(self.sampler(longer, prompts, 1, temperature))[0]
+        policy = replace(self, max_new_tokens=max_new_tokens)
+        return self._texts(self.sampler(policy, prompts, 1, temperature))[0]
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -142,12 +149,11 @@ class Policy:
             yield
 
     def frozen_copy(self) -> Policy | WithoutAdapter:
-        """What the KL is measured against, frozen: with LoRA the model before its adapter, which
-        costs nothing; else a copy of the policy as it is now.
+        """Return a reference policy: a copy of this policy, or with LoRA its base model.
 
-        Under autocast the copy has the weights of linear layers in bf16, to which each pass rounds
-        them anyway: the numbers are the policy's, in little more than half the memory. Embeddings,
-        a head tied to them, and norms stay fp32.
+        Under autocast the copy has the weights of linear layers in bf16. Each pass rounds them to
+        bf16 anyway, so the numbers are the same in little more than half the memory. Embeddings, an
+        LM head tied to them, and norms stay fp32.
         """
         if lora.has_adapter(self.model):
             return WithoutAdapter(self)
@@ -155,11 +161,11 @@ class Policy:
         return replace(self, model=frozen)
 
     def model_to_save(self):
-        """The model, with its adapter, if it has one, added into its weights."""
+        """Return the model with its LoRA adapter, if any, merged into its weights."""
         return lora.merged(self.model)
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 with fp32 weights, or nothing, as `precision` says."""
+        """Return the autocast context of `precision`: bf16, or none."""
         if self._uses_bf16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -175,7 +181,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class WithoutAdapter:
-    """The model that a LoRA policy started from."""
+    """The base model of a LoRA policy."""
 
     policy: Policy
 
@@ -185,7 +191,7 @@ class WithoutAdapter:
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """As `Policy.forward_context`, without gradient: nothing would train."""
+        """Return the context of a forward pass of the base model, without gradient."""
         with (
             torch.no_grad(),
             lora.without_adapter(self.policy.model),
@@ -194,7 +200,7 @@ class WithoutAdapter:
             yield
 
     def autocast(self) -> AbstractContextManager:
-        """As `Policy.autocast`."""
+        """Return the autocast context of the policy."""
         return self.policy.autocast()
 
 
@@ -217,14 +223,14 @@ def load_policy(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda where there is one, then mps, then cpu."""
+    """Choose the device of a name; "auto" is cuda if available, else mps, else cpu."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = next(device for device, is_there in available.items() if is_there)
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here")
     return torch.device(name)

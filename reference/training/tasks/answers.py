@@ -1,4 +1,4 @@
-"""Where the answer stands in a completion, and whether it is the right one."""
+"""Find the final answer in a completion and compare it with the ground truth."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from reference.training.errors import UserError
 _NUMBER = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?"
 _NUMBERS = re.compile(_NUMBER)
 _HASHES = re.compile(rf"####[ \t]*\$?({_NUMBER})[ \t]*\.?[ \t]*$", re.MULTILINE)
-_LAST_LINE = re.compile(rf"####[ \t]*({_NUMBER})")
+_HASHES_LINE = re.compile(rf"####[ \t]*({_NUMBER})")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# An answer that is one number: "1,024", but not the pair "3,4".
+# Matches an answer that is one number, such as "1,024", but not the pair "3,4".
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt)\b)[^\W\d_]{3,}")
 
 
 def last_number(text: str) -> str | None:
-    """The last number in the text, without thousands separators.
+    """Find the last number in the text, without thousands separators.
 
     "1,024" is one number, "12.5" is not 5, and the sign of "7-5" is not part of a number.
     """
@@ -32,13 +32,13 @@ def last_line(text: str) -> str:
 
 
 def tagged(text: str) -> str | None:
-    """What stands in the last pair of <answer> tags."""
+    """Find the text in the last pair of <answer> tags."""
     found = _TAGGED.findall(text)
     return found[-1].strip() if found else None
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{}, whose braces may hold others."""
+    """Find the text in the last \\boxed{}; it may have braces of its own."""
     start = text.rfind("\\boxed{")
     depth = 0
     for end in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
@@ -49,49 +49,68 @@ def boxed(text: str) -> str | None:
 
 
 def number_is(completion: str, answer: str) -> bool:
-    """Whether the final number has the value of the answer, which is a number.
+    """Test if the final number has the value of the answer, which is a number.
 
-    The final number stands after "####" at the end of a line, else in \\boxed{}, else in <answer>
-    tags, else it is the last one written.
+    The final number is the one after "####" at the end of a line, else in \\boxed{}, else in
+    <answer> tags, else the last one in the text.
     """
     text = completion.strip()
-    places = (*_HASHES.findall(text)[-1:], boxed(text), tagged(text), text)
-    for place in places:
-        if place is not None and (number := last_number(place)) is not None:
+    for part in (*_HASHES.findall(text)[-1:], boxed(text), tagged(text), text):
+        if part is not None and (number := last_number(part)) is not None:
             return _value(number) == _value(answer)
     return False
 
 
 def last_line_is(completion: str, answer: str) -> bool:
-    """Whether the last line is "#### " and the number, as in the solutions of GSM8K."""
-    found = _LAST_LINE.fullmatch(last_line(completion))
-    return found is not None and _value(found[1]) == _value(answer)
+    """Test if the last line is "#### " and the number, as in the solutions of GSM8K."""
+    match = _HASHES_LINE.fullmatch(last_line(completion))
+    return match is not None and _value(match[1]) == _value(answer)
 
 
 def answer_is(completion: str, answer: str) -> bool:
-    """Whether the final answer is the right one: as a number, as mathematics or as words.
+    """Test if the final answer of a completion is right: a number, mathematics or words.
 
-    Numbers are compared by value, words without case, accents and a full stop. What else looks
-    like mathematics goes through math-verify, for which 1/2 is \\frac{1}{2}.
+    Numbers are compared by value, words without case, accents and a full stop. Other mathematics is
+    compared by math-verify, for which 1/2 is \\frac{1}{2}.
+
+    Raises:
+        UserError: math-verify is needed and not installed.
     """
     if completion.strip() == answer:
         return True
     if is_number(answer):
         return number_is(completion, answer)
     marked = boxed(completion) or tagged(completion)
-    readings = [marked] if marked else [completion.strip(), last_line(completion)]
-    if _is_mathematics(answer):
-        return answer in readings or _same_mathematics(readings, answer)
-    return _plain(answer) in map(_plain, readings)
+    candidates = [marked] if marked else [completion.strip(), last_line(completion)]
+    # Mathematics has digits, signs or LaTeX and no words: "x^2 + 1", not "Apollo 11" nor "B".
+    if re.search(r"[\d\\=+*/^<>-]", answer) is None or _WORD.search(answer):
+        return _normalize(answer) in map(_normalize, candidates)
+    if answer in candidates:
+        return True
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError(
+            f"comparing with the answer {answer!r} needs the package math-verify: "
+            'pip install "grpo_kernels[tasks]"'
+        ) from None
+
+    def parse(text: str) -> list:
+        """Mark a bare text as mathematics: of "x + 1" math-verify would read only the 1."""
+        is_marked = "$" in text or "\\(" in text or "\\[" in text
+        return math_verify.parse(text if is_marked else f"${text}$")
+
+    gold = parse(answer)
+    return any(math_verify.verify(gold, parse(candidate)) for candidate in candidates)
 
 
 def mentions(text: str, answer: str) -> bool:
-    """Whether the answer occurs in the text: a number by its value, words as whole words."""
+    """Test if the answer occurs in the text: a number by its value, words as whole words."""
     if is_number(answer):
         numbers = (number.replace(",", "") for number in _NUMBERS.findall(text))
         return any(_value(number) == _value(answer) for number in numbers)
-    wanted = re.escape(_plain(answer))
-    return re.search(rf"(?<!\w){wanted}(?!\w)", _plain(text)) is not None
+    words = re.escape(_normalize(answer))
+    return re.search(rf"(?<!\w){words}(?!\w)", _normalize(text)) is not None
 
 
 def is_number(answer: str) -> bool:
@@ -102,30 +121,8 @@ def _value(number: str) -> Decimal:
     return Decimal(number.replace(",", ""))
 
 
-def _plain(text: str) -> str:
-    """Without case, accents, a full stop at the end and the difference between kinds of space."""
+def _normalize(text: str) -> str:
+    """Remove case, accents, a full stop at the end and repeated or special spaces."""
     letters = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(each for each in letters if not unicodedata.combining(each))
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return " ".join(letters.split()).removesuffix(".")
-
-
-def _is_mathematics(answer: str) -> bool:
-    """Digits, signs or LaTeX, and no words: "x^2 + 1", but neither "Apollo 11" nor "B"."""
-    return re.search(r"[\d\\=+*/^<>-]", answer) is not None and not _WORD.search(answer)
-
-
-def _same_mathematics(readings: list[str], answer: str) -> bool:
-    try:
-        import math_verify
-    except ImportError:
-        raise UserError(
-            f"comparing with the answer {answer!r} needs the package math-verify: "
-            'pip install "grpo_kernels[tasks]"'
-        ) from None
-    gold = math_verify.parse(_in_dollars(answer))
-    return any(math_verify.verify(gold, math_verify.parse(_in_dollars(each))) for each in readings)
-
-
-def _in_dollars(text: str) -> str:
-    """Mathematics as math-verify finds it: of a bare "x + 1" it would read the 1 alone."""
-    return text if "$" in text or "\\(" in text or "\\[" in text else f"${text}$"

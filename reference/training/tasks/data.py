@@ -1,16 +1,15 @@
-"""Questions that are not made by a line of code: JSONL files, GSM8K, reasoning-gym."""
+"""Sources of questions: JSONL files, GSM8K and reasoning-gym."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 from reference.training.errors import UserError, one_line
@@ -22,9 +21,9 @@ LAYOUT = (
     "--data wants a directory with train.jsonl and test.jsonl, or one .jsonl file, which is split"
 )
 GYM_QUESTIONS = 1000
-# reasoning-gym's item i is made from the seed plus i: seeds must lie further apart than sizes.
-GYM_SEEDS = 1_000_000
-# Their verifiers hand the completion to Python's eval, or to SymPy's parser, which evaluates too.
+# reasoning-gym makes item i from the seed plus i: seeds must differ by more than the sizes.
+GYM_SEED_STRIDE = 1_000_000
+# The verifiers of these pass the completion to Python's eval, or to SymPy's parser, which calls it.
 GYM_RUNS_COMPLETIONS = frozenset(
     {
         "binary_matrix",
@@ -51,7 +50,7 @@ Verifier = Callable[[str, str], float]  # (question, answer) -> 0 to 1
 
 
 def split(questions: Iterable[Question], seed: int) -> Split:
-    """The first 128 after a seeded shuffle are held out, of a small set at most a fifth."""
+    """Shuffle, and hold out the first 128 questions, at most a fifth of all."""
     shuffled = _distinct(questions)
     random.Random(seed).shuffle(shuffled)
     count = min(HELD_OUT, len(shuffled) // 5)
@@ -59,19 +58,21 @@ def split(questions: Iterable[Question], seed: int) -> Split:
 
 
 def _distinct(questions: Iterable[Question], without: Iterable[Question] = ()) -> list[Question]:
-    """In their order; of several with the same text the first."""
-    seen = {question.text for question in without}
-    return [q for q in questions if q.text not in seen and not seen.add(q.text)]
+    """Keep the first of several questions with the same text, and none that is in `without`."""
+    excluded = {question.text for question in without}
+    by_text: dict[str, Question] = {}
+    for question in questions:
+        by_text.setdefault(question.text, question)
+    return [question for text, question in by_text.items() if text not in excluded]
 
 
 def read(data: Path, seed: int, final: Callable[[str], str] = str.strip) -> Split:
-    """The questions of a JSONL file, split, or of a directory's train.jsonl and test.jsonl.
+    """Read and split a JSONL file, or read train.jsonl and test.jsonl of a directory.
 
-    A question of the test file is not trained on, even where the training file repeats it.
+    Questions of the test file are removed from the training file.
 
     Args:
-        final: the answer to compare with, from the answer as it is written; ValueError if it has
-            none.
+        final: extracts the final answer from an answer text, or raises a ValueError.
     """
     if data.is_dir():
         held_out = _distinct(read_jsonl(data / "test.jsonl", final))
@@ -87,19 +88,19 @@ def read(data: Path, seed: int, final: Callable[[str], str] = str.strip) -> Spli
 
 
 def read_jsonl(path: Path, final: Callable[[str], str] = str.strip) -> list[Question]:
-    """One question per line: {"prompt": ..., "answer": ...}, or "question" for "prompt"."""
+    """Read one question per line: {"prompt": ..., "answer": ...}, or "question" for "prompt"."""
     questions = []
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    questions.append(_question(line, f"{path}:{number}", final))
+                    questions.append(_parse_line(line, f"{path}:{number}", final))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; {LAYOUT}") from None
     return questions
 
 
-def _question(line: str, place: str, final: Callable[[str], str]) -> Question:
+def _parse_line(line: str, place: str, final: Callable[[str], str]) -> Question:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -121,7 +122,7 @@ def _question(line: str, place: str, final: Callable[[str], str]) -> Question:
 
 
 def gsm8k(data: Path | None, seed: int) -> Split:
-    """GSM8K from the model hub, or from files of its layout."""
+    """Load GSM8K from the hub, or from files with the same layout."""
     if data is not None:
         return read(data, seed, gsm8k_answer)
     try:
@@ -132,21 +133,21 @@ def gsm8k(data: Path | None, seed: int) -> Split:
             f"or --data: {LAYOUT}"
         ) from None
     try:
-        parts = load_dataset(GSM8K, "main")
+        splits = load_dataset(GSM8K, "main")
     except Exception as error:  # no connection, no such set, a broken cache: each its own type
         raise UserError(
             f"--task gsm8k: {GSM8K} could not be had from the hub ({one_line(error)}); without "
             f'it, {LAYOUT}; each line is {{"question": ..., "answer": "... #### 18"}}'
         ) from None
     train, held_out = (
-        [Question(row["question"], gsm8k_answer(row["answer"])) for row in parts[name]]
+        [Question(row["question"], gsm8k_answer(row["answer"])) for row in splits[name]]
         for name in ("train", "test")
     )
     return _distinct(train, without=held_out), _distinct(held_out)
 
 
 def gsm8k_answer(solution: str) -> str:
-    """The number after "####", without thousands separators; a bare number is its own answer."""
+    """Extract the number after "####", without thousands separators; or take a bare number."""
     answer = solution.rpartition("####")[2].strip().removeprefix("$")
     if not answers.is_number(answer):
         raise ValueError(f'expected a number, after "####" in a solution; got {answer[-80:]!r}')
@@ -156,49 +157,15 @@ def gsm8k_answer(solution: str) -> str:
 def reasoning_gym(
     name: str, seed: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Split, Verifier]:
-    """Questions of a generator with its settings, and its verifier.
+    """Make the questions of a generator of reasoning-gym, and its verifier.
 
-    The held-out questions come from another seed, at most a fifth as many as there are different
-    ones to train on, and are taken out of those.
+    The held-out questions come from another seed. They are at most a fifth of the distinct training
+    questions, from which they are removed.
 
     Raises:
-        UserError: reasoning-gym has no such generator, or it needs other settings, or its verifier
-            runs completions as code.
+        UserError: reasoning-gym is not installed or has no such generator, or the generator needs
+            other settings, or its verifier runs completions as code.
     """
-    gym = _gym_with(name)
-    first = GYM_SEEDS * seed
-    try:
-        to_train = gym.create_dataset(name, size=GYM_QUESTIONS, seed=first, **settings)
-        to_ask = gym.create_dataset(name, size=HELD_OUT, seed=first + GYM_SEEDS // 2, **settings)
-        known = [[(entry, each) for entry in each] for each in (to_train, to_ask)]
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(
-            f"reasoning-gym/{name} does not work with the settings {dict(settings)}: "
-            f"{one_line(error)}"
-        ) from None
-    trained, asked = (_distinct(_gym_question(entry) for entry, _ in each) for each in known)
-    held_out = asked[: len(trained) // 5]
-    if not held_out:
-        raise UserError(f"reasoning-gym/{name} has only {len(trained)} different questions")
-
-    of_question = {entry["question"]: (entry, each) for entry, each in itertools.chain(*known)}
-
-    def verify(question: str, answer: str) -> float:
-        entry, gym_set = of_question[question]
-        try:
-            return float(gym_set.score_answer(answer, entry))
-        except Exception:  # prime_factorization, for one, raises ValueError at "hello"
-            return 0.0
-
-    return (_distinct(trained, without=held_out), held_out), verify
-
-
-def _gym_question(entry: dict) -> Question:
-    """Where several answers are right, an entry may name none."""
-    return Question(entry["question"], entry["answer"] or "")
-
-
-def _gym_with(name: str) -> ModuleType:
     try:
         import reasoning_gym as gym
         from reasoning_gym.factory import DATASETS
@@ -215,4 +182,34 @@ def _gym_with(name: str) -> ModuleType:
         raise UserError(
             f"reasoning-gym/{name}: its verifier runs completions as Python code on this machine"
         )
-    return gym
+
+    first = GYM_SEED_STRIDE * seed
+    entries: dict[str, tuple[dict, Any]] = {}  # by question, with the generator that verifies it
+    splits = []
+    try:
+        for size, offset in ((GYM_QUESTIONS, 0), (HELD_OUT, GYM_SEED_STRIDE // 2)):
+            generator = gym.create_dataset(name, size=size, seed=first + offset, **settings)
+            questions = []
+            for entry in generator:
+                # An entry may name no answer if several are right.
+                questions.append(Question(entry["question"], entry["answer"] or ""))
+                entries[entry["question"]] = entry, generator
+            splits.append(_distinct(questions))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"reasoning-gym/{name} does not work with the settings {dict(settings)}: "
+            f"{one_line(error)}"
+        ) from None
+    train, held_out = splits
+    held_out = held_out[: len(train) // 5]
+    if not held_out:
+        raise UserError(f"reasoning-gym/{name} has only {len(train)} different questions")
+
+    def verify(question: str, answer: str) -> float:
+        entry, generator = entries[question]
+        try:
+            return float(generator.score_answer(answer, entry))
+        except Exception:  # prime_factorization, for one, raises ValueError at "hello"
+            return 0.0
+
+    return (_distinct(train, without=held_out), held_out), verify

@@ -1,4 +1,4 @@
-"""Tasks: questions with right answers, the held-out ones apart, and rewards.
+"""Tasks: questions with answers to train on and to evaluate, and rewards.
 
 To add a task, write a function that returns a Task, call it in `make_task` and name it in TASKS.
 """
@@ -26,7 +26,7 @@ THINK_ANSWER = (
 )
 HASHES = "Reason step by step. Then end with a line of its own: #### and the number that answers."
 
-# What --task offers.
+# The values of --task.
 TASKS: dict[str, str] = {
     "arithmetic": "sums of two numbers from 1 to 30",
     "reverse": "six digits to write backwards",
@@ -40,11 +40,15 @@ TASKS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Task:
-    """`train` and `held_out` share no question, but where a task has only one.
+    """Questions, rewards and measures of accuracy.
 
-    `strict` and `lenient` give 1 to a completion that counts as accurate, else 0: strict asks for
-    the form too, and never counts what lenient does not. The prompts that they and the rewards
-    receive are the texts of the questions.
+    The prompts that rewards, `strict` and `lenient` receive are the texts of the questions.
+
+    Attributes:
+        train, held_out: they share no question, unless the task has only one.
+        strict, lenient: 1 for a correct completion, else 0. Strict also requires the right form: a
+            completion that is correct for strict is correct for lenient.
+        system: the system prompt.
     """
 
     train: list[Question]
@@ -52,7 +56,7 @@ class Task:
     rewards: dict[str, WeightedReward]
     strict: Reward
     lenient: Reward
-    system: str | None = None  # the system prompt
+    system: str | None = None
 
 
 def load_task(config: TrainConfig) -> Task:
@@ -73,13 +77,28 @@ def make_task(
     answer: str | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Task:
-    """The task that --task names; `settings` are those of a reasoning-gym generator.
+    """Make the task of a name.
+
+    Args:
+        settings: of a generator of reasoning-gym.
 
     Raises:
-        UserError: there is no such task, it lacks an option or has no use for one, or its
-            questions cannot be had.
+        UserError: there is no such task, an option is missing or has no effect, or the questions
+            cannot be loaded.
     """
-    _check_options(name, data=data, question=question, answer=answer)
+    if name not in TASKS and not name.startswith(GYM):
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--task {name}: expected one of {', '.join(TASKS)}{hint}")
+    required = {"jsonl": {"data"}, "question": {"question", "answer"}}.get(name, set())
+    allowed = required | ({"data"} if name == "gsm8k" else set())
+    for option, value in (("data", data), ("question", question), ("answer", answer)):
+        if value is None and option in required:
+            raise UserError(f"--task {name} needs --{option}")
+        if value is not None and option not in allowed:
+            raise UserError(f"--task {name} has no use for --{option}; got {value}")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{option} is empty")
     if name.startswith(GYM):
         return reasoning_gym(name.removeprefix(GYM), seed, settings)
     if settings:
@@ -95,24 +114,8 @@ def make_task(
     return makers[name]()
 
 
-def _check_options(name: str, **options: Path | str | None) -> None:
-    if name not in TASKS and not name.startswith(GYM):
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--task {name}: expected one of {', '.join(TASKS)}{hint}")
-    required = {"jsonl": {"data"}, "question": {"question", "answer"}}.get(name, set())
-    allowed = required | ({"data"} if name == "gsm8k" else set())
-    for option, value in options.items():
-        if value is None and option in required:
-            raise UserError(f"--task {name} needs --{option}")
-        if value is not None and option not in allowed:
-            raise UserError(f"--task {name} has no use for --{option}; got {value}")
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"--{option} is empty")
-
-
 def arithmetic(seed: int) -> Task:
-    """Sums of two numbers from 1 to 30; the last number of the reply counts."""
+    """Make sums of two numbers from 1 to 30; the last number of the completion counts."""
     questions = [
         Question(f"What is {a} + {b}? Answer with just the number.", str(a + b))
         for a in range(1, 31)
@@ -132,7 +135,7 @@ def arithmetic(seed: int) -> Task:
 
 
 def reverse(seed: int) -> Task:
-    """Six digits to write backwards; only the whole answer counts."""
+    """Make six digits to write backwards; the whole completion counts."""
     numbers = random.Random(seed).sample(range(10**6), HELD_OUT + 50_000)
     questions = [Question(f"{n:06d}=", f"{n:06d}"[::-1]) for n in numbers]
     return Task(
@@ -145,7 +148,7 @@ def reverse(seed: int) -> Task:
 
 
 def gsm8k(path: Path | None, seed: int) -> Task:
-    """Word problems; the right number counts, a fifth more after "####" on the last line."""
+    """Load word problems; the right number gives 1, and "####" before it on the last line 0.2."""
     train, held_out = data.gsm8k(path, seed)
     return Task(
         train,
@@ -161,7 +164,7 @@ def gsm8k(path: Path | None, seed: int) -> Task:
 
 
 def jsonl(path: Path, seed: int) -> Task:
-    """Questions and answers of the user; the final answer of the reply counts."""
+    """Load the user's questions; the final answer of the completion counts."""
     train, held_out = data.read(path, seed)
     return Task(
         train,
@@ -173,7 +176,7 @@ def jsonl(path: Path, seed: int) -> Task:
 
 
 def one_question(question: str, answer: str) -> Task:
-    """One question with mini-GRPO's reward; the held-out question is the same one."""
+    """Make a task of one question with mini-GRPO's reward; the same one is held out."""
     only = [Question(question.strip(), answer.strip())]
     return Task(
         train=only,
@@ -186,33 +189,30 @@ def one_question(question: str, answer: str) -> Task:
 
 
 def reasoning_gym(name: str, seed: int, settings: Mapping[str, Any]) -> Task:
-    """Questions of a generator of reasoning-gym, rewarded by its verifier, often with partial
-    credit.
+    """Make the questions of a generator of reasoning-gym, rewarded by its verifier.
 
-    The answer is what stands in <answer> tags, else the whole reply. Full marks count as accurate,
-    leniently also those of the last line or the last number.
+    The verifier gets the text in <answer> tags, or else the whole completion, and may give partial
+    credit. Full credit is correct. Lenient also tries the last line and the last number.
     """
     (train, held_out), verify = data.reasoning_gym(name, seed, settings)
 
-    def readings(completion: str) -> list[str]:
-        """The whole reply, then what else might be the answer in it."""
-        parts = (answers.tagged(completion), answers.last_line(completion))
-        number = answers.last_number(completion)
-        return [completion.strip(), *(part for part in (*parts, number) if part is not None)]
-
     def reward(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
-        inside = [answers.tagged(completion) for completion in completions]
-        given = [
-            c.strip() if tag is None else tag for c, tag in zip(completions, inside, strict=True)
-        ]
-        return [verify(p, each) for p, each in zip(prompts, given, strict=True)]
+        values = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tagged = answers.tagged(completion)
+            values.append(verify(prompt, completion.strip() if tagged is None else tagged))
+        return values
 
     def strict(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
-        return [float(verify(p, readings(c)[0]) == 1) for p, c in pairs]
+        return [float(verify(prompt, text.strip()) == 1) for prompt, text in pairs]
 
     def lenient(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
-        return [float(any(verify(p, each) == 1 for each in readings(c))) for p, c in pairs]
+        values = []
+        for prompt, text in zip(prompts, completions, strict=True):
+            parts = (answers.tagged(text), answers.last_line(text), answers.last_number(text))
+            candidates = [text.strip(), *(part for part in parts if part is not None)]
+            values.append(float(any(verify(prompt, candidate) == 1 for candidate in candidates)))
+        return values
 
     return Task(train, held_out, {"verifier": WeightedReward(reward)}, strict, lenient)
