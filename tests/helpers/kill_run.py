@@ -2,8 +2,8 @@
 
     python -m tests.helpers.kill_run DIRECTORY KILLS SEED
 
-It leaves DIRECTORY/whole, the uninterrupted run, and DIRECTORY/killed-<n>, and prints a line for
-each kill. A child is forked for each run, since importing takes longer than training.
+It writes DIRECTORY/whole, the uninterrupted run, and DIRECTORY/killed-<n>, and prints a line for
+each kill. Each run is a forked child, since importing takes longer than training.
 """
 
 import os
@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from reference import train
-from reference.training import warm_start as supervised
-from reference.training.rollout import generate as rollout
-from reference.training.run import checkpoint
-from reference.training.run import run_log as runlog
+from reference.training import warm_start
+from reference.training.rollout import generate
+from reference.training.run import checkpoint, run_log
 
 FLAGS = ["--preset", "tiny", "--loss-impl", "reference", "--eval-questions", "16", "--prompts", "8"]
 FLAGS += ["--steps", "7", "--checkpoint-every", "2", "--eval-every", "3", "--print-every", "2"]
@@ -27,9 +26,9 @@ FLAGS += ["--no-tensorboard", "--minibatches", "2", "--inner-iterations", "2"]
 FLAGS += ["--beta", "0.05", "--reference-refresh", "3", "--entropy-target", "1"]
 FLAGS += ["--dynamic-sampling", "1", "--learning-rate", "1e-3"]
 
-# Where a run can be killed: before the n-th call of one of these.
+# A run is killed before the n-th call of a function of one phase.
 PHASES = {
-    "generation": [(rollout, "_choose")],
+    "generation": [(generate, "_choose")],
     "backward": [(torch.Tensor, "backward")],
     "optimiser": [(torch.optim.AdamW, "step")],
     "save": [
@@ -39,31 +38,31 @@ PHASES = {
         (checkpoint, "_remove"),
         (Path, "rename"),
     ],
-    "log": [(runlog, "_append")],
+    "log": [(run_log, "_append")],
 }
 
 
 def main(directory: Path, kills: int, seed: int) -> None:
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     counts = run(["--output-dir", str(directory / "whole"), *FLAGS], None)
     for number in range(kills):
-        # Each phase in turn, and in it any moment of the run.
+        # Each phase in turn, at a random call.
         phase = list(PHASES)[number % len(PHASES)]
         killed = directory / f"killed-{number}"
-        at = chosen.randint(1, counts[phase])
-        run(["--output-dir", str(killed), *FLAGS], (phase, at))
+        call = rng.randint(1, counts[phase])
+        run(["--output-dir", str(killed), *FLAGS], (phase, call))
         found = sorted(path.name for path in (killed / "checkpoints").glob("*"))
-        print(f"{phase} {at}/{counts[phase]} {','.join(found)}", flush=True)
+        print(f"{phase} {call}/{counts[phase]} {','.join(found)}", flush=True)
         run(["--resume", str(killed)], None)
 
 
 def run(arguments: list[str], kill: tuple[str, int] | None) -> Counter:
-    """In a child; how often each phase came, or that it was killed."""
+    """Run the script in a child; return the number of calls of each phase, 0 if it was killed."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        counts = watched(kill)
-        supervised.TARGET = 0.02  # the tests are not about the warm start
+        counts = count_calls(kill)
+        warm_start.TARGET = 0.02  # a short warm start
         train.plot_dashboard = lambda *_: None
         sys.stdout = sys.stderr = open(os.devnull, "w")
         status = train.main(arguments)
@@ -80,8 +79,8 @@ def run(arguments: list[str], kill: tuple[str, int] | None) -> Counter:
     return counts
 
 
-def watched(kill: tuple[str, int] | None) -> Counter:
-    """Count the calls of each phase, and end the process at one of them."""
+def count_calls(kill: tuple[str, int] | None) -> Counter:
+    """Count the calls of each phase, and kill the process at one of them."""
     counts = Counter()
 
     def watch(owner, name: str, phase: str) -> None:

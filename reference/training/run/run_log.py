@@ -1,4 +1,4 @@
-"""What a run logs: metrics for programs, sampled completions for people.
+"""Logs of a run: metrics for programs, sampled completions for people.
 
     settings.json      the settings
     metrics.jsonl      a line per step; an evaluation is a line of its own with names eval/...

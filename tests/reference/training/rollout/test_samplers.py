@@ -1,4 +1,4 @@
-"""The samplers: each draws from the model's own distribution and tells its log-probs."""
+"""Every sampler draws from the model's distribution and returns its log-probs."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

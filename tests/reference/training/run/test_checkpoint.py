@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and what is wrong with one is said."""
+"""Checkpoints are complete or absent, and damaged ones are reported."""
 
 import errno
 import os
@@ -19,8 +19,8 @@ def save(checkpoints: Checkpoints, step: int):
 
 
 @pytest.fixture
-def two(tmp_path):
-    """Those of the steps 2 and 4."""
+def saved(tmp_path):
+    """Return the checkpoints of a run that has those of steps 2 and 4."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 2)
@@ -28,27 +28,27 @@ def two(tmp_path):
     return checkpoints
 
 
-def test_the_newest_is_read_as_it_was_written(two):
-    found = two.latest()
+def test_latest_reads_what_was_saved(saved):
+    found = saved.latest()
     assert found.state["step"] == 4 and found.state["lines"]["metrics.jsonl"] == 24
     assert torch.equal(found.tensors("model")["w"], torch.full((3,), 4.0))
     assert found.tensors("reference") == {}
 
 
-def test_the_last_ones_are_kept_and_nothing_else(two):
-    (two.directory / "step-000003.partial").mkdir()  # of a run that was killed
-    save(two, 6)
-    assert sorted(path.name for path in two.directory.iterdir()) == ["step-000004", "step-000006"]
-    two.prune(6, keep=1)
-    assert two.steps() == [6]
+def test_save_removes_the_oldest_and_leftovers(saved):
+    (saved.directory / "step-000003.partial").mkdir()  # of a run that was killed
+    save(saved, 6)
+    assert sorted(path.name for path in saved.directory.iterdir()) == ["step-000004", "step-000006"]
+    saved.prune(6, keep=1)
+    assert saved.steps() == [6]
 
 
-def test_one_of_an_earlier_step_takes_the_place_of_later_ones(two):
-    save(two, 3)
-    assert two.steps() == [2, 3]
+def test_save_of_an_earlier_step_removes_later_ones(saved):
+    save(saved, 3)
+    assert saved.steps() == [2, 3]
 
 
-def test_a_run_without_any_has_none(tmp_path):
+def test_latest_of_a_run_without_checkpoints_is_none(tmp_path):
     assert Checkpoints(tmp_path, 1).latest() is None
 
 
@@ -78,7 +78,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("message", "damage"), DAMAGE.items(), ids=DAMAGE)
-def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path, message, damage, capsys):
+def test_damaged_checkpoint_is_reported_and_skipped(tmp_path, message, damage, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 2)
@@ -91,39 +91,39 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path, message, da
     assert said.startswith(f"checkpoint {newest} cannot be used: {message}")
 
 
-def test_another_format_is_not_guessed_at(two, monkeypatch, capsys):
+def test_other_format_is_rejected(saved, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "FORMAT", 3)
     with pytest.raises(UserError, match="none of its 2 checkpoints can be used"):
-        two.latest()
+        saved.latest()
     assert "its format is 2, and not this version's 3" in capsys.readouterr().err
 
 
-def test_a_damaged_one_is_replaced_when_its_step_comes_again(two):
-    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    save(two, 4)
-    assert two.latest().state["step"] == 4
+def test_damaged_checkpoint_is_replaced(saved):
+    flip_a_bit(saved.directory / "step-000004" / "model.safetensors")
+    save(saved, 4)
+    assert saved.latest().state["step"] == 4
 
 
-def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(two):
-    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    assert two.latest().state["step"] == 2
-    save(two, 6)
-    assert two.steps() == [2, 6]
+def test_damaged_checkpoint_does_not_count_as_kept(saved):
+    flip_a_bit(saved.directory / "step-000004" / "model.safetensors")
+    assert saved.latest().state["step"] == 2
+    save(saved, 6)
+    assert saved.steps() == [2, 6]
 
 
-def test_where_the_last_one_could_not_be_saved_the_end_of_a_run_leaves_a_whole_one(two):
-    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    two.latest()
-    two.prune(5, keep=1)
-    assert two.latest().state["step"] == 2
+def test_prune_keeps_an_undamaged_checkpoint(saved):
+    flip_a_bit(saved.directory / "step-000004" / "model.safetensors")
+    saved.latest()
+    saved.prune(5, keep=1)
+    assert saved.latest().state["step"] == 2
 
 
-def test_one_that_was_replaced_is_damaged_no_more(two):
-    flip_a_bit(two.directory / "step-000004" / "model.safetensors")
-    two.latest()
-    save(two, 4)
-    save(two, 6)
-    assert two.steps() == [4, 6]
+def test_replaced_checkpoint_counts_as_kept(saved):
+    flip_a_bit(saved.directory / "step-000004" / "model.safetensors")
+    saved.latest()
+    save(saved, 4)
+    save(saved, 6)
+    assert saved.steps() == [4, 6]
 
 
 def full(*_, **__):
@@ -145,29 +145,29 @@ def full_in_rust(*_):
     ],
     ids=["tensors", "flush", "mkdir", "json", "rename"],
 )
-def test_a_full_disk_leaves_those_of_before(two, owner, name, fault, monkeypatch):
+def test_full_disk_leaves_earlier_checkpoints(saved, owner, name, fault, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fault)
         with pytest.raises(UserError, match=r"^cannot write .*step-000006: .*No space left"):
-            save(two, 6)
-    assert sorted(path.name for path in two.directory.iterdir()) == ["step-000002", "step-000004"]
-    assert two.latest().state["step"] == 4
+            save(saved, 6)
+    assert sorted(path.name for path in saved.directory.iterdir()) == ["step-000002", "step-000004"]
+    assert saved.latest().state["step"] == 4
 
 
-def test_lines_written_later_are_taken_back(two):
-    with (two.run / "metrics.jsonl").open("a") as lines:
+def test_truncate_logs_removes_later_lines(saved):
+    with (saved.run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 5}\n{"st')
-    (two.run / "completions.txt").write_text("step 5")
-    two.truncate_logs(two.latest())
-    assert (two.run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert not (two.run / "completions.txt").exists()
-    two.truncate_logs(None)
-    assert not (two.run / "metrics.jsonl").exists()
+    (saved.run / "completions.txt").write_text("step 5")
+    saved.truncate_logs(saved.latest())
+    assert (saved.run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert not (saved.run / "completions.txt").exists()
+    saved.truncate_logs(None)
+    assert not (saved.run / "metrics.jsonl").exists()
 
 
-def test_reading_one_unpickles_nothing(two, monkeypatch):
+def test_latest_unpickles_nothing(saved, monkeypatch):
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("unpickled"))
-    assert two.latest().tensors("model").keys() == {"w"}
-    files = {path.suffix for path in two.directory.rglob("*") if path.is_file()}
+    assert saved.latest().tensors("model").keys() == {"w"}
+    files = {path.suffix for path in saved.directory.rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}

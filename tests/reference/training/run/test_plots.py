@@ -35,7 +35,7 @@ def make_history(steps: int) -> list[dict]:
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Returns the figure and its panels by title; a warning is an error."""
+    """Return the figure and its panels by title; a warning is an error."""
     saved = []
     save = Figure.savefig
 
@@ -67,7 +67,7 @@ def legend(axis) -> list[str]:
 
 
 def curves(axis) -> list[tuple[list[float], list[float]]]:
-    """The data of the lines of a panel, without the marks of held-out questions."""
+    """Return the data of the lines of a panel, without the marks of held-out questions."""
     lines = [line for line in axis.lines if line.get_linestyle() != "None"]
     return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in lines]
 
@@ -108,7 +108,7 @@ def test_values_and_their_running_mean_are_drawn(draw):
     assert means == pytest.approx([sum(window) / len(window) for window in windows])
 
 
-def test_the_reward_has_a_band_of_one_standard_deviation(draw):
+def test_reward_has_a_band_of_one_standard_deviation(draw):
     _, panels = draw([{"step": s, "reward": 0.5, "reward_std": 0.25} for s in (1, 2, 3)])
     band = panels["reward"].collections[0].get_paths()[0].vertices
     assert sorted({tuple(corner) for corner in band.tolist()}) == [

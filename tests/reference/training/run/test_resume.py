@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, goes on as if it had not been."""
+"""A stopped run resumes bit for bit as if it had not been stopped."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FLAGS += ["--reference-refresh", "3", "--print-every", "2", "--learning-rate", "
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """These tests are not about the curves."""
+    """Draw no curves."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
     yield
@@ -55,13 +55,13 @@ def steps(directory):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, tiny_model):
-    """A run of two steps."""
+    """Make a run of two steps."""
     directory = tmp_path_factory.mktemp("started") / "run"
     assert tiny(directory, "--model", tiny_model, "--steps", "2") == 0
     return directory
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, tiny_model):
+def test_resumed_run_matches_an_uninterrupted_run_bit_for_bit(tmp_path, tiny_model):
     flags = ["--model", tiny_model, *FLAGS]
     assert tiny(tmp_path / "whole", *flags, "--steps", "5") == 0
     assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path, tiny_model):
     assert settings[0] | {"output_dir": settings[1]["output_dir"]} == settings[1]
 
 
-def test_adapters_alone_are_saved_and_go_on(tmp_path, tiny_model):
+def test_lora_checkpoint_has_only_the_adapter(tmp_path, tiny_model):
     flags = ["--model", tiny_model, "--lora-rank", "4", "--beta", "0.1"]
     flags += ["--learning-rate", "0.01"]
     assert tiny(tmp_path / "whole", *flags, "--steps", "4") == 0
@@ -92,8 +92,8 @@ def test_adapters_alone_are_saved_and_go_on(tmp_path, tiny_model):
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
 
 
-def test_adapters_do_not_go_on_over_the_weights_of_another_model(tmp_path, tiny_model, capsys):
-    """The directory of --model holds other weights of the same shapes by now."""
+def test_lora_checkpoint_of_another_base_model_raises(tmp_path, tiny_model, capsys):
+    """The directory of --model was replaced by other weights of the same shapes."""
     shutil.copytree(tiny_model, tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--steps", "1", "--lora-rank", "4"]
     assert tiny(tmp_path / "run", *flags) == 0
@@ -107,8 +107,8 @@ def test_adapters_do_not_go_on_over_the_weights_of_another_model(tmp_path, tiny_
     )
 
 
-def test_frozen_weights_in_shards_have_the_digest_of_the_whole():
-    """Some models freeze weights of their own, which FSDP shards with the rest."""
+def test_digest_of_sharded_frozen_weights_matches_unsharded():
+    """FSDP also shards weights that a model freezes itself."""
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     whole = _digest_frozen_weights(model)
@@ -124,7 +124,7 @@ def test_frozen_weights_in_shards_have_the_digest_of_the_whole():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model):
-    """What a run of four steps leaves."""
+    """Return the output of a run of four steps."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     assert tiny(directory, "--model", tiny_model, "--steps", "4") == 0
     return left_by(directory)
@@ -132,7 +132,7 @@ def whole(tmp_path_factory, tiny_model):
 
 @pytest.mark.parametrize(("owner", "name"), [(train, "collect_rollouts"), (Learner, "step")])
 def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, monkeypatch, capsys):
-    """Where it comes while answers are sampled the step is dropped, while it learns it is done."""
+    """SIGTERM drops a step that is sampling and completes a step that is learning."""
     original, calls = getattr(owner, name), []
 
     def terminated(*arguments):
@@ -175,7 +175,7 @@ def test_sigterm_after_the_last_step_saves_it(tmp_path, tiny_model, whole, momen
     assert left_by(tmp_path) == whole
 
 
-def test_sigterm_after_the_last_evaluation_ends_the_run_whole(
+def test_sigterm_after_the_last_evaluation_completes_the_run(
     tmp_path, tiny_model, whole, monkeypatch
 ):
     def terminated(*_):
@@ -197,7 +197,7 @@ def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, cap
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, capsys):
+def test_ctrl_c_exits_130_and_prints_the_resume_command(tmp_path, tiny_model, monkeypatch, capsys):
     original = train.collect_rollouts
 
     def interrupted(policy, task, sampler, order, config):
@@ -212,7 +212,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(tmp_path, tiny_model, monkeypatch, 
     assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(
+def test_damaged_checkpoint_is_skipped_and_replaced(
     tmp_path, tiny_model, whole, capsys, monkeypatch
 ):
     run = tmp_path / "run"
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(
     assert left_by(run) == whole
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_model, started):
+def test_run_killed_before_its_first_checkpoint_restarts(tmp_path, tiny_model, started):
     run = tmp_path / "run"
     assert tiny(run, "--model", tiny_model, "--steps", "2", "--checkpoint-every", "None") == 0
     assert steps(run) == []
@@ -249,7 +249,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_mod
     assert left_by(run) == left_by(started)
 
 
-def test_a_disk_too_full_for_a_checkpoint_is_said_and_training_goes_on(
+def test_full_disk_for_a_checkpoint_is_reported_and_training_continues(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
     def full(*_):
@@ -263,7 +263,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_and_training_goes_on(
     assert (tmp_path / "summary.json").exists()
 
 
-def test_sigterm_on_a_full_disk_is_no_success(tmp_path, tiny_model, monkeypatch, capsys):
+def test_sigterm_on_a_full_disk_exits_2(tmp_path, tiny_model, monkeypatch, capsys):
     original = Learner.step
 
     def full(*_):
@@ -291,19 +291,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("flags", WRONG)
-def test_settings_that_would_make_another_run_are_named(started, flags, monkeypatch, capsys):
+def test_changed_settings_raise(started, flags, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     assert again(started, *flags.split()) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ") and WRONG[flags] in said
 
 
-def test_settings_that_change_no_number_may_change(started):
+def test_load_settings(started):
     config = load_settings(started)
     assert config.output_dir == started and config.steps == 2 and config.reward == ()
 
 
-def test_a_run_does_not_choose_where_a_model_is_written(tmp_path, started):
+def test_cache_dir_of_a_run_is_ignored(tmp_path, started):
     found = json.loads((started / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
     assert load_settings(tmp_path).cache_dir is None
@@ -314,7 +314,7 @@ def test_a_run_does_not_choose_where_a_model_is_written(tmp_path, started):
 @pytest.mark.parametrize(
     "flags", [["--top-entropy", "0.2"], ["--loss", "clip_covariance"], ["--kl-cov", "0.1"]]
 )
-def test_the_micro_batch_of_a_filter_that_ranks_its_tokens_may_not_change(flags, tmp_path):
+def test_micro_batch_may_not_change_with_a_batch_filter(flags, tmp_path):
     if "--kl-cov" in flags:
         flags = [*flags, "--inner-iterations", "2"]
     start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
@@ -329,9 +329,7 @@ def test_the_micro_batch_of_a_filter_that_ranks_its_tokens_may_not_change(flags,
             resume.check_settings_match(config, saved, 0)
 
 
-def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
-    tmp_path, tiny_model, capsys
-):
+def test_code_of_a_run_must_be_named_on_the_command_line(tmp_path, tiny_model, capsys):
     source = tmp_path / "own.py"
     source.write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
@@ -361,7 +359,7 @@ def test_code_that_a_run_names_is_run_only_where_the_command_line_does(
         ('{"steps": 3}', "its settings are of another version: advantage"),
     ],
 )
-def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys):
+def test_directory_without_a_run_raises(tmp_path, text, message, capsys):
     if text is not None:
         (tmp_path / "settings.json").write_text(text)
     assert again(tmp_path) == 2
@@ -369,7 +367,7 @@ def test_a_directory_that_is_no_run_is_one_line(tmp_path, text, message, capsys)
     assert said.startswith(f"error: --resume {tmp_path}") and message in said
 
 
-def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
+def test_settings_of_the_wrong_type_raise(tmp_path, started, capsys):
     found = json.loads((started / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps(found | {"steps": "many"}))
     assert again(tmp_path) == 2
@@ -377,14 +375,14 @@ def test_settings_of_the_wrong_kind_are_one_line(tmp_path, started, capsys):
     assert "settings.json is damaged" in said
 
 
-def test_settings_nested_too_deep_are_one_line(tmp_path, capsys):
+def test_deeply_nested_settings_raise(tmp_path, capsys):
     (tmp_path / "settings.json").write_text("[" * 100_000)
     assert again(tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "settings.json is not JSON" in said
 
 
-def test_the_flags_to_add_are_quoted(tmp_path):
+def test_suggested_flags_are_quoted(tmp_path):
     start = ["--preset", "tiny", "--output-dir", str(tmp_path)]
     saved = parse_command_line([*start, "--reward", "my file.py:f;g"]).as_json()
     (tmp_path / "settings.json").write_text(json.dumps(saved))
@@ -393,8 +391,8 @@ def test_the_flags_to_add_are_quoted(tmp_path):
         resume.check_settings_match(config, saved, 0)
 
 
-def test_weights_of_another_shape_are_named(tmp_path, tiny_model, capsys):
-    """The directory of --model holds another model by now."""
+def test_checkpoint_with_other_weight_shapes_raises(tmp_path, tiny_model, capsys):
+    """The directory of --model was replaced by another model."""
     shutil.copytree(tiny_model, tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--steps", "1"]
     assert tiny(tmp_path / "run", *flags) == 0
@@ -424,7 +422,7 @@ def test_a_micro_batch_that_was_halved_stays_so(capsys):
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """The environment of a worker, as on one node or, by what is set, on several."""
+    """Set the environment of a torchrun worker, by default on one node."""
 
     def setting(**more):
         found = {"RUN_ID": "none", "RESTART_COUNT": "0", "MAX_RESTARTS": "1"} | more
@@ -436,9 +434,7 @@ def torchrun(monkeypatch):
     return setting
 
 
-def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
-    tmp_path, torchrun, monkeypatch
-):
+def test_torchrun_restart_resumes_and_first_start_does_not(tmp_path, torchrun, monkeypatch):
     flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"]
     config = parse_command_line(flags)
     goes_on = replace(config, resume=tmp_path, overwrite=False)
@@ -455,8 +451,8 @@ def test_a_restart_by_torchrun_goes_on_and_a_first_start_never_does(
     assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == goes_on
 
 
-def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torchrun, monkeypatch):
-    """In a container that was started again both may be what they were."""
+def test_torchrun_with_a_reused_process_number_is_not_a_restart(tmp_path, torchrun, monkeypatch):
+    """In a restarted container the run id and the process number may be the same."""
     config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     resume.record_torchrun_run(tmp_path)
@@ -464,8 +460,8 @@ def test_a_later_torchrun_of_the_same_name_and_number_is_another(tmp_path, torch
     assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS) == config
 
 
-def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchrun, monkeypatch):
-    """Linux has a process begin so long after the boot, and the boot at a time of the clock."""
+def test_setting_the_clock_does_not_hide_a_restart(tmp_path, torchrun, monkeypatch):
+    """On Linux both the boot time and the start of a process move with the clock."""
     torchrun(RESTART_COUNT="1")
     config = parse_command_line(["--preset", "tiny", "--output-dir", str(tmp_path), "--overwrite"])
     resume.record_torchrun_run(tmp_path)
@@ -475,8 +471,8 @@ def test_a_clock_that_is_set_meanwhile_makes_no_other_torchrun(tmp_path, torchru
     assert resume.resume_after_torchrun_restart(config, SINGLE_PROCESS).resume == tmp_path
 
 
-def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
-    """The first one may be on another node than before."""
+def test_any_rank_may_recognise_a_restart(tmp_path, torchrun):
+    """Rank 0 may be on another node than before."""
 
     class Pair:
         def all_gather(self, value):
@@ -489,7 +485,7 @@ def test_a_restart_is_known_to_any_rank(tmp_path, torchrun):
 
 
 @pytest.mark.slow
-def test_runs_killed_at_any_moment_and_resumed_end_as_the_one_that_was_not(tmp_path):
+def test_killed_and_resumed_runs_match_an_uninterrupted_run(tmp_path):
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(KILL_RUN), str(tmp_path), "5", "3"]
     subprocess.run(command, check=True, cwd=ROOT, env=alone)

@@ -1,4 +1,4 @@
-"""Where the answer stands in a completion, and whether it is the right one."""
+"""Extraction of final answers and comparison with the ground truth."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_numbers_are_compared_by_value():
         (r"\boxed{", None),
     ],
 )
-def test_a_box_ends_at_its_own_brace(text, inside):
+def test_boxed_matches_nested_braces(text, inside):
     assert answers.boxed(text) == inside
 
 
@@ -83,11 +83,11 @@ def test_a_box_ends_at_its_own_brace(text, inside):
         ("", "Brasília", False),
     ],
 )
-def test_answers_are_compared_as_what_they_are(completion, answer, right):
+def test_answers_are_compared_as_numbers_mathematics_or_words(completion, answer, right):
     assert answers.answer_is(completion, answer) is right
 
 
-def test_numbers_and_words_are_compared_without_math_verify():
+def test_numbers_and_words_do_not_need_math_verify():
     code = (
         "import sys; sys.modules['math_verify'] = None\n"
         "from reference.training.tasks.answers import answer_is\n"
@@ -97,7 +97,7 @@ def test_numbers_and_words_are_compared_without_math_verify():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_mathematics_without_math_verify_names_the_package(monkeypatch):
+def test_missing_math_verify_raises_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match=r"math-verify: pip install \"grpo_kernels\[tasks\]\""):
         answers.answer_is("1 + x", "x+1")
@@ -115,11 +115,11 @@ def test_mathematics_without_math_verify_names_the_package(monkeypatch):
         ("Pariser", "Paris", False),
     ],
 )
-def test_an_answer_is_mentioned_as_a_whole(text, answer, there):
+def test_mentions_matches_whole_words_and_numbers(text, answer, there):
     assert answers.mentions(text, answer) is there
 
 
 @given(st.integers(-(10**9), 10**9))
-def test_every_written_integer_is_found(n):
+def test_last_number_finds_every_integer(n):
     for text in (f"{n}", f"{n:,}", f"it is {n}.", f"####  {n:,}", rf"\boxed{{{n}}} of 7"):
         assert answers.number_is(text, str(n))

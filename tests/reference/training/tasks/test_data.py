@@ -1,4 +1,4 @@
-"""Questions from files, from the hub and from generators: values, splits, and what is refused."""
+"""Questions from files, the hub and generators: values, splits and errors."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def texts(questions):
     return [question.text for question in questions]
 
 
-def test_lines_may_say_prompt_or_question_and_answers_may_be_numbers(tmp_path):
+def test_lines_have_prompt_or_question_and_text_or_number_answers(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         {"prompt": "p", "answer": " x "},
@@ -35,7 +35,7 @@ def test_lines_may_say_prompt_or_question_and_answers_may_be_numbers(tmp_path):
     assert data.read_jsonl(path) == expected
 
 
-def test_a_separator_within_a_line_does_not_end_it(tmp_path):
+def test_unicode_line_separator_does_not_end_a_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b", "answer": "c"}\r\n'.encode())
     assert data.read_jsonl(path) == [Question("a\u2028b", "c")]
@@ -56,20 +56,20 @@ def test_a_separator_within_a_line_does_not_end_it(tmp_path):
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_a_malformed_line_is_named_by_its_number(tmp_path, line, says):
+def test_malformed_line_raises_user_error_with_its_number(tmp_path, line, says):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "a"}, "", line)
     with pytest.raises(UserError, match=f"a.jsonl:3: .*{says}"):
         data.read_jsonl(path)
 
 
-def test_a_file_that_cannot_be_read_says_what_data_wants(tmp_path):
+def test_unreadable_file_raises_user_error_with_the_layout(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "a"}'.encode("latin-1"))
     for path in (tmp_path / "none.jsonl", tmp_path / "latin.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"train.jsonl and test.jsonl, or one .jsonl file"):
             data.read(path, 0)
 
 
-def test_a_directory_keeps_its_split_and_shares_no_question(tmp_path):
+def test_directory_keeps_its_split_without_shared_questions(tmp_path):
     write(tmp_path / "train.jsonl", *({"prompt": str(n), "answer": n} for n in range(6)))
     write(tmp_path / "test.jsonl", {"prompt": "2", "answer": 2}, {"prompt": "9", "answer": 9})
     train, held_out = data.read(tmp_path, seed=0)
@@ -88,25 +88,25 @@ def test_one_file_is_split_without_loss_or_overlap(tmp_path, n, count):
     assert n < 100 or data.read(path, seed=2) != (train, held_out)
 
 
-def test_too_few_questions_are_refused(tmp_path):
+def test_too_few_questions_raise(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"prompt": "p", "answer": "a"} for _ in range(9)))
     with pytest.raises(UserError, match="1 questions to train on and 0 held out"):
         data.read(path, 0)
 
 
-def test_gsm8k_solutions_end_in_their_answer(tmp_path):
+def test_gsm8k_answer_is_extracted_from_the_solution(tmp_path):
     write(tmp_path / "train.jsonl", {"question": "q", "answer": "6*3=<<6*3=18>>18\n#### 1,018"})
     write(tmp_path / "test.jsonl", {"question": "r", "answer": "-5"})
     assert data.gsm8k(tmp_path, 0) == ([Question("q", "1018")], [Question("r", "-5")])
 
 
-def test_a_gsm8k_solution_without_a_number_is_named_by_its_line(tmp_path):
+def test_gsm8k_solution_without_a_number_raises_with_its_line(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "It is twelve"})
     with pytest.raises(UserError, match=r"a.jsonl:1: expected a number.*got 'It is twelve'"):
         data.gsm8k(path, 0)
 
 
-def test_gsm8k_comes_from_the_hub_with_its_own_split(monkeypatch):
+def test_gsm8k_from_the_hub_keeps_its_split(monkeypatch):
     parts = {
         "train": [{"question": "q", "answer": "#### 1"}, {"question": "r", "answer": "#### 2"}],
         "test": [{"question": "r", "answer": "#### 2"}],
@@ -115,7 +115,7 @@ def test_gsm8k_comes_from_the_hub_with_its_own_split(monkeypatch):
     assert data.gsm8k(None, 0) == ([Question("q", "1")], [Question("r", "2")])
 
 
-def test_without_the_hub_one_line_says_which_files_would_do(monkeypatch):
+def test_unreachable_hub_raises_user_error_with_the_file_layout(monkeypatch):
     def unreachable(*names):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
@@ -132,7 +132,7 @@ def test_without_the_hub_one_line_says_which_files_would_do(monkeypatch):
         ("reasoning_gym", lambda: data.reasoning_gym("chain_sum", 0)),
     ],
 )
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, call):
+def test_missing_package_raises_user_error_with_the_extra(monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"{module.replace('_', '-')}.*grpo_kernels\[tasks\]"):
         call()
@@ -140,47 +140,47 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, call):
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("name", ["chain_sum", "tower_of_hanoi"])
-def test_generated_questions_share_none_between_the_parts(name, seed):
+def test_generated_splits_share_no_question(name, seed):
     (train, held_out), _ = data.reasoning_gym(name, seed)
     assert not set(texts(train)) & set(texts(held_out))
     assert len(set(texts(train))) == len(train) > len(held_out) == len(set(texts(held_out))) > 0
     assert data.reasoning_gym(name, seed)[0] == (train, held_out)
 
 
-def test_generated_questions_hardly_repeat_between_seeds():
+def test_generated_questions_differ_between_seeds():
     first, second = (data.reasoning_gym("basic_arithmetic", seed)[0] for seed in (0, 1))
     assert len(first[1]) == HELD_OUT
     assert len(set(texts(first[0])) & set(texts(second[0]))) < 100
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "prime_factorization"])
-def test_the_verifier_gives_right_answers_full_marks_and_nonsense_none(name):
+def test_verifier_scores_right_answers_1_and_nonsense_0(name):
     (train, held_out), verify = data.reasoning_gym(name, 3)
     for question in train[:50] + held_out[:50]:
         assert verify(question.text, question.answer) == 1
         assert verify(question.text, "hello") == 0  # at which that of prime_factorization raises
 
 
-def test_an_unknown_generator_is_answered_with_those_near_it():
+def test_unknown_generator_raises_user_error_with_similar_names():
     with pytest.raises(UserError, match="no generator 'chain_sums'; near it: chain_sum,"):
         data.reasoning_gym("chain_sums", 0)
     with pytest.raises(UserError, match="no generator '@@'; it has ab, acre"):
         data.reasoning_gym("@@", 0)
 
 
-def test_a_generator_that_needs_settings_is_refused():
+def test_generator_without_required_settings_raises():
     with pytest.raises(UserError, match=r"composite does not work with the settings \{\}"):
         data.reasoning_gym("composite", 0)
 
 
-def test_a_verifier_that_would_run_completions_is_refused():
+def test_verifier_that_runs_completions_raises():
     for name in data.GYM_RUNS_COMPLETIONS:
         with pytest.raises(UserError, match=f"{name}: its verifier runs completions"):
             data.reasoning_gym(name, 0)
 
 
 @pytest.mark.slow
-def test_no_other_verifier_runs_completions(monkeypatch):
+def test_other_verifiers_do_not_run_completions(monkeypatch):
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -197,7 +197,7 @@ def test_no_other_verifier_runs_completions(monkeypatch):
     assert ran == data.GYM_RUNS_COMPLETIONS
 
 
-def test_a_generator_takes_settings():
+def test_generator_takes_settings():
     one_digit = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     (train, held_out), verify = data.reasoning_gym("chain_sum", 0, one_digit)
     for question in (*train, *held_out):

@@ -1,4 +1,4 @@
-"""Rewards: their values, how several are scored, and where they are loaded from."""
+"""Rewards: values, scoring of several, and loading."""
 
 import math
 
@@ -42,16 +42,16 @@ def scored(function, completions=("a", "b", "c")):
         ("", "12", False),
     ],
 )
-def test_the_last_number_decides(completion, answer, right):
+def test_last_number_is(completion, answer, right):
     assert of(rewards.last_number_is, completion, answer) == right
 
 
-def test_only_the_answer_alone_is_an_exact_match():
+def test_exact_match():
     assert of(rewards.exact_match, " 654321\n", "654321") == 1.0
     assert of(rewards.exact_match, "6543210", "654321") == 0.0
 
 
-def test_a_wrong_answer_earns_no_bonus_for_its_form():
+def test_bare_number_bonus_requires_the_right_answer():
     assert all(of(rewards.bare_number_bonus, str(wrong), "12") == 0 for wrong in range(12))
     assert of(rewards.bare_number_bonus, "12", "12") == 0.2
     assert of(rewards.bare_number_bonus, "It is 12", "12") == 0
@@ -73,12 +73,12 @@ def test_a_wrong_answer_earns_no_bonus_for_its_form():
         ("", 0),
     ],
 )
-def test_think_answer_gives_a_mark_for_each_of_four_things(completion, marks):
+def test_think_answer_adds_four_parts(completion, marks):
     assert of(rewards.think_answer, completion, "Brasília") == marks
     assert of(rewards.full_marks, completion, "Brasília") == (marks == 4)
 
 
-def test_rewards_are_scored_unweighted_by_name_in_fp32():
+def test_score_returns_unweighted_fp32_rewards_by_name():
     lengths = WeightedReward(lambda prompts, completions, answers: [len(c) for c in completions], 9)
     constant = WeightedReward(lambda prompts, completions, answers: (0.1, True))
     found = score({"length": lengths, "constant": constant}, ["p", "q"], ["abc", ""], ["x", "y"])
@@ -90,12 +90,12 @@ def test_rewards_are_scored_unweighted_by_name_in_fp32():
 @pytest.mark.parametrize(
     "as_type", [torch.tensor, np.array, tuple, lambda v: [np.float32(x) for x in v]]
 )
-def test_values_may_be_a_tensor_or_an_array(as_type):
+def test_reward_may_return_a_tensor_or_an_array(as_type):
     values = scored(lambda *columns: as_type([1.0, 2.0, 0.5]))["mine"]
     assert values.tolist() == [1.0, 2.0, 0.5] and values.dtype == torch.float32
 
 
-def test_a_reward_that_raises_is_named_with_the_sample_on_which_it_does():
+def test_error_of_a_reward_names_the_sample():
     def fails_on_b(prompts, completions, answers):
         if "b" in completions:
             raise KeyError("no b")
@@ -106,7 +106,7 @@ def test_a_reward_that_raises_is_named_with_the_sample_on_which_it_does():
         scored(fails_on_b)
 
 
-def test_a_reward_that_raises_only_for_a_batch_is_named_with_its_first_sample():
+def test_error_of_a_whole_batch_names_the_first_sample():
     def fails_on_many(prompts, completions, answers):
         if len(completions) > 1:
             raise ValueError("one at\na time")
@@ -120,14 +120,14 @@ def test_a_reward_that_raises_only_for_a_batch_is_named_with_its_first_sample():
     ("returned", "got"),
     [([1.0], "1 values"), ([1.0] * 4, "4 values"), ([], "0 values"), (None, "None"), (1.5, "1.5")],
 )
-def test_another_number_of_values_is_refused(returned, got):
+def test_wrong_number_of_values_raises(returned, got):
     message = f"'mine' returned {got}, not one for each of 3.*'a' to the question 'question 0'"
     with pytest.raises(UserError, match=message):
         scored(lambda *columns: returned)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, 10**400, None, "good", [1.0]])
-def test_a_value_that_is_no_finite_number_is_named_with_its_sample(bad):
+def test_non_finite_value_raises_with_its_sample(bad):
     with pytest.raises(UserError, match=r"'mine' gave .*'b' to the question 'question 1'") as error:
         scored(lambda *columns: [1.0, bad, 1.0])
     assert repr(bad) in str(error.value)
@@ -139,7 +139,7 @@ def test_long_completions_are_shortened_in_the_message():
     assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
-def test_a_user_error_of_a_reward_is_passed_on():
+def test_user_error_of_a_reward_is_not_wrapped():
     def asks_for_more(prompts, completions, answers):
         raise UserError("install it")
 
@@ -147,7 +147,7 @@ def test_a_user_error_of_a_reward_is_passed_on():
         scored(asks_for_more)
 
 
-def test_a_reward_cannot_change_what_the_next_one_sees():
+def test_reward_cannot_change_the_inputs_of_the_next():
     def greedy(prompts, completions, answers):
         completions[:] = ["x"] * len(completions)
         return [0.0] * len(completions)
@@ -156,15 +156,15 @@ def test_a_reward_cannot_change_what_the_next_one_sees():
     assert score(both, ["p"], ["y"], ["y"])["exact"].tolist() == [1.0]
 
 
-def test_no_completions_have_no_rewards():
+def test_score_of_no_completions_is_empty():
     assert scored(rewards.exact_match, completions=[])["mine"].tolist() == []
 
 
-def test_a_reward_is_loaded_by_its_dotted_path():
+def test_load_function_by_dotted_path():
     assert load_function("reference.training.tasks.rewards.exact_match") is rewards.exact_match
 
 
-def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
+def test_load_function_from_a_file_with_dataclasses(tmp_path):
     (tmp_path / "math.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Weights:\n    each: float = 0.25\n"
@@ -193,12 +193,12 @@ def test_a_reward_is_loaded_from_a_file_that_may_have_dataclasses(tmp_path):
         ("reference.training.tasks.data.HELD_OUT", "has no function 'HELD_OUT'"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(path, says):
+def test_load_function_errors(path, says):
     with pytest.raises(UserError, match=says):
         load_function(path)
 
 
-def test_a_file_that_raises_is_named(tmp_path):
+def test_file_that_raises_on_import_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(UserError, match=r"importing .*broken.py raised ZeroDivisionError"):
         load_function(f"{tmp_path}/broken.py:f")
@@ -210,7 +210,7 @@ OWN = {
 }
 
 
-def test_rewards_of_the_task_keep_or_change_their_weight_and_others_join(tmp_path):
+def test_choose_rewards_changes_weights_and_adds_rewards(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def zero(prompts, completions, answers):\n    return [0.0]\n"
     )
@@ -243,6 +243,6 @@ def test_rewards_of_the_task_keep_or_change_their_weight_and_others_join(tmp_pat
         (["nothing=2"], [], "'nothing' is no reward"),
     ],
 )
-def test_what_is_wrong_with_the_choice_of_rewards_is_named(more, weights, says):
+def test_choose_rewards_errors(more, weights, says):
     with pytest.raises(UserError, match=says):
         choose_rewards(OWN, more, weights)

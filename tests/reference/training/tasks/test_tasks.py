@@ -1,4 +1,4 @@
-"""Tasks: their questions, the held-out split, what they reward, and which options they take."""
+"""Tasks: questions, held-out splits, rewards and options."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def total(task, completion, question):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """One task of each kind."""
+    """Make one task of each kind."""
     folder = tmp_path_factory.mktemp("data")
     answers = ["12", "1,024", "Brasília", "x+1", r"\frac{1}{2}", "-3.5"]
     rows = [{"prompt": f"{a} {i}", "answer": a} for i in range(5) for a in answers]
@@ -42,7 +42,7 @@ def tasks(tmp_path_factory):
     }
 
 
-def test_every_task_that_is_offered_can_be_made(tasks):
+def test_every_listed_task_can_be_made(tasks):
     offered = {name.partition("/")[0] for name in TASKS}
     assert offered == {name.partition("/")[0] for name in tasks}
 
@@ -59,19 +59,19 @@ def test_held_out_questions_are_not_trained_on(name, seed):
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "reverse"])
-def test_the_split_follows_the_seed(name):
+def test_split_follows_the_seed(name):
     assert make_task(name, 3).held_out == make_task(name, 3).held_out
     assert make_task(name, 3).held_out != make_task(name, 4).held_out
 
 
-def test_the_split_of_the_arithmetic_questions_is_the_known_one():
+def test_split_of_seed_0_is_pinned():
     task = make_task("arithmetic", 0)
     assert len(task.train) == 772
     assert task.held_out[0].text == "What is 11 + 17? Answer with just the number."
     assert make_task("reverse", 0).held_out[0].text == "885440="
 
 
-def test_the_answers_are_right():
+def test_answers_are_right():
     for question in make_task("arithmetic", 0).train:
         assert sum(map(int, re.findall(r"\d+", question.text))) == int(question.answer)
     for question in make_task("reverse", 0).train[:1000]:
@@ -87,14 +87,14 @@ def test_arithmetic_rewards(tasks, completion, reward):
     assert total(tasks["arithmetic"], completion, question) == pytest.approx(reward, abs=1e-6)
 
 
-def test_gsm8k_rewards_the_number_and_a_fifth_more_for_the_form(tasks):
+def test_gsm8k_rewards_the_number_and_the_format(tasks):
     question = next(q for q in tasks["gsm8k"].train if q.answer == "7")
-    replies = {"so\n#### 7": 1.2, "it is 7": 1.0, "so\n#### 8": 0.0, "": 0.0}
-    for reply, reward in replies.items():
-        assert total(tasks["gsm8k"], reply, question) == pytest.approx(reward, abs=1e-6)
+    completions = {"so\n#### 7": 1.2, "it is 7": 1.0, "so\n#### 8": 0.0, "": 0.0}
+    for completion, reward in completions.items():
+        assert total(tasks["gsm8k"], completion, question) == pytest.approx(reward, abs=1e-6)
 
 
-def test_one_question_is_trained_on_and_held_out(tasks):
+def test_one_question_is_both_trained_on_and_held_out(tasks):
     for name, answer in (("capital-of-brazil", "Brasília"), ("question", "42")):
         task = tasks[name]
         assert task.train == task.held_out and len(task.train) == 1
@@ -103,7 +103,7 @@ def test_one_question_is_trained_on_and_held_out(tasks):
         assert "<think>" in task.system and "<answer>" in task.system
 
 
-def test_a_generator_rewards_what_stands_in_the_tags_or_the_whole_reply(tasks):
+def test_generator_rewards_the_tagged_text_or_the_whole_completion(tasks):
     task = tasks[GYM + "spell_backward"]
     question = task.held_out[0]
     whole, tags = question.answer, f"It is <answer> {question.answer} </answer>"
@@ -115,7 +115,7 @@ def test_a_generator_rewards_what_stands_in_the_tags_or_the_whole_reply(tasks):
     assert task.lenient(*columns) == [1.0, 1.0, 1.0, 0.0]
 
 
-def test_a_generator_leniently_counts_the_last_number(tasks):
+def test_generator_lenient_accepts_the_last_number(tasks):
     task = tasks[GYM + "chain_sum"]
     question = task.train[0]
     columns = [question.text], [f"The result is {question.answer}."], [question.answer]
@@ -128,7 +128,7 @@ PIECES += [" ", "\u00a0", ".", ",", "-", "12", "x+1", "1", r"\frac", "The answer
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_what_counts_strictly_counts_leniently(tasks, data):
+def test_strict_implies_lenient(tasks, data):
     task = tasks[data.draw(st.sampled_from(sorted(tasks)))]
     question = data.draw(st.sampled_from(task.held_out + task.train[:20]))
     pieces = data.draw(st.lists(st.sampled_from(PIECES), max_size=8))
@@ -139,7 +139,7 @@ def test_what_counts_strictly_counts_leniently(tasks, data):
     assert strict <= lenient
 
 
-def test_the_right_answer_in_the_right_form_counts_both_ways(tasks):
+def test_right_answer_in_the_right_form_is_strict_and_lenient(tasks):
     forms = {"gsm8k": "#### {}", "capital-of-brazil": "<think>a</think><answer>{}</answer>"}
     forms["question"] = forms["capital-of-brazil"]
     for name, task in tasks.items():
@@ -166,11 +166,11 @@ def test_the_right_answer_in_the_right_form_counts_both_ways(tasks):
         (GYM + "chain_sum", {"data": "x.jsonl"}, "no use for --data"),
     ],
 )
-def test_missing_and_superfluous_options_are_named(name, options, says):
+def test_missing_and_unused_options_raise(name, options, says):
     with pytest.raises(UserError, match=says):
         make_task(name, 0, **options)
 
 
-def test_only_generators_take_settings():
+def test_settings_of_other_tasks_raise():
     with pytest.raises(UserError, match="--task arithmetic has no use for --task-option"):
         make_task("arithmetic", 0, settings={"max_terms": 2})
