@@ -51,23 +51,25 @@ class LossConfig(_Derived):
             a contradiction. The message names the setting, what is allowed and what was passed.
     """
 
-    surrogate: Literal["clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo"] = (
-        "clip"
-    )
+    surrogate: Literal[
+        "clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo", "ipo"
+    ] = "clip"
     """Policy term of a token. clip: -min(r·A, clip(r)·A). ratio: -r·A. gmpo: -A times the geometric
     mean of the sequence's bounded ratios. cispo: -A·logprob weighted by the capped r, a constant.
     sapo: -A times a sigmoid of r. dppo: as cispo, and 0 where the token's probability has moved too
     far. reinforce: -A·logprob. vespo: -A·logprob weighted by a function of the sequence's r, a
-    constant."""
+    constant. ipo: -r·A with the ratio to the sampler, 0 where the token's probability is far from
+    the sampler's, plus a penalty on the squared log-ratio."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
     """Level of the ratio r. token: each token has its own. sequence: the geometric mean of the
     sequence's token ratios. sequence_token: its value, with the gradient of the token's own."""
     epsilon_low: float = _setting(0.2, at_least=0)
     """Lower bound. clip: of r, at 1 - this. gmpo: of the log-ratio, at -this, where A < 0. dppo: of
-    the change of the token's probability, at -this, where A <= 0."""
+    the change of the token's probability, at -this, where A <= 0. ipo: of that change, whatever A
+    is."""
     epsilon_high: float = _setting(0.2, at_least=0)
     """Upper bound. clip: of r, at 1 + this. gmpo: of the log-ratio, where A > 0. dppo: of the
-    change of the token's probability, where A > 0."""
+    change of the token's probability, where A > 0. ipo: of that change, whatever A is."""
     delta: float | None = _setting(None, above=0)
     """clip: cap of r before the minimum is taken, above 1 + epsilon_high. It bounds the loss where
     A < 0 (arXiv:2505.07291)."""
@@ -88,6 +90,8 @@ class LossConfig(_Derived):
     """vespo: k in that weight where A < 0."""
     lambda_negative: float = _setting(2.0, at_least=0)
     """vespo: λ in that weight where A < 0."""
+    sampler_penalty: float = _setting(1e-3, at_least=0)
+    """ipo: coefficient of (logprob - sampling_logprob)², on every token."""
     beta: float = _setting(0.0, at_least=0)
     """Coefficient of the KL to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+", "k3_corrected", "abs", "forward", "reverse"] = (
@@ -396,6 +400,17 @@ class LossConfig(_Derived):
         """CISPO without tokens whose probability moved by more than 0.15 (arXiv:2602.04879)."""
         bounds = {"epsilon_low": 0.15, "epsilon_high": 0.15, "ratio_cap": 20.0}
         return cls(**{"surrogate": "dppo", **bounds, "aggregation": "token_mean", **overrides})
+
+    @classmethod
+    @_objective
+    def ipo(cls, **overrides: Any) -> Self:
+        """Ratio to the sampler, off where a probability differs by over 0.1 (prime-rl's IPO).
+
+        It adds 1e-3·(logprob - sampling_logprob)² on every token, and averages over tokens. It
+        needs `sampling_logprob` and does not read `old_logprob`.
+        """
+        bounds = {"epsilon_low": 0.1, "epsilon_high": 0.1}
+        return cls(**{"surrogate": "ipo", **bounds, "aggregation": "token_mean", **overrides})
 
 
 def expect_config(config: object) -> None:

@@ -267,6 +267,46 @@ class Vespo(WeightedScore):
         return (decay + k * log_weight - decay * log_weight.exp()).exp()
 
 
+@dataclass(frozen=True)
+class Ipo(Surrogate):
+    """-r A while the token's probability is near the sampler's, plus a penalty on every token.
+
+        d     = p - p_sampler, the difference of the token's probability
+        value = (-r A if -epsilon_low <= d <= epsilon_high else 0) + sampler_penalty·(ln r)²
+
+    r is the ratio to the sampler, p / p_sampler: sampling_logprob takes the place of old_logprob,
+    which is not read, and there is no other importance weight. r is differentiated; in the first
+    term ln r saturates at ±20, in the penalty it does not. Whether a token is dropped does not
+    depend on the sign of A. `clipped` reports the dropped tokens, below and above.
+
+    INTELLECT Policy Optimization, the default loss of prime-rl (Prime Intellect, 2026).
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    sampler_penalty: float
+    has_penalty = True
+    relative_to_sampler = True
+    only_token_ratio = "bounds each token's own probability"
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        dropped = torch.logical_or(*self.clipped(ratios))
+        policy = torch.where(dropped, 0.0, -ratios.advantage * ratios.ratio)
+        return policy + self.sampler_penalty * ratios.log_ratio.square()
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        dropped = torch.logical_or(*self.clipped(ratios))
+        policy = torch.where(dropped, 0.0, -ratios.advantage * ratios.d_ratio)
+        return policy + 2 * self.sampler_penalty * ratios.log_ratio
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        prob_diff = ratios.prob_diff.detach()
+        return prob_diff < -self.epsilon_low, prob_diff > self.epsilon_high
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("ipo", -self.epsilon_low, self.epsilon_high, self.sampler_penalty)
+
+
 SURROGATES: dict[str, type[Surrogate]] = {
     "clip": Clip,
     "ratio": Ratio,
@@ -276,4 +316,5 @@ SURROGATES: dict[str, type[Surrogate]] = {
     "dppo": Dppo,
     "reinforce": Reinforce,
     "vespo": Vespo,
+    "ipo": Ipo,
 }

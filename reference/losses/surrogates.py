@@ -108,13 +108,24 @@ def gmpo(tokens: Tokens, config: Any) -> Tensor:
     return -advantage * saturated_exp(sequence_mean(b, tokens.mask))
 
 
+def ipo(tokens: Tokens, config: Any) -> Tensor:
+    """-r·A where -epsilon_low <= p - p_old <= epsilon_high, else 0; plus sampler_penalty·l².
+
+    The sampler takes the place of the old policy. INTELLECT Policy Optimization (prime-rl).
+    """
+    change = prob_change(tokens)
+    near = (change >= -config.epsilon_low) & (change <= config.epsilon_high)
+    policy = torch.where(near, -policy_ratio(tokens, "token") * tokens.advantage, 0.0)
+    return policy + config.sampler_penalty * log_ratio(tokens) ** 2
+
+
 SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
     function.__name__: function
-    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo)
+    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo, ipo)
 }
 
 # Surrogates for which the sampler takes the place of the old policy.
-RELATIVE_TO_SAMPLER: tuple[str, ...] = ()
+RELATIVE_TO_SAMPLER = ("ipo",)
 
 
 def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
@@ -131,6 +142,9 @@ def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
     elif config.surrogate in ("dppo", "gmpo"):
         x = prob_change(tokens) if config.surrogate == "dppo" else log_ratio(tokens)
         low, high = x < -config.epsilon_low, x > config.epsilon_high
+    elif config.surrogate == "ipo":
+        change = prob_change(tokens)
+        return change < -config.epsilon_low, change > config.epsilon_high
     return low & (tokens.advantage < 0), high & (tokens.advantage > 0)
 
 

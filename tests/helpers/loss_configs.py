@@ -30,6 +30,7 @@ OF_SURROGATE = {
     "dppo": {"ratio_cap": [1.2, 20.0], **BOUNDS},
     "gmpo": BOUNDS,
     "sapo": {"tau_positive": [1.0, 3.0], "tau_negative": [1.05, 0.2]},
+    "ipo": {"sampler_penalty": [0.0, 1e-3, 0.5], **BOUNDS},
     "vespo": {"k_positive": [2.0, 0.0], "lambda_negative": [2.0, 0.0]},
 }
 ANY_LEVEL = ["clip", "ratio", "cispo", "sapo"]
@@ -43,7 +44,9 @@ def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward
     choices |= {"aggregation": list(AGGREGATIONS), "kl_estimator": list(estimators)}
     if surrogate in ANY_LEVEL:
         choices["ratio_level"] = ["token", "token", "sequence", "sequence_token"]
-    if surrogate != "vespo":
+    if SURROGATES[surrogate].relative_to_sampler:
+        choices = {name: x for name, x in choices.items() if not name.startswith("importance_")}
+    elif surrogate != "vespo":
         choices["importance_level"] = ["token", "token", "sequence"]
     names = draw(st.sets(st.sampled_from(filters), max_size=2)) if filters else set()
     if names >= {"clip_cov", "kl_cov"}:
@@ -52,7 +55,7 @@ def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward
     fields = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
     if fields["aggregation"] == "fixed_length":
         fields["max_completion_length"] = 7
-    if fields["importance_cap"] is None and fields["importance_floor"] is None:
+    if fields.get("importance_cap", 2.0) is None and fields["importance_floor"] is None:
         fields["importance_mode"] = "truncate"
     return LossConfig(surrogate=surrogate, **fields)
 

@@ -37,6 +37,8 @@ def test_named_constructors_and_overrides():
     assert LossConfig.cispo() == point(surrogate="cispo", ratio_cap=5.0, **of_tokens)
     assert LossConfig.gpg() == point(surrogate="reinforce", **of_tokens)
     assert LossConfig.vespo() == point(surrogate="vespo", **of_tokens)
+    near = {"epsilon_low": 0.1, "epsilon_high": 0.1}
+    assert LossConfig.ipo() == point(surrogate="ipo", **near, **of_tokens)
 
 
 def test_config_is_frozen_and_hashable():
@@ -126,7 +128,7 @@ def test_decode_inverts_encode_except_for_entropy_coef():
         (
             ValueError,
             {"surrogate": "cispo", "ratio_cap": 5.0, "epsilon_high": 3.0},  # TRL's name of the cap
-            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' only, got 3.0",
+            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' or 'ipo' only, got 3.0",
         ),
         (TypeError, {"epsilon_low": None}, "epsilon_low must be a number, got NoneType"),
         (
@@ -145,6 +147,11 @@ def test_decode_inverts_encode_except_for_entropy_coef():
             ValueError,
             {"surrogate": "vespo", "importance_level": "sequence"},
             "importance_level must be 'token', got 'sequence'",
+        ),
+        (
+            ValueError,
+            {"surrogate": "ipo", "importance_cap": 5.0},
+            "importance_cap is not read by surrogate='ipo', .* got 5.0",
         ),
         (ValueError, {"importance_floor": 2}, "importance_floor must be less than .*=2.0, got 2"),
         (
@@ -218,6 +225,7 @@ TOKEN_MEAN = LossConfig(aggregation="token_mean")
         ),
         (ValueError, {"config": LossConfig(top_entropy=0.2)}, "top_entropy=0.2 needs entropy"),
         (ValueError, {"config": LossConfig.icepop()}, "'mask' needs sampling_logprob, got None"),
+        (ValueError, {"config": LossConfig.ipo()}, "surrogate='ipo' needs sampling_logprob, got"),
         (TypeError, PACKED | {"cu_seqlens": torch.tensor([0.0, 4])}, "must be int32 or int64"),
         (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 4 tokens"),
         (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 5, 4])}, "rise from 0 to 4 tokens"),

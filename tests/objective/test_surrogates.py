@@ -77,6 +77,33 @@ def test_one_token(implementation, fields, log_ratio, advantage, loss, slope):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
+    ("fields", "log_ratio", "advantage", "loss", "grad", "clipped"),
+    [
+        ({}, 0.5, 2.0, -2 * e(0.5) + 0.0625, -2 * e(0.5) + 0.25, (0, 0)),
+        ({"epsilon_high": 0.08}, 0.5, 2.0, 0.0625, 0.25, (0, 1)),
+        ({"epsilon_high": 0.08}, 0.5, -2.0, 0.0625, 0.25, (0, 1)),
+        ({"epsilon_low": 0.08}, -1.0, 2.0, 0.25, -0.5, (1, 0)),
+        ({"epsilon_low": 0.08}, -1.0, -2.0, 0.25, -0.5, (1, 0)),
+        ({"epsilon_low": 0.09}, -1.0, -2.0, 2 * e(-1) + 0.25, 2 * e(-1) - 0.5, (0, 0)),
+        ({}, 0.5, 0.0, 0.0625, 0.25, (0, 0)),
+        ({}, -25.0, -1.0, e(-20) + 156.25, -12.5, (0, 0)),
+        ({"sampler_penalty": 0.0}, 0.0, 2.0, -2.0, -2.0, (0, 0)),
+    ],
+)
+def test_ipo(implementation, fields, log_ratio, advantage, loss, grad, clipped):
+    """p - p_sampler is 0.088 for log-ratio 0.5 and -0.086 for -1; the old log-prob is not read."""
+    fields = {"surrogate": "ipo", "sampler_penalty": 0.25, **fields}
+    ours = evaluate(
+        implementation, [1 + log_ratio], [advantage], old=-3.0, sampling=[-1.0], **fields
+    )
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([grad])]
+    assert ours[2]["ratio_mean"] == close(e(max(log_ratio, -20)))
+    assert (ours[2]["clip_ratio/low_mean"], ours[2]["clip_ratio/high_mean"]) == clipped
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
     "surrogate", ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo"]
 )
 def test_on_policy_every_slope_is_that_of_the_policy_gradient(implementation, surrogate):

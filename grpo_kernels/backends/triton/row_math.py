@@ -209,6 +209,7 @@ def surrogate_grad(
     sapo: -A (4/τ) σ(τ (r - 1)), τ = highest where A > 0, else lowest
     score: -s(r within [lowest, cap]) A logprob
     dppo: -s(min(r, cap)) A logprob where the change of probability is within [lowest, highest]
+    ipo: -r A where that change is within [lowest, highest], plus cap (ln r)²
     """
     if SURROGATE == "clip":
         falling = (ratio >= lowest) & (ratio <= cap)
@@ -221,6 +222,10 @@ def surrogate_grad(
         grad = -advantage * 4.0 * gate * (1.0 - gate) * d_ratio
     elif SURROGATE == "score":
         grad = -advantage * at_most(at_least(ratio, lowest), cap)
+    elif SURROGATE == "ipo":
+        shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
+        dropped = (shift < lowest) | (shift > highest)
+        grad = tl.where(dropped, 0.0, -advantage * d_ratio) + 2.0 * cap * (logprob - old)
     else:
         tl.static_assert(SURROGATE == "dppo")
         shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)

@@ -56,6 +56,7 @@ SET = {
     "lambda_positive": (1.0, ["--loss", "vespo"]),
     "k_negative": (1.0, ["--loss", "vespo"]),
     "lambda_negative": (1.0, ["--loss", "vespo"]),
+    "sampler_penalty": (0.5, ["--loss", "ipo"]),
     "beta": (0.1, []),
     "kl_estimator": ("k3+", ["--beta", "0.1"]),
     "entropy_coef": (0.1, ["--loss", "one_shot"]),
