@@ -9,6 +9,7 @@ device.
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +35,17 @@ def expect_number(
     if not isinstance(value, Integral if integer else Real) or isinstance(value, bool):
         kind = "an integer" if integer else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    number: Any = value  # Real declares no comparison
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
     for holds, text, bound in (
-        (at_least is None or value >= at_least, "at least", at_least),
-        (above is None or value > above, "greater than", above),
-        (at_most is None or value <= at_most, "at most", at_most),
-        (below is None or value < below, "less than", below),
+        (at_least is None or number >= at_least, "at least", at_least),
+        (above is None or number > above, "greater than", above),
+        (at_most is None or number <= at_most, "at most", at_most),
+        (below is None or number < below, "less than", below),
     ):
         if not holds:
-            raise ValueError(f"{name} must be {text} {bound}, got {value}")
+            raise ValueError(f"{name} must be {text} {bound}, got {number}")
 
 
 def expect_tensor(
@@ -95,7 +97,7 @@ def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"mask must be bool or hold only 0 and 1, got {mask[wrong][0]}")
 
 
-def expect_tokens(tokens: object, rows: Tensor, name: str = "logits") -> None:
+def expect_tokens(tokens: Tensor, rows: Tensor, name: str = "logits") -> None:
     """Expect integer ids, one per row of the logits or hidden states `name`, else raise."""
     expect_tensor("tokens", tokens)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:

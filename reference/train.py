@@ -32,6 +32,7 @@ import os
 # PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import io
 import random
 import sys
 import time
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, also after SIGTERM; 2 after an error of the user; 130 after Ctrl-C.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows progress
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows progress
     try:
         run(parse_command_line(arguments))
         finish_distributed()
@@ -195,7 +197,7 @@ def train(
     # Metrics so far: those of the run that is resumed, or an evaluation before the first step.
     history, evaluations = [], []
     if state.step > 0:
-        so_far = read_metrics(directory) if policy.ranks.is_first else None
+        so_far = read_metrics(directory) if policy.ranks.is_first else ([], [])
         history, evaluations = policy.ranks.broadcast(so_far)
     else:
         evaluations.append({"step": 0, **evaluate(policy, task, config)})

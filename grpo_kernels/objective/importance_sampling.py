@@ -42,6 +42,7 @@ def importance_weight(
     outside (IcePop, Ling team, 2025). None is no bound. Nothing is differentiated.
     """
     if config.importance_level == "sequence":
+        assert sequences is not None
         log_weight = sequences.sum(log_weight)
     weight = saturated_exp(log_weight)
     floor, cap = config.importance_floor, config.importance_cap

@@ -8,6 +8,7 @@ from torch import Tensor
 from .config import LossConfig
 from .ratios import MAX_LOG_RATIO, PolicyRatios
 from .sequences import Sequences
+from .surrogates import Vespo
 
 
 class MaskedReductions:
@@ -56,7 +57,7 @@ def token_metrics(
         "ratio_max": reduce.max(ratios.ratio),
         "num_tokens": reduce.count.to(ratios.ratio.dtype),
     }
-    if config.surrogate == "vespo":
+    if isinstance(config.policy_term, Vespo):
         metrics["vespo/phi_seq_mean"] = reduce.sequence_mean(config.policy_term.weight(ratios))
     if kept:
         by_all = functools.reduce(torch.logical_and, kept.values())
@@ -66,6 +67,7 @@ def token_metrics(
     if entropy is not None:
         metrics["entropy"] = reduce.mean(entropy)
     if ratios.importance is not None:
+        assert ratios.sampling_logprob is not None
         difference = (ratios.old_logprob - ratios.sampling_logprob).abs()
         metrics |= {
             "sampling/sampling_logp_difference/mean": reduce.mean(difference),

@@ -242,9 +242,8 @@ def compute_loss(
     """
     config, sequences, inputs = prepared
     dtype = inputs.weight.dtype
-    logprob, entropy, kl = (
-        None if x is None else zero_masked(sequences, x, dtype) for x in (logprob, entropy, kl)
-    )
+    logprob = zero_masked(sequences, logprob, dtype)
+    entropy, kl = (None if x is None else zero_masked(sequences, x, dtype) for x in (entropy, kl))
     ratios = policy_ratios(logprob, inputs, config, sequences)
     policy = config.policy_term.value(ratios)
     kept = kept_by_filters(ratios, entropy, config)
@@ -258,9 +257,13 @@ def compute_loss(
         estimator = SAMPLED_KL[config.kl_estimator]
         kl = estimator.value(logprob - inputs.ref_logprob, ratios.log_ratio)
 
-    term = policy if config.beta == 0 else policy + config.beta * kl
+    term = policy
+    if config.beta != 0:
+        assert kl is not None
+        term = policy + config.beta * kl
     loss = (inputs.weight * term).sum()
     if inputs.entropy_weight is not None:
+        assert entropy is not None
         bonus = entropy
         if "top_entropy" in kept:
             # Scaled so that the mean over all tokens is the mean over the chosen ones.

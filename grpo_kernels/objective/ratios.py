@@ -1,7 +1,7 @@
 """Inputs of the loss for each token, and the probability ratios computed from them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LossInputs(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LossInputs":
         """Apply a function to every per-token tensor."""
-        return LossInputs(*(x if x is None or x.dim() == 0 else function(x) for x in self))
+        return LossInputs._make(x if x is None or x.dim() == 0 else function(x) for x in self)
 
 
 class PolicyRatios(NamedTuple):
@@ -48,7 +48,13 @@ class PolicyRatios(NamedTuple):
     log_ratio: Tensor  # logprob - old_logprob of each token, not saturated
     ratio: Tensor  # at the config's ratio_level, saturated
     importance: Tensor | None  # weight of the policy term; None without sampling_logprob
-    sequences: Sequences | None  # None: a part of a batch, in which sequences do not matter
+    batch: Sequences | None  # None: a part of a batch, in which sequences do not matter
+
+    @property
+    def sequences(self) -> Sequences:
+        """Sequences of the batch, where they matter."""
+        assert self.batch is not None
+        return self.batch
 
     @property
     def d_ratio(self) -> Tensor:
@@ -62,7 +68,7 @@ class PolicyRatios(NamedTuple):
 
 
 # The log-ratio that is exponentiated at every token, from the tokens' own log-ratios.
-RATIO_LEVELS: dict[str, Callable[[Tensor, Sequences], Tensor]] = {
+RATIO_LEVELS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "token": lambda log_ratio, sequences: log_ratio,
     "sequence": lambda log_ratio, sequences: sequences.mean(log_ratio),
     "sequence_token": lambda log_ratio, sequences: (

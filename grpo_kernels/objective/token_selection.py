@@ -33,6 +33,7 @@ def kept_by_filters(
         far = ratios.sequences.mean(behind) > config.off_policy_threshold
         kept["off_policy_threshold"] = ~far | (ratios.advantage >= 0)
     if config.top_entropy is not None:
+        assert entropy is not None
         kept["top_entropy"] = high_entropy(entropy.detach(), keep, config.top_entropy)
     if config.clip_cov is not None:
         covariance = _covariance(ratios)
@@ -56,6 +57,7 @@ def high_entropy(entropy: Tensor, keep: Tensor, fraction: float) -> Tensor:
 
 def covariance_penalty(ratios: PolicyRatios, config: LossConfig) -> Tensor:
     """KL-Cov: kl_cov_coef·|log-ratio| on the kl_cov tokens of largest covariance, else 0."""
+    assert config.kl_cov is not None
     keep = ratios.sequences.keep
     key = torch.where(keep, -_covariance(ratios), torch.inf)
     chosen = keep & _smallest(key, config.kl_cov, keep)

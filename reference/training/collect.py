@@ -117,7 +117,10 @@ def _sample_on_rank(
     repeated = [question for question in questions for _ in range(G)]
     batch = ([q.text for q in repeated], samples.texts, [q.answer for q in repeated])
     rewards_by_name = score(task.rewards, *batch)
-    total = sum(reward.weight * rewards_by_name[name] for name, reward in task.rewards.items())
+    total = sum(
+        (reward.weight * rewards_by_name[name] for name, reward in task.rewards.items()),
+        start=torch.zeros(()),
+    )
     if config.overlong_buffer:
         rewards_by_name["overlong"] = overlong_penalty(completions.mask, config)
         total = total + rewards_by_name["overlong"]

@@ -213,7 +213,7 @@ def make_loss_settings() -> type:
             flags.append((setting.name, types[setting.name], setting.default))
         else:
             flags.append((setting.name, types[setting.name] | None, None))
-    lines = [f"  {name}: {make.__doc__.splitlines()[0]}" for name, make in objectives.items()]
+    lines = [f"  {name}: {str(make.__doc__).splitlines()[0]}" for name, make in objectives.items()]
     doc = "The loss.\n\nA setting that is not None replaces that of the objective --loss:\n"
     namespace = {"__doc__": doc + "\n".join(lines)}
     return make_dataclass("LossSettings", flags, frozen=True, namespace=namespace)

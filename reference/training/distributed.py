@@ -56,7 +56,7 @@ class Ranks:
         """Return rank 0's value; with several ranks, its tensors are on the CPU."""
         if self.size == 1:
             return value
-        values = [to_device(value, torch.device("cpu")) if self.is_first else None]
+        values: list[Any] = [to_device(value, torch.device("cpu")) if self.is_first else None]
         dist.broadcast_object_list(values)
         return values[0]
 
@@ -107,7 +107,8 @@ class Ranks:
 
         for layer in checkpointable_layers(model):
             fully_shard(layer)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
 
     @contextmanager
     def unsharded(self, model: nn.Module) -> Iterator[None]:
@@ -193,15 +194,17 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def full_tensor(value: Tensor) -> Tensor:
     """Return the whole of a tensor that may be sharded. A collective."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    gather = getattr(value, "full_tensor", None)  # of a DTensor
+    return value if gather is None else gather()
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Shard a tensor that every rank holds, as `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(like, DTensor)
     return distribute_tensor(value, like.device_mesh, like.placements)
 
 
@@ -219,7 +222,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         return {name: to_device(item, device) for name, item in value.items()}
     if isinstance(value, list):
         return [to_device(item, device) for item in value]
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value)]
         return replace(value, **{name: to_device(getattr(value, name), device) for name in names})
     return value

@@ -103,6 +103,7 @@ class RecordLogprobs:
         return torch.stack(self.logprobs, dim=1)
 
     def _record(self, token: Tensor) -> None:
+        assert self.last is not None
         self.logprobs.append(self.last.gather(-1, token[:, None]).squeeze(-1))
 
 

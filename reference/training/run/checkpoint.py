@@ -174,7 +174,7 @@ class Checkpoints:
 
     def _flush_logs(self) -> dict[str, int]:
         """Flush the logs to the disk and return their sizes in bytes."""
-        sizes = dict.fromkeys(LOGS, 0)
+        sizes: dict[str, int] = {name: 0 for name in LOGS}
         for path in (self.run / name for name in LOGS):
             if path.exists():
                 _flush(path)

@@ -104,7 +104,7 @@ def make_run_directory(config: TrainConfig) -> Path:
                 f"--overwrite removes the run in {given}, and --model {config.model} lies in it: "
                 "move the model, or name another --output-dir"
             )
-    if config.resume or config.overwrite:
+    if given is not None and (config.resume or config.overwrite):
         flag = "--resume" if config.resume else "--overwrite"
         # wandb replaces the links that it makes and does not follow them.
         links = [path for path in given.rglob("*") if path.is_symlink()]
@@ -114,7 +114,7 @@ def make_run_directory(config: TrainConfig) -> Path:
             )
     directory = given
     try:
-        if given is None:
+        if directory is None:
             directory = _make_unused(config)
         else:
             directory.mkdir(parents=True, exist_ok=True)

@@ -205,7 +205,8 @@ def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -
     ):
         _, values = finite_values(history, name)
         if len(values):
-            rows.append((f"  {label}", *map(format_number, tenths(values))))
+            first, last = map(format_number, tenths(values))
+            rows.append((f"  {label}", first, last))
 
     tokens, seconds = (finite_values(history, name)[1] for name in ("num_tokens", "step_time"))
     seen = f"{format_number(tokens[-1])} tokens" if len(tokens) else ""

@@ -134,8 +134,9 @@ class TrainingState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors by kind and name, on the CPU of the first rank; all must call this."""
         learner = self.learner
-        is_copy = isinstance(learner.reference_policy, Policy)
-        reference = dict(learner.reference_policy.model.named_parameters()) if is_copy else {}
+        reference = {}
+        if isinstance(learner.reference_policy, Policy):  # a copy of its own
+            reference = dict(learner.reference_policy.model.named_parameters())
         trained = trained_weights(learner.policy.model)
         moments = {  # of AdamW
             f"{name}.{key}": value  # exp_avg, exp_avg_sq or step
@@ -231,7 +232,7 @@ def _digest_frozen_weights(model: nn.Module) -> str | None:
     for name, weight in frozen.items():
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
         whole = full_tensor(weight.detach()).cpu().contiguous()
-        digest.update(whole.flatten().view(torch.uint8).numpy())
+        digest.update(whole.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
