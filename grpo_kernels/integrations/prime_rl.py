@@ -29,7 +29,7 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
     Args:
         inputs: prime-rl's LossInputs, whose tensors are [seq]. Its loss_weights, >= 0, scale the
             policy term per token.
-        objective: a named constructor of LossConfig, such as "grpo", "dapo", "gspo", "cispo".
+        objective: a named constructor of LossConfig, such as "ipo", "grpo", "dapo", "gspo".
         settings: fields of LossConfig that override the constructor's. With beta > 0 the log-probs
             of the reference policy are `ref_logprobs`, which prime-rl has for some algorithms only.
 
@@ -53,15 +53,24 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
                 "beta, clip_cov and kl_cov must be off with loss_weights, which would not scale "
                 "what they add, and change which tokens they choose"
             )
+        if config.policy_term.has_penalty:
+            raise ValueError(
+                f"loss_weights must be None with surrogate={config.surrogate!r}: they would not "
+                "scale its penalty"
+            )
         # A policy term is proportional to its advantage, and clips depend on its sign: keep that.
         advantages = advantages * inputs.loss_weights.clamp(min=1e-30)
     ref_logprob = None if config.beta == 0 else inputs.ref_logprobs
+    sampling_logprob = None
+    if config.policy_term.relative_to_sampler:
+        sampling_logprob = inputs.inference_logprobs[None]
     total, metrics = policy_loss(
         inputs.trainer_logprobs[None],
         advantages[None],
         mask=inputs.loss_mask[None],
         old_logprob=inputs.inference_logprobs[None],
         ref_logprob=None if ref_logprob is None else ref_logprob[None],
+        sampling_logprob=sampling_logprob,
         config=config,
         normalizer=1,
     )

@@ -105,6 +105,20 @@ def test_loss_is_weighted_sum_over_tokens(objective, weighted):
     check(inputs, terms[inputs.loss_mask].sum(), objective, **settings)
 
 
+def test_ipo_matches_formula():
+    inputs = make_inputs()
+    log_ratio, A = inputs.trainer_logprobs - inputs.inference_logprobs, inputs.advantages
+    near = (inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()).abs() <= 0.1
+    assert near[inputs.loss_mask].any() and not near[inputs.loss_mask].all()
+    terms = torch.where(near, -A * log_ratio.exp(), 0.0) + 0.001 * log_ratio**2
+    found = check(inputs, terms[inputs.loss_mask].sum(), "ipo")
+    torch.testing.assert_close(
+        found.metrics["is_masked"], (~near)[inputs.loss_mask].double().mean()
+    )
+    with pytest.raises(ValueError, match="loss_weights must be None with surrogate='ipo'"):
+        prime_rl.loss(make_inputs(loss_weights=torch.ones(N)), objective="ipo")
+
+
 def test_samples_add_up_to_batch_mean():
     """prime-rl's compute_loss divides the sum of samples by the tokens of the batch."""
     samples = [make_inputs(seed) for seed in (0, 10, 20)]
