@@ -40,6 +40,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -129,7 +130,7 @@ def run(config: TrainConfig) -> dict:
         chat(policy, config.temperature, CHAT_TOKENS, input)
         return {}
     task = load_task(config)
-    step_reward = None if config.step_reward is None else load_function(config.step_reward)
+    step_reward: Any = None if config.step_reward is None else load_function(config.step_reward)
     if config.wandb:
         load_wandb()
     if config.eval_only:

@@ -192,13 +192,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: full_tensor(x.detach()) for name, x in (weights | buffers).items()}
 
 
-def full_tensor(value: Tensor) -> Tensor:
+def full_tensor(value: Any) -> Tensor:
     """Return the whole of a tensor that may be sharded. A collective."""
     gather = getattr(value, "full_tensor", None)  # of a DTensor
     return value if gather is None else gather()
 
 
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Any) -> Tensor:
     """Shard a tensor that every rank holds, as `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return value
