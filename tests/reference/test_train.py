@@ -1,4 +1,4 @@
-"""The training script: it learns, its numbers add up, and what is wrong with a command is said."""
+"""The training script: it learns, writes its files, and runs with every option."""
 
 import json
 
@@ -24,13 +24,13 @@ def same_threads():
 
 @pytest.fixture
 def weak_start(monkeypatch):
-    """Leave the warm start early: these tests are about the steps, not about how well it ends."""
+    """End the warm start early: these tests are about the steps of GRPO."""
     monkeypatch.setattr(supervised, "TARGET", 0.02)
 
 
 @pytest.fixture
 def float64_models(monkeypatch):
-    """Rounding stays where it is: in fp32, sixty warm-up steps of Adam grow it past 1e-4."""
+    """Load models in fp64: in fp32, rounding grows past 1e-4 in sixty supervised steps."""
     load = models.load
 
     def load_float64(directory):
@@ -49,21 +49,21 @@ CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib"}
 
 
 def rows_of(directory):
-    """Those of the steps; evaluations are lines of their own."""
+    """Read the rows of steps; evaluations are other rows."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "reward" in row]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_tiny_model_learns(tmp_path, seed):
+def test_tiny_model_learns(tmp_path, seed):
     assert tiny(tmp_path, "--seed", str(seed)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     before, after = summary["before"]["lenient"], summary["after"]["lenient"]
     assert before < 0.95 and after >= 0.9 and after > before
 
 
-def test_a_run_leaves_metrics_curves_summary_and_a_model_that_loads(tmp_path, weak_start, capsys):
+def test_run_writes_its_files(tmp_path, weak_start, capsys):
     assert tiny(tmp_path, "--steps", "3") == 0
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
@@ -111,9 +111,7 @@ def test_fused_and_reference_losses_give_the_same_run(
             assert ours[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-8), name
 
 
-def test_an_unusable_output_directory_is_one_line_before_any_model_is_loaded(
-    tmp_path, monkeypatch, capsys
-):
+def test_unusable_output_dir_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "locate", lambda *_: pytest.fail("a model was looked for"))
     (tmp_path / "file").write_text("mine")
     assert tiny(tmp_path) == 2
@@ -125,14 +123,14 @@ def test_an_unusable_output_directory_is_one_line_before_any_model_is_loaded(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_model_directory_without_weights_is_one_line_and_leaves_nothing(tmp_path, capsys):
+def test_model_directory_without_weights_is_refused(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     assert tiny(tmp_path / "run", "--model", str(tmp_path / "model")) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_that_is_not_a_number_is_named_and_no_model_is_saved(tmp_path, weak_start, capsys):
+def test_nan_reward_is_named_and_no_model_is_saved(tmp_path, weak_start, capsys):
     source = tmp_path / "broken.py"
     source.write_text(
         "def nothing(prompts, completions, answers):\n    return [float('nan')] * len(answers)\n"
@@ -143,9 +141,7 @@ def test_a_reward_that_is_not_a_number_is_named_and_no_model_is_saved(tmp_path, 
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_an_interrupted_run_keeps_whole_lines_and_what_it_learned(
-    tmp_path, weak_start, monkeypatch, capsys
-):
+def test_interrupted_run_saves_its_model(tmp_path, weak_start, monkeypatch, capsys):
     step = Learner.step
 
     def interrupted(learner, *arguments):
@@ -161,7 +157,7 @@ def test_an_interrupted_run_keeps_whole_lines_and_what_it_learned(
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, monkeypatch):
+def test_default_output_dirs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
@@ -186,7 +182,7 @@ def test_runs_without_an_output_directory_take_fresh_numbered_ones(tmp_path, mon
     ],
     ids=" ".join,
 )
-def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
+def test_train_with_options(flags, tmp_path, weak_start):
     assert tiny(tmp_path, "--steps", "3", "--no-tensorboard", *flags) == 0
     assert len(rows_of(tmp_path)) == 3
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -197,7 +193,7 @@ def test_every_way_to_train_runs_to_its_end(flags, tmp_path, weak_start):
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize("loss", LossConfig.objectives())
-def test_every_loss_trains(backend, loss, impl, tmp_path, tiny_model, monkeypatch):
+def test_train_every_loss(backend, loss, impl, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
     flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
     flags += ["--no-tensorboard", "--inner-iterations", "2", "--loss", loss]
@@ -206,7 +202,7 @@ def test_every_loss_trains(backend, loss, impl, tmp_path, tiny_model, monkeypatc
     assert row["grad_norm"] > 0 and None not in row.values()
 
 
-def test_adapters_on_a_trained_model_are_merged_when_saved(tmp_path, weak_start):
+def test_lora_is_merged_when_saved(tmp_path, weak_start):
     assert tiny(tmp_path / "whole", "--steps", "1") == 0
     model = tmp_path / "whole" / "model"
     flags = ["--model", str(model), "--steps", "2", "--lora-rank", "4", "--beta", "0.1"]
@@ -220,7 +216,7 @@ def test_adapters_on_a_trained_model_are_merged_when_saved(tmp_path, weak_start)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_trained_model_is_evaluated_and_talked_to(tmp_path, weak_start, monkeypatch, capsys):
+def test_eval_only_and_chat(tmp_path, weak_start, monkeypatch, capsys):
     assert tiny(tmp_path / "run", "--steps", "1") == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
     model = ["--model", str(tmp_path / "run" / "model"), "--output-dir", str(tmp_path / "none")]

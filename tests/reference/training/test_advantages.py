@@ -1,4 +1,4 @@
-"""Advantages: of answers, and of tokens under process supervision."""
+"""Advantages of completions, and of tokens with process supervision."""
 
 from dataclasses import replace
 
@@ -22,8 +22,8 @@ def decode(ids):
     return "".join(WORDS[i] for i in ids)
 
 
-def experience(rewards, rows):
-    """One question per row of rewards; an answer is a list of token ids."""
+def make_rollouts(rewards, rows):
+    """One question per row of rewards; `rows` are the token ids of the completions."""
     T = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
     mask = tokens != 0
@@ -36,39 +36,39 @@ def experience(rewards, rows):
     return Rollouts(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
 
 
-def credit(found, step_reward=None, rewards=None, **settings):
+def advantages(rollouts, step_reward=None, rewards=None, **settings):
     config = TrainConfig(**settings)
-    return compute_advantages(found, config, rewards or {}, step_reward, decode)
+    return compute_advantages(rollouts, config, rewards or {}, step_reward, decode)
 
 
-def test_outcome_advantages_are_the_group_s_and_dr_grpo_keeps_the_scale():
-    found = experience([[1.0, 0.0], [2.0, 2.0]], [[1], [2], [3], [4]])
-    assert torch.allclose(credit(found), torch.tensor([0.5**0.5, -(0.5**0.5), 0, 0]))
-    assert credit(found, loss="dr_grpo").tolist() == [0.5, -0.5, 0.0, 0.0]
+def test_default_advantage_is_group_normalised_and_centered_for_dr_grpo():
+    found = make_rollouts([[1.0, 0.0], [2.0, 2.0]], [[1], [2], [3], [4]])
+    assert torch.allclose(advantages(found), torch.tensor([0.5**0.5, -(0.5**0.5), 0, 0]))
+    assert advantages(found, loss="dr_grpo").tolist() == [0.5, -0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo"])
 @pytest.mark.parametrize("advantage", sorted(grpo_kernels.ADVANTAGES))
-def test_an_advantage_by_name_goes_before_the_loss_s_own(loss, advantage):
-    found = experience([[1.0, 0.0, 4.0], [2.0, 2.0, 2.5]], [[1]] * 6)
+def test_advantage_flag_overrides_the_default(loss, advantage):
+    found = make_rollouts([[1.0, 0.0, 4.0], [2.0, 2.0, 2.5]], [[1]] * 6)
     expected = grpo_kernels.ADVANTAGES[advantage](found.rewards).flatten()
-    assert torch.allclose(credit(found, loss=loss, advantage=advantage), expected)
+    assert torch.allclose(advantages(found, loss=loss, advantage=advantage), expected)
 
 
-def test_pass_at_k_reads_its_k():
-    found = experience([[1.0, 0.0, 4.0]], [[1]] * 3)
-    assert credit(found, advantage="pass_at_k", pass_k=3).tolist() == [0.0, 0.0, 3.0]
-    assert credit(found, advantage="pass_at_k", pass_k=2).tolist() == [0.5, 0.0, 3.5]
+def test_pass_at_k_uses_pass_k():
+    found = make_rollouts([[1.0, 0.0, 4.0]], [[1]] * 3)
+    assert advantages(found, advantage="pass_at_k", pass_k=3).tolist() == [0.0, 0.0, 3.0]
+    assert advantages(found, advantage="pass_at_k", pass_k=2).tolist() == [0.5, 0.0, 3.5]
 
 
-def test_max_rl_of_a_negative_reward_is_the_user_s_error():
-    found = experience([[1.0, -0.25]], [[1], [2]])
+def test_max_rl_with_a_negative_reward_is_a_user_error():
+    found = make_rollouts([[1.0, -0.25]], [[1], [2]])
     with pytest.raises(UserError, match=r"max_rl needs rewards of at least 0; got -0\.25"):
-        credit(found, advantage="max_rl")
+        advantages(found, advantage="max_rl")
 
 
-def test_each_reward_normalised_counts_by_its_weight():
-    found = experience([[0.0, 0.0], [0.0, 0.0]], [[1]] * 4)
+def test_normalised_rewards_are_weighted():
+    found = make_rollouts([[0.0, 0.0], [0.0, 0.0]], [[1]] * 4)
     by_name = {
         "right": torch.tensor([8.0, 0.0, 1.0, 1.0]),
         "short": torch.tensor([0.0, 0.1, 0.2, 0.1]),
@@ -76,7 +76,7 @@ def test_each_reward_normalised_counts_by_its_weight():
     }
     weights = {"right": 3.0, "short": 2.0, "brief": 1.0}
     rewards = {name: WeightedReward(None, weight) for name, weight in weights.items()}
-    ours = credit(
+    ours = advantages(
         replace(found, rewards_by_name=by_name), rewards=rewards, normalise_each_reward=True
     )
     # In each group the two answers are ±√½ apart: 3 - 2, then 2 - 1. Over the batch, std √(4/3)·√½.
@@ -84,29 +84,29 @@ def test_each_reward_normalised_counts_by_its_weight():
     assert torch.allclose(ours, expected)
 
 
-def test_equal_rewards_have_no_advantage_whatever_their_rounding():
-    found = experience([[1.2] * 8], [[1]] * 8)
+def test_equal_rewards_have_zero_advantage():
+    found = make_rollouts([[1.2] * 8], [[1]] * 8)
     for loss in ("grpo", "dr_grpo"):
-        assert (credit(found, loss=loss) == 0).all()
+        assert (advantages(found, loss=loss) == 0).all()
 
 
-def test_steps_add_to_the_outcome_and_answers_without_any_keep_it():
-    found = experience([[1.0, 0.0, 0.0]], [[1, 2], [1, 2, 3], [4]])
+def test_step_advantages_are_added_to_the_outcome():
+    found = make_rollouts([[1.0, 0.0, 0.0]], [[1, 2], [1, 2, 3], [4]])
     steps = [[(1, 1.0)], [(1, 0.0), (5, 2.0)], []]
-    outcome, ours = credit(found), credit(found, lambda *_: steps)
+    outcome, ours = advantages(found), advantages(found, lambda *_: steps)
     expected = outcome[:, None] + torch.tensor([[0.0, 0, 0], [0.0, 1, 1], [0.0, 0, 0]])
     assert torch.allclose(ours, expected, atol=1e-6)
-    none = credit(found, lambda *_: [[], [], []])
+    none = advantages(found, lambda *_: [[], [], []])
     assert torch.allclose(none, outcome[:, None].expand(3, 3))
 
 
-def test_steps_in_characters_end_in_the_token_that_holds_the_character():
+def test_step_ends_in_the_token_of_its_character():
     def rewards(prompts, completions, answers):
         assert completions == ["abb c", "d"] and answers == ["!", "!"]
         return [[(2, 0.0), (5, 2.0)], [(1, 1.0)]]
 
-    found = experience([[1.0, 1.0]], [[1, 2, 3], [4]])
-    ours = credit(found, rewards)
+    found = make_rollouts([[1.0, 1.0]], [[1, 2, 3], [4]])
+    ours = advantages(found, rewards)
     # Character 2 lies in "bb", the second token.
     assert torch.allclose(ours, torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_steps_in_characters_end_in_the_token_that_holds_the_character():
         ([[3.0], []], "raised TypeError, or gave no lists"),
     ],
 )
-def test_a_wrong_step_is_named(steps, said):
-    found = experience([[1.0, 1.0]], [[1, 2], [4]])
+def test_invalid_steps_are_named(steps, said):
+    found = make_rollouts([[1.0, 1.0]], [[1, 2], [4]])
     with pytest.raises(UserError, match=said):
-        credit(found, lambda *_: steps)
+        advantages(found, lambda *_: steps)

@@ -1,4 +1,4 @@
-"""Groups of rewarded answers: signal, dynamic sampling, the overlong penalty, their metrics."""
+"""Rollouts: signal, dynamic sampling, the overlong penalty, metrics."""
 
 import random
 from dataclasses import replace
@@ -17,8 +17,8 @@ from reference.training.tasks.tasks import Question, Task
 G = 2
 
 
-class Scripted:
-    """Stands for a policy: answers to question k are k and, where k is odd, 0; widths vary."""
+class ScriptedPolicy:
+    """A policy whose completions of question k are k and, if k is odd, 0; their widths vary."""
 
     model, ranks, device = None, SINGLE_PROCESS, torch.device("cpu")
 
@@ -26,11 +26,11 @@ class Scripted:
         pad_token_id = 99
 
     def __init__(self):
-        self.asked = []
+        self.rounds = []
 
     def sample(self, questions, group_size, temperature, sampler):
-        self.asked.append([question.text for question in questions])
-        width = 1 + len(self.asked)
+        self.rounds.append([question.text for question in questions])
+        width = 1 + len(self.rounds)
         numbers = [int(q.text) if g == 0 or int(q.text) % 2 == 0 else 0
                    for q in questions for g in range(group_size)]  # fmt: skip
         mask = torch.zeros(len(numbers), width, dtype=torch.bool)
@@ -57,14 +57,14 @@ def task(numbers):
     return Task(questions, questions, rewards, equal, equal)
 
 
-def gathered(numbers, **changes):
+def collect_from(numbers, **changes):
     config = TrainConfig(group_size=G, **{"prompts": 4, **changes})
-    policy = Scripted()
+    policy = ScriptedPolicy()
     return policy, collect.collect_rollouts(policy, task(numbers), None, random.Random(0), config)
 
 
-def test_rewards_are_weighted_and_kept_apart():
-    _, found = gathered([1, 2, 3, 4])
+def test_rewards_are_weighted_and_logged_by_name():
+    _, found = collect_from([1, 2, 3, 4])
     assert found.rewards.shape == (4, G)
     assert torch.equal(found.rewards.flatten(), 2 * found.rewards_by_name["equal"])
     odd = torch.tensor([int(q.text) % 2 == 1 for q in found.questions])
@@ -74,15 +74,15 @@ def test_rewards_are_weighted_and_kept_apart():
     assert row["reward"] == 1.5 and row["accuracy/lenient"] == 0.75
 
 
-def test_without_dynamic_sampling_the_policy_is_asked_once():
-    policy, found = gathered([2, 4, 6, 8])
-    assert len(policy.asked) == 1 and not found.has_signal.any()
+def test_without_dynamic_sampling_there_is_one_round():
+    policy, found = collect_from([2, 4, 6, 8])
+    assert len(policy.rounds) == 1 and not found.has_signal.any()
 
 
-def test_groups_without_signal_are_replaced_until_all_have_one():
-    policy, found = gathered([*range(2, 40, 2), 1, 3, 5, 7], dynamic_sampling=500)
+def test_dynamic_sampling_replaces_groups_without_signal():
+    policy, found = collect_from([*range(2, 40, 2), 1, 3, 5, 7], dynamic_sampling=500)
     assert found.has_signal.all() and len(found.questions) == 4
-    sizes = [len(asked) for asked in policy.asked]
+    sizes = [len(asked) for asked in policy.rounds]
     assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
     # Rows stay with their question, whatever the widths that they are padded to.
     done = found.samples.completions
@@ -96,26 +96,26 @@ def test_groups_without_signal_are_replaced_until_all_have_one():
     assert found.num_sampled_tokens > done.mask.sum(), "discarded tokens are counted"
 
 
-def test_rounds_are_bounded_and_the_batch_keeps_its_size():
-    policy, found = gathered([2, 4, 6, 8], dynamic_sampling=3)
-    assert len(policy.asked) == 4 and len(found.questions) == 4
+def test_dynamic_sampling_rounds_are_bounded():
+    policy, found = collect_from([2, 4, 6, 8], dynamic_sampling=3)
+    assert len(policy.rounds) == 4 and len(found.questions) == 4
 
 
-def test_the_overlong_penalty_falls_linearly_to_minus_one():
+def test_overlong_penalty_is_linear():
     config = TrainConfig(max_new_tokens=8, overlong_buffer=4)
     mask = torch.arange(8)[None] < torch.tensor([1, 4, 5, 6, 8])[:, None]
     penalty = collect.overlong_penalty(mask, config)
     assert penalty.tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
 
 
-def test_the_penalty_is_part_of_the_reward():
-    _, found = gathered([1, 2, 3, 4], max_new_tokens=2, overlong_buffer=1)
+def test_overlong_penalty_is_part_of_the_reward():
+    _, found = collect_from([1, 2, 3, 4], max_new_tokens=2, overlong_buffer=1)
     assert (found.rewards_by_name["overlong"] == -1).all()
     assert collect.rollout_metrics(found)["reward"] == 0.5
 
 
-def test_samples_are_one_group_in_words():
-    _, found = gathered([1, 3, 5, 7])
+def test_examples_are_the_first_group_as_text():
+    _, found = collect_from([1, 3, 5, 7])
     first, second = collect.examples(found, torch.arange(8.0))
     assert first["completion"] == first["question"] == first["answer"]
     assert second["completion"] == "0" and second["rewards"] == {"equal": 0.0}
@@ -125,8 +125,8 @@ def test_samples_are_one_group_in_words():
     assert (first["reward"], second["reward"]) == (2.0, 0.0)
 
 
-def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
-    _, found = gathered([1, 3, 5, 7])
+def test_example_advantage_is_a_mean_over_unmasked_tokens():
+    _, found = collect_from([1, 3, 5, 7])
     done = found.samples.completions
     mask = done.mask.clone()
     mask[:, 1] = False
@@ -135,22 +135,22 @@ def test_the_advantage_shown_is_a_mean_over_the_answer_s_own_tokens():
     assert first["advantage"] == 1.5
 
 
-def test_answers_that_were_all_cut_off_are_no_signal_where_they_do_not_count(monkeypatch):
-    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+def test_group_of_truncated_completions_has_no_signal(monkeypatch):
+    _, found = collect_from([1, 3, 5, 7], mask_truncated=True)
     assert found.has_signal.all()
-    sample = Scripted.sample
+    sample = ScriptedPolicy.sample
 
     def cut_off(self, *arguments):
         answers = sample(self, *arguments)
         finished = torch.zeros_like(answers.completions.finished)
         return replace(answers, completions=replace(answers.completions, finished=finished))
 
-    monkeypatch.setattr(Scripted, "sample", cut_off)
-    _, found = gathered([1, 3, 5, 7], mask_truncated=True)
+    monkeypatch.setattr(ScriptedPolicy, "sample", cut_off)
+    _, found = collect_from([1, 3, 5, 7], mask_truncated=True)
     assert not found.has_signal.any()
 
 
-def test_a_single_question_fills_a_batch_and_no_question_is_drawn_twice_before_all():
+def test_questions_repeat_only_after_all_were_drawn():
     one, two, three = (Question(str(n), str(n)) for n in range(3))
     assert collect.sample_questions([one], 4, random.Random(0)) == [one] * 4
     drawn = collect.sample_questions([one, two, three], 5, random.Random(0))

@@ -1,4 +1,4 @@
-"""The command line: presets, what --help shows, and what is said of settings that cannot be."""
+"""The command line: presets, --help, and errors in settings."""
 
 import re
 import subprocess
@@ -13,6 +13,9 @@ from reference.training.command_line import PRESETS, parse_command_line
 from reference.training.config import SECTIONS, TrainConfig
 from reference.training.errors import UserError
 from reference.training.model import load as models
+from reference.training.model.policy import Policy
+from reference.training.run import plots
+from tests.helpers.training_runs import tiny
 
 
 def test_flags_override_the_preset():
@@ -30,7 +33,7 @@ def test_task_options_are_json_or_text():
         TrainConfig(task_option=("a",)).task_settings()
 
 
-def test_every_flag_has_a_line_of_help(capsys):
+def test_every_flag_has_help(capsys):
     with pytest.raises(SystemExit) as exit_:
         train.main(["--help"])
     assert exit_.value.code == 0
@@ -100,7 +103,7 @@ def test_help_sections_are_in_the_order_of_a_step(capsys, monkeypatch):
         (["--device", "cuda"], "--device cuda: PyTorch finds no such device here"),
     ],
 )
-def test_bad_settings_are_one_line_before_any_model_is_loaded(
+def test_bad_settings_are_refused_before_a_model_is_loaded(
     flags, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -112,8 +115,51 @@ def test_bad_settings_are_one_line_before_any_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path):
+def test_user_error_exits_with_2_without_traceback(tmp_path):
     command = [sys.executable, train.__file__, "--preset", "tiny", "--group-size", "1"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == "error: --group-size must be at least 2; got 1\n"
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+EARLY = {
+    "--task revers --model x": "error: --task revers: expected one of arithmetic, reverse",
+    "--task jsonl --data nowhere.jsonl --model x": "error: cannot read nowhere.jsonl",
+    "--reward nowhere.py:f": "error: reward 'nowhere.py:f': there is no file nowhere.py",
+    "--sampler vlm": "error: --sampler must be shared-prompt",
+    "--epsilon-low -1": "error: --loss grpo: --epsilon-low",
+    "--output-dir mine": "error: --output-dir mine is not empty: name a new one, or leave the flag "
+    "out; or go on with its run by --resume mine, or replace it by --overwrite",
+    "--output-dir mine --overwrite": "error: --overwrite: mine is not empty, and not the directory",
+    "--overwrite": "error: --overwrite replaces the run in --output-dir: name one",
+    "--output-dir mine/file": "error: cannot write to the output directory mine/file: File exists",
+    "--resume mine": "error: --resume mine is not the directory of a run",
+}
+
+
+@pytest.mark.parametrize("flags", EARLY)
+def test_errors_are_found_before_a_model_is_loaded(flags, no_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    assert train.main(["--preset", "tiny", *flags.split()]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(EARLY[flags])
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_missing_matplotlib_is_found_before_a_model_is_loaded(
+    no_model, tmp_path, monkeypatch, capsys
+):
+    def missing():
+        raise UserError("the curves need matplotlib")
+
+    monkeypatch.setattr(train, "load_matplotlib", missing)
+    assert plots.load_matplotlib() is None
+    assert tiny(tmp_path / "run") == 2
+    assert capsys.readouterr().err == "error: the curves need matplotlib\n"

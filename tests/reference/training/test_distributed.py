@@ -1,4 +1,4 @@
-"""The script on two ranks, as torchrun starts them: the run of one process, also where one dies."""
+"""The script on two ranks under torchrun: same numbers as one process, restarts, SIGTERM."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def metrics(directory):
     ]
 
 
-def check_same(one, other):
-    """Two runs: what they logged, and the models that they left."""
+def assert_same_run(one, other):
+    """Compare the metrics and the models of two runs."""
     for ours, expected in zip(metrics(one), metrics(other), strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
     ours, expected = (load_file(each / "model" / "model.safetensors") for each in (one, other))
@@ -55,8 +55,8 @@ def check_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("alone") / "run"
+def single(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("single") / "run"
     done = run(directory)
     assert done.returncode == 0, done.stderr
     return directory
@@ -64,11 +64,11 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_are_the_run_of_one_process(alone, tmp_path, parallel):
+def test_two_ranks_match_one_process(single, tmp_path, parallel):
     done = run(tmp_path / "run", "--parallel", parallel, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out questions:") == 3, "only the first rank prints"
-    check_same(tmp_path / "run", alone)
+    assert_same_run(tmp_path / "run", single)
 
 
 DIES = """
@@ -93,9 +93,7 @@ def dying_reward(tmp_path, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_where_a_rank_is_killed_a_restart_goes_on_from_the_last_checkpoint(
-    alone, tmp_path, parallel
-):
+def test_killed_rank_restarts_from_the_last_checkpoint(alone, tmp_path, parallel):
     reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     launcher = (*TORCHRUN, "--max-restarts=1")
     flags = ("--parallel", parallel, "--reward", reward)
@@ -106,12 +104,12 @@ def test_where_a_rank_is_killed_a_restart_goes_on_from_the_last_checkpoint(
         {name: x for name, x in row.items() if name != "rewards/dies/mean"}
         for row in metrics(tmp_path / "run")
     ]
-    for ours, expected in zip(whole, metrics(alone), strict=True):
+    for ours, expected in zip(whole, metrics(single), strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
+def test_failing_rank_stops_all_ranks_with_its_error(tmp_path):
     reward = dying_reward(tmp_path, "raise ValueError('the reward fell over')")
     began = time.monotonic()
     done = run(tmp_path / "run", "--reward", reward, launcher=TORCHRUN)
@@ -120,8 +118,8 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_ranks_after_a_step(alone, tmp_path):
-    """It reaches one rank, and both save together."""
+def test_sigterm_stops_all_ranks_after_a_step(single, tmp_path):
+    """One rank receives it, and both save together."""
     reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
     done = run(tmp_path / "run", "--reward", reward, "--checkpoint-every", "9", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
@@ -130,9 +128,9 @@ def test_sigterm_stops_all_ranks_after_a_step(alone, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
 
 
-def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
+def test_signal_during_the_stop_collective_is_deferred():
     class Pair:
-        """Another rank was asked to stop; this one is while they tell each other."""
+        """Two ranks: the other was asked to stop, this one is during the collective."""
 
         size, calls = 2, 0
 
@@ -149,14 +147,14 @@ def test_a_signal_does_not_part_ranks_that_agree_whether_to_stop():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_are_everything_once_and_in_order(size):
+def test_shards_partition_items_in_order(size):
     items = list(range(5))
     shares = [Ranks(rank, size).shard(items) for rank in range(size)]
     assert [each for share in shares for each in share] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_single_process_says_nothing_to_others():
+def test_single_process_needs_no_collectives():
     value = {"x": torch.ones(2)}
     assert SINGLE_PROCESS.all_gather(value) == [value] and SINGLE_PROCESS.broadcast(value) is value
     with SINGLE_PROCESS.shared_rng(3, torch.device("cpu")) as draw:
@@ -166,12 +164,12 @@ def test_a_single_process_says_nothing_to_others():
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_what_is_sent_moves_whatever_it_is_in():
+def test_to_device_moves_nested_tensors():
     value = {"a": [torch.ones(1)], "b": (1, "text")}
     assert to_device(value, torch.device("meta"))["a"][0].is_meta
 
 
-def test_settings_that_ranks_cannot_share_are_named():
+def test_settings_unsuited_to_several_ranks_are_named():
     with pytest.raises(UserError, match="--prompts must be at least the 3 ranks; got 2"):
         Ranks(0, 3).check_settings(2, "shared-prompt")
     with pytest.raises(UserError, match="--sampler generate draws on each rank alike"):

@@ -1,17 +1,20 @@
-"""Accuracy, pass@k and the conversation."""
+"""Accuracy, pass@k and the chat."""
 
 from itertools import combinations, cycle
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reference.training import evaluate
+from reference.training.command_line import parse_command_line
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import SampledCompletions
 from reference.training.tasks.tasks import Question, Task
 
 
-class Scripted:
-    """Answers question n rightly in the first n of its samples."""
+class ScriptedPolicy:
+    """A policy whose first n completions of question n are right."""
 
     model, ranks, system = None, SINGLE_PROCESS, "Be brief."
 
@@ -42,8 +45,8 @@ def task(numbers):
     return Task(questions, questions, {}, strict, lenient)
 
 
-def test_accuracy_is_a_share_of_questions_in_batches():
-    policy, held_out = Scripted(), task([0, 1, 4, 0] * 40)
+def test_accuracy_is_computed_in_batches():
+    policy, held_out = ScriptedPolicy(), task([0, 1, 4, 0] * 40)
     assert evaluate.accuracy(policy, held_out, held_out.held_out) == {
         "strict": 0.25,
         "lenient": 0.5,
@@ -52,9 +55,9 @@ def test_accuracy_is_a_share_of_questions_in_batches():
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6])
-def test_pass_at_k_is_the_share_of_k_samples_with_a_right_one(right):
+def test_pass_at_k_matches_enumeration(right):
     held_out = task([right])
-    found = evaluate.pass_at(Scripted(), held_out, held_out.held_out, 6, 1.0)
+    found = evaluate.pass_at(ScriptedPolicy(), held_out, held_out.held_out, 6, 1.0)
     assert list(found) == ["pass@1", "pass@2", "pass@4", "pass@6"]
     for k in (1, 2, 4, 6):
         picks = list(combinations(range(6), k))
@@ -62,14 +65,23 @@ def test_pass_at_k_is_the_share_of_k_samples_with_a_right_one(right):
         assert found[f"pass@{k}"] == pytest.approx(expected)
 
 
-def test_a_conversation_remembers_and_ends_at_an_empty_line():
+def test_chat_keeps_its_history_and_ends_at_an_empty_line():
     said, lines = [], cycle(["hello", "again", ""])
-    evaluate.chat(Scripted(), 1.0, 5, lambda prompt: next(lines), said.append)
+    evaluate.chat(ScriptedPolicy(), 1.0, 5, lambda prompt: next(lines), said.append)
     assert said[1:] == ["model> 2 messages, last hello", "model> 4 messages, last again"]
 
 
-def test_a_conversation_ends_with_its_input():
+def test_chat_ends_with_its_input():
     def closed(prompt):
         raise EOFError
 
-    evaluate.chat(Scripted(), 1.0, 5, closed, lambda line: None)
+    evaluate.chat(ScriptedPolicy(), 1.0, 5, closed, lambda line: None)
+
+
+def test_evaluation_preserves_the_rng_of_its_device_only(monkeypatch):
+    monkeypatch.setattr(evaluate, "accuracy", lambda *_: {"strict": torch.rand(1).item()})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("walked through them"))
+    config = parse_command_line(["--preset", "tiny"])
+    policy, before = SimpleNamespace(device=torch.device("cpu")), torch.get_rng_state()
+    evaluate.evaluate(policy, SimpleNamespace(held_out=[]), config)
+    assert torch.equal(torch.get_rng_state(), before)

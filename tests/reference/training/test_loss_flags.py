@@ -24,7 +24,7 @@ def test_every_setting_of_a_loss_is_a_flag():
     assert LOSS_SETTINGS == tuple(setting.name for setting in fields(LossConfig))
 
 
-def test_flags_take_what_the_package_takes():
+def test_flags_have_the_types_of_loss_config():
     ours, expected = get_type_hints(LossSettings), get_type_hints(LossConfig)
     for name in set(LOSS_SETTINGS) - {"beta", "kl_estimator"}:
         assert ours[name] == expected[name] | None, name
@@ -77,7 +77,7 @@ SET = {
 
 
 @pytest.mark.parametrize("name", LOSS_SETTINGS)
-def test_a_flag_sets_its_setting_and_no_other(name):
+def test_flag_sets_only_its_setting(name):
     value, needed = SET[name]
     flag = "--" + name.replace("_", "-")
     before = parse_command_line(needed).loss_config()
@@ -89,7 +89,7 @@ def test_a_flag_sets_its_setting_and_no_other(name):
     after.check_loss()
 
 
-def test_a_fixed_length_is_the_longest_completion_unless_it_is_given():
+def test_fixed_length_defaults_to_max_new_tokens():
     config = TrainConfig(aggregation="fixed_length", max_new_tokens=9)
     assert config.loss_config().max_completion_length == 9
     config = TrainConfig(loss="dr_grpo", max_completion_length=5, max_new_tokens=9)
@@ -121,11 +121,11 @@ def test_a_fixed_length_is_the_longest_completion_unless_it_is_given():
         ({"top_entropy": 1.5}, "--loss grpo: --top-entropy must be at most 1, got 1.5"),
     ],
 )
-def test_a_wrong_combination_is_one_line_that_names_the_flags(settings, said):
+def test_contradictory_loss_settings_name_the_flags(settings, said):
     with pytest.raises(UserError) as error:
         TrainConfig(**settings).check_loss()
     assert str(error.value) == said
 
 
-def test_only_whole_names_become_flags():
+def test_in_flags_replaces_whole_names_only():
     assert in_flags("betas of a kl_cov_coef=2") == "betas of a --kl-cov-coef 2"

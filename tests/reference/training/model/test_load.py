@@ -288,3 +288,15 @@ def test_smollm2_from_pypi_is_dequantised_and_loads(tmp_path, monkeypatch):
     france, hello = policy.sample(questions, 1, temperature=0.0).texts
     assert "Paris" in france and "hello" in hello.lower()
     shutil.rmtree(directory)
+
+
+def test_model_directory_with_an_unmerged_adapter_is_refused(tmp_path):
+    run_directory.save_model(tmp_path, *models.from_scratch())
+    model = tmp_path / "model"
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError,
+        match=rf"^{model} holds an adapter \(adapter_config\.json\): merge it into the weights and "
+        r"save these alone$",
+    ):
+        models.locate(str(model), None)

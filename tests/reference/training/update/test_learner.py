@@ -1,4 +1,4 @@
-"""The update: groups without signal, minibatches, inner iterations, the KL, the sampler."""
+"""The learner: groups without signal, minibatches, inner iterations, the KL."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from tests.helpers.learner import ADVANTAGES, REWARDS, advantages, make_learner
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
+def test_batch_without_signal_is_skipped(monkeypatch):
     learner, samples = make_learner()
     before = [p.clone() for p in learner.policy.model.parameters()]
     monkeypatch.setattr(PlainScorer, "_forward", lambda *_: pytest.fail("a forward pass"))
@@ -20,7 +20,7 @@ def test_a_batch_without_signal_costs_no_forward_and_no_step(monkeypatch):
     assert all(map(torch.equal, learner.policy.model.parameters(), before))
 
 
-def test_only_groups_with_signal_are_run(monkeypatch):
+def test_groups_without_signal_are_skipped(monkeypatch):
     learner, samples = make_learner()
     (batch,) = next(learner.minibatches(samples, ADVANTAGES)).micro_batches
     assert torch.equal(batch.prompts.ids, samples.prompts.ids[[0, 2]])
@@ -29,7 +29,7 @@ def test_only_groups_with_signal_are_run(monkeypatch):
     assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
 
 
-def test_one_inner_iteration_has_ratio_one_and_loss_zero_yet_a_gradient():
+def test_first_inner_iteration_has_ratio_one_and_a_gradient():
     learner, samples = make_learner()
     metrics = learner.step(samples, ADVANTAGES)
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-12)
@@ -37,26 +37,26 @@ def test_one_inner_iteration_has_ratio_one_and_loss_zero_yet_a_gradient():
     assert metrics["grad_norm"] > 1e-3
 
 
-def test_later_inner_iterations_compare_with_the_sampling_policy():
+def test_later_inner_iterations_have_ratios():
     learner, samples = make_learner(inner_iterations=3, learning_rate=1e-2, warmup_steps=0)
     metrics = learner.step(samples, ADVANTAGES)
     assert metrics["ratio_max"] > 1.01
     assert metrics["clip_ratio/region_mean"] > 0
 
 
-def test_the_kl_is_to_the_model_before_training():
+def test_kl_is_to_the_initial_model():
     learner, samples = make_learner(beta=0.1, learning_rate=1e-3, warmup_steps=0)
     assert learner.step(samples, ADVANTAGES)["kl"] == pytest.approx(0.0, abs=1e-12)
     assert learner.step(samples, ADVANTAGES)["kl"] > 1e-6
 
 
-def test_the_learning_rate_warms_up():
+def test_learning_rate_warms_up():
     learner, samples = make_learner(learning_rate=8e-6, warmup_steps=4)
     rates = [learner.step(samples, ADVANTAGES)["learning_rate"] for _ in range(6)]
     assert rates == pytest.approx([2e-6, 4e-6, 6e-6, 8e-6, 8e-6, 8e-6])
 
 
-def test_minibatches_step_once_each_and_later_ones_compare_with_the_sampling_policy():
+def test_each_minibatch_takes_one_optimiser_step():
     learner, samples = make_learner(minibatches=2, learning_rate=1e-2, warmup_steps=0)
     steps = []
     learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
@@ -66,7 +66,7 @@ def test_minibatches_step_once_each_and_later_ones_compare_with_the_sampling_pol
     assert metrics["ratio_max"] > 1.001
 
 
-def test_one_minibatch_s_gradient_is_that_of_its_own_questions():
+def test_minibatch_denominators_count_its_own_questions():
     half, samples = make_learner(max_grad_norm=1e6)
     found = list(half.minibatches(samples, ADVANTAGES))
     assert [each.denominators["normalizer"] for each in found] == [16]
@@ -78,14 +78,14 @@ def test_one_minibatch_s_gradient_is_that_of_its_own_questions():
 
 
 @pytest.mark.parametrize("minibatches", [1, 3, 4])
-def test_there_are_as_many_minibatches_as_asked_for_of_even_sizes(minibatches):
+def test_minibatches_have_even_sizes(minibatches):
     learner, samples = make_learner(minibatches=minibatches)
     found = list(learner.minibatches(samples, torch.ones(16)))
     sizes = [each.denominators["normalizer"] // 4 for each in found]
     assert len(sizes) == minibatches and sum(sizes) == 4 and max(sizes) - min(sizes) <= 1
 
 
-def test_truncated_answers_are_left_out_of_the_loss_and_of_its_denominator():
+def test_truncated_completions_are_masked():
     learner, samples = make_learner(mask_truncated=True, loss="bnpo")
     finished = torch.arange(16) % 3 > 0
     samples = replace(samples, completions=replace(samples.completions, finished=finished))
@@ -97,7 +97,7 @@ def test_truncated_answers_are_left_out_of_the_loss_and_of_its_denominator():
     assert torch.equal(batch.mask, samples.completions.mask[:, : batch.mask.shape[1]])
 
 
-def test_advantages_of_tokens_are_cut_with_them():
+def test_token_advantages_are_split_with_micro_batches():
     learner, samples = make_learner(micro_batch=1)
     of_tokens = ADVANTAGES[:, None] * torch.ones(samples.completions.mask.shape)
     whole = learner.step(samples, of_tokens)
@@ -105,7 +105,7 @@ def test_advantages_of_tokens_are_cut_with_them():
     assert whole == pytest.approx(learner.step(samples, ADVANTAGES), rel=1e-6, abs=1e-9)
 
 
-def test_the_reference_is_refreshed_every_so_many_steps():
+def test_reference_refresh():
     learner, samples = make_learner(
         beta=0.1, learning_rate=1e-2, warmup_steps=0, reference_refresh=2
     )
@@ -114,7 +114,7 @@ def test_the_reference_is_refreshed_every_so_many_steps():
     assert kls[1] > 1e-6 and kls[3] > 1e-6
 
 
-def test_the_sampler_s_numbers_are_compared_with_the_trainer_s():
+def test_sampling_logprobs_are_compared_with_the_policy():
     learner, samples = make_learner()
     metrics = learner.step(samples, ADVANTAGES)
     assert 0 < metrics["sampling/sampling_logp_difference/max"] < 1e-4

@@ -1,4 +1,4 @@
-"""What the losses ask of the learner: denominators, groups, metrics, entropy control."""
+"""The learner under every loss: denominators, groups, metrics, entropy control."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("loss", OF_PARTS)
 @pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01}])
-def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
+def test_micro_batch_gradients_add_up(loss, extra):
     changes = {"loss": loss, "max_grad_norm": 1e6, **extra}
     whole = gradient(*make_learner(**changes), REWARDS)
     pieces = gradient(*make_learner(**changes, micro_batch=1), REWARDS)
@@ -40,7 +40,7 @@ def test_micro_batches_add_up_to_the_whole_batch(loss, extra):
 
 
 @pytest.mark.parametrize("loss", OF_PARTS)
-def test_micro_batches_tell_of_the_whole_batch(loss):
+def test_micro_batch_metrics_match_the_whole_batch(loss):
     changes = {"loss": loss, "learning_rate": 1e-2, "warmup_steps": 0, "inner_iterations": 3}
     learner, samples = make_learner(**changes)
     whole = learner.step(samples, ADVANTAGES)
@@ -58,7 +58,7 @@ def test_micro_batches_tell_of_the_whole_batch(loss):
         {"top_entropy": 0.3, "entropy_coef": 0.1, "inner_iterations": 2},
     ],
 )
-def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend, loss, extra):
+def test_fused_scorer_trains_like_the_plain_scorer(backend, loss, extra):
     changes = {"loss": loss, "learning_rate": 1e-3, "micro_batch": 2, **extra}
     if loss == "clip_covariance":  # all of them: which ones is otherwise left to chance
         changes |= {"clip_cov": 1.0, "clip_cov_low": 0.01}
@@ -74,7 +74,7 @@ def test_the_fused_losses_from_hidden_states_train_as_the_plain_ones_do(backend,
 
 
 @pytest.mark.parametrize("loss", [*OF_PARTS, "kl_covariance"])
-def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
+def test_skipping_groups_keeps_the_gradient(loss):
     learner, samples = make_learner(loss=loss, max_grad_norm=1e6)
     ours = gradient(learner, samples, REWARDS)
     learner, samples = make_learner(loss=loss)
@@ -99,7 +99,7 @@ def test_leaving_out_groups_without_signal_leaves_the_gradient_as_it_was(loss):
     ],
     ids=str,
 )
-def test_groups_without_signal_stay_where_something_else_reads_them(settings):
+def test_groups_stay_if_another_loss_term_needs_them(settings):
     learner, samples = make_learner(**settings)
     assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
 
@@ -108,9 +108,7 @@ def test_groups_without_signal_stay_where_something_else_reads_them(settings):
 @pytest.mark.parametrize("scorer", [PLAIN, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo"])
 @pytest.mark.parametrize("top_entropy", [None, 0.3])
-def test_the_denominators_are_those_that_the_loss_takes_by_itself(
-    backend, scorer, loss, top_entropy
-):
+def test_denominators_match_the_defaults_of_the_loss(backend, scorer, loss, top_entropy):
     learner, samples = make_learner(
         scorer, loss=loss, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
     )
@@ -121,7 +119,7 @@ def test_the_denominators_are_those_that_the_loss_takes_by_itself(
     assert given.item() == pytest.approx(own.item(), rel=1e-9)
 
 
-def test_the_entropy_bonus_grows_step_by_step_up_to_its_bound_while_the_entropy_is_low():
+def test_entropy_coef_adapts_within_its_bounds():
     settings = {"entropy_coef_step": 0.1, "entropy_coef_max": 0.25, "loss": "one_shot"}
     learner, samples = make_learner(entropy_target=100.0, **settings)
     found = [learner.step(samples, ADVANTAGES)["entropy_coef"] for _ in range(4)]
@@ -131,7 +129,7 @@ def test_the_entropy_bonus_grows_step_by_step_up_to_its_bound_while_the_entropy_
     assert found == pytest.approx([0.2, 0.0, 0.0])
 
 
-def test_the_entropy_bonus_of_a_step_is_in_its_gradient():
+def test_adaptive_entropy_coef_is_in_the_gradient():
     learner, samples = make_learner(entropy_target=100.0, entropy_coef=0.3, max_grad_norm=1e6)
     ours = gradient(learner, samples, REWARDS)
     expected = gradient(*make_learner(entropy_coef=0.3, max_grad_norm=1e6), REWARDS)
@@ -140,7 +138,7 @@ def test_the_entropy_bonus_of_a_step_is_in_its_gradient():
     assert (ours - without).norm() > 1e-3
 
 
-def test_a_step_without_a_token_leaves_the_entropy_bonus_as_it_was():
+def test_step_without_tokens_keeps_the_entropy_coef():
     learner, samples = make_learner(entropy_target=100.0, entropy_coef=0.2, mask_truncated=True)
     cut = replace(samples.completions, finished=torch.zeros(16, dtype=torch.bool))
     for _ in range(2):
@@ -148,7 +146,7 @@ def test_a_step_without_a_token_leaves_the_entropy_bonus_as_it_was():
         assert metrics["entropy_coef"] == 0.2 and "entropy" not in metrics
 
 
-def test_metrics_of_parts_combine_as_their_kind_asks():
+def test_combine_metrics():
     first = {"a": 1.0, "b": 1.0, "policy_loss": 1.0, "num_tokens": 3.0, "num_sequences": 1.0}
     second = {"a": 5.0, "b": 5.0, "policy_loss": 2.0, "num_tokens": 1.0, "num_sequences": 3.0}
     for name in ("clip_ratio/low_min", "x/min", "ratio_max", "x/max"):
