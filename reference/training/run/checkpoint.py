@@ -162,7 +162,19 @@ class Checkpoints:
     def _read(self, path: Path) -> Checkpoint:
         """Verify every file, the format and the logs, and raise Damaged if one is not right."""
         try:
-            state, sizes = _verify_files(path), self._flush_logs()
+            files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            present = {file.name for file in path.iterdir()} - {"manifest.json"}
+            if present != files.keys():
+                name = sorted(present ^ files.keys())[0]
+                raise Damaged(
+                    f"{name} is {'not in the manifest' if name in present else 'missing'}"
+                )
+            for name, expected in files.items():
+                actual = {"bytes": (path / name).stat().st_size, "sha256": _digest(path / name)}
+                if actual != expected:
+                    raise Damaged(f"{name} is not what was written (its SHA-256 differs)")
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            sizes = self._flush_logs()
             if state["format"] != FORMAT:
                 raise Damaged(f"its format is {state['format']}, and not this version's {FORMAT}")
             for name in LOGS:
@@ -180,20 +192,6 @@ class Checkpoints:
                 _flush(path)
                 sizes[path.name] = path.stat().st_size
         return sizes
-
-
-def _verify_files(directory: Path) -> dict[str, Any]:
-    """Compare every file with the manifest, and read state.json."""
-    files = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    present = {path.name for path in directory.iterdir()} - {"manifest.json"}
-    if present != files.keys():
-        name = sorted(present ^ files.keys())[0]
-        raise Damaged(f"{name} is {'not in the manifest' if name in present else 'missing'}")
-    for name, expected in files.items():
-        path = directory / name
-        if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise Damaged(f"{name} is not what was written (its SHA-256 differs)")
-    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
 def _digest(path: Path) -> str:

@@ -105,9 +105,21 @@ def plot_dashboard(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    totals = [f"{len(history):,} steps"]
+    tokens, seconds = (finite_values(history, name)[1] for name in ("num_tokens", "step_time"))
+    if len(tokens):
+        totals.append(f"{format_number(tokens[-1])} tokens")
+    if len(seconds):
+        totals.append(f"{format_number(seconds.sum() / 60)} min")
+    for name in ("strict", "lenient"):
+        _, shares = finite_values(evaluations, name)
+        if len(shares):
+            totals.append(f"held-out {name} {shares[0]:.1%} → {shares[-1]:.1%}")
+    subtitle = "   ·   ".join(totals)
+
     with style.context(["default", STYLE]):
         figure = Figure(SIZE, DPI, layout="constrained")
-        heading = figure.suptitle(f"{title}\n{_totals(history, evaluations)}", x=0.01, ha="left")
+        heading = figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left")
         heading.set_parse_math(False)  # a $ in a title is a $
         axes = figure.subplots(4, 3, sharex=True)
         for axis, panel in zip(axes.flat, PANELS, strict=True):
@@ -119,20 +131,6 @@ def plot_dashboard(
         with report_write_errors(path):
             figure.savefig(partial)
             partial.rename(path)
-
-
-def _totals(history: Sequence[Mapping], evaluations: Sequence[Mapping]) -> str:
-    totals = [f"{len(history):,} steps"]
-    tokens, seconds = (finite_values(history, name)[1] for name in ("num_tokens", "step_time"))
-    if len(tokens):
-        totals.append(f"{format_number(tokens[-1])} tokens")
-    if len(seconds):
-        totals.append(f"{format_number(seconds.sum() / 60)} min")
-    for name in ("strict", "lenient"):
-        _, shares = finite_values(evaluations, name)
-        if len(shares):
-            totals.append(f"held-out {name} {shares[0]:.1%} → {shares[-1]:.1%}")
-    return "   ·   ".join(totals)
 
 
 def _draw(axis, panel: Panel, history: Sequence[Mapping], evaluations: Sequence[Mapping]) -> None:

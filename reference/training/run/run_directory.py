@@ -53,30 +53,27 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
     is_new = given is None or not given.exists()
     directory = make_run_directory(config)
     try:
-        with _lock(directory), _initial_settings(directory, config, is_new):
-            yield directory
+        with _lock(directory):
+            settings = directory / "settings.json"
+            is_unused = not settings.exists()
+            try:
+                if is_unused:  # so that the run can be resumed from its first moment on
+                    save_json(settings, config.as_json())
+                yield directory
+            finally:
+                if (
+                    is_unused
+                    and directory.is_dir()
+                    and {path.name for path in directory.iterdir()} <= {settings.name}
+                ):
+                    settings.unlink(missing_ok=True)
+                    if is_new:
+                        with suppress(OSError):  # a mount point, or another process wrote a file
+                            directory.rmdir()
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise UserError(f"cannot write to {error.filename or directory}: {reason(error)}") from None
-
-
-@contextmanager
-def _initial_settings(directory: Path, config: TrainConfig, is_new: bool) -> Iterator[None]:
-    """Write settings.json, so that the run can be resumed from its first moment on."""
-    settings = directory / "settings.json"
-    if settings.exists():
-        yield
-        return
-    try:
-        save_json(settings, config.as_json())
-        yield
-    finally:
-        if directory.is_dir() and {path.name for path in directory.iterdir()} <= {settings.name}:
-            settings.unlink(missing_ok=True)
-            if is_new:
-                with suppress(OSError):  # a mount point, or another process wrote a file
-                    directory.rmdir()
 
 
 def make_run_directory(config: TrainConfig) -> Path:
@@ -106,37 +103,33 @@ def make_run_directory(config: TrainConfig) -> Path:
             )
     if given is not None and (config.resume or config.overwrite):
         flag = "--resume" if config.resume else "--overwrite"
-        # wandb replaces the links that it makes and does not follow them.
-        links = [path for path in given.rglob("*") if path.is_symlink()]
-        for path in (path for path in links if given / "wandb" not in path.parents):
-            raise UserError(
-                f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
-            )
+        for path in given.rglob("*"):
+            # wandb replaces the links that it makes and does not follow them.
+            if path.is_symlink() and given / "wandb" not in path.parents:
+                raise UserError(
+                    f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
+                )
     directory = given
     try:
-        if directory is None:
-            directory = _make_unused(config)
+        if given is None:
+            model = "tiny" if config.model == "scratch" else Path(config.model).name
+            stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
+            stem.parent.mkdir(exist_ok=True)
+            number = 1
+            while directory is None:
+                path = stem if number == 1 else Path(f"{stem}-{number}")
+                with suppress(FileExistsError):
+                    path.mkdir(parents=True)  # only one of two processes can make it
+                    directory = path
+                number += 1
         else:
-            directory.mkdir(parents=True, exist_ok=True)
+            given.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(
             f"cannot write to the output directory {directory or 'runs'}: {reason(error)}"
         ) from None
     return directory
-
-
-def _make_unused(config: TrainConfig) -> Path:
-    model = "tiny" if config.model == "scratch" else Path(config.model).name
-    stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
-    stem.parent.mkdir(exist_ok=True)
-    number = 1
-    while True:
-        directory = stem if number == 1 else Path(f"{stem}-{number}")
-        with suppress(FileExistsError):
-            directory.mkdir(parents=True)  # only one of two processes can make it
-            return directory
-        number += 1
 
 
 @contextmanager

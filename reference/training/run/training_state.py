@@ -45,7 +45,7 @@ class TrainingState:
         self.learner, self.order, self.settings = learner, order, settings
         self.step, self.saved_step, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
         self._started = time.perf_counter()
-        self._frozen_digest = _digest_frozen_weights(learner.policy.model)
+        self._frozen_digest = digest_frozen_weights(learner.policy.model)
         self.record_rng()
 
     @property
@@ -219,7 +219,7 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _digest_frozen_weights(model: nn.Module) -> str | None:
+def digest_frozen_weights(model: nn.Module) -> str | None:
     """Compute the SHA-256 of the weights that do not train, or None if all do.
 
     A checkpoint does not hold them; with LoRA they are the base model. Every rank must call this,

@@ -89,36 +89,34 @@ def read(data: Path, seed: int, final: Callable[[str], str] = str.strip) -> Spli
 
 def read_jsonl(path: Path, final: Callable[[str], str] = str.strip) -> list[Question]:
     """Read one question per line: {"prompt": ..., "answer": ...}, or "question" for "prompt"."""
-    questions = []
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    questions.append(_parse_line(line, f"{path}:{number}", final))
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; {LAYOUT}") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object; got {line.strip()[:80]}")
+        text, answer = row.get("prompt", row.get("question")), row.get("answer")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'{place}: expected a text under "prompt" or "question"; got {text!r}')
+        is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+        if is_number and math.isfinite(answer):
+            answer = str(answer)
+        if not isinstance(answer, str) or not answer.strip():
+            raise UserError(f'{place}: expected a text or a number under "answer"; got {answer!r}')
+        try:
+            questions.append(Question(text, final(answer)))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
     return questions
-
-
-def _parse_line(line: str, place: str, final: Callable[[str], str]) -> Question:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object; got {line.strip()[:80]}")
-    text = row.get("prompt", row.get("question"))
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{place}: expected a text under "prompt" or "question"; got {text!r}')
-    answer = row.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
-        raise UserError(f'{place}: expected a text or a number under "answer"; got {answer!r}')
-    try:
-        return Question(text, final(answer))
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
 
 
 def gsm8k(data: Path | None, seed: int) -> Split:

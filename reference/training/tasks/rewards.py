@@ -44,39 +44,38 @@ def score(
             not finite; the message names the reward and the sample.
     """
     samples = list(zip(prompts, completions, answers, strict=True))
-    return {name: _score(name, reward.function, samples) for name, reward in rewards.items()}
-
-
-def _score(name: str, function: Reward, samples: list[Sample]) -> Tensor:
-    try:
-        values = _call(function, samples)
-    except UserError:
-        raise
-    except Exception as error:
-        # Name the first sample on which the function raises alone.
-        failed, cause = samples[:1], error
-        for sample in samples:
-            try:
-                _call(function, [sample])
-            except Exception as error_alone:
-                failed, cause = [sample], error_alone
-                break
-        message = " ".join(str(cause).split())
-        raise UserError(
-            f"reward {name!r} raised {type(cause).__name__}: {message}, {_describe(failed)}"
-        ) from cause
-    if not isinstance(values, list) or len(values) != len(samples):
-        got = f"{len(values)} values" if isinstance(values, list) else repr(values)
-        raise UserError(
-            f"reward {name!r} returned {got}, not one for each of {len(samples)} completions, "
-            f"called {_describe(samples[:1])}"
-        )
-    for value, sample in zip(values, samples, strict=True):
-        if not _is_finite(value):
+    scores = {}
+    for name, reward in rewards.items():
+        try:
+            values = _call(reward.function, samples)
+        except UserError:
+            raise
+        except Exception as error:
+            # Name the first sample on which the function raises alone.
+            failed, cause = samples[:1], error
+            for sample in samples:
+                try:
+                    _call(reward.function, [sample])
+                except Exception as error_alone:
+                    failed, cause = [sample], error_alone
+                    break
+            message = " ".join(str(cause).split())
             raise UserError(
-                f"reward {name!r} gave {value!r}, not a finite number, {_describe([sample])}"
+                f"reward {name!r} raised {type(cause).__name__}: {message}, {_describe(failed)}"
+            ) from cause
+        if not isinstance(values, list) or len(values) != len(samples):
+            got = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise UserError(
+                f"reward {name!r} returned {got}, not one for each of {len(samples)} completions, "
+                f"called {_describe(samples[:1])}"
             )
-    return torch.tensor([float(value) for value in values], dtype=torch.float32)
+        for value, sample in zip(values, samples, strict=True):
+            if not _is_finite(value):
+                raise UserError(
+                    f"reward {name!r} gave {value!r}, not a finite number, {_describe([sample])}"
+                )
+        scores[name] = torch.tensor([float(value) for value in values], dtype=torch.float32)
+    return scores
 
 
 def _call(function: Reward, samples: list[Sample]):

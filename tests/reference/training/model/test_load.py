@@ -251,11 +251,11 @@ def test_random_weights_of_an_unknown_architecture_raise():
 
 
 def test_wrong_checksum_raises_and_removes_the_file(offline, tmp_path, monkeypatch):
-    def download(scratch):
+    def fake_download(scratch):
         (scratch / "fake.gguf").write_bytes(b"not the weights")
         return scratch / "fake.gguf"
 
-    monkeypatch.setattr(download, "_download_gguf", download)
+    monkeypatch.setattr(download, "_download_gguf", fake_download)
     with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
         models.locate("smollm2-135m", tmp_path, lambda line: None)
     assert list(tmp_path.iterdir()) == []

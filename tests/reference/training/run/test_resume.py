@@ -25,7 +25,7 @@ from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.run import checkpoint, resume
 from reference.training.run.resume import load_settings
-from reference.training.run.training_state import _digest_frozen_weights
+from reference.training.run.training_state import digest_frozen_weights
 from reference.training.update.learner import Learner
 from reference.training.update.micro_batches import MicroBatchSplitter
 from tests.helpers.training_runs import left_by, tiny
@@ -111,13 +111,13 @@ def test_digest_of_sharded_frozen_weights_matches_unsharded():
     """FSDP also shards weights that a model freezes itself."""
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    whole = _digest_frozen_weights(model)
+    whole = digest_frozen_weights(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        assert _digest_frozen_weights(model) == whole is not None
+        assert digest_frozen_weights(model) == whole is not None
         model.bias.data.zero_()
-        assert _digest_frozen_weights(model) != whole
+        assert digest_frozen_weights(model) != whole
     finally:
         dist.destroy_process_group()
 
