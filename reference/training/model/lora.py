@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from reference.training.errors import UserError
 
 
-def add_lora(model: Any, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear"):
-    """Replace each W by W + alpha/rank · B·A; only A and B train, in fp32.
+def add_lora(model: Any, rank: int, alpha: float):
+    """Replace each W but the LM head's by W + alpha/rank · B·A; only A and B train, in fp32.
 
     B starts as 0, so the outputs are at first those of the model. There is no dropout: it would
     make sampler and trainer two different policies.
@@ -29,16 +29,17 @@ def add_lora(model: Any, rank: int, alpha: float, targets: str | Sequence[str] =
         model: a transformers model.
         rank: rows of A, at least 1.
         alpha: the scale, above 0.
-        targets: names of layers; "all-linear" is every linear layer but the LM head.
 
     Raises:
         UserError: peft is not installed.
     """
     peft = load_peft()
-    if not isinstance(targets, str):
-        targets = list(targets)
     settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft asks for a property that transformers has renamed
