@@ -87,8 +87,10 @@ def _approximate_kl_forward_kernel(
     for start in range(0, V, offsets.numel):
         x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
         y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
-        m, sum_e, _, _, _, _ = online_softmax(m, sum_e, None, x, scale)
-        ref_m, ref_sum_e, _, _, _, _ = online_softmax(ref_m, ref_sum_e, None, y, scale)
+        m, sum_e, _, _, _, _ = online_softmax(m, sum_e, sum_e, x, scale, HAS_MOMENT=False)
+        ref_m, ref_sum_e, _, _, _, _ = online_softmax(
+            ref_m, ref_sum_e, ref_sum_e, y, scale, HAS_MOMENT=False
+        )
     pivot, row_sum_e, _ = merge_lanes(m, sum_e, scale)
     ref_pivot, ref_row_sum_e, _ = merge_lanes(ref_m, ref_sum_e, scale)
     log_sum = tl.log2(row_sum_e)

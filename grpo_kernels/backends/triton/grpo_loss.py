@@ -113,7 +113,7 @@ def _grpo_loss_kernel(
         HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, EVICT_LAST=True,
     )  # fmt: skip
     x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
-    results = row_results(partial, x_token, scale, KL="none")
+    results = row_results(partial, x_token, scale, HAS_ENTROPY=True, KL="none")
     tl.store(logprob_ptr + row, results.logprob)
     tl.store(entropy_ptr + row, results.entropy)
 

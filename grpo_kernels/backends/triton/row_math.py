@@ -137,8 +137,8 @@ def rescale_moment(moment, sum_e, shift, drift):
 
 
 @triton.jit
-def online_softmax(m, sum_e, sum_ez, x, scale):
-    """Add a tile x to (m, sum_e, sum_ez); sum_ez may be None.
+def online_softmax(m, sum_e, sum_ez, x, scale, HAS_MOMENT: tl.constexpr):
+    """Add a tile x to (m, sum_e) and, with HAS_MOMENT, to sum_ez.
 
     Returns the three updated, z and e of the tile, and the shift of the old maximum.
     """
@@ -149,7 +149,7 @@ def online_softmax(m, sum_e, sum_ez, x, scale):
     z = floored((x - m_new[None, :, None]) * scale)
     e = tl.exp2(z)
     # Rescale the old sums and add the tile's.
-    if sum_ez is not None:
+    if HAS_MOMENT:
         sum_ez = rescale_moment(sum_ez, sum_e, shift, shift) + tile_sum(e * z)
     sum_e = tl.exp2(shift) * sum_e + tile_sum(e)
     return m_new, sum_e, sum_ez, z, e, shift

@@ -25,26 +25,32 @@ from .row_math import (
 
 
 class Partial(NamedTuple):
-    """What the lanes have accumulated, [LANES] each; row_math.py defines the sums."""
+    """What the lanes have accumulated, [LANES] each; row_math.py defines the sums.
+
+    A field that is not asked for holds another field: Triton 3.6 cannot return None.
+    """
 
     m: tl.tensor
     sum_e: tl.tensor
-    sum_ez: tl.tensor | None  # None without entropy
-    ref_m: tl.tensor | None  # None without KL
-    ref_sum_e: tl.tensor | None
-    sum_ed: tl.tensor | None
+    sum_ez: tl.tensor  # for the entropy
+    ref_m: tl.tensor  # this and the next two for the KL
+    ref_sum_e: tl.tensor
+    sum_ed: tl.tensor
 
 
 class RowResults(NamedTuple):
-    """Statistics of a row, scalars; log_sum is log2 of Σ e over the row, pivot its maximum."""
+    """Statistics of a row, scalars; log_sum is log2 of Σ e over the row, pivot its maximum.
+
+    As in Partial, a field that is not asked for holds another field.
+    """
 
     logprob: tl.tensor
-    entropy: tl.tensor | None  # None where not asked for
-    kl: tl.tensor | None
+    entropy: tl.tensor
+    kl: tl.tensor
     pivot: tl.tensor
     log_sum: tl.tensor
-    ref_pivot: tl.tensor | None  # None without KL
-    ref_log_sum: tl.tensor | None
+    ref_pivot: tl.tensor
+    ref_log_sum: tl.tensor
 
 
 class GradientScalars(NamedTuple):
@@ -66,28 +72,22 @@ class GradientScalars(NamedTuple):
 
 
 @triton.jit
-def empty_partial(
-    LANES: tl.constexpr, ACC_DTYPE: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr
-):
+def empty_partial(LANES: tl.constexpr, ACC_DTYPE: tl.constexpr):
     lowest = tl.full([LANES], LOWEST, ACC_DTYPE)
     zero = tl.zeros([LANES], ACC_DTYPE)
-    sum_ez = None
-    if HAS_ENTROPY:
-        sum_ez = zero
-    if KL == "none":
-        return Partial(lowest, zero, sum_ez, None, None, None)
-    else:
-        return Partial(lowest, zero, sum_ez, lowest, zero, zero)
+    return Partial(lowest, zero, zero, lowest, zero, zero)
 
 
 @triton.jit
-def update_partials(partial, x, y, scale, KL: tl.constexpr):
+def update_partials(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     """Add a tile x of the policy's row, and a tile y of the reference policy's."""
     m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed = partial
-    m_new, sum_e_new, sum_ez, z, e, shift = online_softmax(m, sum_e, sum_ez, x, scale)
+    m_new, sum_e_new, sum_ez, z, e, shift = online_softmax(
+        m, sum_e, sum_ez, x, scale, HAS_MOMENT=HAS_ENTROPY
+    )
     if KL != "none":
         ref_m, ref_sum_e_new, _, ref_z, ref_e, ref_shift = online_softmax(
-            ref_m, ref_sum_e, None, y, scale
+            ref_m, ref_sum_e, ref_sum_e, y, scale, HAS_MOMENT=False
         )
         # The KL's sum is over the softmax that comes first in it.
         if KL == "reverse":
@@ -101,7 +101,7 @@ def update_partials(partial, x, y, scale, KL: tl.constexpr):
 
 
 @triton.jit
-def merge_partials(a, b, scale, KL: tl.constexpr):
+def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     """Merge two partials, lane by lane."""
     # Move both to the larger maximum.
     m = tl.maximum(a.m, b.m)
@@ -109,11 +109,11 @@ def merge_partials(a, b, scale, KL: tl.constexpr):
     shift_b = floored((b.m - m) * scale)
     sum_e = tl.exp2(shift_a) * a.sum_e + tl.exp2(shift_b) * b.sum_e
     sum_ez = a.sum_ez
-    if a.sum_ez is not None:
+    if HAS_ENTROPY:
         sum_ez = rescale_moment(a.sum_ez, a.sum_e, shift_a, shift_a)
         sum_ez += rescale_moment(b.sum_ez, b.sum_e, shift_b, shift_b)
     if KL == "none":
-        return Partial(m, sum_e, sum_ez, None, None, None)
+        return Partial(m, sum_e, sum_ez, a.ref_m, a.ref_sum_e, a.sum_ed)
     else:
         # The same for the reference policy, then the KL's sum over the softmax that comes first.
         ref_m = tl.maximum(a.ref_m, b.ref_m)
@@ -136,7 +136,7 @@ def accumulate_row_stats(
 ):  # fmt: skip
     """Accumulate the Partial of entries [begin, end). EVICT_LAST: keep the row in the L2."""
     TILE: tl.constexpr = offsets.numel
-    partial = empty_partial(offsets.shape[1], scale.dtype, HAS_ENTROPY, KL)
+    partial = empty_partial(offsets.shape[1], scale.dtype)
     whole = begin + (end - begin) // TILE * TILE
     for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
         for start in range(begin + TAIL * (whole - begin), whole + TAIL * (end - whole), TILE):
@@ -152,24 +152,24 @@ def accumulate_row_stats(
                 if KL != "none":
                     y = softcapped(y, SOFTCAP)
             # Add the tile to the lanes' sums.
-            partial = update_partials(partial, x, y, scale, KL)
+            partial = update_partials(partial, x, y, scale, HAS_ENTROPY, KL)
     return partial
 
 
 @triton.jit
-def row_results(partial, x_token, scale, KL: tl.constexpr):
+def row_results(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     """The RowResults in nats, from the lanes' sums and the token's capped logit."""
     # Merge the lanes into the row's softmax.
     pivot, row_sum_e, shift = merge_lanes(partial.m, partial.sum_e, scale)
     log_sum = tl.log2(row_sum_e)
     logprob = ((x_token - pivot) * scale - log_sum) * LN2
     # The entropy is log_sum minus the mean of z, which does not cancel for large logits.
-    entropy = None
-    if partial.sum_ez is not None:
+    entropy = logprob
+    if HAS_ENTROPY:
         row_sum_ez = tl.sum(rescale_moment(partial.sum_ez, partial.sum_e, shift, shift), axis=0)
         entropy = (log_sum - row_sum_ez / row_sum_e) * LN2
     if KL == "none":
-        return RowResults(logprob, entropy, None, pivot, log_sum, None, None)
+        return RowResults(logprob, entropy, logprob, pivot, log_sum, pivot, log_sum)
     else:
         # The reference policy's softmax, and the KL.
         ref_pivot, ref_row_sum_e, ref_shift = merge_lanes(partial.ref_m, partial.ref_sum_e, scale)

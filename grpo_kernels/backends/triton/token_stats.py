@@ -124,16 +124,16 @@ def _token_stats_forward_kernel(
         ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
     # Accumulate part by part, in the order in which the merge kernel adds them.
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    partial = empty_partial(LANES, ACC_DTYPE, HAS_ENTROPY, KL)
+    partial = empty_partial(LANES, ACC_DTYPE)
     for begin in range(0, V, PART):
         part = accumulate_row_stats(
             logits_row, ref_row, begin, min(begin + PART, V), scale, offsets,
             HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, EVICT_LAST=False,
         )  # fmt: skip
-        partial = merge_partials(partial, part, scale, KL)
+        partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL)
     # Merge the lanes and store the row's results.
     x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
-    results = row_results(partial, x_token, scale, KL)
+    results = row_results(partial, x_token, scale, HAS_ENTROPY, KL)
     _store_results(row, results, logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr)
 
 
@@ -179,27 +179,19 @@ def _token_stats_part_kernel(
         logits_row, ref_row, begin, min(begin + PART, V), scale, tile_offsets(UNROLL, LANES, VEC),
         HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, EVICT_LAST=False,
     )  # fmt: skip
-    # Store the fields that exist.
+    # Store it, field by field.
     lanes = partials_ptr + program * (6 * LANES) + tl.arange(0, LANES)
     for i in tl.static_range(6):
-        if partial[i] is not None:
-            tl.store(lanes + i * LANES, partial[i])
+        tl.store(lanes + i * LANES, partial[i])
 
 
 @triton.jit
-def _load_partial(lanes, LANES: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
+def _load_partial(lanes, LANES: tl.constexpr):
     """Load what a program of _token_stats_part_kernel has stored."""
-    m = tl.load(lanes)
-    sum_e = tl.load(lanes + LANES)
-    sum_ez = None
-    if HAS_ENTROPY:
-        sum_ez = tl.load(lanes + 2 * LANES)
-    if KL == "none":
-        return Partial(m, sum_e, sum_ez, None, None, None)
-    else:
-        ref_m = tl.load(lanes + 3 * LANES)
-        ref_sum_e = tl.load(lanes + 4 * LANES)
-        return Partial(m, sum_e, sum_ez, ref_m, ref_sum_e, tl.load(lanes + 5 * LANES))
+    return Partial(
+        tl.load(lanes), tl.load(lanes + LANES), tl.load(lanes + 2 * LANES),
+        tl.load(lanes + 3 * LANES), tl.load(lanes + 4 * LANES), tl.load(lanes + 5 * LANES),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
@@ -234,16 +226,16 @@ def _token_stats_merge_kernel(
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     scale = inverse * LOG2E
-    partial = empty_partial(LANES, ACC_DTYPE, HAS_ENTROPY, KL)
+    partial = empty_partial(LANES, ACC_DTYPE)
     lanes = partials_ptr + row * parts * (6 * LANES) + tl.arange(0, LANES)
     for _ in range(0, parts):
-        part = _load_partial(lanes, LANES, HAS_ENTROPY, KL)
-        partial = merge_partials(partial, part, scale, KL)
+        part = _load_partial(lanes, LANES)
+        partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL)
         lanes += 6 * LANES
     # Merge the lanes and store the row's results.
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
     x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
-    results = row_results(partial, x_token, scale, KL)
+    results = row_results(partial, x_token, scale, HAS_ENTROPY, KL)
     _store_results(row, results, logprob_ptr, entropy_ptr, kl_ptr, row_lse_ptr, ref_row_lse_ptr)
 
 
