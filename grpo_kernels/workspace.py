@@ -46,6 +46,3 @@ def thread_workspace(device: torch.device) -> Workspace:
         return Workspace(device)
     workspaces = _thread.__dict__.setdefault("workspaces", {})
     return workspaces.setdefault(device, Workspace(device))
-
-
-Buffers, thread_buffers = Workspace, thread_workspace

@@ -7,7 +7,7 @@ eps, and w = 1 - 2^t where p >= eps, else 0.
 import torch
 from torch import Tensor
 
-from ...workspace import thread_buffers
+from ...workspace import thread_workspace
 from ..interface import ApproximateKL, accumulation_dtype
 from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, softmax, zero_rows
 
@@ -31,10 +31,10 @@ def approximate_kl_forward(
     row_lse = total.new_zeros((*mask.shape, 2))
     kl = ApproximateKL(total, torch.zeros_like(total), row_lse, torch.zeros_like(row_lse))
     scale = total.new_full((1, 1), LOG2E)
-    buffers = thread_buffers(logits.device)
+    workspace = thread_workspace(logits.device)
     for block in row_blocks(mask, logits.shape[-1]):
-        p = softmax(logits[block], scale, None, buffers, "policy")
-        q = softmax(ref_logits[block], scale, None, buffers, "reference")
+        p = softmax(logits[block], scale, None, workspace, "policy")
+        q = softmax(ref_logits[block], scale, None, workspace, "reference")
         kl.row_lse[block], kl.ref_row_lse[block] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
@@ -55,9 +55,9 @@ def approximate_kl_backward(
     """Write the gradient of every row to d_logits [B, T, V]."""
     scale = kl.weight_sum.new_full((1, 1), LOG2E)
     zero_rows(d_logits, ~mask)
-    buffers = thread_buffers(logits.device)
+    workspace = thread_workspace(logits.device)
     for block in row_blocks(mask, logits.shape[-1]):
-        of_rows = scale, None, buffers
+        of_rows = scale, None, workspace
         p = softmax(logits[block], *of_rows, "policy", kl.row_lse[block])
         q = softmax(ref_logits[block], *of_rows, "reference", kl.ref_row_lse[block])
         t = _log_ratio(p, q, log2_eps)

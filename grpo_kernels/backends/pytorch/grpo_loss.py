@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...objective.config import LossConfig
 from ...objective.token_gradients import LossInputs, token_gradients
-from ...workspace import thread_buffers
+from ...workspace import thread_workspace
 from ..interface import RowInputs
 from .softmax import LOG2E, row_blocks, softmax, zero_rows
 from .token_stats import gradient_weights, write_gradient
@@ -23,10 +23,10 @@ def grpo_loss(
     entropy = torch.zeros_like(logprob)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     has_gradient = torch.zeros_like(active)
-    buffers = thread_buffers(logits.device)
+    workspace = thread_workspace(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         inverse = temperature[block].reciprocal().unsqueeze(-1)
-        p = softmax(logits[block], LOG2E * inverse, softcap, buffers, "policy")
+        p = softmax(logits[block], LOG2E * inverse, softcap, workspace, "policy")
         logprob[block], entropy[block] = p.logprob(tokens[block]), p.entropy()
         grads = token_gradients(
             logprob[block], loss_inputs.map(lambda x, block=block: x[block]), config

@@ -3,11 +3,11 @@
 The quantities are those of the kernels: z and log_sum are in bits, because exp2 takes two thirds of
 the time of exp.
 
-Every pass works in place on a few buffers per thread: writing the gradient of 64 x 49,152 logits in
-fp32 took 22 ms into new memory and 10 into memory in use. A block of BLOCK_BYTES is small enough to
-stay in the processor's cache from one pass to the next. It is large enough that the threads, which
-meet after every pass, have work to share: forward of those rows on two cores took 10.9 ms in blocks
-of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
+Every pass works in place on a few tensors of the thread's workspace: writing the gradient of
+64 x 49,152 logits in fp32 took 22 ms into new memory and 10 into memory in use. A block of
+BLOCK_BYTES is small enough to stay in the processor's cache from one pass to the next. It is large
+enough that the threads, which meet after every pass, have work to share: forward of those rows on
+two cores took 10.9 ms in blocks of 1 MiB, 8.3 in 2, 10.0 in 4 and 10.4 in 8.
 
 A row's result must not depend on its neighbours, to the last bit. Reductions over the last axis
 guarantee that in blocks of two rows or more: PyTorch would split a single row over the threads.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...workspace import Buffers
+from ...workspace import Workspace
 
 BLOCK_BYTES = 2 << 20
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -119,19 +119,19 @@ def softmax(
     logits: Tensor,
     scale: Tensor,
     softcap: float | None,
-    buffers: Buffers,
+    workspace: Workspace,
     name: str,
     row_lse: Tensor | None = None,
 ) -> Softmax:
-    """Compute the softmax of a block of rows, in buffers of that name.
+    """Compute the softmax of a block of rows, in tensors of that name in the workspace.
 
     Args:
         logits: [n, V]; scale: [n, 1], log2(e) / temperature, in the accumulation dtype.
         row_lse: [n, 2], if it was saved. e is then not computed: call exp2 where it is needed.
     """
     z, e, product = (
-        buffers(buffer, *logits.shape, dtype=scale.dtype)
-        for buffer in (f"{name} z", f"{name} e", "product")
+        workspace(tensor, *logits.shape, dtype=scale.dtype)
+        for tensor in (f"{name} z", f"{name} e", "product")
     )
     # The capped logits, in the accumulation dtype.
     x = logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...objective.token_gradients import TokenGrads
-from ...workspace import thread_buffers
+from ...workspace import thread_workspace
 from ..interface import RowInputs, RowStats
 from .softmax import FLOOR, LN2, LOG2E, Block, Softmax, exp2, row_blocks, softmax, zero_rows
 
@@ -27,16 +27,16 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
         torch.zeros_like(row_lse) if kl else None,
     )
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    buffers = thread_buffers(logits.device)
+    workspace = thread_workspace(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         scale = LOG2E / temperature[block].unsqueeze(-1)
-        p = softmax(logits[block], scale, softcap, buffers, "policy")
+        p = softmax(logits[block], scale, softcap, workspace, "policy")
         stats.logprob[block] = p.logprob(tokens[block])
         stats.row_lse[block] = p.row_lse
         if entropy:
             stats.entropy[block] = p.entropy()
         if kl is not None:
-            q = softmax(ref_logits[block], scale, softcap, buffers, "reference")
+            q = softmax(ref_logits[block], scale, softcap, workspace, "reference")
             stats.kl[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
             stats.ref_row_lse[block] = q.row_lse
     return stats
@@ -143,10 +143,10 @@ def token_stats_backward(
     if rows.mask is not None:
         active &= rows.mask
     zero_rows(d_logits, ~active)
-    buffers = thread_buffers(rows.logits.device)
+    workspace = thread_workspace(rows.logits.device)
     for block in row_blocks(active, rows.logits.shape[-1]):
         inverse = rows.temperature[block].reciprocal().unsqueeze(-1)
-        of_rows = LOG2E * inverse, rows.softcap, buffers
+        of_rows = LOG2E * inverse, rows.softcap, workspace
         p = softmax(rows.logits[block], *of_rows, "policy", stats.row_lse[block])
         exp2(p.z, out=p.e)
         q = None
