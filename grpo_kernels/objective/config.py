@@ -163,7 +163,7 @@ class LossConfig(_Derived):
             expect_choice(name, value, kinds)
         elif value is not None or NoneType not in kinds:
             expect_number(name, value, integer=int in kinds, **bounds)
-            plain = int if isinstance(value, numbers.Integral) else float
+            plain: Callable[[Any], Any] = int if isinstance(value, numbers.Integral) else float
             object.__setattr__(self, name, plain(value))  # a NumPy number has another repr
 
     def _check_unread_settings(self) -> None:

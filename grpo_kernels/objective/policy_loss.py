@@ -60,71 +60,80 @@ def policy_loss(
     entropy_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
-    """The policy-gradient loss of GRPO and its relatives, from per-token tensors.
+    """Compute the policy loss of GRPO and its relatives from per-token tensors.
 
-        r      = exp(logprob - old), or at sequence level exp(mean of logprob - old)
-        policy = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), or what `config.surrogate`
-                 says, 0 on tokens that a filter of `config` leaves out, times the weight of
-                 exp(old - sampling) where sampling is given
-        loss   = aggregate(policy + beta·KL) - entropy_coef · mean over tokens of the entropy
+        r      = exp(logprob - old_logprob), or exp of its mean over the sequence at sequence level
+        policy = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), or another surrogate;
+                 0 for tokens that a filter of `config` drops; times the importance weight
+                 exp(old_logprob - sampling_logprob) if sampling_logprob is given
+        loss   = aggregate(policy + beta·KL) - entropy_coef · mean entropy
 
-    At one inner iteration old equals logprob, every r is 1, and with group-normalised advantages
-    the loss VALUE is about 0. Its gradient is not: it is the policy gradient -A·∇logprob.
+    In the first update of a batch old_logprob equals logprob, and every r is 1. With advantages
+    normalised per group, the VALUE of the loss is then about 0. Its gradient is not: it is the
+    policy gradient -A·∇logprob.
 
     Choosing a KL estimator is choosing a gradient. With d = logprob - ref_logprob, on-policy and
     in expectation:
 
-        k1            d                 gradient 0: useless in a loss
-        k2            d²/2              of KL(policy‖ref), exactly; the value is biased
-        k3            e^(-d) - 1 + d    of KL(ref‖policy), the forward KL; large where policy << ref
-        k3_corrected  r·(k3)            of KL(policy‖ref), exactly, and off-policy too
-        k3+           k3                of KL(policy‖ref), exactly, as k2
-        abs           |d|               of neither
-        forward, reverse                of KL(ref‖policy), KL(policy‖ref), over the vocabulary
+        estimator         value             gradient
+        k1                d                 0: useless in a loss
+        k2                d²/2              KL(policy‖ref), exactly; the value is biased
+        k3                e^(-d) - 1 + d    KL(ref‖policy), forward; large where policy << ref
+        k3_corrected      r·k3              KL(policy‖ref), exactly, and off-policy too
+        k3+               k3                KL(policy‖ref), exactly, as k2
+        abs               |d|               neither
+        forward, reverse  over vocabulary   KL(ref‖policy), KL(policy‖ref)
 
-    Log-ratios saturate at ±20 before exp, with gradient 0 beyond; k3 only where d < -20, because
-    e^(-d) vanishes on the other side. A masked token has no effect and gets gradient 0, whatever
+    Log-ratios saturate at ±20 before exp, with gradient 0 beyond. k3 saturates only at d < -20,
+    because e^(-d) vanishes for large d. A masked token has no effect and gets gradient 0, whatever
     it holds. With every token masked the loss is 0.
 
     Args:
-        logprob: [B, T], or packed [N]. The other per-token tensors have its shape.
-        advantages: [B] or [B, T]; packed: [N], or with `cu_seqlens` [sequences]; where both fit,
-            they are of tokens.
-        mask: bool or 0/1; None counts every token.
-        old_logprob: under the policy that the clip is relative to; None: logprob.detach().
-        ref_logprob: under the reference, for the estimators on sampled tokens.
-        entropy: of each token's distribution, in nats; for the bonus and the metric.
-        kl: over the vocabulary, for kl_estimator "forward" and "reverse".
-        sampling_logprob: as the sampler computed them; weights the policy term, without gradient.
-        config: the objective; see LossConfig.
-        normalizer: > 0, replaces the denominator of the aggregation: a number of sequences
+        logprob: [B, T], or packed [N], fp. The other per-token tensors have its shape.
+        advantages: [B] or [B, T]; packed: [N], or [sequences] with `cu_seqlens`. If both shapes
+            fit, there is one per token.
+        mask: loss mask, bool or 0/1; None counts every token.
+        old_logprob: log-probs under the policy that r is relative to; None: logprob.detach().
+        ref_logprob: log-probs under the reference policy, for the estimators on sampled tokens.
+        entropy: of each token's distribution, in nats, for the bonus and the metric.
+        kl: of each token's distribution, for kl_estimator "forward" and "reverse".
+        sampling_logprob: log-probs as the sampler computed them, without gradient.
+        config: settings of the loss.
+        normalizer: > 0, replaces the denominator of the aggregation. It is a number of sequences
             ("sequence_mean", "sequence_sum_mean"), of tokens ("token_mean"), or of sequences ·
-            max_completion_length. With the whole batch's, micro-batches and ranks add up to
-            exactly one big batch, unless a filter ranks the tokens of the call. A 0-dim tensor
-            holding 0 divides by 1. Where gradients are averaged over ranks, as DDP and FSDP do, it
-            is the count of all ranks divided by their number.
-        entropy_normalizer: likewise the number of tokens that the mean entropy divides by, all of
-            them also where `config.top_entropy` averages over some. None follows `normalizer` under
-            "token_mean"; elsewhere the two must be given together.
-        cu_seqlens: [sequences + 1] int, the boundaries of packed sequences. Packed input needs it
-            wherever sequences matter: see `LossConfig.reads_sequences`.
+            max_completion_length ("fixed_length"). With the normalizer of the whole batch, the
+            losses of micro-batches and ranks add up to exactly the loss of one big batch, unless a
+            filter ranks the tokens of the call. A 0-dim tensor that holds 0 divides by 1. DDP and
+            FSDP average gradients over ranks: divide the count of all ranks by their number.
+        entropy_normalizer: likewise the number of tokens that the mean entropy divides by: all
+            tokens, even if `config.top_entropy` averages over some. None follows `normalizer` for
+            "token_mean"; otherwise the two must be given together.
+        cu_seqlens: [sequences + 1] int, boundaries of packed sequences. Packed input needs it if
+            `config.reads_sequences`.
 
     Returns:
         LossOutput, fp32 (fp64 for fp64 logprob), differentiable in `logprob`, `entropy` and `kl`.
-        Metrics: policy_loss, aggregated as the loss; ratio_mean and ratio_max of r;
-        clip_ratio/low_mean (A < 0, and the policy ratios beyond the lower bound of the surrogate),
-        /high_mean (A > 0, beyond the upper), /region_mean (either), and where sequences are known
-        /low_min and /high_max over sequences; approx_kl, of old from the policy (r - 1 - ln r);
-        num_tokens; kl and entropy where their inputs are given; cispo_clip_ratio,
-        vespo/phi_seq_mean and filters/kept_mean where there is such a thing. Where sampling_logprob
-        is given, sampling/sampling_logp_difference/mean and /max of |old - sampling|, and
-        sampling/importance_sampling_ratio/min, /mean and /max of the weight. Means are over
-        unmasked tokens, those of a ratio_level "sequence" over sequences that have one. The names
-        are TRL's where TRL has one.
+        The metrics, under TRL's names where TRL has one:
+
+        policy_loss: policy term, aggregated as the loss.
+        ratio_mean, ratio_max: of r.
+        clip_ratio/low_mean, high_mean: fraction of tokens with A < 0 below the lower bound, and
+            with A > 0 above the upper bound; region_mean: their sum; low_min, high_max: over the
+            sequences, if they are known.
+        approx_kl: mean of r - 1 - ln r, KL(old‖policy).
+        num_tokens: unmasked tokens.
+        kl, entropy: means, if their inputs are given.
+        cispo_clip_ratio, vespo/phi_seq_mean: of these surrogates.
+        filters/kept_mean: fraction of tokens that the filters keep, if one is on.
+        sampling/sampling_logp_difference/mean, max: of |old - sampling|; and
+        sampling/importance_sampling_ratio/min, mean, max: of the weight, if there is one.
+
+        Means are over unmasked tokens; those of a ratio at level "sequence" are over sequences with
+        an unmasked token.
 
     Raises:
-        ValueError, TypeError: a shape or dtype is wrong, or an input that `config` needs is
-            missing, or one that it does not read is given.
+        ValueError, TypeError: a shape or dtype is wrong, an input that `config` needs is missing,
+            or one that it does not read is given.
 
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """

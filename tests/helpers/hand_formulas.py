@@ -23,7 +23,7 @@ def close(expected):
 def evaluate(
     implementation, log_ratio, advantages, *, old=-2.0, sampling=None, call=None, **fields
 ):
-    """(loss, its derivatives in the log-probs [B][T], metrics) of tokens by their log-ratios.
+    """Return (loss, its derivatives in the log-probs [B][T], metrics) for tokens by log-ratio.
 
     Unless `fields` say otherwise, the loss is the mean over sequences of the sum of token terms.
 

@@ -1,4 +1,4 @@
-"""Hypothesis over the space of LossConfig: every setting, in every combination that makes sense."""
+"""Hypothesis strategies for LossConfig: every setting, in every valid combination."""
 
 from hypothesis import strategies as st
 
@@ -9,7 +9,7 @@ from grpo_kernels.objective.surrogates import SURROGATES
 from grpo_kernels.objective.token_gradients import is_token_level
 
 SAMPLED = list(SAMPLED_KL)
-# Of Clip-Cov all eligible tokens are taken: which of them is otherwise left to chance.
+# Clip-Cov takes all eligible tokens here, because a smaller fraction is drawn at random.
 FILTERS = {
     "off_policy_threshold": [0.1, -0.2],
     "top_entropy": [0.2, 0.5],
@@ -38,7 +38,7 @@ ANY_LEVEL = ["clip", "ratio", "cispo", "sapo"]
 
 @st.composite
 def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward", "reverse")):
-    """`filters`: the names of those that may be on."""
+    """Draw a config; `filters` names the filters that may be on."""
     surrogate = draw(st.sampled_from(list(SURROGATES)))
     choices = ANY | OF_SURROGATE.get(surrogate, {})
     choices |= {"aggregation": list(AGGREGATIONS), "kl_estimator": list(estimators)}
@@ -61,6 +61,6 @@ def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward
 
 
 def per_token_configs():
-    """Those whose gradient comes with the loss, also where a sampler's log-probs are given."""
+    """Draw token-level configs, also with the sampler's log-probs given."""
     configs = loss_configs(filters=(), estimators=SAMPLED)
     return configs.filter(lambda config: is_token_level(config, has_sampling=True))

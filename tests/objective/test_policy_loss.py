@@ -1,4 +1,4 @@
-"""policy_loss: equal to the reference over the space of its settings, and lawful."""
+"""policy_loss matches the reference implementation for any config, and its invariants hold."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ quick = settings(max_examples=80, deadline=None)
 
 
 def make_inputs(seed, config, sequences=3, length=5, spread=0.5):
-    """Padded fp64 inputs of every kind that `config` reads, with a ragged mask."""
+    """Make padded fp64 inputs that `config` reads, with a ragged mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -42,7 +42,7 @@ def make_inputs(seed, config, sequences=3, length=5, spread=0.5):
 
 
 def run(loss_function, logprob, advantages, inputs, **keywords):
-    """Loss, metrics, and the gradients with respect to whatever is differentiable."""
+    """Return the loss, the metrics and the gradients of every differentiable input."""
     leaves = {"logprob": logprob} | {k: inputs[k] for k in ("entropy", "kl") if k in inputs}
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
     others = {k: v for k, v in inputs.items() if k not in leaves}
@@ -66,12 +66,9 @@ def pack(inputs, keep):
     return {k: v[keep] for k, v in inputs.items() if k != "mask"}
 
 
-# The oracle
-
-
 @quick
 @given(CONFIGS, SEEDS, st.booleans(), st.booleans())
-def test_loss_metrics_and_gradients_equal_the_reference(config, seed, per_token, normalized):
+def test_matches_reference(config, seed, per_token, normalized):
     logprob, advantages, inputs = make_inputs(seed, config)
     if per_token:
         advantages = advantages[:, None] * inputs["entropy"]
@@ -85,7 +82,7 @@ def test_loss_metrics_and_gradients_equal_the_reference(config, seed, per_token,
 
 @quick
 @given(CONFIGS, SEEDS, st.booleans(), st.lists(st.integers(0, 4), max_size=5))
-def test_packed_equals_the_reference_and_the_padded_batch(config, seed, per_sequence, lengths):
+def test_packed_matches_reference_and_padded(config, seed, per_sequence, lengths):
     logprob, advantages, inputs = make_inputs(seed, config, len(lengths), 5)
     keep = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
     inputs["mask"] = keep
@@ -100,7 +97,7 @@ def test_packed_equals_the_reference_and_the_padded_batch(config, seed, per_sequ
     assert_same(ours, (loss, metrics, {name: grad[keep] for name, grad in grads.items()}))
 
 
-def test_packed_without_boundaries_serves_the_token_mean():
+def test_packed_token_mean_without_cu_seqlens():
     config = LossConfig(aggregation="token_mean")
     logprob, advantages, inputs = make_inputs(0, config)
     keep = inputs["mask"]
@@ -113,12 +110,9 @@ def test_packed_without_boundaries_serves_the_token_mean():
     assert_same(ours[1], {name: padded[1][name] for name in ours[1]})
 
 
-# Laws
-
-
 @quick
 @given(SEEDS, st.floats(0.1, 10))
-def test_linear_in_the_advantage_inside_the_clip(seed, scale):
+def test_gradient_is_linear_in_advantage_inside_clip(seed, scale):
     config = LossConfig()
     logprob, advantages, inputs = make_inputs(seed, config, spread=0.01)
     _, _, one = run(policy_loss, logprob, advantages, inputs, config=config)
@@ -130,7 +124,7 @@ def test_linear_in_the_advantage_inside_the_clip(seed, scale):
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", SAMPLED)
-def test_far_ratios_give_finite_gradients(log_ratio, advantage, level, estimator):
+def test_gradient_is_finite_for_extreme_ratios(log_ratio, advantage, level, estimator):
     for dtype in (torch.float32, torch.float64):
         logprob = torch.tensor([[log_ratio, -1.0]], dtype=dtype, requires_grad=True)
         zeros = torch.zeros_like(logprob)
@@ -149,7 +143,7 @@ def test_far_ratios_give_finite_gradients(log_ratio, advantage, level, estimator
 
 @quick
 @given(CONFIGS, SEEDS, st.sampled_from([float("nan"), float("inf"), -float("inf")]))
-def test_what_lies_under_the_mask_has_no_effect(config, seed, garbage):
+def test_masked_tokens_have_no_effect(config, seed, garbage):
     logprob, advantages, inputs = make_inputs(seed, config)
     advantages = advantages[:, None].expand_as(logprob)
     clean = run(policy_loss, logprob, advantages, inputs, config=config)
@@ -167,7 +161,7 @@ def test_what_lies_under_the_mask_has_no_effect(config, seed, garbage):
 
 @quick
 @given(loss_configs(filters=("off_policy_threshold",)), SEEDS)  # others look at the whole batch
-def test_micro_batches_with_the_global_normalizers_add_up_to_one_batch(config, seed):
+def test_micro_batches_add_up_to_one_batch(config, seed):
     logprob, advantages, inputs = make_inputs(seed, config, sequences=5)
     loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
     tokens = inputs["mask"].sum()
@@ -199,7 +193,7 @@ def test_micro_batches_with_the_global_normalizers_add_up_to_one_batch(config, s
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0,)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("normalizer", [None, torch.tensor(0)])
-def test_nothing_to_learn_from_gives_zero_loss_and_gradient(aggregation, shape, level, normalizer):
+def test_all_masked_or_empty_gives_zero(aggregation, shape, level, normalizer):
     config = LossConfig(
         aggregation=aggregation,
         ratio_level=level,
@@ -227,7 +221,7 @@ def test_nothing_to_learn_from_gives_zero_loss_and_gradient(aggregation, shape, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_input_is_accumulated_in_fp32(dtype):
+def test_half_precision_accumulates_in_fp32(dtype):
     config = LossConfig(beta=0.1, entropy_coef=0.1)
     logprob, advantages, inputs = make_inputs(3, config)
     inputs = {k: v if k == "mask" else v.to(dtype) for k, v in inputs.items()}
@@ -238,7 +232,7 @@ def test_half_precision_input_is_accumulated_in_fp32(dtype):
 
 
 @pytest.mark.parametrize("name", ["off_policy_threshold", "top_entropy", "clip_cov"])
-def test_a_broken_log_prob_shows_through_every_filter(name):
+def test_nan_logprob_passes_every_filter(name):
     config = LossConfig(**{name: 0.3})
     logprob = torch.tensor([[torch.nan, -1.0, -2.0]])
     entropy = torch.tensor([[0.1, 0.5, 2.0]])
@@ -247,7 +241,7 @@ def test_a_broken_log_prob_shows_through_every_filter(name):
         assert loss.isnan()
 
 
-def test_only_logprob_entropy_and_kl_are_differentiated():
+def test_differentiable_inputs():
     names = ("old_logprob", "ref_logprob", "sampling_logprob")
     others = {name: torch.zeros(2, 3, requires_grad=True) for name in names}
     advantages = torch.ones(2, requires_grad=True)
@@ -258,7 +252,7 @@ def test_only_logprob_entropy_and_kl_are_differentiated():
 
 
 class Waits(TorchDispatchMode):
-    """Notes what makes the host wait for a GPU: a number or a shape that depends on data."""
+    """Record operators that make the host wait for a GPU: results that depend on data."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +267,7 @@ class Waits(TorchDispatchMode):
 
 @quick
 @given(CONFIGS, SEEDS, st.booleans())
-def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
+def test_no_device_sync(config, seed, packed):
     logprob, advantages, inputs = make_inputs(seed, config)
     keywords = {}
     if packed:
@@ -289,9 +283,6 @@ def test_loss_and_metrics_never_wait_for_the_device(config, seed, packed):
     assert waits.found == []
 
 
-# torch.compile
-
-
 COMPILED = [
     LossConfig(beta=0.1, entropy_coef=0.1, delta=4.0),
     LossConfig.gspo(beta=0.1, off_policy_threshold=0.1),
@@ -304,7 +295,7 @@ COMPILED = [
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("config", COMPILED, ids=lambda config: config.surrogate)
-def test_compiles_to_one_graph_that_serves_every_length(packed, config):
+def test_compile_dynamic_length(packed, config):
     torch._dynamo.reset()
     graphs = []
 
@@ -332,8 +323,7 @@ def test_compiles_to_one_graph_that_serves_every_length(packed, config):
     given_logprobs=st.sets(st.sampled_from(["old_logprob", "sampling_logprob"])),
     spread=st.sampled_from([0.1, 3.0, 40.0]),
 )
-def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, spread):
-    """Of every formula in the tables, also where ratios saturate; autograd is the oracle."""
+def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
     logprob = -normal(seed, 5, 6, dtype=torch.float64).abs().requires_grad_()
     entropy = normal(seed + 1, 5, 6, dtype=torch.float64).abs().requires_grad_()
     if config.needs_sampling:
@@ -350,10 +340,10 @@ def test_slopes_are_the_gradient_of_the_loss(seed, config, given_logprobs, sprea
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
     expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
-    slopes = token_gradients(logprob.detach(), prepared.inputs, config)
-    assert slopes.kl is None
+    grads = token_gradients(logprob.detach(), prepared.inputs, config)
+    assert grads.kl is None
     # Of r·k3 autograd adds two terms of up to e^20, which cancel.
     cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
-    torch.testing.assert_close(slopes.logprob, expected[0], rtol=1e-12, atol=cancelled)
-    of_entropy = torch.zeros(()).expand(5, 6) if slopes.entropy is None else slopes.entropy
+    torch.testing.assert_close(grads.logprob, expected[0], rtol=1e-12, atol=cancelled)
+    of_entropy = torch.zeros(()).expand(5, 6) if grads.entropy is None else grads.entropy
     torch.testing.assert_close(of_entropy.double(), expected[1], rtol=1e-12, atol=1e-14)

@@ -1,4 +1,4 @@
-"""policy_loss piece by piece: numbers from plain Python, and whose gradient a KL estimator has."""
+"""Terms of policy_loss match numbers from plain Python; the gradient of every KL estimator."""
 
 import math
 
@@ -25,7 +25,7 @@ def loss_and_grad(logprob, advantages, **keywords):
 
 
 def one_token(log_ratio, advantage, **fields):
-    """The loss of one token and its derivative in the log-probability."""
+    """Return the loss of one token and its derivative in the log-prob."""
     old = torch.full((1, 1), -1.0, dtype=torch.float64)
     loss, grad = loss_and_grad(
         old + log_ratio, [advantage], old_logprob=old, config=LossConfig(**fields)
@@ -56,16 +56,16 @@ def test_surrogate_values_by_hand(log_ratio, advantage, fields, loss):
 
 
 @pytest.mark.parametrize("d", [-30.0, -0.5, 0.0, 1e-9, 2.0, 100.0])
-def test_kl_estimators_and_their_gradients_by_hand(d):
+def test_kl_estimators_by_hand(d):
     r, bounded = math.exp(-0.3), max(d, -20.0)
     k3 = math.expm1(-bounded) + bounded
-    slope = -math.expm1(-d) if d >= -20 else 0.0
+    grad = -math.expm1(-d) if d >= -20 else 0.0
     expected = {
         "k1": (d, 1.0),
         "k2": (d * d / 2, d),
-        "k3": (k3, slope),
+        "k3": (k3, grad),
         "k3+": (k3, d),
-        "k3_corrected": (r * k3, r * (slope + k3)),
+        "k3_corrected": (r * k3, r * (grad + k3)),
         "abs": (abs(d), math.copysign(1.0, d) if d else 0.0),
     }
     assert set(expected) == set(SAMPLED_KL)
@@ -100,7 +100,7 @@ def test_aggregations_by_hand(aggregation, expected):
     assert output.loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_sequence_level_ratio_is_the_geometric_mean_of_the_token_ratios():
+def test_sequence_ratio_is_geometric_mean():
     log_ratio = torch.tensor([[0.1, 0.3, 50.0]])
     output = policy_loss(
         log_ratio - 1,
@@ -113,7 +113,7 @@ def test_sequence_level_ratio_is_the_geometric_mean_of_the_token_ratios():
     assert output.metrics["ratio_max"].item() == pytest.approx(math.exp(0.2), rel=1e-6)
 
 
-def test_importance_weight_multiplies_the_policy_term_only():
+def test_importance_weight_scales_policy_term_only():
     common = {
         "old_logprob": f64([[-1.0, -1.0]]),
         "ref_logprob": f64([[-1.5, -1.5]]),
@@ -124,7 +124,7 @@ def test_importance_weight_multiplies_the_policy_term_only():
     assert loss == pytest.approx(-(1.5 + 2.0) / 2 + 0.5, rel=1e-12)
 
 
-def test_loss_is_policy_plus_beta_kl_minus_the_token_mean_of_the_entropy():
+def test_loss_adds_kl_and_entropy_bonus():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     output = policy_loss(
         torch.zeros(2, 3),
@@ -166,7 +166,7 @@ def test_metrics_by_hand():
     assert all(v.dim() == 0 and not v.requires_grad for v in output.metrics.values())
 
 
-def test_kl_and_entropy_are_reported_only_when_given():
+def test_optional_metrics():
     metrics = policy_loss(torch.zeros(1, 2), torch.ones(1)).metrics
     assert "kl" not in metrics
     assert "entropy" not in metrics
@@ -175,12 +175,12 @@ def test_kl_and_entropy_are_reported_only_when_given():
 @pytest.mark.parametrize(
     ("log_ratio", "advantage"), [(0.5, 1.0), (-0.5, -1.0), (100.0, 1.0), (-100.0, -1.0)]
 )
-def test_gradient_is_zero_outside_the_clip(log_ratio, advantage):
+def test_gradient_is_zero_outside_clip(log_ratio, advantage):
     assert one_token(log_ratio, advantage)[1] == 0
 
 
 @pytest.mark.parametrize(("epsilon", "advantage"), [(0.25, 1.0), (0.25, -1.0)])
-def test_a_ratio_exactly_on_the_boundary_is_still_inside(epsilon, advantage):
+def test_ratio_on_clip_boundary_has_gradient(epsilon, advantage):
     ratio = 1 + math.copysign(epsilon, advantage)
     old = torch.zeros(1, 1, dtype=torch.float64)
     boundary = abs(math.exp(math.log(ratio)) - 1)
@@ -193,7 +193,7 @@ def test_a_ratio_exactly_on_the_boundary_is_still_inside(epsilon, advantage):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_on_policy_the_loss_is_about_zero_and_its_gradient_the_policy_gradient(level):
+def test_on_policy_gradient(level):
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     logprob = -torch.rand(4, 3, dtype=torch.float64)
     loss, grad = loss_and_grad(logprob, advantages, config=LossConfig(ratio_level=level))
@@ -201,11 +201,8 @@ def test_on_policy_the_loss_is_about_zero_and_its_gradient_the_policy_gradient(l
     assert_same(grad, -advantages.double()[:, None].expand(4, 3) / (4 * 3))
 
 
-# Which gradient a KL estimator has
-
-
 def exact_gradients(name, logits, ref_logits, old_logits):
-    """The gradient of Σ old·estimate over the whole vocabulary, and those of the two KLs."""
+    """Return the gradients of Σ old·estimate over the vocabulary and of both KLs."""
     old, logits = old_logits.softmax(-1), logits.clone().requires_grad_()
     p, q = logits.softmax(-1), ref_logits.softmax(-1)
     reverse = (p * (p.log() - q.log())).sum()
@@ -227,7 +224,7 @@ def exact_gradients(name, logits, ref_logits, old_logits):
         ("abs", "neither"),
     ],
 )
-def test_the_expected_gradient_on_policy_is_that_of(name, whose):
+def test_expected_kl_gradient_on_policy(name, whose):
     logits, ref_logits = torch.randn(2, 12, dtype=torch.float64).unbind()
     (ours, forward, reverse), (value, _, reverse_value) = exact_gradients(
         name, logits, ref_logits, logits
@@ -241,7 +238,7 @@ def test_the_expected_gradient_on_policy_is_that_of(name, whose):
         assert_same(value, reverse_value)
 
 
-def test_k3_corrected_is_unbiased_off_policy_too():
+def test_k3_corrected_is_unbiased_off_policy():
     logits, ref_logits, old_logits = torch.randn(3, 12, dtype=torch.float64).unbind()
     (ours, _, reverse), (value, _, reverse_value) = exact_gradients(
         "k3_corrected", logits, ref_logits, old_logits

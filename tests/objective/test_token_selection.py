@@ -31,7 +31,7 @@ def test_off_policy_mask(implementation, sampled, distances, advantages, thresho
     old_distance = (0.0, 0.0) if sampled else distances
     sampling = [-d for d in distances] + [9.0] if sampled else None  # old - sampling
     fields = {"surrogate": "ratio", "importance_cap": None, "off_policy_threshold": threshold}
-    _, slopes, metrics = evaluate(
+    _, grads, metrics = evaluate(
         implementation,
         [*(-d for d in old_distance), -9.0],
         [*advantages, -1.0],
@@ -40,11 +40,8 @@ def test_off_policy_mask(implementation, sampled, distances, advantages, thresho
         **fields,
     )
     terms = [-a * k * e(-d) for a, k, d in zip(advantages, kept, distances, strict=True)]
-    assert slopes == [close([*terms, 0])]
+    assert grads == [close([*terms, 0])]
     assert metrics["filters/kept_mean"] == close(sum(kept) / 2)
-
-
-# Top entropy
 
 
 @IMPLEMENTATIONS
@@ -65,12 +62,12 @@ def test_top_entropy(implementation, fraction, kept, normalizer):
     call = {"mask": torch.tensor([[1, 1, 1, 1, 1, 0]]), "entropy": entropy}
     call |= {"normalizer": 1, "entropy_normalizer": normalizer} if normalizer else {}
     fields = {"surrogate": "ratio", "top_entropy": fraction, "entropy_coef": 0.3}
-    loss, slopes, metrics = evaluate(implementation, [0.0] * 6, [2.0] * 6, call=call, **fields)
+    loss, grads, metrics = evaluate(implementation, [0.0] * 6, [2.0] * 6, call=call, **fields)
     # A given count is of all tokens: the chosen ones' mean then weighs as these 5 do among them.
     count = sum(kept) * (normalizer / 5 if normalizer else 1)
     bonus = sum(h * k for h, k in zip(entropies, kept, strict=True)) / count
     assert loss == close(-2 * sum(kept) - 0.3 * bonus)
-    assert slopes == [close([-2 * k for k in kept] + [0])]
+    assert grads == [close([-2 * k for k in kept] + [0])]
     assert entropy.grad.tolist() == [close([-0.3 * k / count for k in kept] + [0])]
     assert metrics["filters/kept_mean"] == close(sum(kept) / 5)
     assert metrics["entropy"] == close(3.0)
@@ -103,24 +100,24 @@ def of_covariances(implementation, log_ratio=(0.0,) * 6, **fields):
         (1.0, 5.0, (0.5, 0.5, -0.5, -0.5, 0.0, 0.0), (1, 2)),
     ],
 )  # fmt: skip
-def test_clip_cov_drops_every_candidate_if_it_may(implementation, low, high, log_ratio, dropped):
+def test_clip_cov_drops_candidates(implementation, low, high, log_ratio, dropped):
     _, whole, _ = of_covariances(implementation, log_ratio)
-    _, slopes, metrics = of_covariances(
+    _, grads, metrics = of_covariances(
         implementation, log_ratio, clip_cov=1.0, clip_cov_low=low, clip_cov_high=high
     )
-    expected = [0 if i in dropped else slope for i, slope in enumerate(whole[0])]
-    assert slopes == [close(expected)]
+    expected = [0 if i in dropped else grad for i, grad in enumerate(whole[0])]
+    assert grads == [close(expected)]
     assert metrics["filters/kept_mean"] == close(1 - len(dropped) / 6)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(("fraction", "count"), [(1e-4, 1), (0.3, 1), (0.34, 2), (0.5, 3)])
-def test_clip_cov_draws_its_share_at_random(implementation, fraction, count):
+def test_clip_cov_draws_at_random(implementation, fraction, count):
     torch.manual_seed(0)
     drawn = torch.zeros(7)
     for _ in range(200):
-        _, slopes, _ = of_covariances(implementation, surrogate="reinforce", clip_cov=fraction)
-        zero = torch.tensor(slopes[0]) == 0
+        _, grads, _ = of_covariances(implementation, surrogate="reinforce", clip_cov=fraction)
+        zero = torch.tensor(grads[0]) == 0
         zero[-1] = False  # the masked one
         assert zero.sum() == count
         drawn += zero
@@ -131,12 +128,12 @@ def test_clip_cov_draws_its_share_at_random(implementation, fraction, count):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(("fraction", "count"), [(1e-4, 1), (0.5, 1), (0.7, 2), (1.0, 3)])
-def test_kl_cov_adds_to_the_tokens_of_largest_covariance(implementation, fraction, count):
+def test_kl_cov_penalises_largest_covariance(implementation, fraction, count):
     """Covariances, of mean A = 0 and mean logprob = -2: 4.5, 1.5, 0; the term is 0.5·|l|."""
     call = {"mask": torch.tensor([[1, 1, 1, 0]]), "old_logprob": f64([[-0.25, -3.5, -2.5, 0.0]])}
     keywords = {"surrogate": "reinforce", "kl_cov": fraction, "kl_cov_coef": 0.5, "call": call}
     advantages, logprobs, log_ratio = [3.0, -3.0, 0.0], [-0.5, -2.5, -3.0], [-0.25, 1.0, -0.5]
-    loss, slopes, _ = evaluate(
+    loss, grads, _ = evaluate(
         implementation, [1.5, -0.5, -1.0, 5.0], [*advantages, 9.0], **keywords
     )
     expected = [-a for a in advantages]
@@ -145,11 +142,11 @@ def test_kl_cov_adds_to_the_tokens_of_largest_covariance(implementation, fractio
     penalty = sum(0.5 * abs(x) for x in log_ratio[:count])
     policy = -sum(a * p for a, p in zip(advantages, logprobs, strict=True))
     assert loss == close(policy + penalty)
-    assert slopes == [close([*expected, 0])]
+    assert grads == [close([*expected, 0])]
 
 
 @IMPLEMENTATIONS
-def test_kl_cov_is_neither_weighted_nor_filtered_and_flat_at_zero(implementation):
+def test_kl_cov_is_not_weighted_or_filtered(implementation):
     entropy = f64([[1.0, 2.0]])
     keywords = {
         "surrogate": "ratio",
@@ -157,15 +154,12 @@ def test_kl_cov_is_neither_weighted_nor_filtered_and_flat_at_zero(implementation
         "top_entropy": 0.5,
         "call": {"entropy": entropy},
     }
-    for log_ratio, slope in [(0.3, 1.0), (0.0, 0.0), (-0.3, -1.0)]:
-        loss, slopes, metrics = evaluate(
+    for log_ratio, grad in [(0.3, 1.0), (0.0, 0.0), (-0.3, -1.0)]:
+        loss, grads, metrics = evaluate(
             implementation, [log_ratio, 0.0], [1.0, 1.0], sampling=[ln(3), ln(1.5)], **keywords
         )
-        assert slopes == [close([slope, -1.5])]
+        assert grads == [close([grad, -1.5])]
         assert loss == metrics["policy_loss"] == close(abs(log_ratio) - 1.5)
-
-
-# Metrics
 
 
 THREE = {
@@ -205,7 +199,7 @@ def test_clip_ratios(implementation, fields, expected):
 
 
 @IMPLEMENTATIONS
-def test_low_min_is_the_least_share_of_a_sequence(implementation):
+def test_clip_ratio_low_min(implementation):
     log_ratio = [[-0.5, -0.5], [-0.5, 0.0], [9.0, 9.0]]
     _, _, metrics = evaluate(
         implementation,
@@ -218,13 +212,10 @@ def test_low_min_is_the_least_share_of_a_sequence(implementation):
 
 
 @IMPLEMENTATIONS
-def test_vespo_weight_is_averaged_over_sequences(implementation):
+def test_vespo_phi_metric(implementation):
     _, _, metrics = evaluate(implementation, **THREE, surrogate="vespo")
     weights = [e(3 + 2 * 0.5 - 3 * e(0.5)), e(2 + 3 * 0.5 - 2 * e(0.5))]
     assert metrics["vespo/phi_seq_mean"] == close(sum(weights) / 2)
-
-
-# Packed tokens without boundaries
 
 
 @IMPLEMENTATIONS
@@ -240,7 +231,7 @@ def test_vespo_weight_is_averaged_over_sequences(implementation):
         {"importance_level": "sequence"},
     ],
 )
-def test_packed_tokens_need_boundaries_wherever_sequences_matter(implementation, fields):
+def test_packed_needs_cu_seqlens_if_sequences_matter(implementation, fields):
     config = LossConfig(**{"aggregation": "token_mean", **fields})
     tokens = torch.zeros(3)
     with pytest.raises(ValueError, match="cu_seqlens"):
