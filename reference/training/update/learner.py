@@ -108,7 +108,7 @@ class Learner:
 
         mean_norm = sum(grad_norms) / max(1, len(grad_norms))
         metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
-        metrics |= combine_metrics(self._gather_metrics(updates), self._sequence_means())
+        metrics |= self._combine_metrics(updates)
         if control is not None:
             metrics["entropy_coef"] = self.loss_config.entropy_coef
             if "entropy" in metrics:
@@ -214,7 +214,19 @@ class Learner:
                 micro_batches += [idle] * missing
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.view(B, -1)[groups].sum())
-            yield Minibatch(micro_batches, self._denominators(num_sequences, num_tokens))
+            normalizer = {
+                "sequence_mean": num_sequences,
+                "token_mean": num_tokens,
+                "sequence_sum_mean": num_sequences,
+                "fixed_length": num_sequences * (self.loss_config.max_completion_length or 1),
+            }[self.loss_config.aggregation]
+            # The entropy is divided by all tokens also under top_entropy: its mean over the chosen
+            # tokens of a micro-batch is weighted by the number of all tokens there.
+            denominators = {
+                "normalizer": max(1, normalizer),
+                "entropy_normalizer": max(1, num_tokens),
+            }
+            yield Minibatch(micro_batches, denominators)
 
     def _can_skip_group(self) -> bool:
         """Return True if a group whose advantages are all 0 does not affect the gradient.
@@ -231,18 +243,6 @@ class Learner:
         loss = self.loss_config
         return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
 
-    def _denominators(self, num_sequences: int, num_tokens: int) -> dict[str, int]:
-        """Return the denominators of a minibatch, so that the losses of micro-batches add up."""
-        loss = self.loss_config
-        normalizer = {
-            "sequence_mean": num_sequences,
-            "token_mean": num_tokens,
-            "sequence_sum_mean": num_sequences,
-            "fixed_length": num_sequences * (loss.max_completion_length or 1),
-        }[loss.aggregation]
-        # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
-        return {"normalizer": max(1, normalizer), "entropy_normalizer": max(1, num_tokens)}
-
     def _freeze_policy(self) -> Policy | WithoutAdapter:
         """Make the reference policy, sharded if the policy will be."""
         frozen = self.policy.frozen_copy()
@@ -250,21 +250,19 @@ class Learner:
             self.policy.ranks.wrap_fsdp(frozen.model)
         return frozen
 
-    def _gather_metrics(self, updates: list[list[Metrics]]) -> list[list[Metrics]]:
-        """Gather each update's micro-batches from all ranks, except those without a sequence."""
-        if self.policy.ranks.size == 1:
-            return updates
-        by_rank = self.policy.ranks.all_gather(updates)
-        return [
-            [batch for rank in by_rank for batch in rank[update] if batch["num_sequences"] > 0]
-            for update in range(len(updates))
-        ]
-
-    def _sequence_means(self) -> list[str]:
-        """Return the names of metrics that are means over sequences."""
-        clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
-        of_ratios = ["ratio_mean", "cispo_clip_ratio", *clips]
-        return ["vespo/phi_seq_mean", *of_ratios * (self.loss_config.ratio_level == "sequence")]
+    def _combine_metrics(self, updates: list[list[Metrics]]) -> dict[str, float]:
+        """Combine the metrics of all ranks' micro-batches, except those without a sequence."""
+        if self.policy.ranks.size > 1:
+            by_rank = self.policy.ranks.all_gather(updates)
+            updates = [
+                [batch for rank in by_rank for batch in rank[update] if batch["num_sequences"] > 0]
+                for update in range(len(updates))
+            ]
+        sequence_means = ["vespo/phi_seq_mean"]
+        if self.loss_config.ratio_level == "sequence":
+            clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
+            sequence_means += ["ratio_mean", "cispo_clip_ratio", *clips]
+        return combine_metrics(updates, sequence_means)
 
 
 def combine_metrics(

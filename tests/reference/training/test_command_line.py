@@ -55,7 +55,7 @@ def test_help_names_every_objective_and_its_source(capsys, monkeypatch):
     lines = help_lines(capsys, monkeypatch)
     for name in LossConfig.objectives():
         line = next(line for line in lines if line.startswith(name + ": "))
-        assert re.search(r"\(arXiv:\d{4}\.\d{5}|TRL|Williams, 1992|IcePop, 2025", line)
+        assert re.search(r"\(arXiv:\d{4}\.\d{5}|TRL|Williams, 1992|IcePop, 2025|prime-rl", line)
 
 
 def test_help_sections_are_in_the_order_of_a_step(capsys, monkeypatch):
