@@ -1,1 +1,1 @@
-"""Triton kernels. This room imports triton, never autograd and never ops."""
+"""Triton kernels and their launchers."""

@@ -25,7 +25,6 @@ LOWEST = tl.constexpr(-3.4e38)
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 FLOOR = tl.constexpr(-1.0e30)
 NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
-MAX_LOG_RATIO = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond any clip, and far from overflow
 
 
 @triton.jit
@@ -40,6 +39,11 @@ def is_unmasked(mask_ptr, row):
     if mask_ptr is not None:
         unmasked = tl.load(mask_ptr + row) != 0
     return unmasked
+
+
+@triton.jit
+def load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE: tl.constexpr):
+    return 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE)
 
 
 @triton.jit
@@ -121,6 +125,19 @@ def softcapped_derivative(x, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_token_logit(
+    logits_row, tokens_ptr, row, V, SOFTCAP: tl.constexpr, ACC_DTYPE: tl.constexpr
+):
+    """The token's logit after the softcap; NaN for an id outside [0, V)."""
+    token = tl.load(tokens_ptr + row)
+    in_range = (token >= 0) & (token < V)
+    x = tl.load(logits_row + token, mask=in_range, other=float("nan")).to(ACC_DTYPE)
+    if SOFTCAP is not None:
+        x = softcapped(x, SOFTCAP)
+    return x
+
+
+@triton.jit
 def floored(z):
     """max(z, FLOOR), NaN where z is."""
     return tl.maximum(z, FLOOR, propagate_nan=KEEP_NAN)
@@ -168,90 +185,3 @@ def divergence(sum_ed, sum_e, log_sum, other_log_sum):
     """Σ p (ln p - ln p_other) in nats; inf where p has mass on entries the other row excludes."""
     bits = sum_ed / sum_e - log_sum + other_log_sum
     return tl.where(bits > NO_OVERLAP, float("inf"), bits * LN2)
-
-
-@triton.jit
-def at_most(x, bound):
-    """min(x, bound), NaN where x is."""
-    return tl.minimum(x, bound, propagate_nan=KEEP_NAN)
-
-
-@triton.jit
-def at_least(x, bound):
-    """max(x, bound), NaN where x is."""
-    return tl.maximum(x, bound, propagate_nan=KEEP_NAN)
-
-
-@triton.jit
-def ratio_of(log_ratio):
-    """(e^log_ratio, its derivative), saturated at a log-ratio of ±20."""
-    # Not tl.clamp: it drops a NaN, and for fp64 it does not compile.
-    bounded = at_most(at_least(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    ratio = tl.exp2(bounded * LOG2E)
-    return ratio, tl.where(tl.abs(log_ratio) <= MAX_LOG_RATIO, ratio, 0.0)
-
-
-@triton.jit
-def importance_weight(log_weight, floor, cap, outside):
-    """e^log_weight, saturated; beyond [floor, cap] the bound times `outside`: 1, or 0 to mask."""
-    weight, _ = ratio_of(log_weight)
-    bounded = at_most(at_least(weight, floor), cap)
-    return tl.where(weight == bounded, weight, bounded * outside)
-
-
-@triton.jit
-def surrogate_grad(
-    logprob, old, ratio, d_ratio, advantage, lowest, highest, cap, SURROGATE: tl.constexpr
-):
-    """d/d(logprob) of a policy term.
-
-    clip: -min(r A, clip(r, lowest, highest) A), with r capped where A < 0
-    sapo: -A (4/τ) σ(τ (r - 1)), τ = highest where A > 0, else lowest
-    score: -s(r within [lowest, cap]) A logprob
-    dppo: -s(min(r, cap)) A logprob where the change of probability is within [lowest, highest]
-    ipo: -r A where that change is within [lowest, highest], plus cap (ln r)²
-    """
-    if SURROGATE == "clip":
-        falling = (ratio >= lowest) & (ratio <= cap)
-        rising = ratio <= highest
-        inside = tl.where(advantage < 0, falling, rising)
-        grad = tl.where(inside, -advantage, 0.0) * d_ratio
-    elif SURROGATE == "sapo":
-        odds = tl.exp2(tl.where(advantage > 0, highest, lowest) * (1.0 - ratio) * LOG2E)
-        gate = 1.0 / (1.0 + odds)
-        grad = -advantage * 4.0 * gate * (1.0 - gate) * d_ratio
-    elif SURROGATE == "score":
-        grad = -advantage * at_most(at_least(ratio, lowest), cap)
-    elif SURROGATE == "ipo":
-        shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
-        dropped = (shift < lowest) | (shift > highest)
-        grad = tl.where(dropped, 0.0, -advantage * d_ratio) + 2.0 * cap * (logprob - old)
-    else:
-        tl.static_assert(SURROGATE == "dppo")
-        shift = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
-        inside = tl.where(advantage > 0, shift <= highest, shift >= lowest)
-        grad = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
-    return grad
-
-
-@triton.jit
-def kl_grad(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
-    """d/d(logprob) of an estimate of the KL from d = logprob - ref_logprob.
-
-    k1: d    k2: d²/2    k3: e^(-d) - 1 + d, with d at least -20    k3+: of k3's value and k2's
-    grad    k3_corrected: r·k3    abs: |d|
-    """
-    if ESTIMATOR == "k1":
-        grad = d * 0.0 + 1.0
-    elif ESTIMATOR == "abs":
-        grad = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-    elif ESTIMATOR == "k2" or ESTIMATOR == "k3+":
-        grad = d
-    else:
-        least = tl.maximum(d, -MAX_LOG_RATIO, propagate_nan=KEEP_NAN)
-        odds = tl.exp2(-least * LOG2E)
-        grad = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
-        if ESTIMATOR == "k3_corrected":  # r·d where nothing saturates: two terms in e^(-d) cancel
-            product_rule = ratio * grad + d_ratio * (odds - 1.0 + least)
-            grad = tl.where((d_ratio != 0) & (d >= -MAX_LOG_RATIO), ratio * d, product_rule)
-    return grad

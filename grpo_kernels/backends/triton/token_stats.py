@@ -27,9 +27,10 @@ from .row_math import (
     LN2,
     LOG2E,
     is_unmasked,
+    load_inverse_temperature,
     load_row_lse,
+    load_token_logit,
     row_offset,
-    softcapped,
     store_row_lse,
     store_zeros,
     tile_offsets,
@@ -44,24 +45,6 @@ from .row_passes import (
     row_results,
     store_row_gradient,
 )
-
-
-@triton.jit
-def load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE: tl.constexpr):
-    return 1.0 / tl.load(temperature_ptr + row * stride_temperature).to(ACC_DTYPE)
-
-
-@triton.jit
-def load_token_logit(
-    logits_row, tokens_ptr, row, V, SOFTCAP: tl.constexpr, ACC_DTYPE: tl.constexpr
-):
-    """The token's logit after the softcap; NaN for an id outside [0, V)."""
-    token = tl.load(tokens_ptr + row)
-    in_range = (token >= 0) & (token < V)
-    x = tl.load(logits_row + token, mask=in_range, other=float("nan")).to(ACC_DTYPE)
-    if SOFTCAP is not None:
-        x = softcapped(x, SOFTCAP)
-    return x
 
 
 @triton.jit
