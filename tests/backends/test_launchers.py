@@ -1,4 +1,4 @@
-"""How token_stats is launched: offsets, memory, what may recompile, and the launch table."""
+"""Launches of the row functions: offsets, memory, recompilation, and the launch table."""
 
 import inspect
 import threading
@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import LossConfig, grpo_loss, token_stats
-from grpo_kernels import backends as rows
-from grpo_kernels import workspace as buffers
+from grpo_kernels import LossConfig, backends, grpo_loss, token_stats, workspace
 from grpo_kernels.backends import RowInputs, pytorch, use
 from grpo_kernels.backends.pytorch import softmax
 from grpo_kernels.backends.triton.launch_configs import (
@@ -33,7 +31,7 @@ KERNELS = sorted({entry.kernel for entry in TABLE})
 
 
 class LargestAllocation(TorchDispatchMode):
-    """The bytes of the largest tensor made while it is active; views of `known` are not made."""
+    """Records the bytes of the largest new tensor; views of `known` are not new."""
 
     def __init__(self, *known):
         super().__init__()
@@ -41,20 +39,19 @@ class LargestAllocation(TorchDispatchMode):
         self.nbytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else (made,):
-            if not isinstance(each, torch.Tensor):
-                continue
-            storage = each.untyped_storage()
-            if storage.data_ptr() not in self.known:
-                self.nbytes = max(self.nbytes, storage.nbytes())
-        return made
+        results = function(*args, **(kwargs or {}))
+        for x in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return results
 
 
-def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
-    """The backend's functions on 400 rows in blocks of 16: no temporary is larger than a block."""
+def test_pytorch_temporaries_are_at_most_one_block(monkeypatch):
+    """400 rows in blocks of 16."""
     monkeypatch.setattr(softmax, "BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr(buffers, "_thread", threading.local())  # earlier tests' may be larger
+    monkeypatch.setattr(workspace, "_thread", threading.local())  # earlier tests' may be larger
     logits, tokens = make_case(1, 4, 100, 1024)
     ref_logits = normal(2, 4, 100, 1024)
     d_logits = torch.empty_like(logits)
@@ -75,7 +72,7 @@ def test_eager_temporaries_do_not_grow_with_the_tokens(monkeypatch):
     assert 0 < largest.nbytes <= 1 << 16
 
 
-def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(backend):
+def test_strided_rows_are_not_copied(backend):
     wide = normal(1, 3, 11, 500)
     logits, tokens = wide[:, :-1].requires_grad_(), torch.zeros(3, 10, dtype=torch.int64)
     ref_logits = normal(2, 3, 11, 500)[:, 1:]
@@ -86,8 +83,8 @@ def test_strided_rows_and_references_are_not_copied_on_the_way_to_the_room(backe
     torch.testing.assert_close(stats.kl.detach().double(), exact["kl"], rtol=1e-5, atol=1e-5)
 
 
-def test_offsets_of_rows_pass_2_to_the_31(backend):
-    """Three rows 2^30 entries apart; of the 4 GiB between them no page is ever touched."""
+def test_row_offsets_beyond_2_to_the_31(backend):
+    """Three rows 2^30 entries apart; the 4 GiB between them are never touched."""
     V = 40
     stride = 2**30
     memory = torch.empty(2 * stride + V, dtype=torch.float16)
@@ -98,7 +95,7 @@ def test_offsets_of_rows_pass_2_to_the_31(backend):
 
 
 @pytest.mark.gpu
-def test_a_tensor_of_more_than_2_to_the_31_entries():
+def test_more_than_2_to_the_31_entries_on_gpu():
     N, V = 17_000, 128_256
     logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
     tokens = torch.randint(0, V, (N,), device="cuda")
@@ -116,7 +113,7 @@ def test_a_tensor_of_more_than_2_to_the_31_entries():
 
 
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)])
-def test_more_than_65535_tokens_in_either_dimension(shape):
+def test_more_than_65535_tokens(shape):
     logits, tokens = make_case(3, *shape, 3)
     with use("pytorch"):
         check_against_oracle(logits, tokens, upstream_like(5, tokens))
@@ -124,28 +121,27 @@ def test_more_than_65535_tokens_in_either_dimension(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)])
-def test_more_than_65535_tokens_in_either_dimension_on_a_gpu(shape):
+def test_more_than_65535_tokens_on_gpu(shape):
     logits, tokens = make_case(3, *shape, 3, device="cuda")
     check_against_oracle(logits, tokens, upstream_like(5, tokens))
 
 
 def jitted_kernels():
-    """Every kernel of the package, by name."""
-    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
-    return {name: each for name, each in vars(calls).items() if name.endswith("_kernel")}
+    launchers = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    return {name: x for name, x in vars(launchers).items() if name.endswith("_kernel")}
 
 
 SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "SURROGATE", "LOG2_EPS"}
 LAUNCH = {"ACC_DTYPE", "PART", "UNROLL", "LANES", "VEC"}
 
 
-def test_only_settings_of_the_model_and_the_launch_are_constexpr():
-    """Never a length, a temperature, a stride: each new value would compile again."""
+def test_constexpr_parameters():
+    """Settings of the model and of the launch only: a new value of another would compile again."""
     kernels = jitted_kernels()
     assert len(kernels) == 8
     for kernel in kernels.values():
         parameters = inspect.signature(kernel.fn).parameters.values()
-        constant = {each.name for each in parameters if "constexpr" in str(each.annotation)}
+        constant = {x.name for x in parameters if "constexpr" in str(x.annotation)}
         assert {"ACC_DTYPE", "LANES"} <= constant <= SETTINGS | LAUNCH
 
 
@@ -180,7 +176,7 @@ ARCHITECTURES = [None, 80, 90, 100, 120]
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("V", [1, 300, 2047, 2048, 128_256, 262_144])
-def test_every_vocabulary_has_a_launch_of_whole_warps_and_full_accesses(kernel, itemsize, V):
+def test_launch_config_has_whole_warps_and_16_byte_accesses(kernel, itemsize, V):
     for architecture in ARCHITECTURES:
         launch = pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
         assert launch.vector * itemsize == ACCESS_BYTES
@@ -191,7 +187,7 @@ def test_every_vocabulary_has_a_launch_of_whole_warps_and_full_accesses(kernel, 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
+def test_every_table_entry_is_reachable(kernel):
     reached = {
         pick_row_launch(kernel, V, itemsize, architecture=architecture, interpreted=False)
         for V in (1, 2047, 2048, 1 << 20)
@@ -199,7 +195,7 @@ def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
         for architecture in ARCHITECTURES
     }
     entries = [entry for entry in TABLE if entry.kernel == kernel]
-    reached = {(each.unroll, each.num_warps) for each in reached}
+    reached = {(launch.unroll, launch.num_warps) for launch in reached}
     assert len(reached) == len(entries) and all(entry.reason for entry in entries)
     last = entries[-1]
     assert (last.below, last.itemsize, last.architecture) == (float("inf"), None, None)
@@ -207,21 +203,21 @@ def test_the_launch_is_pure_and_every_entry_is_reachable(kernel):
     assert again == pick_row_launch(kernel, 300, 2, architecture=90, interpreted=False)
 
 
-def test_interpreted_rows_of_a_property_test_have_several_parts_of_several_tiles():
+def test_interpreted_rows_have_several_parts():
     launch = pick_row_launch("token_stats_forward", 300, 4, architecture=None, interpreted=True)
     assert launch.parts(300) >= 3 and launch.part_tiles >= 2
 
 
 def with_few_rows_below(rows, monkeypatch):
-    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
-    monkeypatch.setattr(calls, "INTERPRETED_MULTIPROCESSORS", rows / ROWS_PER_MULTIPROCESSOR)
+    launchers = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    monkeypatch.setattr(launchers, "INTERPRETED_MULTIPROCESSORS", rows / ROWS_PER_MULTIPROCESSOR)
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU has its own number of multiprocessors")
-def test_a_row_that_is_split_has_the_bits_of_one_that_is_not(monkeypatch, kl, dtype):
-    """Two programs' order of additions, with excluded entries, a mask, and V no multiple."""
+@pytest.mark.skipif(not backends.INTERPRETED, reason="a GPU has its own number of multiprocessors")
+def test_split_rows_are_bit_identical(monkeypatch, kl, dtype):
+    """With excluded entries, a mask, and a V that is no multiple of a part."""
     logits, tokens = make_case(3, 2, 3, 333, dtype=dtype)
     logits[0, 0, :200] = -torch.inf
     case = {"mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "softcap": 20.0, "temperature": 0.7}
@@ -238,7 +234,7 @@ def test_a_row_that_is_split_has_the_bits_of_one_that_is_not(monkeypatch, kl, dt
 
 
 @pytest.mark.gpu
-def test_a_row_that_is_split_has_the_bits_of_one_that_is_not_on_a_gpu():
+def test_split_rows_are_bit_identical_on_gpu():
     logits, tokens = make_case(3, 1, 300, 128_256, dtype=torch.bfloat16, device="cuda")
     upstream = upstream_like(5, tokens)
     many = results(token_stats, logits, tokens, upstream)
@@ -248,17 +244,17 @@ def test_a_row_that_is_split_has_the_bits_of_one_that_is_not_on_a_gpu():
     assert_same_bits(few, {name: value[:, :7] for name, value in many.items()})
 
 
-@pytest.mark.skipif(not rows.INTERPRETED, reason="counts programs in the interpreter")
+@pytest.mark.skipif(not backends.INTERPRETED, reason="counts programs in the interpreter")
 def test_few_rows_are_split_over_programs(monkeypatch):
-    calls = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    launchers = pytest.importorskip("grpo_kernels.backends.triton.launchers")
     launched = []
-    launch = calls._launch
+    launch = launchers._launch
 
-    def noted(kernel, *arguments, programs_per_row=1, **keywords):
+    def record(kernel, *arguments, programs_per_row=1, **keywords):
         launched.append((kernel.fn.__name__, programs_per_row))
         launch(kernel, *arguments, programs_per_row=programs_per_row, **keywords)
 
-    monkeypatch.setattr(calls, "_launch", noted)
+    monkeypatch.setattr(launchers, "_launch", record)
     logits, tokens = make_case(3, 1, 2, 300)
     results(token_stats, logits, tokens, upstream_like(5, tokens))
     assert launched == [

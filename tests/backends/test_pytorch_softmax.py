@@ -1,4 +1,4 @@
-"""The exponentials of eager rows: the same bits wherever a row lies, whatever the threads."""
+"""The PyTorch backend's exp2 and buffers: results do not depend on neighbours or threads."""
 
 import threading
 
@@ -19,7 +19,7 @@ def threads(request):
 
 
 @pytest.mark.parametrize("V", [4095, 4096, 49_152, 49_155, 128_256, 151_936])
-def test_a_row_has_the_same_bits_in_every_block(V, threads):
+def test_exp2_is_bit_identical_in_every_block(V, threads):
     rows = normal(0, 12, V) * 5
     alone = [exp2(row[None], torch.empty(1, V))[0] for row in rows]
     for n in (2, 3, 5, 12):
@@ -29,8 +29,8 @@ def test_a_row_has_the_same_bits_in_every_block(V, threads):
     assert ((scale - torch.exp2(rows[0].double())) / scale).abs().max() < 1e-6
 
 
-def test_llama_s_rows_are_taken_together(threads, monkeypatch):
-    """The fast way is taken where it matters, or its bits above would prove nothing."""
+def test_exp2_of_aligned_rows_is_one_call(threads, monkeypatch):
+    """Otherwise the test above would not reach the fast path."""
     V, calls = 128_256 // (SHARE_UNIT * threads) * SHARE_UNIT * threads, []
     one = torch.exp2
     monkeypatch.setattr(torch, "exp2", lambda *x, **out: calls.append(x) or one(*x, **out))
@@ -39,8 +39,8 @@ def test_llama_s_rows_are_taken_together(threads, monkeypatch):
     assert len(calls) == 1
 
 
-def test_buffers_made_in_inference_mode_serve_outside_of_it(pytorch_backend):
-    """Old log-probs first, then training, in a thread that never called before."""
+def test_buffers_from_inference_mode_can_be_written_later(pytorch_backend):
+    """Old log-probs first, then training, in a new thread."""
     logits, tokens, failures = normal(1, 1, 3, 50), torch.zeros(1, 3).long(), []
 
     def work():
