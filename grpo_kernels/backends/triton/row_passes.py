@@ -25,10 +25,7 @@ from .row_math import (
 
 
 class Partial(NamedTuple):
-    """What the lanes have accumulated, [LANES] each; row_math.py defines the sums.
-
-    A field that is not asked for holds another field: Triton 3.6 cannot return None.
-    """
+    """Sums of the lanes, [LANES] each, as row_math.py defines them."""
 
     m: tl.tensor
     sum_e: tl.tensor
