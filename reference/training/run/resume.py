@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import psutil
 
-from reference.training.config import TrainConfig
+from reference.training.config import LOSS_SETTINGS, TrainConfig
 from reference.training.distributed import Ranks
 from reference.training.errors import UserError
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
@@ -52,7 +52,9 @@ def load_settings(run: Path) -> TrainConfig:
     Raises:
         UserError: there is no run in the directory, or its settings are of another version.
     """
-    settings, types = _read_settings(run), get_type_hints(TrainConfig)
+    # A field that LossConfig did not have yet is None: the objective's value.
+    settings = dict.fromkeys(LOSS_SETTINGS) | _read_settings(run)
+    types = get_type_hints(TrainConfig)
     unknown = sorted(settings.keys() ^ types.keys())
     if unknown:
         raise UserError(

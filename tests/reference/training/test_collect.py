@@ -84,7 +84,7 @@ def test_dynamic_sampling_replaces_groups_without_signal():
     assert found.has_signal.all() and len(found.questions) == 4
     sizes = [len(asked) for asked in policy.rounds]
     assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
-    # Rows stay with their question, whatever the widths that they are padded to.
+    # Completions stay with their question after padding.
     done = found.samples.completions
     for b, question in enumerate(found.questions):
         row = b * G
@@ -154,4 +154,4 @@ def test_questions_repeat_only_after_all_were_drawn():
     one, two, three = (Question(str(n), str(n)) for n in range(3))
     assert collect.sample_questions([one], 4, random.Random(0)) == [one] * 4
     drawn = collect.sample_questions([one, two, three], 5, random.Random(0))
-    assert {drawn.count(each) for each in (one, two, three)} == {1, 2}
+    assert {drawn.count(question) for question in (one, two, three)} == {1, 2}

@@ -50,7 +50,7 @@ def assert_same_run(one, other):
     """Compare the metrics and the models of two runs."""
     for ours, expected in zip(metrics(one), metrics(other), strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
-    ours, expected = (load_file(each / "model" / "model.safetensors") for each in (one, other))
+    ours, expected = (load_file(run / "model" / "model.safetensors") for run in (one, other))
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
@@ -149,9 +149,9 @@ def test_signal_during_the_stop_collective_is_deferred():
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shards_partition_items_in_order(size):
     items = list(range(5))
-    shares = [Ranks(rank, size).shard(items) for rank in range(size)]
-    assert [each for share in shares for each in share] == items
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    shards = [Ranks(rank, size).shard(items) for rank in range(size)]
+    assert [item for shard in shards for item in shard] == items
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_single_process_needs_no_collectives():

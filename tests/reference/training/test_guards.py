@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(learner):
-    return [each.detach().clone() for each in learner.policy.model.parameters()]
+    return [param.detach().clone() for param in learner.policy.model.parameters()]
 
 
 def with_changed_loss(learner, monkeypatch, change, number: int):
-    """The learner, with the loss of the given micro-batch changed."""
+    """Change the loss of one micro-batch, counted from 1, in the next steps of the learner."""
     original, calls = learner.loss, []
 
     def loss(batch, denominators):
@@ -57,7 +57,7 @@ def test_non_finite_loss_names_its_micro_batch_and_leaves_weights(
     with pytest.raises(UserError, match=rf"^step 2: the loss of .*{message}"):
         learner.step(samples, ADVANTAGES)
     assert all(map(torch.equal, weights(learner), before))
-    assert all(each.grad is None for each in learner.policy.model.parameters())
+    assert all(param.grad is None for param in learner.policy.model.parameters())
 
 
 def test_non_finite_gradient_is_named_and_leaves_weights():
@@ -89,7 +89,7 @@ OUT_OF_MEMORY = [
 
 
 def with_failing_passes(learner, monkeypatch, error, calls):
-    """The learner, whose n-th passes find no memory."""
+    """Make the passes of these numbers fail; return a list of the questions per pass."""
     original, count = learner.loss, []
 
     def loss(batch, denominators):

@@ -1,4 +1,4 @@
-"""The flags of the loss: they are LossConfig's fields, and --loss is one of its constructors."""
+"""The flags of the loss: LossConfig's fields, and --loss for its named constructors."""
 
 from dataclasses import asdict, fields
 from typing import get_args, get_type_hints
@@ -41,7 +41,7 @@ def test_no_objective_sets_beta_or_the_kl_estimator():
         assert (config.beta, config.kl_estimator) == (default.beta, default.kl_estimator)
 
 
-# A value of each setting that is not its default, and what it needs beside it.
+# A value of each setting that is not its default, and the flags that it needs.
 SET = {
     "surrogate": ("sapo", []),
     "ratio_level": ("sequence_token", []),

@@ -367,6 +367,13 @@ def test_directory_without_a_run_raises(tmp_path, text, message, capsys):
     assert said.startswith(f"error: --resume {tmp_path}") and message in said
 
 
+def test_settings_from_before_a_field_of_loss_config_load(tmp_path, started):
+    found = json.loads((started / "settings.json").read_text())
+    del found["kl_cov_coef"]
+    (tmp_path / "settings.json").write_text(json.dumps(found))
+    assert load_settings(tmp_path).kl_cov_coef is None
+
+
 def test_settings_of_the_wrong_type_raise(tmp_path, started, capsys):
     found = json.loads((started / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps(found | {"steps": "many"}))

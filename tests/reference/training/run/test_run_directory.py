@@ -83,7 +83,7 @@ def test_refused_resume_keeps_a_run_without_checkpoints(tmp_path, no_model):
 
 @pytest.fixture
 def old_run(tmp_path):
-    """What runs leave, also those that were killed, beside what is not theirs."""
+    """A directory with the files of finished and of killed runs, and with other files."""
     for name in ("metrics.jsonl", "settings.json", "events.out.tfevents.1", "notes.txt"):
         (tmp_path / name).write_text("{}")
     folders = ["checkpoints/step-000002", "model", "model.partial", "model.before.partial"]
@@ -232,7 +232,7 @@ def test_full_disk_anywhere_is_a_user_error(tmp_path, monkeypatch, capsys):
 
 
 def test_read_only_file_system_is_a_user_error(tmp_path, monkeypatch):
-    """There even to remove what is not there is refused."""
+    """Such a file system refuses even to remove a file that does not exist."""
 
     def refuse(self, *_, **__):
         raise OSError(30, "Read-only file system", str(self))

@@ -62,26 +62,26 @@ def test_each_minibatch_takes_one_optimiser_step():
     learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     metrics = learner.step(samples, ADVANTAGES)
     assert len(steps) == 2
-    # The policy moved between them: the second one's ratios are not 1.
+    # The policy changes between them, so that the ratios of the second are not 1.
     assert metrics["ratio_max"] > 1.001
 
 
 def test_minibatch_denominators_count_its_own_questions():
     half, samples = make_learner(max_grad_norm=1e6)
     found = list(half.minibatches(samples, ADVANTAGES))
-    assert [each.denominators["normalizer"] for each in found] == [16]
+    assert [minibatch.denominators["normalizer"] for minibatch in found] == [16]
     half, samples = make_learner(max_grad_norm=1e6, minibatches=2)
     first, second = half.minibatches(samples, ADVANTAGES)
     assert first.denominators["normalizer"] == second.denominators["normalizer"] == 8
     tokens = samples.completions.mask.view(2, -1).sum(-1).tolist()
-    assert [each.denominators["entropy_normalizer"] for each in (first, second)] == tokens
+    assert [x.denominators["entropy_normalizer"] for x in (first, second)] == tokens
 
 
 @pytest.mark.parametrize("minibatches", [1, 3, 4])
 def test_minibatches_have_even_sizes(minibatches):
     learner, samples = make_learner(minibatches=minibatches)
     found = list(learner.minibatches(samples, torch.ones(16)))
-    sizes = [each.denominators["normalizer"] // 4 for each in found]
+    sizes = [minibatch.denominators["normalizer"] // 4 for minibatch in found]
     assert len(sizes) == minibatches and sum(sizes) == 4 and max(sizes) - min(sizes) <= 1
 
 

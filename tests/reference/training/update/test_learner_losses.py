@@ -19,17 +19,17 @@ from tests.helpers.learner import (
 )
 
 FUSED = FusedScorer()
-# On the CPU the kernels are interpreted, which is slow, and these tests are not about them.
+# The kernels would be interpreted on the CPU, which is slow.
 EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 LOSSES = list(LossConfig.objectives())
-# All but those that rank the tokens which they are given.
-OF_PARTS = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
+# Losses that do not compare the tokens of a micro-batch with each other.
+SPLITTABLE = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("loss", OF_PARTS)
+@pytest.mark.parametrize("loss", SPLITTABLE)
 @pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01}])
 def test_micro_batch_gradients_add_up(loss, extra):
     changes = {"loss": loss, "max_grad_norm": 1e6, **extra}
@@ -39,7 +39,7 @@ def test_micro_batch_gradients_add_up(loss, extra):
     assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", OF_PARTS)
+@pytest.mark.parametrize("loss", SPLITTABLE)
 def test_micro_batch_metrics_match_the_whole_batch(loss):
     changes = {"loss": loss, "learning_rate": 1e-2, "warmup_steps": 0, "inner_iterations": 3}
     learner, samples = make_learner(**changes)
@@ -73,7 +73,7 @@ def test_fused_scorer_trains_like_the_plain_scorer(backend, loss, extra):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [*OF_PARTS, "kl_covariance"])
+@pytest.mark.parametrize("loss", [*SPLITTABLE, "kl_covariance"])
 def test_skipping_groups_keeps_the_gradient(loss):
     learner, samples = make_learner(loss=loss, max_grad_norm=1e6)
     ours = gradient(learner, samples, REWARDS)
@@ -115,7 +115,7 @@ def test_denominators_match_the_defaults_of_the_loss(backend, scorer, loss, top_
     (minibatch,) = learner.minibatches(samples, ADVANTAGES)
     (batch,) = minibatch.micro_batches
     assert len(batch.tokens) == 16
-    given, own = (learner.loss(batch, each).loss for each in (minibatch.denominators, {}))
+    given, own = (learner.loss(batch, x).loss for x in (minibatch.denominators, {}))
     assert given.item() == pytest.approx(own.item(), rel=1e-9)
 
 
@@ -151,7 +151,7 @@ def test_combine_metrics():
     second = {"a": 5.0, "b": 5.0, "policy_loss": 2.0, "num_tokens": 1.0, "num_sequences": 3.0}
     for name in ("clip_ratio/low_min", "x/min", "ratio_max", "x/max"):
         first[name], second[name] = 1.0, 2.0
-    first, second = ({n: torch.tensor(x) for n, x in each.items()} for each in (first, second))
+    first, second = ({n: torch.tensor(x) for n, x in values.items()} for values in (first, second))
     assert combine_metrics([[first, second], [first]], {"b"}) == pytest.approx(
         {
             "a": (3 * 1 + 1 * 5 + 3 * 1) / 7,
