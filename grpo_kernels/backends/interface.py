@@ -49,9 +49,19 @@ class RowStats(NamedTuple):
     row_lse: Tensor  # [B, T, 2]
     ref_row_lse: Tensor | None  # [B, T, 2], of the reference policy's row
 
+    @classmethod
+    def allocate(cls, like: Tensor, *, entropy: bool, kl: bool) -> "RowStats":
+        """Make uninitialised statistics in the shape and dtype of `like`."""
+        wanted = ((), () if entropy else None, () if kl else None, (2,), (2,) if kl else None)
+        return cls(*(None if x is None else like.new_empty((*like.shape, *x)) for x in wanted))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "RowStats":
         """Apply a function to every tensor that is there."""
         return RowStats(*(x if x is None else function(x) for x in self))
+
+    def as_outputs(self) -> tuple[Tensor, ...]:
+        """Put an empty tensor where there is none: an operator cannot return None."""
+        return tuple(self.row_lse.new_empty(0) if x is None else x for x in self)
 
 
 class ApproximateKL(NamedTuple):

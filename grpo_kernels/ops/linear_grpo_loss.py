@@ -29,7 +29,6 @@ from ..objective.token_gradients import (
 )
 from .bundled_op import bundled_op
 from .linear_token_stats import (
-    as_token_stats,
     check_chunk_tokens,
     counted_tokens,
     linear_token_stats,
@@ -38,7 +37,7 @@ from .linear_token_stats import (
     write_stats,
 )
 from .precomputed_gradient import attach_gradient
-from .token_stats import TokenStats, empty_stats
+from .token_stats import TokenStats, as_token_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,9 +76,9 @@ def _forward(
 @_forward.register_fake
 def _(inputs: LMHeadInputs, *others) -> tuple[Tensor, ...]:
     d_hidden, d_weight, d_bias = others[-1]
-    new, has_kl = inputs.temperature.new_empty, inputs.kl is not None
+    new = inputs.temperature.new_empty
     return (
-        *empty_stats(inputs.temperature, inputs.entropy, has_kl)[:3],
+        *new_stats(inputs).as_outputs()[:3],
         new(inputs.hidden.shape if d_hidden else (0,), dtype=inputs.grad_dtype),
         new(inputs.weight.shape if d_weight else (0,), dtype=inputs.grad_dtype),
         new(inputs.weight.shape[:1] if d_bias else (0,)),
@@ -233,7 +232,7 @@ def loss_and_stats(
             config.encode(),
             wanted,
         )
-        stats = as_token_stats(outputs, inputs, shape)
+        stats = as_token_stats(outputs, shape, entropy=True, kl=inputs.kl is not None)
         loss, metrics = compute_loss(prepared, *stats)
     grads = (d_hidden.view(hidden.shape) if wanted[0] else None, d_weight, d_bias)
     pairs = [pair for *pair, want in zip(leaves, grads, wanted, strict=True) if want]

@@ -16,7 +16,7 @@ from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
 from ..validation import expect_number, expect_token_ids
 from .bundled_op import bundled_op
-from .token_stats import TokenStats, empty_stats, stats_for_backward
+from .token_stats import TokenStats, as_token_stats, stats_for_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,12 +32,12 @@ def _forward(
         head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=False)
         for chunk in head.chunks(token_idx):
             write_stats(stats, chunk.token_idx, chunk.stats())
-    return tuple(inputs.temperature.new_empty(0) if x is None else x for x in stats)
+    return stats.as_outputs()
 
 
 @_forward.register_fake
 def _(inputs: LMHeadInputs, *_) -> tuple[Tensor, ...]:
-    return empty_stats(inputs.temperature, inputs.entropy, inputs.kl is not None)
+    return new_stats(inputs).as_outputs()
 
 
 def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
@@ -50,14 +50,9 @@ def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
 
 def new_stats(inputs: LMHeadInputs) -> RowStats:
     """Make statistics [N] of zeros, which those of masked tokens remain."""
-    new, N, has_kl = inputs.temperature.new_zeros, len(inputs.tokens), inputs.kl is not None
-    return RowStats(
-        new(N),
-        new(N) if inputs.entropy else None,
-        new(N) if has_kl else None,
-        new(N, 2),
-        new(N, 2) if has_kl else None,
-    )
+    has_kl = inputs.kl is not None
+    stats = RowStats.allocate(inputs.temperature, entropy=inputs.entropy, kl=has_kl)
+    return stats.map(Tensor.zero_)
 
 
 def write_stats(stats: RowStats, token_idx: Tensor, chunk_stats: RowStats) -> None:
@@ -240,19 +235,7 @@ def run_linear_token_stats(
 ) -> TokenStats:
     """Run the operator; skip_zero_grad: no gradient for tokens that the packing says have none."""
     outputs = _forward(inputs, packing, chunk_tokens, skip_zero_grad)
-    return as_token_stats(outputs, inputs, shape)
-
-
-def as_token_stats(
-    outputs: tuple[Tensor, ...], inputs: LMHeadInputs, shape: torch.Size
-) -> TokenStats:
-    """Give the leading outputs [N] of an operator the shape of the tokens."""
-    logprob, entropy, kl = outputs[:3]
-    return TokenStats(
-        logprob.view(shape),
-        entropy.view(shape) if inputs.entropy else None,
-        kl.view(shape) if inputs.kl is not None else None,
-    )
+    return as_token_stats(outputs, shape, entropy=inputs.entropy, kl=inputs.kl is not None)
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:

@@ -40,22 +40,13 @@ def _forward(
     rows: RowInputs, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
-    stats = backend_for(rows.logits).token_stats_forward(rows, entropy=entropy)
-    return tuple(rows.temperature.new_empty(0) if x is None else x for x in stats)
+    return backend_for(rows.logits).token_stats_forward(rows, entropy=entropy).as_outputs()
 
 
 @_forward.register_fake
 def _(rows: RowInputs, entropy: bool, inplace: bool) -> tuple[Tensor, ...]:
-    return empty_stats(rows.temperature, entropy, rows.kl is not None)
-
-
-def empty_stats(like: Tensor, entropy: bool, kl: bool) -> tuple[Tensor, ...]:
-    """Uninitialised outputs of a statistics operator; those not asked for are empty."""
-
-    def output(wanted: bool, *pair: int) -> Tensor:
-        return like.new_empty((*like.shape, *pair) if wanted else (0,))
-
-    return output(True), output(entropy), output(kl), output(True, 2), output(kl, 2)
+    has_kl = rows.kl is not None
+    return RowStats.allocate(rows.temperature, entropy=entropy, kl=has_kl).as_outputs()
 
 
 def stats_for_backward(
@@ -218,11 +209,19 @@ def run_token_stats(
     rows: RowInputs, shape: torch.Size, *, entropy: bool, inplace: bool = False
 ) -> TokenStats:
     """Run the operator; with inplace, backward overwrites the logits with their gradient."""
-    logprob, entropy_value, kl_value, *_ = _forward(rows, entropy, inplace)
+    outputs = _forward(rows, entropy, inplace)
+    return as_token_stats(outputs, shape, entropy=entropy, kl=rows.kl is not None)
+
+
+def as_token_stats(
+    outputs: tuple[Tensor, ...], shape: torch.Size, *, entropy: bool, kl: bool
+) -> TokenStats:
+    """Give the leading outputs of an operator the shape of the tokens; drop the empty ones."""
+    logprob, entropy_value, kl_value, *_ = outputs
     return TokenStats(
         logprob.view(shape),
         entropy_value.view(shape) if entropy else None,
-        kl_value.view(shape) if rows.kl is not None else None,
+        kl_value.view(shape) if kl else None,
     )
 
 

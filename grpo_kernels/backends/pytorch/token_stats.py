@@ -17,15 +17,7 @@ from .softmax import FLOOR, LN2, LOG2E, Block, Softmax, exp2, row_blocks, softma
 def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     """The statistics of every row."""
     logits, tokens, temperature, mask, ref_logits, softcap, kl = rows
-    logprob = temperature.new_zeros(tokens.shape)
-    row_lse = temperature.new_zeros((*tokens.shape, 2))
-    stats = RowStats(
-        logprob,
-        torch.zeros_like(logprob) if entropy else None,
-        torch.zeros_like(logprob) if kl else None,
-        row_lse,
-        torch.zeros_like(row_lse) if kl else None,
-    )
+    stats = RowStats.allocate(temperature, entropy=entropy, kl=kl is not None).map(Tensor.zero_)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     workspace = thread_workspace(logits.device)
     for block in row_blocks(active, logits.shape[-1]):

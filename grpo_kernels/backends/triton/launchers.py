@@ -87,15 +87,7 @@ def _strides(**tensors: Tensor | None) -> dict[str, int]:
 
 def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     """The statistics of every row."""
-    logprob = rows.temperature.new_empty(rows.tokens.shape)
-    row_lse = rows.temperature.new_empty((*rows.tokens.shape, 2))
-    stats = RowStats(
-        logprob,
-        torch.empty_like(logprob) if entropy else None,
-        torch.empty_like(logprob) if rows.kl else None,
-        row_lse,
-        torch.empty_like(row_lse) if rows.kl else None,
-    )
+    stats = RowStats.allocate(rows.temperature, entropy=entropy, kl=rows.kl is not None)
     launch = _launch_config("token_stats_forward", rows.logits)
     parts = _parts(rows.logits, launch)
     common = {**_row_arguments(rows), "KL": rows.kl or "none"}
@@ -111,7 +103,7 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
         kernel = _token_stats_forward_kernel
         _launch(kernel, launch, rows.logits, **common, **inputs, **outputs)
         return stats
-    common["partials_ptr"] = logprob.new_empty((logprob.numel(), parts, 6, launch.lanes))
+    common["partials_ptr"] = stats.row_lse.new_empty((rows.tokens.numel(), parts, 6, launch.lanes))
     common["parts"] = parts
     kernel = _token_stats_part_kernel
     arguments = {**common, **inputs, "HAS_ENTROPY": entropy}
