@@ -25,7 +25,10 @@ from .row_math import (
 
 
 class Partial(NamedTuple):
-    """Sums of the lanes, [LANES] each, as row_math.py defines them."""
+    """Sums of the lanes, [LANES] each, as row_math.py defines them.
+
+    A field that is not asked for holds another field: Triton 3.6 cannot return None.
+    """
 
     m: tl.tensor
     sum_e: tl.tensor
