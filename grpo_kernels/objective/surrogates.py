@@ -5,7 +5,7 @@ gradient and the tokens that it clips. r is the ratio of the policy to the old p
 config's ratio_level, A the advantage, s() a stop-gradient. Every value is minimised.
 
 To add an objective: write a class, enter it in SURROGATES, give `surrogate_grad` in
-backends/triton/loss_math.py its gradient if it is token-level, and add its name, its settings and a
+backends/triton/row_math.py its gradient if it is token-level, and add its name, its settings and a
 named constructor to LossConfig.
 """
 
@@ -22,7 +22,7 @@ Flags = tuple[Tensor, Tensor]
 
 
 class KernelForm(NamedTuple):
-    """Branch of `surrogate_grad` in backends/triton/loss_math.py, and the numbers that it reads."""
+    """Branch of `surrogate_grad` in backends/triton/row_math.py, and the numbers that it reads."""
 
     name: str
     lowest: float

@@ -16,15 +16,18 @@ gradient; it touches nothing where the factor is 1.
 import triton
 import triton.language as tl
 
-from .loss_math import importance_weight, kl_grad, ratio_of, surrogate_grad
 from .row_math import (
     LN2,
     LOG2E,
+    importance_weight,
     is_unmasked,
+    kl_grad,
     load_inverse_temperature,
     load_token_logit,
+    ratio_of,
     row_offset,
     store_zeros,
+    surrogate_grad,
     tile_offsets,
 )
 from .row_passes import GradientScalars, accumulate_row_stats, row_results, store_row_gradient
