@@ -170,8 +170,8 @@ def from_scratch():
         max_position_embeddings=64,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=characters.index("<end>"),
+        pad_token_id=characters.index("<pad>"),
     )
     return LlamaForCausalLM(config), tokenizer
 

@@ -84,14 +84,14 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype | None):
     At no time are there two copies, one of each dtype.
     """
 
-    def weights(kind: type[nn.Module]) -> set[Tensor]:
+    def weights(kind: type[nn.Linear] | type[nn.Embedding]) -> set[Tensor]:
         return {module.weight for module in model.modules() if isinstance(module, kind)}
 
     cast = weights(nn.Linear) - weights(nn.Embedding) if dtype else set()
     return _copy(model, lambda weight: weight.to(dtype) if weight in cast else weight.clone())
 
 
-def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]):
+def _copy(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Deep-copy a model with frozen parameters `change(parameter)`; tied ones stay tied."""
     memo = {}
     for parameter in model.parameters():

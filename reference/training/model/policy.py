@@ -86,6 +86,7 @@ class Policy:
         """
         if settings.lora_rank is not None:
             lora.load_peft()
+        model: Any  # transformers decorates `to` with a type that takes no device
         if settings.random_weights:
             model, tokenizer = models.random_weights(settings.model, device)
         else:

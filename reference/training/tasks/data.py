@@ -131,7 +131,7 @@ def gsm8k(data: Path | None, seed: int) -> Split:
             f"or --data: {LAYOUT}"
         ) from None
     try:
-        splits = load_dataset(GSM8K, "main")
+        splits: Any = load_dataset(GSM8K, "main")
     except Exception as error:  # no connection, no such set, a broken cache: each its own type
         raise UserError(
             f"--task gsm8k: {GSM8K} could not be had from the hub ({one_line(error)}); without "

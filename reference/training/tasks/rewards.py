@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def score(
 def _call(function: Reward, samples: list[Sample]):
     """Call a reward; turn a tensor, an array or a tuple into a list."""
     columns = [[sample[i] for sample in samples] for i in range(3)]
-    values = function(*columns)
+    values: Any = function(*columns)
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, tuple) else values
 
@@ -103,7 +104,7 @@ def _describe(samples: list[Sample]) -> str:
     return f"for the completion {completion} to the question {question}"
 
 
-def load_function(path: str) -> Reward:
+def load_function(path: str) -> Callable[..., Any]:
     """Import the function at "package.module.function" or "file.py:function"."""
     is_file = ":" in path
     source, _, name = path.rpartition(":" if is_file else ".")

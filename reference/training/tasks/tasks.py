@@ -92,7 +92,8 @@ def make_task(
         raise UserError(f"--task {name}: expected one of {', '.join(TASKS)}{hint}")
     required = {"jsonl": {"data"}, "question": {"question", "answer"}}.get(name, set())
     allowed = required | ({"data"} if name == "gsm8k" else set())
-    for option, value in (("data", data), ("question", question), ("answer", answer)):
+    given: dict[str, Any] = {"data": data, "question": question, "answer": answer}
+    for option, value in given.items():
         if value is None and option in required:
             raise UserError(f"--task {name} needs --{option}")
         if value is not None and option not in allowed:
@@ -107,9 +108,9 @@ def make_task(
         "arithmetic": lambda: arithmetic(seed),
         "reverse": lambda: reverse(seed),
         "gsm8k": lambda: gsm8k(data, seed),
-        "jsonl": lambda: jsonl(data, seed),
+        "jsonl": lambda: jsonl(given["data"], seed),
         "capital-of-brazil": lambda: one_question("What is the capital of Brazil?", "Brasília"),
-        "question": lambda: one_question(question, answer),
+        "question": lambda: one_question(given["question"], given["answer"]),
     }
     return makers[name]()
 
