@@ -51,7 +51,8 @@ class use:
             raise ValueError(f"name must be 'triton', 'pytorch' or None, got {name!r}")
         if name == "triton" and not HAS_TRITON:
             raise ValueError("backend 'triton' needs the triton package, which is not installed")
-        self._before, _chosen = _chosen, name
+        self._before: Backend | None = _chosen
+        _chosen = name
 
     def __enter__(self) -> "use":
         return self

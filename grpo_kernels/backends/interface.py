@@ -53,15 +53,18 @@ class RowStats(NamedTuple):
     def allocate(cls, like: Tensor, *, entropy: bool, kl: bool) -> "RowStats":
         """Make uninitialised statistics in the shape and dtype of `like`."""
         wanted = ((), () if entropy else None, () if kl else None, (2,), (2,) if kl else None)
-        return cls(*(None if x is None else like.new_empty((*like.shape, *x)) for x in wanted))
+        return cls._make(None if x is None else like.new_empty((*like.shape, *x)) for x in wanted)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RowStats":
         """Apply a function to every tensor that is there."""
-        return RowStats(*(x if x is None else function(x) for x in self))
+        return RowStats._make(x if x is None else function(x) for x in self)
 
-    def as_outputs(self) -> tuple[Tensor, ...]:
+    def as_outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Put an empty tensor where there is none: an operator cannot return None."""
-        return tuple(self.row_lse.new_empty(0) if x is None else x for x in self)
+        logprob, entropy, kl, row_lse, ref_row_lse = (
+            self.row_lse.new_empty(0) if x is None else x for x in self
+        )
+        return logprob, entropy, kl, row_lse, ref_row_lse
 
 
 class ApproximateKL(NamedTuple):

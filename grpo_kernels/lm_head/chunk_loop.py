@@ -48,30 +48,34 @@ class Chunk(NamedTuple):
 
     def grad(self, stats: RowStats, grads: TokenGrads) -> Tensor:
         """Compute d_logits [m, V] from the upstream gradients of the statistics, [n] each."""
+        assert self.d_logits is not None
         backend_for(self.rows.logits).token_stats_backward(
             self.rows,
             stats.map(lambda x: x.unsqueeze(0)),
             TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in grads)),
-            self._d_logits_rows(),
+            self.d_logits[: len(self.token_idx)].unsqueeze(0),
         )
         return self.d_logits
 
-    def loss_and_grad(self, loss_inputs: LossInputs, config: LossConfig) -> tuple[RowStats, Tensor]:
-        """Compute the statistics and d_logits of a token-level loss.
+    def loss_and_grad(
+        self, loss_inputs: LossInputs, config: LossConfig
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """Compute (log-prob, entropy, KL) and d_logits of a token-level loss.
 
         One launch does both. A KL over the vocabulary, and a vocabulary in shards, take two.
         """
         if self.inputs.kl is not None or self.inputs.vocab_group:
             stats = self.stats()
-            return stats, self.grad(stats, token_gradients(stats.logprob, loss_inputs, config))
+            assert stats.logprob is not None
+            return stats[:3], self.grad(stats, token_gradients(stats.logprob, loss_inputs, config))
+        assert self.d_logits is not None
         logprob, entropy = backend_for(self.rows.logits).grpo_loss(
-            self.rows, loss_inputs.map(lambda x: x.unsqueeze(0)), config, self._d_logits_rows()
+            self.rows,
+            loss_inputs.map(lambda x: x.unsqueeze(0)),
+            config,
+            self.d_logits[: len(self.token_idx)].unsqueeze(0),
         )
-        stats = RowStats(logprob.squeeze(0), entropy.squeeze(0), None, None, None)
-        return stats, self.d_logits
-
-    def _d_logits_rows(self) -> Tensor:
-        return self.d_logits[: len(self.token_idx)].unsqueeze(0)
+        return (logprob.squeeze(0), entropy.squeeze(0), None), self.d_logits
 
 
 class ChunkedLMHead:
@@ -99,7 +103,7 @@ class ChunkedLMHead:
         ):  # each chunk is a collective of all ranks
             self.size = all_reduce_min(self.size, inputs.vocab_group, device)
         inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
-        if inputs.kl:
+        if inputs.ref_weight is not None:
             inputs = inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_matmul_dtype))
         self.inputs = inputs
         self.workspace = Workspace(device)
@@ -123,7 +127,8 @@ class ChunkedLMHead:
             hidden = self._gather("states", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
             write_logits(self._logits[:m], hidden, inputs.weight, inputs.bias, workspace)
             ref_logits = None
-            if inputs.kl:
+            if self._ref_logits is not None:
+                assert inputs.ref_hidden is not None and inputs.ref_weight is not None
                 dtype = inputs.ref_matmul_dtype
                 ref_hidden = self._gather("ref_states", inputs.ref_hidden, chunk_idx, m, dtype)
                 write_logits(
@@ -178,7 +183,7 @@ class LMHeadGrad:
     def add(self, chunk: Chunk, d_logits: Tensor) -> None:
         """Add a chunk's contribution."""
         workspace = self._workspace
-        if self.d_hidden is not None:
+        if self.d_hidden is not None and self._weight is not None:
             shape = (len(d_logits), self._weight.shape[1])
             product = workspace("product", *shape, dtype=self._dtype)
             write_hidden_gradient(product, d_logits, self._weight, workspace)

@@ -49,6 +49,7 @@ class LMHeadInputs(NamedTuple):
     @property
     def ref_matmul_dtype(self) -> torch.dtype:
         """Dtype of the operands of the reference policy's product: none of its digits is lost."""
+        assert self.ref_hidden is not None
         under_autocast = self.hidden.dtype != self.matmul_dtype
         if under_autocast or self.ref_hidden.dtype == self.matmul_dtype:
             return self.matmul_dtype
@@ -91,11 +92,12 @@ def prepare_inputs(
         expect_number("softcap", softcap, above=0)
     if vocab_group is not None:
         _check_vocab_group(vocab_group, {"weight": weight, "bias": bias, **reference})
-    weight, bias = unshard(weight), unshard(bias)
+    weight, bias = unshard(weight), None if bias is None else unshard(bias)
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
     else:
         check_reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
+        assert ref_hidden is not None and ref_weight is not None
         ref_hidden = ref_hidden.detach().flatten(0, -2)
         ref_weight = unshard(ref_weight.detach())
         ref_bias = None if ref_bias is None else unshard(ref_bias.detach())
@@ -162,9 +164,9 @@ def check_reference_head(
     ref_bias: Tensor | None,
 ) -> None:
     """Check the reference policy's head: the same tokens and vocabulary, any hidden size."""
-    for name, part in {"ref_hidden": ref_hidden, "ref_weight": ref_weight}.items():
-        if part is None:
-            raise ValueError(f"ref_hidden and ref_weight belong together, got no {name}")
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+        raise ValueError(f"ref_hidden and ref_weight belong together, got no {missing}")
     expect_tensor("ref_hidden", ref_hidden, floating=True, device_of=hidden)
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.dim() != hidden.dim():
         raise ValueError(

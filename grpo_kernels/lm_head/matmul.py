@@ -11,6 +11,7 @@ A GPU multiplies bf16 and returns fp32 (`out_dtype`). On a CPU a product has its
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ def add_weight_gradient(
 ) -> None:
     """Add d_logits [n, V].T @ hidden [n, H] to d_weight [V, H]; with first, overwrite it."""
     dtype = d_weight.dtype
-    unrounded = {"out_dtype": dtype} if hidden.is_cuda and hidden.dtype != dtype else {}
+    unrounded: dict[str, Any] = (
+        {"out_dtype": dtype} if hidden.is_cuda and hidden.dtype != dtype else {}
+    )
     if unrounded or (hidden.dtype == dtype and not is_upcast(hidden)):
         if first:
             torch.mm(d_logits.t(), hidden, **unrounded, out=d_weight)

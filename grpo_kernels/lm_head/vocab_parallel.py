@@ -63,18 +63,20 @@ def _(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tenso
 def as_shard(stats: RowStats, tokens: Tensor) -> RowStats:
     """Set the log-prob [n] to -inf where the shard gives the token no probability."""
     absent = (tokens == ON_OTHER_RANK) | ((tokens >= 0) & _is_empty(stats.row_lse))
+    assert stats.logprob is not None
     return stats._replace(logprob=torch.where(absent, -torch.inf, stats.logprob))
 
 
 def merge_shards(shards: RowStats, temperature: Tensor, kl: str | None) -> RowStats:
     """Merge statistics [ranks, n] of shards into those of whole rows [n]; temperature: [n]."""
+    assert shards.logprob is not None
     scale = LOG2E / temperature
     share, row_lse = _log_shares(shards.row_lse, scale)
     logprob = (shards.logprob + share).amax(0)
     entropy, kl_value, ref_row_lse = shards.entropy, shards.kl, shards.ref_row_lse
     if entropy is not None:
         entropy = _expected(entropy - share, share)
-    if kl is not None:
+    if kl_value is not None and ref_row_lse is not None:
         ref_share, ref_row_lse = _log_shares(ref_row_lse, scale)
         p, q = (share, ref_share) if kl == "reverse" else (ref_share, share)
         kl_value = _expected(torch.where(q == -torch.inf, torch.inf, kl_value + p - q), p)
@@ -120,7 +122,8 @@ def merge_over_ranks(
 
 
 def _group(name: str) -> "torch.distributed.ProcessGroup":
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group  # takes a GroupName
+    return resolve(name)
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:

@@ -158,7 +158,8 @@ class LossConfig(_Derived):
 
     def _check_value(self, name: str, kind: Any, bounds: dict[str, float]) -> None:
         """Check one setting against its type and bounds; store numbers as plain int or float."""
-        value, kinds = getattr(self, name), get_args(kind) or (kind,)
+        value: Any = getattr(self, name)
+        kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
             expect_choice(name, value, kinds)
         elif value is not None or NoneType not in kinds:

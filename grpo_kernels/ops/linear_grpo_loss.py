@@ -5,7 +5,7 @@ tokens' loss, which goes back through the logits at once, while they exist: thre
 nothing computed twice. Backward only scales.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,13 +64,16 @@ def _forward(
         for chunk in head.chunks(token_idx[:num_with_grad]):
             chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
             chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
-            write_stats(stats, chunk.token_idx, chunk_stats)
+            write_stats(stats[:3], chunk.token_idx, chunk_stats)
             head_grad.add(chunk, d_logits)
         # Tokens without one: statistics, for the metrics.
         for chunk in head.chunks(token_idx[num_with_grad:]):
             write_stats(stats, chunk.token_idx, chunk.stats())
-    outputs = (stats.logprob, stats.entropy, stats.kl, *head_grad.finish(inputs.vocab_group))
-    return tuple(inputs.temperature.new_empty(0) if x is None else x for x in outputs)
+    d_hidden, d_weight, d_bias = (
+        inputs.temperature.new_empty(0) if grad is None else grad
+        for grad in head_grad.finish(inputs.vocab_group)
+    )
+    return *stats.as_outputs()[:3], d_hidden, d_weight, d_bias
 
 
 @_forward.register_fake
@@ -145,11 +148,20 @@ def linear_grpo_loss(
     """
     expect_config(config)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    reference: dict[str, Any] = {
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+    }
     has_reference = any(part is not None for part in reference.values())
     _check_kl_input(config, ref_logprob, has_reference)
     check_chunk_tokens(chunk_tokens)
-    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "mask": mask}
+    head: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "mask": mask,
+    }
     inputs = prepare_inputs(
         hidden,
         weight,
@@ -178,9 +190,11 @@ def linear_grpo_loss(
         check_packing(packing, mask, tokens, prepared.inputs.advantage)
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference_head(hidden, weight, **reference)
+        assert ref_hidden is not None and ref_weight is not None
+        head["bias"] = ref_bias
         with torch.no_grad():
             ref_logprob = linear_token_stats(
-                ref_hidden, ref_weight, tokens, **(head | {"bias": ref_bias}), entropy=False,
+                ref_hidden, ref_weight, tokens, **head, entropy=False,
                 chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
             ).logprob  # fmt: skip
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
@@ -219,7 +233,7 @@ def loss_and_stats(
         stats = run_linear_token_stats(
             inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad
         )
-        detached = TokenStats(*(x if x is None else x.detach() for x in stats))
+        detached = TokenStats._make(x if x is None else x.detach() for x in stats)
         return compute_loss(prepared, *stats), detached
 
     with torch.no_grad():

@@ -4,6 +4,7 @@ Top to bottom: the forward operator, the backward operator, the autograd formula
 function.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,9 @@ def new_stats(inputs: LMHeadInputs) -> RowStats:
     return stats.map(Tensor.zero_)
 
 
-def write_stats(stats: RowStats, token_idx: Tensor, chunk_stats: RowStats) -> None:
+def write_stats(
+    stats: Sequence[Tensor | None], token_idx: Tensor, chunk_stats: Sequence[Tensor | None]
+) -> None:
     """Write the statistics [n] of a chunk to those of all tokens [N]."""
     for whole, part in zip(stats, chunk_stats, strict=True):
         if whole is not None and part is not None:
@@ -83,10 +86,11 @@ def _backward(
             chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
             head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
     leaves = (inputs.hidden, inputs.weight, inputs.weight if inputs.bias is None else inputs.bias)
-    return tuple(
+    d_hidden, d_weight, d_bias = (
         leaf.new_empty(0) if grad is None else grad.to(leaf.dtype)
         for grad, leaf in zip(head_grad.finish(group), leaves, strict=True)
     )
+    return d_hidden, d_weight, d_bias
 
 
 @_backward.register_fake

@@ -1,5 +1,6 @@
 """Attach a precomputed gradient to a loss; backward scales it by the incoming gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def _(x: Tensor, factor: Tensor) -> None:
     return None
 
 
-def attach_gradient(loss: Tensor, leaves: list[Tensor], grads: list[Tensor]) -> Tensor:
+def attach_gradient(loss: Tensor, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """Return the 0-dim loss, whose backward gives each leaf its gradient times the incoming one.
 
     The gradients are returned in their own memory: nothing of their size is allocated, and nothing

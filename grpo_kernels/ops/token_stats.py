@@ -105,7 +105,7 @@ def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None]:
     if all(grad is None for grad in grads):
         return (None,)
     stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
-    rows = RowInputs(*tensors, ctx.softcap, ctx.kl)
+    rows = RowInputs._make((*tensors, ctx.softcap, ctx.kl))
     if grads.kl is None:  # the reference policy is not read
         rows = rows._replace(ref_logits=None, kl=None)
     if ctx.inplace:
@@ -199,7 +199,7 @@ def prepare_rows(
         as_rows(tokens.to(torch.int64).contiguous()),
         as_rows(temperature),
         None if mask is None else as_rows((mask != 0).contiguous()),
-        None if kl is None else as_rows(ref_logits.detach()),
+        None if kl is None or ref_logits is None else as_rows(ref_logits.detach()),
         softcap,
         kl,
     )

@@ -38,7 +38,7 @@ def approximate_kl_forward(
         kl.row_lse[block], kl.ref_row_lse[block] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
-        kl.total[block] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
+        total[block] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
         kl.weight_sum[block] = -excess.masked_fill_(_below_eps(p, log2_eps), 0.0).sum(dim=-1)
     return kl
 

@@ -18,19 +18,22 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     """The statistics of every row."""
     logits, tokens, temperature, mask, ref_logits, softcap, kl = rows
     stats = RowStats.allocate(temperature, entropy=entropy, kl=kl is not None).map(Tensor.zero_)
+    logprob, entropies, kls, row_lse, ref_row_lse = stats
+    assert logprob is not None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     workspace = thread_workspace(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         scale = LOG2E / temperature[block].unsqueeze(-1)
         p = softmax(logits[block], scale, softcap, workspace, "policy")
-        stats.logprob[block] = p.logprob(tokens[block])
-        stats.row_lse[block] = p.row_lse
-        if entropy:
-            stats.entropy[block] = p.entropy()
-        if kl is not None:
+        logprob[block] = p.logprob(tokens[block])
+        row_lse[block] = p.row_lse
+        if entropies is not None:
+            entropies[block] = p.entropy()
+        if kls is not None:
+            assert ref_logits is not None and ref_row_lse is not None
             q = softmax(ref_logits[block], scale, softcap, workspace, "reference")
-            stats.kl[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
-            stats.ref_row_lse[block] = q.row_lse
+            kls[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
+            ref_row_lse[block] = q.row_lse
     return stats
 
 
@@ -64,9 +67,11 @@ def gradient_weights(
     weight = torch.zeros_like(inverse) if d_logprob is None else -d_logprob
     log_p = log_q = q_weight = None
     if d_entropy is not None:
+        assert entropy is not None
         weight = weight - d_entropy * entropy.unsqueeze(-1)
         log_p = -LN2 * d_entropy
     if d_kl is not None and kind == "reverse":
+        assert kl is not None
         weight = weight - d_kl * kl.unsqueeze(-1)
         log_q = -LN2 * d_kl
         log_p = -log_q if log_p is None else log_p - log_q
@@ -99,18 +104,18 @@ def write_gradient(
     # The factor of e, an entry's or its row's.
     if log_p is not None:
         weight = weight - log_p * p.log_sum
-    if log_q is not None:
+    if q is not None and log_q is not None:
         weight = weight - log_q * q.log_sum
-    if q_weight is not None:
+    if q is not None and q_weight is not None:
         exp2(q.z, out=q.e).mul_(q_weight / q.total).masked_fill_(p.z <= FLOOR, 0.0)
     factor = weight / p.total
     if log_p is not None:
         factor = p.z.mul_(log_p / p.total).add_(factor)
-    if log_q is not None:
+    if q is not None and log_q is not None:
         factor.add_(q.z.mul_(log_q / p.total))
     # The gradient of the capped logits.
     dx = torch.mul(p.e, factor, out=d_logits[block] if is_direct else p.e)
-    if q_weight is not None:
+    if q is not None and q_weight is not None:
         dx.add_(q.e)
     if one_hot is not None:
         dx.scatter_add_(-1, position, torch.where(included, one_hot, 0.0))
@@ -143,6 +148,7 @@ def token_stats_backward(
         exp2(p.z, out=p.e)
         q = None
         if grads.kl is not None:
+            assert rows.ref_logits is not None and stats.ref_row_lse is not None
             q = softmax(rows.ref_logits[block], *of_rows, "reference", stats.ref_row_lse[block])
         block_grads = TokenGrads(*(None if grad is None else grad[block] for grad in grads))
         entropy, kl = (None if x is None else x[block] for x in (stats.entropy, stats.kl))
