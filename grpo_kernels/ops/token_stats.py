@@ -4,6 +4,7 @@ Top to bottom: the forward operator, the backward operator and its in-place form
 formula, the public function.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -214,7 +215,7 @@ def run_token_stats(
 
 
 def as_token_stats(
-    outputs: tuple[Tensor, ...], shape: torch.Size, *, entropy: bool, kl: bool
+    outputs: Sequence[Tensor], shape: torch.Size, *, entropy: bool, kl: bool
 ) -> TokenStats:
     """Give the leading outputs of an operator the shape of the tokens; drop the empty ones."""
     logprob, entropy_value, kl_value, *_ = outputs
