@@ -36,7 +36,7 @@ def expect_number(
         kind = "an integer" if integer else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     number: Any = value  # Real declares no comparison
-    if not math.isfinite(number):
+    if not integer and not math.isfinite(number):  # torch.compile has no isfinite of a symbol
         raise ValueError(f"{name} must be finite, got {number}")
     for holds, text, bound in (
         (at_least is None or number >= at_least, "at least", at_least),

@@ -98,9 +98,8 @@ class ChunkedLMHead:
             num_tokens, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
             gradient=grad,
         )  # fmt: skip
-        if (
-            inputs.vocab_group and not self.pad_last_chunk
-        ):  # each chunk is a collective of all ranks
+        # Each chunk is a collective of all ranks.
+        if inputs.vocab_group and not self.pad_last_chunk:
             self.size = all_reduce_min(self.size, inputs.vocab_group, device)
         inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
         if inputs.ref_weight is not None:
@@ -167,9 +166,9 @@ class LMHeadGrad:
     """
 
     def __init__(self, head: ChunkedLMHead, num_tokens: int, wanted: list[bool]) -> None:
-        self._inputs, self._workspace = inputs, _ = head.inputs, head.workspace
+        inputs, (hidden, weight, bias) = head.inputs, wanted
+        self._inputs, self._workspace = inputs, head.workspace
         self._dtype, self._first = inputs.grad_dtype, True
-        hidden, weight, bias = wanted
         new = inputs.temperature.new_empty
         # Operand of the product that gives d_hidden.
         self._weight = inputs.weight.to(inputs.grad_matmul_dtype) if hidden else None

@@ -112,8 +112,7 @@ def grpo_loss(
                 ref_logits, tokens, entropy=False, temperature=temperature, softcap=softcap,
                 mask=mask,
             ).logprob  # fmt: skip
-    if kl is None:
-        check_kl_input(config, ref_logprob, None)
+    check_kl_input(config, ref_logprob, ref_logits if over_vocabulary else None)
     rows = prepare_rows(
         logits, tokens, temperature, softcap, ref_logits if over_vocabulary else None, kl, mask
     )

@@ -71,6 +71,14 @@ def test_token_stats_error_messages(backend, change, error, message):
             "beta=0.1 with kl_estimator='reverse' needs kl",
         ),
         (
+            {
+                "config": LossConfig(kl_estimator="reverse"),
+                "ref_logits": LOGITS,
+                "ref_logprob": torch.zeros(B, T),
+            },
+            "kl_estimator='reverse' reads kl, got ref_logprob",
+        ),
+        (
             {"config": LossConfig(entropy_coef=0.1), "normalizer": 2},
             "needs entropy_normalizer",
         ),

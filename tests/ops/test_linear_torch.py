@@ -129,6 +129,17 @@ def test_token_stats_compile_fullgraph(backend):
     torch.testing.assert_close(ours, torch.autograd.grad(total(hidden, weight), (hidden, weight)))
 
 
+def test_compile_with_changing_chunk_size(backend):
+    (hidden, weight), tokens, _ = make_inputs(bias=False)
+
+    def logprob(chunk_tokens):
+        return linear_token_stats(hidden, weight, tokens, chunk_tokens=chunk_tokens).logprob
+
+    compiled = torch.compile(logprob, fullgraph=True, backend="aot_eager")
+    for chunk_tokens in (2, 3, 4):  # from the second on, the size is a symbol
+        torch.testing.assert_close(compiled(chunk_tokens), logprob(chunk_tokens))
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_autocast_gives_fp32_gradients(backend, level):
     (hidden, weight), tokens, _ = make_inputs(bias=False)
