@@ -6,19 +6,10 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, Literal, Self, TypeVar, cast, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 from ..validation import expect_choice, expect_number
 from .surrogates import SURROGATES, Surrogate
-
-Constructor = TypeVar("Constructor", bound=Callable[..., Any])
-_OBJECTIVES: list[str] = []
-
-
-def _objective(constructor: Constructor) -> Constructor:
-    """Register a named constructor of LossConfig."""
-    _OBJECTIVES.append(constructor.__name__)
-    return constructor
 
 
 def _setting(default: Any, *, read_with: str | None = None, **bounds: float) -> Any:
@@ -145,28 +136,24 @@ class LossConfig(_Derived):
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            self._check_value(setting.name, setting.type, setting.metadata.get("bounds", {}))
+            name, value = setting.name, getattr(self, setting.name)
+            kind: Any = setting.type
+            kinds = get_args(kind) or (kind,)
+            if get_origin(kind) is Literal:
+                expect_choice(name, value, kinds)
+            elif value is not None or NoneType not in kinds:
+                expect_number(name, value, integer=int in kinds, **setting.metadata["bounds"])
+                plain: Any = int if isinstance(value, numbers.Integral) else float
+                object.__setattr__(self, name, plain(value))  # a NumPy number has another repr
         self._check_unread_settings()
         self._check_combination()
-        reads = fields(SURROGATES[self.surrogate])
-        term = SURROGATES[self.surrogate](*(getattr(self, name.name) for name in reads))
+        surrogate = SURROGATES[self.surrogate]
+        term = surrogate(*(getattr(self, read.name) for read in fields(surrogate)))
         object.__setattr__(self, "policy_term", term)
         # The text is made here because torch.compile cannot format a symbolic float.
         settings = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         del settings["entropy_coef"]
         object.__setattr__(self, "text", repr(settings))
-
-    def _check_value(self, name: str, kind: Any, bounds: dict[str, float]) -> None:
-        """Check one setting against its type and bounds; store numbers as plain int or float."""
-        value: Any = getattr(self, name)
-        kinds = get_args(kind) or (kind,)
-        if get_origin(kind) is Literal:
-            expect_choice(name, value, kinds)
-        elif value is not None or NoneType not in kinds:
-            expect_number(name, value, integer=int in kinds, **bounds)
-            plain = int if isinstance(value, numbers.Integral) else float
-            # A NumPy number has another repr, which `decode` would not read.
-            object.__setattr__(self, name, plain(cast(Any, value)))
 
     def _check_unread_settings(self) -> None:
         for setting in fields(self):
@@ -247,11 +234,12 @@ class LossConfig(_Derived):
 
     @staticmethod
     def objectives() -> "dict[str, Callable[..., LossConfig]]":
-        """Return the named constructors by name.
+        """Return the named constructors, which are all the classmethods, by name.
 
         The first line of a constructor's docstring describes it in one sentence.
         """
-        return {name: getattr(LossConfig, name) for name in _OBJECTIVES}
+        names = [name for name, x in vars(LossConfig).items() if isinstance(x, classmethod)]
+        return {name: getattr(LossConfig, name) for name in names}
 
     @property
     def needs_sampling(self) -> bool:
@@ -270,7 +258,6 @@ class LossConfig(_Derived):
         )
 
     @classmethod
-    @_objective
     def grpo(cls, **overrides: Any) -> Self:
         """Clipped ratio, averaged over each sequence, then over sequences (arXiv:2402.03300).
 
@@ -279,19 +266,16 @@ class LossConfig(_Derived):
         return cls(**overrides)
 
     @classmethod
-    @_objective
     def one_shot(cls, **overrides: Any) -> Self:
         """GRPO with an entropy bonus of 0.001, to learn from one example (arXiv:2504.20571)."""
         return cls(**{"entropy_coef": 0.001, **overrides})
 
     @classmethod
-    @_objective
     def bnpo(cls, **overrides: Any) -> Self:
         """GRPO averaged over the tokens of the local batch, as TRL's loss of that name."""
         return cls(**{"aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def dr_grpo(cls, max_completion_length: int, **overrides: Any) -> Self:
         """GRPO divided by a constant length, so that length has no weight (arXiv:2503.20783).
 
@@ -301,7 +285,6 @@ class LossConfig(_Derived):
         return cls(**{**fixed, **overrides})
 
     @classmethod
-    @_objective
     def dapo(cls, **overrides: Any) -> Self:
         """GRPO with a higher upper clip, averaged over tokens (arXiv:2503.14476).
 
@@ -310,71 +293,60 @@ class LossConfig(_Derived):
         return cls(**{"epsilon_high": 0.28, "aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def gspo(cls, **overrides: Any) -> Self:
         """GRPO with the ratio of the sequence, clipped tightly (arXiv:2507.18071)."""
         defaults = {"ratio_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
         return cls(**{**defaults, **overrides})
 
     @classmethod
-    @_objective
     def gspo_token(cls, **overrides: Any) -> Self:
         """GSPO in the form that takes an advantage per token (arXiv:2507.18071, section 4.3)."""
         return cls.gspo(**{"ratio_level": "sequence_token", **overrides})
 
     @classmethod
-    @_objective
     def luspo(cls, **overrides: Any) -> Self:
         """GSPO with each sequence weighted by its length (arXiv:2602.05261)."""
         defaults = {"epsilon_low": 2e-3, "epsilon_high": 2.5e-3}
         return cls.gspo(**{**defaults, "aggregation": "sequence_sum_mean", **overrides})
 
     @classmethod
-    @_objective
     def gmpo(cls, **overrides: Any) -> Self:
         """Geometric mean of the sequence's ratios, each bounded to e^±0.4 (arXiv:2507.20673)."""
         return cls(**{"surrogate": "gmpo", "epsilon_low": 0.4, "epsilon_high": 0.4, **overrides})
 
     @classmethod
-    @_objective
     def cispo(cls, **overrides: Any) -> Self:
         """Policy gradient weighted by the ratio, capped at 5 (arXiv:2506.13585, 2510.13786)."""
         defaults = {"surrogate": "cispo", "ratio_cap": 5.0, "aggregation": "token_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
-    @_objective
     def sapo(cls, **overrides: Any) -> Self:
         """Sigmoid of the ratio, a clip that closes softly (arXiv:2511.20347)."""
         return cls(**{"surrogate": "sapo", **overrides})
 
     @classmethod
-    @_objective
     def vespo(cls, **overrides: Any) -> Self:
         """Policy gradient weighted by a function of the sequence's ratio (arXiv:2602.10693)."""
         return cls(**{"surrogate": "vespo", "aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def reinforce(cls, **overrides: Any) -> Self:
         """Policy gradient without a ratio, summed over each sequence (Williams, 1992)."""
         defaults = {"surrogate": "reinforce", "aggregation": "sequence_sum_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
-    @_objective
     def gpg(cls, **overrides: Any) -> Self:
         """Policy gradient without a ratio, averaged over tokens (arXiv:2504.02546)."""
         return cls.reinforce(**{"aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def two_sided(cls, **overrides: Any) -> Self:
         """GRPO with the ratio capped at 4 where the advantage is negative (arXiv:2505.07291)."""
         return cls(**{"delta": 4.0, **overrides})
 
     @classmethod
-    @_objective
     def icepop(cls, **overrides: Any) -> Self:
         """BNPO without the tokens whose importance weight is outside [0.5, 5] (IcePop, 2025).
 
@@ -384,27 +356,23 @@ class LossConfig(_Derived):
         return cls(**{**weight, "aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def clip_covariance(cls, **overrides: Any) -> Self:
         """BNPO without some of the tokens that collapse the entropy (arXiv:2505.22617)."""
         return cls(**{"clip_cov": 2e-4, "aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def kl_covariance(cls, **overrides: Any) -> Self:
         """Plain ratio with a penalty on the tokens that collapse the entropy (arXiv:2505.22617)."""
         defaults = {"surrogate": "ratio", "kl_cov": 2e-4, "aggregation": "token_mean"}
         return cls(**{**defaults, **overrides})
 
     @classmethod
-    @_objective
     def dppo(cls, **overrides: Any) -> Self:
         """CISPO without tokens whose probability moved by more than 0.15 (arXiv:2602.04879)."""
         bounds = {"epsilon_low": 0.15, "epsilon_high": 0.15, "ratio_cap": 20.0}
         return cls(**{"surrogate": "dppo", **bounds, "aggregation": "token_mean", **overrides})
 
     @classmethod
-    @_objective
     def ipo(cls, **overrides: Any) -> Self:
         """Ratio to the sampler, off where a probability differs by over 0.1 (prime-rl's IPO).
 

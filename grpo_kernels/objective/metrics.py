@@ -50,18 +50,33 @@ def token_metrics(
 
     kept: for each filter that is on, the tokens that it keeps.
     """
-    reduce = MaskedReductions(ratios.sequences)
+    reduce, dtype = MaskedReductions(ratios.sequences), ratios.ratio.dtype
+    # A ratio of a sequence, and whether it is clipped, counts once.
+    mean = reduce.sequence_mean if config.ratio_level == "sequence" else reduce.mean
+    low, high = (clipped.to(dtype) for clipped in config.policy_term.clipped(ratios))
+    low_mean, high_mean = mean(low), mean(high)
+    metrics = {
+        "ratio_mean": mean(ratios.ratio),
+        "clip_ratio/low_mean": low_mean,
+        "clip_ratio/high_mean": high_mean,
+        "clip_ratio/region_mean": low_mean + high_mean,  # no token is clipped on both sides
+    }
+    if config.surrogate == "cispo":
+        metrics["cispo_clip_ratio"] = high_mean
+    if ratios.sequences.known:
+        metrics["clip_ratio/low_min"] = reduce.min(ratios.sequences.mean(low))
+        metrics["clip_ratio/high_max"] = reduce.max(ratios.sequences.mean(high))
     log_ratio = ratios.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    metrics = clip_metrics(ratios, reduce, config) | {
+    metrics |= {
         "approx_kl": reduce.mean(torch.expm1(log_ratio) - log_ratio),
         "ratio_max": reduce.max(ratios.ratio),
-        "num_tokens": reduce.count.to(ratios.ratio.dtype),
+        "num_tokens": reduce.count.to(dtype),
     }
     if isinstance(config.policy_term, Vespo):
         metrics["vespo/phi_seq_mean"] = reduce.sequence_mean(config.policy_term.weight(ratios))
     if kept:
         by_all = functools.reduce(torch.logical_and, kept.values())
-        metrics["filters/kept_mean"] = reduce.mean(by_all.to(ratios.ratio.dtype))
+        metrics["filters/kept_mean"] = reduce.mean(by_all.to(dtype))
     if kl is not None:
         metrics["kl"] = reduce.mean(kl)
     if entropy is not None:
@@ -76,26 +91,4 @@ def token_metrics(
             "sampling/importance_sampling_ratio/mean": reduce.mean(ratios.importance),
             "sampling/importance_sampling_ratio/max": reduce.max(ratios.importance),
         }
-    return metrics
-
-
-def clip_metrics(
-    ratios: PolicyRatios, reduce: MaskedReductions, config: LossConfig
-) -> dict[str, Tensor]:
-    """Compute the mean ratio and the clipped fractions; ratios of sequences count once each."""
-    sequences, dtype = ratios.sequences, ratios.ratio.dtype
-    low, high = (clipped.to(dtype) for clipped in config.policy_term.clipped(ratios))
-    mean = reduce.sequence_mean if config.ratio_level == "sequence" else reduce.mean
-    low_mean, high_mean = mean(low), mean(high)
-    metrics = {
-        "ratio_mean": mean(ratios.ratio),
-        "clip_ratio/low_mean": low_mean,
-        "clip_ratio/high_mean": high_mean,
-        "clip_ratio/region_mean": low_mean + high_mean,  # no token is clipped on both sides
-    }
-    if config.surrogate == "cispo":
-        metrics["cispo_clip_ratio"] = high_mean
-    if sequences.known:
-        metrics["clip_ratio/low_min"] = reduce.min(sequences.mean(low))
-        metrics["clip_ratio/high_max"] = reduce.max(sequences.mean(high))
     return metrics
