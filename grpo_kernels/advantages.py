@@ -1,7 +1,9 @@
 """Group advantages: rewards [B, G] of G completions for each of B prompts -> advantages [B, G].
 
-Results are fp32 (fp64 for fp64 rewards) and not differentiable. A group of exactly equal rewards
-gets exactly 0. A group whose rewards differ by rounding only gets small advantages.
+Rewards have any real dtype, and G is at least 2. Results are fp32 (fp64 for fp64 rewards) and not
+differentiable. A group of exactly equal rewards gets exactly 0. A group whose rewards differ by
+rounding only gets small advantages. Wrong shapes and dtypes, and on the CPU NaN or infinity, raise
+a ValueError or TypeError.
 """
 
 from collections.abc import Callable, Sequence
@@ -125,17 +127,7 @@ def pass_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
 
         A_a = Σ_{c <= a} C(c, k-1) / C(G-1, k-1) · (r_c - r_{c-1})
 
-    Args:
-        rewards: [B, G], any real dtype, G >= 2 completions for each of B prompts.
-        k: size of the sets, 2 to G.
-
-    Returns:
-        [B, G], fp32 (fp64 for fp64 rewards), not differentiable.
-
-    Raises:
-        TypeError: k is not an integer.
-        ValueError: k is outside [2, G]; rewards is not [B, G] with G >= 2, or, on the CPU, not
-            finite.
+    k, the size of the sets, is 2 to G. Args, Returns, Raises: see `group_normalised_advantage`.
 
     Tang et al., 2025 (arXiv:2503.19595).
     """
@@ -165,11 +157,6 @@ def weighted_reward(rewards: Tensor, weights: Sequence[float] | Tensor | None = 
 
     Returns:
         [B, G], fp32 (fp64 for fp64 rewards), not differentiable.
-
-    Raises:
-        TypeError: rewards or weights are not real numbers.
-        ValueError: rewards is not [K, B, G] with G >= 2; there are not K weights; on the CPU, a
-            value is not finite.
     """
     return _weigh(_prepare_stack(rewards, weights), weights).sum(dim=0)
 
@@ -186,7 +173,7 @@ def multi_reward_advantage(
     rewards get different advantages. A reward that differs within a group by rounding only adds 0,
     because the second line would amplify it.
 
-    Args, Returns, Raises: see `weighted_reward`.
+    Args, Returns: see `weighted_reward`.
 
     Liu et al., 2026 (arXiv:2601.05242).
     """
@@ -216,14 +203,29 @@ def process_advantage(step_rewards: Tensor, step_ends: Tensor, length: int) -> T
     Returns:
         [B, G, T], fp32 (fp64 for fp64 rewards), not differentiable; 0 after the last step.
 
-    Raises:
-        TypeError: step_ends or length is not of integers.
-        ValueError: shapes differ; on the CPU, a step ends outside [0, T) or its reward is not
-            finite.
-
     Shao et al., 2024 (arXiv:2402.03300), 4.1.3.
     """
-    _check_steps(step_rewards, step_ends, length)
+    _expect_real("step_rewards", step_rewards)
+    expect_tensor("step_rewards", step_rewards, dims=(3,), layout="[B, G, S]")
+    expect_tensor("step_ends", step_ends)
+    if step_ends.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"step_ends must be int32 or int64, got {step_ends.dtype}")
+    if step_ends.shape != step_rewards.shape:
+        raise ValueError(
+            f"step_ends must have the shape of step_rewards, {tuple(step_rewards.shape)}, "
+            f"got {shape_of(step_ends)}"
+        )
+    expect_tensor("step_ends", step_ends, device_of=step_rewards)
+    expect_number("length", length, integer=True, at_least=0)
+    if values_are_readable(step_ends):
+        outside = (step_ends < -1) | (step_ends >= length)
+        if outside.any():
+            raise ValueError(
+                f"step_ends must lie in [0, {length}), or be -1 where there is no step, "
+                f"got {step_ends[outside][0]}"
+            )
+        expect_finite("step_rewards", step_rewards[step_ends >= 0])
+
     B, G, S = step_ends.shape
     rewards = _to_float(step_rewards)
     advantage = rewards.new_zeros(B, G, length)
@@ -278,30 +280,6 @@ def _prepare_stack(rewards: Tensor, weights: Sequence[float] | Tensor | None) ->
     return prepared
 
 
-def _check_steps(step_rewards: Tensor, step_ends: Tensor, length: int) -> None:
-    _expect_real("step_rewards", step_rewards)
-    expect_tensor("step_rewards", step_rewards, dims=(3,), layout="[B, G, S]")
-    expect_tensor("step_ends", step_ends)
-    if step_ends.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"step_ends must be int32 or int64, got {step_ends.dtype}")
-    if step_ends.shape != step_rewards.shape:
-        raise ValueError(
-            f"step_ends must have the shape of step_rewards, {tuple(step_rewards.shape)}, "
-            f"got {shape_of(step_ends)}"
-        )
-    expect_tensor("step_ends", step_ends, device_of=step_rewards)
-    expect_number("length", length, integer=True, at_least=0)
-    if not values_are_readable(step_ends):
-        return
-    outside = (step_ends < -1) | (step_ends >= length)
-    if outside.any():
-        raise ValueError(
-            f"step_ends must lie in [0, {length}), or be -1 where there is no step, "
-            f"got {step_ends[outside][0]}"
-        )
-    expect_finite("step_rewards", step_rewards[step_ends >= 0])
-
-
 def _expect_real(name: str, tensor: Tensor) -> None:
     expect_tensor(name, tensor)
     if tensor.dtype == torch.bool or tensor.is_complex():
@@ -320,18 +298,14 @@ def _weigh(terms: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
     return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).detach()
 
 
-def _shift_to_first(rewards: Tensor) -> Tensor:
-    # The mean of G equal numbers is not always that number in floating point; of G zeros it is.
-    return rewards - rewards[..., :1]
-
-
 def _deviation(rewards: Tensor) -> Tensor:
-    shifted = _shift_to_first(rewards)
+    # The mean of G equal numbers is not always that number in floating point; of G zeros it is.
+    shifted = rewards - rewards[..., :1]
     return shifted - shifted.mean(dim=-1, keepdim=True)
 
 
 def _group_std(rewards: Tensor) -> Tensor:
-    return _shift_to_first(rewards).std(dim=-1, keepdim=True)
+    return (rewards - rewards[..., :1]).std(dim=-1, keepdim=True)
 
 
 def _std_floor(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -340,8 +314,7 @@ def _std_floor(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         floor = max(1e-6, 16 eps max|values|)
 
     Equal rewards whose terms were added in another order differ by about eps·|r| per addition.
-    With this floor one such difference gives an advantage of at most 1/16. Rewards of about 1 that
-    differ in their fourth digit lie far above it.
+    With this floor one such difference gives an advantage of at most 1/16.
     """
     largest = values.abs().amax(dim=dim, keepdim=True)
     return (16 * torch.finfo(values.dtype).eps * largest).clamp_min(MIN_STD)

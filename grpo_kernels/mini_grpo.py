@@ -108,10 +108,7 @@ def approximate_kl_divergence(
     ref_rows, new_rows = _to_rows(ref_logits), _to_rows(new_logits)
     check_logits("ref_logits", ref_rows)
     check_logits("new_logits", new_rows)
-    if mask is None:
-        keep = new_logits.new_ones(new_logits.shape[:-1], dtype=torch.bool)
-    else:
-        keep = mask != 0
+    keep = (new_logits.new_ones(new_logits.shape[:-1]) if mask is None else mask) != 0
     if reduction == "none":
         dtype = torch.float64 if new_logits.dtype == torch.float64 else torch.float32
         keep = keep.unsqueeze(-1)

@@ -89,14 +89,13 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
-    packing: Any = None,
 ) -> LossOutput:
     """Compute `grpo_loss` of logits = hidden @ weight.T + bias; ref_logits likewise.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
-        chunk_tokens, packing: have no effect; the package has these arguments.
+        chunk_tokens: has no effect; the package has this argument.
         Others: see `grpo_loss`.
 
     Returns:

@@ -1,4 +1,9 @@
-"""Functions of mini-GRPO's README, with its values, on full distributions over the vocabulary."""
+"""Functions of mini-GRPO's README, with its values, on full distributions over the vocabulary.
+
+Logits are [..., V]; mask is [...], bool or 0/1. p is the reference policy, q the new policy. A mean
+is over the unmasked tokens, 0 if there is none. Results are differentiable in the new policy's
+logits only.
+"""
 
 import torch
 from torch import Tensor
@@ -7,13 +12,10 @@ from reference.losses.token_stats import compute_dtype
 
 
 def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool = True) -> Tensor:
-    """Compute the mean over the unmasked tokens of H(p) = -Σ p ln p, p = softmax(logits).
+    """Compute the mean of H(p) = -Σ p ln p, p = softmax(logits).
 
     With detach=True, mini-GRPO's behaviour, the result has no gradient, so an entropy bonus built
-    on it trains nothing. With every token masked the result is 0.
-
-    Args:
-        logits: [..., V]; mask: [...], bool or 0/1.
+    on it trains nothing.
     """
     if detach:
         logits = logits.detach()
@@ -24,14 +26,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
 def cross_entropy_from_logits(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Compute the mean over the unmasked tokens of H(p, q) = -Σ p ln q.
-
-    p is the reference policy, q the new policy. Differentiable in `new_logits` only. `eps` has no
-    effect, as in mini-GRPO. With every token masked the result is 0.
-
-    Args:
-        ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
-    """
+    """Compute the mean of H(p, q) = -Σ p ln q. `eps` has no effect, as in mini-GRPO."""
     p = torch.softmax(_zero_masked(ref_logits.detach(), mask), dim=-1)
     logq = torch.log_softmax(_zero_masked(new_logits, mask), dim=-1)
     return _mean(-_times_log(p, logq).sum(-1), mask)
@@ -40,13 +35,9 @@ def cross_entropy_from_logits(
 def kl_divergence(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Compute the mean over the unmasked tokens of the forward KL(p‖q) = H(p, q) - H(p).
-
-    Arguments and gradient are those of `cross_entropy_from_logits`.
-    """
-    return cross_entropy_from_logits(ref_logits, new_logits, mask, eps) - entropy_from_logits(
-        ref_logits, mask
-    )
+    """Compute the mean of the forward KL(p‖q) = H(p, q) - H(p). `eps` has no effect."""
+    cross_entropy = cross_entropy_from_logits(ref_logits, new_logits, mask, eps)
+    return cross_entropy - entropy_from_logits(ref_logits, mask)
 
 
 def approximate_kl_divergence(
@@ -61,9 +52,7 @@ def approximate_kl_divergence(
     Reproduces two quirks of mini-GRPO. Entries are averaged with equal weights, an expectation
     under no policy, so the result estimates no KL. The mean counts the zeros of masked tokens.
 
-    Args:
-        ref_logits, new_logits: [..., V]; mask: [...], bool or 0/1.
-        reduction: "mean" or "sum" over everything; anything else returns the entries, [..., V].
+    reduction: "mean" or "sum" over everything; anything else returns the entries, [..., V].
     """
     p = torch.softmax(_zero_masked(ref_logits.detach(), mask), dim=-1).clamp(min=eps)
     q = torch.softmax(_zero_masked(new_logits, mask), dim=-1).clamp(min=eps)

@@ -66,20 +66,27 @@ def policy_loss(
     name = "kl" if config.kl_estimator in ("forward", "reverse") else "ref_logprob"
     if config.beta != 0 and (kl if name == "kl" else ref_logprob) is None:
         raise ValueError(f"beta != 0 with kl_estimator={config.kl_estimator!r} needs {name}")
-    if logprob.dim() == 1 and cu_seqlens is None and _reads_sequences(config):
+    reads_sequences = (
+        config.aggregation != "token_mean"
+        or config.ratio_level != "token"
+        or config.surrogate in ("vespo", "gmpo")
+        or config.off_policy_threshold is not None
+        or config.importance_level == "sequence"
+    )
+    if logprob.dim() == 1 and cu_seqlens is None and reads_sequences:
         raise ValueError("a packed logprob needs cu_seqlens wherever sequences matter")
     if config.surrogate in RELATIVE_TO_SAMPLER:
         old_logprob, sampling_logprob = sampling_logprob, None
     tokens = arrange(
         logprob,
         advantages,
-        mask=mask,
+        mask,
+        cu_seqlens,
         old_logprob=old_logprob,
-        ref_logprob=ref_logprob,
-        sampling_logprob=sampling_logprob,
+        ref_logprob=None if ref_logprob is None else ref_logprob.detach(),
+        sampling_logprob=None if sampling_logprob is None else sampling_logprob.detach(),
         entropy=entropy,
         kl=kl,
-        cu_seqlens=cu_seqlens,
     )
 
     kept = kept_tokens(tokens, config)
@@ -119,16 +126,6 @@ def policy_loss(
         has_sequences=logprob.dim() == 2 or cu_seqlens is not None,
     )
     return LossOutput(loss, metrics)
-
-
-def _reads_sequences(config: Any) -> bool:
-    return (
-        config.aggregation != "token_mean"
-        or config.ratio_level != "token"
-        or config.surrogate in ("vespo", "gmpo")
-        or config.off_policy_threshold is not None
-        or config.importance_level == "sequence"
-    )
 
 
 def _aggregate(x: Tensor, tokens: Tokens, config: Any, normalizer: float | Tensor | None) -> Tensor:

@@ -29,14 +29,11 @@ class Tokens:
 def arrange(
     logprob: Tensor,
     advantages: Tensor,
-    *,
     mask: Tensor | None,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    sampling_logprob: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    old_logprob: Tensor | None,
+    **optional: Tensor | None,
 ) -> Tokens:
     """Bring the arguments of `policy_loss` to [sequences, longest], in fp32 or fp64."""
 
@@ -53,9 +50,6 @@ def arrange(
     def zero_masked(x: Tensor) -> Tensor:
         return torch.where(unmasked, x.to(dtype), 0.0)
 
-    def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else zero_masked(rows(x.detach()))
-
     per_token = advantages.shape == logprob.shape
     advantage = rows(advantages) if per_token else advantages.unsqueeze(-1)
     return Tokens(
@@ -63,10 +57,7 @@ def arrange(
         logprob=zero_masked(rows(logprob)),
         advantage=zero_masked(advantage.detach()),
         old_logprob=zero_masked(rows((logprob if old_logprob is None else old_logprob).detach())),
-        ref_logprob=constant(ref_logprob),
-        sampling_logprob=constant(sampling_logprob),
-        entropy=None if entropy is None else zero_masked(rows(entropy)),
-        kl=None if kl is None else zero_masked(rows(kl)),
+        **{name: x if x is None else zero_masked(rows(x)) for name, x in optional.items()},
     )
 
 

@@ -1,6 +1,6 @@
 """Per-token log-probability, entropy and KL of a categorical policy, with all logits in memory."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,14 +96,13 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     chunk_tokens: int | None = None,
-    packing: Any = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias.
 
     Args:
         hidden: [B, T, H] or [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
-        chunk_tokens, packing: have no effect; the package has these arguments.
+        chunk_tokens: has no effect; the package has this argument.
         Others: see `token_stats`.
 
     Returns:
