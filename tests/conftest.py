@@ -115,11 +115,11 @@ def scratch():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Directory of a briefly trained model, so that a run from it needs no warm start."""
-    from reference.training import warm_start as supervised
+    from reference.training import warm_start
     from tests.helpers.training_runs import tiny
 
     directory = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "TARGET", 0.02)
+        patch.setattr(warm_start, "TARGET", 0.02)
         assert tiny(directory, "--steps", "1") == 0
     return str(directory / "model")

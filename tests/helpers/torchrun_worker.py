@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
 from grpo_kernels.integrations.verl import linear_cross_entropy
-from grpo_kernels.lm_head import chunk_loop as linear_rows
+from grpo_kernels.lm_head import chunk_loop
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
 from tests.helpers.tensors import coin, normal
 
@@ -244,11 +244,11 @@ def one_collective_per_chunk_and_one_for_the_gradient():
 
 
 def ranks_agree_on_the_chunk_size():
-    case, original = make_case(21), linear_rows.plan_chunk
+    case, original = make_case(21), chunk_loop.plan_chunk
     given = upstream(case, "logprob", "entropy", "kl")
-    linear_rows.plan_chunk = lambda *_, **__: 2 + dist.get_rank()
+    chunk_loop.plan_chunk = lambda *_, **__: 2 + dist.get_rank()
     check(case, upstream=given, kl="reverse")
-    linear_rows.plan_chunk = original
+    chunk_loop.plan_chunk = original
 
 
 def compile_fullgraph():

@@ -54,7 +54,7 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
         functions.token_stats_backward(rows, merged, grads, out)
     stats = {name: getattr(merged, name) for name in ("logprob", "entropy", "kl")}
     stats["d_logits"] = d_logits
-    return {name: each for name, each in stats.items() if each is not None}
+    return {name: value for name, value in stats.items() if value is not None}
 
 
 @settings(max_examples=5)
