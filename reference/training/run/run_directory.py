@@ -111,7 +111,7 @@ def make_run_directory(config: TrainConfig) -> Path:
                 )
     directory = given
     try:
-        if given is None:
+        if directory is None:
             model = "tiny" if config.model == "scratch" else Path(config.model).name
             stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
             stem.parent.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def make_run_directory(config: TrainConfig) -> Path:
                     directory = path
                 number += 1
         else:
-            given.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(

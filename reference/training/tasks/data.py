@@ -107,9 +107,8 @@ def read_jsonl(path: Path, final: Callable[[str], str] = str.strip) -> list[Ques
         text, answer = row.get("prompt", row.get("question")), row.get("answer")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f'{place}: expected a text under "prompt" or "question"; got {text!r}')
-        is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-        if is_number and math.isfinite(answer):
-            answer = str(answer)
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = str(answer) if math.isfinite(answer) else answer
         if not isinstance(answer, str) or not answer.strip():
             raise UserError(f'{place}: expected a text or a number under "answer"; got {answer!r}')
         try:
