@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, cast, get_args, get_origin
 
 from ..validation import expect_choice, expect_number
 from .surrogates import SURROGATES, Surrogate
@@ -143,8 +143,9 @@ class LossConfig(_Derived):
                 expect_choice(name, value, kinds)
             elif value is not None or NoneType not in kinds:
                 expect_number(name, value, integer=int in kinds, **setting.metadata["bounds"])
-                plain: Any = int if isinstance(value, numbers.Integral) else float
-                object.__setattr__(self, name, plain(value))  # a NumPy number has another repr
+                plain = int if isinstance(value, numbers.Integral) else float
+                # A NumPy number has another repr, which `decode` would not read.
+                object.__setattr__(self, name, plain(cast(Any, value)))
         self._check_unread_settings()
         self._check_combination()
         surrogate = SURROGATES[self.surrogate]
