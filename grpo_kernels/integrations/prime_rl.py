@@ -60,17 +60,15 @@ def loss(inputs: Any, *, objective: str = "grpo", **settings: Any) -> Any:
             )
         # A policy term is proportional to its advantage, and clips depend on its sign: keep that.
         advantages = advantages * inputs.loss_weights.clamp(min=1e-30)
+    old_logprob = inputs.inference_logprobs[None]
     ref_logprob = None if config.beta == 0 else inputs.ref_logprobs
-    sampling_logprob = None
-    if config.policy_term.relative_to_sampler:
-        sampling_logprob = inputs.inference_logprobs[None]
     total, metrics = policy_loss(
         inputs.trainer_logprobs[None],
         advantages[None],
         mask=inputs.loss_mask[None],
-        old_logprob=inputs.inference_logprobs[None],
+        old_logprob=old_logprob,
         ref_logprob=None if ref_logprob is None else ref_logprob[None],
-        sampling_logprob=sampling_logprob,
+        sampling_logprob=old_logprob if config.policy_term.relative_to_sampler else None,
         config=config,
         normalizer=1,
     )

@@ -96,22 +96,13 @@ class FusedGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (log-probs, entropies, aux loss) of the last `logits_to_keep` tokens.
 
-        Args:
-            input_ids, attention_mask: [B, L]. The result is 0 on padding.
-            batch_size: rows per micro-batch; None: all B.
-            images: TRL's inputs other than text, which must be None.
+        input_ids and attention_mask are [B, L]; the result is 0 on padding.
         """
         step = batch_size or len(input_ids)
         logprobs, entropies, aux_losses = [], [], []
         for ids, attention in zip(input_ids.split(step), attention_mask.split(step), strict=True):
             output = run_model(
-                self,
-                model,
-                ids,
-                attention,
-                logits_to_keep,
-                aux_loss=compute_aux_loss,
-                images=images,
+                self, model, ids, attention, logits_to_keep, aux_loss=compute_aux_loss, **images
             )
             with output.autocast:
                 stats = output.head.token_stats(
@@ -164,26 +155,20 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     zero_stage = getattr(args.deepspeed_plugin, "zero_stage", 0)
     sharded = "the fused head runs outside the model's forward, where its weight is sharded"
-    refusals = (
-        (
-            args.use_liger_kernel,
+    if args.use_liger_kernel:
+        raise ValueError(
             "use_liger_kernel must be False, got True: Liger's layers are not tested with the "
-            "fused head, which needs none of them",
-        ),
-        (
-            trainer._is_vlm,
+            "fused head, which needs none of them"
+        )
+    if trainer._is_vlm:
+        raise ValueError(
             f"model must be text-only, got {type(trainer.model).__name__}, which reads images: "
-            "train it with trl.GRPOTrainer",
-        ),
-        (zero_stage == 3, f"zero_stage of DeepSpeed must be at most 2, got 3: {sharded}"),
-        (
-            accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2,
-            f"fsdp_version must be 2, got 1: {sharded}",
-        ),
-    )
-    for is_refused, message in refusals:
-        if is_refused:
-            raise ValueError(message)
+            "train it with trl.GRPOTrainer"
+        )
+    if zero_stage == 3:
+        raise ValueError(f"zero_stage of DeepSpeed must be at most 2, got 3: {sharded}")
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError(f"fsdp_version must be 2, got 1: {sharded}")
     linear_head(trainer.model)
 
 

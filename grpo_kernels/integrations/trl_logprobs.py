@@ -38,12 +38,11 @@ def run_model(
     T: int,
     *,
     aux_loss: bool,
-    images: dict[str, Any],
+    **images: Any,
 ) -> ModelOutput:
     """Run a model to its hidden states, in the precision of TRL's trainer.
 
-    Args:
-        images: inputs of TRL's other than text, which must all be None.
+    images: TRL's inputs other than text, which must all be None.
 
     Raises:
         ValueError: there is an image; `aux_loss` is wanted of a model that has none.

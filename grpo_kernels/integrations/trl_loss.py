@@ -19,9 +19,8 @@ from .trl_logprobs import run_model
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-SCORES = (
-    "_get_per_token_logps_and_entropies"  # the method of GRPOTrainer that `_compute_loss` calls
-)
+# The method of GRPOTrainer that `_compute_loss` calls.
+SCORES = "_get_per_token_logps_and_entropies"
 
 # A loss_type of TRL is the named constructor of LossConfig; these settings of TRL are its fields.
 _CLIP = {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high", "delta": "delta"}
@@ -124,15 +123,8 @@ def fused_loss(
         compute_aux_loss: bool = False,
         **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        output = run_model(
-            trainer,
-            model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            aux_loss=compute_aux_loss,
-            images=images,
-        )
+        tokens = (input_ids, attention_mask, logits_to_keep)
+        output = run_model(trainer, model, *tokens, aux_loss=compute_aux_loss, **images)
         keywords = _loss_keywords(trainer, inputs, output.hidden.device)
         with output.autocast:
             loss_output, stats = output.head.grpo_loss_and_stats(

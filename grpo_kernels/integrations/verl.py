@@ -22,8 +22,6 @@ from ..objective.policy_loss import LossConfig, policy_loss
 from ..ops.linear_token_stats import linear_token_stats
 from ..validation import expect_choice
 
-PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
-
 # A key is a named constructor of LossConfig; it sets these fields from verl's actor config.
 _CLIP = {"epsilon_low": "clip_ratio_low", "epsilon_high": "clip_ratio_high"}
 OBJECTIVES: dict[str, dict[str, str]] = {
@@ -49,17 +47,13 @@ OBJECTIVES: dict[str, dict[str, str]] = {
 }
 
 # Fields of a LossConfig that must have their default, because verl does what they would do.
-_OWN_TERMS = "passes no reference log-probs and no entropies, and adds both terms itself"
-_OWN_WEIGHTS = "weights the tokens of a sampler itself, by rollout_is_weights"
-_VERL_DOES = {
-    "beta": _OWN_TERMS,
-    "entropy_coef": _OWN_TERMS,
-    "top_entropy": _OWN_TERMS,
-    "importance_mode": _OWN_WEIGHTS,
-    "importance_level": _OWN_WEIGHTS,
-    "importance_floor": _OWN_WEIGHTS,
-    "importance_cap": _OWN_WEIGHTS,
-}
+_VERL_DOES = dict.fromkeys(
+    ("beta", "entropy_coef", "top_entropy"),
+    "passes no reference log-probs and no entropies, and adds both terms itself",
+) | dict.fromkeys(
+    ("importance_mode", "importance_level", "importance_floor", "importance_cap"),
+    "weights the tokens of a sampler itself, by rollout_is_weights",
+)
 
 _AGGREGATIONS = {
     "token-mean": "token_mean",
@@ -135,7 +129,7 @@ class _GradientShare(torch.autograd.Function):
         return d_hidden / ctx.ranks, None
 
 
-def make_policy_loss(config: LossConfig | str) -> PolicyLoss:
+def make_policy_loss(config: LossConfig | str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """Make a policy loss for verl's registry.
 
     The aggregation and the denominator follow verl: `loss_agg_mode`, whatever the objective, with
@@ -143,10 +137,8 @@ def make_policy_loss(config: LossConfig | str) -> PolicyLoss:
     and the KL itself.
 
     Args:
-        config: a key of OBJECTIVES, whose settings are then read from verl's actor config
-            (clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, tau_neg, clip_cov_ratio,
-            clip_cov_lb, clip_cov_ub, kl_cov_ratio, ppo_kl_coef); or a LossConfig, used as it is
-            except for its aggregation.
+        config: a key of OBJECTIVES, which lists the settings that are then read from verl's actor
+            config; or a LossConfig, used as it is except for its aggregation.
 
     Returns:
         A function with verl's keywords: old_log_prob, log_prob, advantages, response_mask [B, T],
