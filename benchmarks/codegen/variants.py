@@ -99,6 +99,7 @@ def variants() -> Iterator[Variant]:
         ("SAPO, k3, entropy, importance", (), {"SURROGATE": "sapo"}),
         ("DPPO, k3, entropy, importance", (), {"SURROGATE": "dppo"}),
         ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
+        ("IPO, k3, entropy", ("sampling_logprob_ptr",), {"SURROGATE": "ipo"}),
     ):
         yield Variant(
             f"grpo_loss: {name}",
