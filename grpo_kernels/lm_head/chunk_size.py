@@ -1,4 +1,4 @@
-"""How many tokens of hidden states become logits at a time: a pure function of sizes.
+"""Chunk size: the number of tokens whose logits exist at a time, a pure function of sizes.
 
 Each chunk reads and writes the whole fp32 gradient of the weight, 2·V·H·4 bytes, so chunks should
 be few and large. The workspace that holds a chunk's logits bounds them. Chunks are equal, because a

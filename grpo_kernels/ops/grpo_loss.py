@@ -105,17 +105,16 @@ def grpo_loss(
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
-    kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
+    kl_logits = ref_logits if over_vocabulary else None
+    kl = None if kl_logits is None else config.kl_estimator
     if not over_vocabulary and ref_logprob is None and ref_logits is not None:
         with torch.no_grad():
             ref_logprob = token_stats(
                 ref_logits, tokens, entropy=False, temperature=temperature, softcap=softcap,
                 mask=mask,
             ).logprob  # fmt: skip
-    check_kl_input(config, ref_logprob, ref_logits if over_vocabulary else None)
-    rows = prepare_rows(
-        logits, tokens, temperature, softcap, ref_logits if over_vocabulary else None, kl, mask
-    )
+    check_kl_input(config, ref_logprob, kl_logits)
+    rows = prepare_rows(logits, tokens, temperature, softcap, kl_logits, kl, mask)
     prepared = prepare_loss_inputs(
         tokens.shape,
         rows.temperature.dtype,

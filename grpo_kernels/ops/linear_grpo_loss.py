@@ -1,8 +1,8 @@
 """`linear_grpo_loss`: the objective from hidden states, with its gradient computed beside the loss.
 
-The operator goes over the chunks once. A chunk's logits give its statistics and the gradient of its
-tokens' loss, which goes back through the logits at once, while they exist: three matrix products,
-nothing computed twice. Backward only scales.
+The operator goes over the chunks once. While the logits of a chunk exist, it computes their
+statistics, the loss's gradient in them, and from that gradient d_hidden and d_weight: three matrix
+products, nothing computed twice. Backward only scales.
 """
 
 from typing import TYPE_CHECKING, Any

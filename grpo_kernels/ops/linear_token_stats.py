@@ -50,7 +50,7 @@ def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
 
 
 def new_stats(inputs: LMHeadInputs) -> RowStats:
-    """Make statistics [N] of zeros, which those of masked tokens remain."""
+    """Allocate statistics [N] filled with 0, the result of a masked token."""
     has_kl = inputs.kl is not None
     stats = RowStats.allocate(inputs.temperature, entropy=inputs.entropy, kl=has_kl)
     return stats.map(Tensor.zero_)
@@ -59,7 +59,7 @@ def new_stats(inputs: LMHeadInputs) -> RowStats:
 def write_stats(
     stats: Sequence[Tensor | None], token_idx: Tensor, chunk_stats: Sequence[Tensor | None]
 ) -> None:
-    """Write the statistics [n] of a chunk to those of all tokens [N]."""
+    """Copy the statistics [n] of a chunk into the statistics [N] of all tokens."""
     for whole, part in zip(stats, chunk_stats, strict=True):
         if whole is not None and part is not None:
             whole.index_copy_(0, token_idx, part)
@@ -103,7 +103,7 @@ def _(inputs: LMHeadInputs, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _tokens_with_grad(packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool) -> Tensor:
-    """Return the tokens that a gradient can reach; on the CPU, where reading is free, reaches."""
+    """Return the tokens that may have a gradient; on the CPU, those whose gradient is not 0."""
     num_active, num_zero_grad = packing.counts.tolist()
     token_idx = packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
     if token_idx.device.type != "cpu":
@@ -186,7 +186,7 @@ def linear_token_stats(
             [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
             is gathered once, and gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
-            its hidden size may be another.
+            its hidden size may differ.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
             is padded, so that the bits of a token's results do not depend on how many tokens there
             are, nor on the others; on a CPU they may depend on its place in its chunk.

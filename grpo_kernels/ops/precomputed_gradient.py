@@ -67,5 +67,5 @@ def _scale_in_place(ctx: Any, grads: tuple[Tensor, ...], d_loss: Tensor) -> list
         else:
             scaled.append(grad * (d_loss / ctx.factor).to(grad.dtype))
     if is_first:
-        ctx.factor = d_loss.clone()  # the caller may use his tensor again
+        ctx.factor = d_loss.clone()  # the caller may overwrite d_loss
     return scaled

@@ -23,7 +23,7 @@ ROWS_PER_MULTIPROCESSOR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RowLaunch:
-    """How one program processes its row."""
+    """Launch config of a row kernel: the tiles in which a program processes its row."""
 
     unroll: int
     lanes: int
