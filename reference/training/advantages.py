@@ -85,11 +85,7 @@ def process_advantages(
 
 
 def call_step_reward(rollouts: Rollouts, step_reward: StepReward) -> Steps:
-    """Call --step-reward and check its result; the ends of steps are in characters.
-
-    Raises:
-        UserError: the function failed, or returned steps that end outside of a completion.
-    """
+    """Call --step-reward and check its result; the ends of steps are in characters."""
     G, texts = rollouts.rewards.shape[1], rollouts.samples.texts
     questions = [question for question in rollouts.questions for _ in range(G)]
     inputs = ([q.text for q in questions], texts, [q.answer for q in questions])

@@ -8,9 +8,9 @@ computes the gradient of its share of the groups; DistributedDataParallel or FSD
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -89,11 +89,23 @@ class Ranks:
         return torch.randint(2**31, (sum(counts),))[first : first + rows].tolist()
 
     @contextmanager
-    def shared_rng(self, rows: int, device: torch.device) -> Iterator[SharedRng]:
-        """Random numbers for a batch's rows: those that a single process would draw for them."""
-        rng = SharedRng(self, rows, device)
-        yield rng
-        rng.catch_up()
+    def shared_rng(self, rows: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
+        """Yield a function that draws a number in [0, 1) for each row of this rank.
+
+        The numbers are those that a single process would draw for the rows of all ranks.
+        """
+        counts = self.all_gather(rows)
+        first, draws = sum(counts[: self.rank]), 0
+
+        def draw() -> Tensor:
+            nonlocal draws
+            draws += 1
+            return torch.rand(sum(counts), device=device)[first : first + rows]
+
+        yield draw
+        # Draw as often as every other rank, so that the generators agree again.
+        for _ in range(max(self.all_gather(draws)) - draws):
+            draw()
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """Return the model in DistributedDataParallel, which averages gradients over ranks."""
@@ -131,25 +143,6 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
-
-
-class SharedRng:
-    """Random numbers in [0, 1) for this rank's rows, out of the draws for all ranks' rows."""
-
-    def __init__(self, ranks: Ranks, rows: int, device: torch.device) -> None:
-        counts = ranks.all_gather(rows)
-        first = sum(counts[: ranks.rank])
-        self._ranks, self._own_rows = ranks, slice(first, first + rows)
-        self._total_rows, self._device, self._draws = sum(counts), device, 0
-
-    def __call__(self) -> Tensor:
-        self._draws += 1
-        return torch.rand(self._total_rows, device=self._device)[self._own_rows]
-
-    def catch_up(self) -> None:
-        """Draw until all ranks have drawn equally often, so that their generators agree again."""
-        for _ in range(max(self._ranks.all_gather(self._draws)) - self._draws):
-            self()
 
 
 def init_distributed(device: torch.device) -> tuple[Ranks, torch.device]:
@@ -223,6 +216,5 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [to_device(item, device) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in fields(value)]
-        return replace(value, **{name: to_device(getattr(value, name), device) for name in names})
+        return replace(value, **to_device(vars(value), device))
     return value

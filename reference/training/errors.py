@@ -1,4 +1,7 @@
-"""Errors that the script shows to its user as one line."""
+"""Errors that the script shows to its user as one line.
+
+Each message says when it is raised, so docstrings do not list them.
+"""
 
 from __future__ import annotations
 

@@ -27,10 +27,11 @@ def describe_non_finite(
     """
     for number, (loss, values) in enumerate(zip(losses, metrics, strict=True), 1):
         if not math.isfinite(loss.item()):
-            terms = {
-                term: values[name].item() for name, term in LOSS_TERMS.items() if name in values
-            }
-            wrong = [f"{term} {x}" for term, x in terms.items() if not math.isfinite(x)]
+            wrong = [
+                f"{term} {values[name].item()}"
+                for name, term in LOSS_TERMS.items()
+                if name in values and not values[name].isfinite()
+            ]
             detail = f": {', '.join(wrong)}" if wrong else ""
             return f"the loss of micro-batch {number} of {len(losses)} is {loss.item()}{detail}"
     wrong = [

@@ -35,11 +35,7 @@ SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 def first_that_works(
     sources: dict[str, Callable[[str], Path]], model: str, say: Callable[[str], None]
 ) -> Path:
-    """Return the directory from the first source that has the model.
-
-    Raises:
-        UserError: no source has it; the message has the reason of each.
-    """
+    """Return the directory from the first source that has the model."""
     from huggingface_hub.errors import GatedRepoError
 
     failures = []
@@ -61,11 +57,7 @@ def first_that_works(
 
 
 def check_model_directory(directory: Path) -> Path:
-    """Return the directory if it holds a model.
-
-    Raises:
-        UserError: it has no config or no weights, or it holds an adapter.
-    """
+    """Return the directory if it holds a model."""
     if (directory / "adapter_config.json").exists():  # transformers would load the adapter too
         raise UserError(
             f"{directory} holds an adapter (adapter_config.json): merge it into the weights and "

@@ -64,11 +64,7 @@ def default_cache_dir() -> Path:
 
 
 def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = print) -> Path | None:
-    """Find the directory with the weights of `model`, or download it; None for "scratch".
-
-    Raises:
-        UserError: the directory has no weights, or no source has the model (all are listed).
-    """
+    """Find the directory with the weights of `model`, or download it; None for "scratch"."""
     if model == "scratch":
         return None
     if model == "smollm2-135m":
@@ -104,9 +100,6 @@ def load(directory: Path | None):
 
     Weights are read from safetensors only, and no code of the model is run. The tokenizer is
     checked before the weights are read.
-
-    Raises:
-        UserError: the model or the tokenizer cannot be loaded or used, or they do not match.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -181,9 +174,6 @@ def random_weights(name: str, device: torch.device | str = "cpu"):
 
     The real tokenizer would be a download. This one has the 256 bytes, padding and an end token, so
     a prompt has one token per byte. The rest of the model's vocabulary decodes to nothing.
-
-    Raises:
-        UserError: the architecture is not in ARCHITECTURES.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -79,10 +79,6 @@ class Policy:
         Args:
             system: the system prompt of every question.
             sampler: the default of `sample`, and the sampler of `chat_reply`.
-
-        Raises:
-            UserError: the model or the adapters cannot be loaded, or there are no layers whose
-                activations could be recomputed.
         """
         if settings.lora_rank is not None:
             lora.load_peft()

@@ -12,9 +12,6 @@ def apply_chat_template(tokenizer, messages: Messages) -> list[int]:
 
     If the template refuses or omits a system message, its text is put before the user's first
     message.
-
-    Raises:
-        UserError: the template refuses the messages.
     """
     from jinja2 import TemplateError
 

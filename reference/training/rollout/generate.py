@@ -117,9 +117,6 @@ def generate(
 
     Args:
         draw: returns a random number in [0, 1) per completion; by default torch.rand.
-
-    Raises:
-        UserError: the cache of this model cannot be repeated.
     """
     # Run each prompt once, and repeat its cache and its last logits for the group.
     output = model(

@@ -24,11 +24,7 @@ Sampler = Callable[[Any, Prompts, int, float], Completions]
 
 
 def pick_sampler(name: str) -> Sampler:
-    """Choose the sampler of a name, or the server at an http(s) URL.
-
-    Raises:
-        UserError: there is no such sampler, or the server is out of reach.
-    """
+    """Choose the sampler of a name, or the server at an http(s) URL."""
     if is_server(name):
         return ServerSampler(name)
     if name not in SAMPLERS:
@@ -112,9 +108,6 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
 
     It runs in another thread, where autocast has no effect: the model computes in the dtype of its
     weights.
-
-    Raises:
-        UserError: this version of transformers, this model or this device does not support it.
     """
     if not hasattr(policy.model, "generate_batch"):
         raise UserError(

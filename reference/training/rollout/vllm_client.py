@@ -43,12 +43,7 @@ class ServerSampler:
     def __call__(
         self, policy, prompts: Prompts, group_size: int, temperature: float
     ) -> Completions:
-        """Sample a group for each prompt.
-
-        Raises:
-            UserError: the server is out of reach, refuses the request or omits ids or log-probs, or
-                its ids are not of the policy's tokenizer.
-        """
+        """Sample a group for each prompt."""
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
         seeds = policy.ranks.seeds(len(rows))  # from the seed of the run
         requests = [

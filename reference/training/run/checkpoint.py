@@ -112,9 +112,6 @@ class Checkpoints:
         """Find the newest undamaged checkpoint, and print a line for each damaged one.
 
         Returns None if the run has no checkpoint at all.
-
-        Raises:
-            UserError: there are checkpoints, and all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):

@@ -47,11 +47,7 @@ BATCH_FILTERS = ("top_entropy", "clip_cov", "kl_cov")
 
 
 def load_settings(run: Path) -> TrainConfig:
-    """Load the settings of a run, except the code and the --cache-dir that they name.
-
-    Raises:
-        UserError: there is no run in the directory, or its settings are of another version.
-    """
+    """Load the settings of a run, except the code and the --cache-dir that they name."""
     # A field that LossConfig did not have yet is None: the objective's value.
     settings = dict.fromkeys(LOSS_SETTINGS) | _read_settings(run)
     types = get_type_hints(TrainConfig)
@@ -145,9 +141,6 @@ def resume_after_torchrun_restart(config: TrainConfig, ranks: Ranks) -> TrainCon
     outlives a restart. Any rank may recognise it, since the first rank may be on another node now.
     On one node a restart count of 0 means a first start. Of several nodes each counts only its own
     failures.
-
-    Raises:
-        UserError: torchrun may restart the ranks, and no --output-dir names the run.
     """
     if config.resume is not None or _torchrun_process() is None:
         return config

@@ -41,9 +41,6 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
 
     A directory made here is removed if the run writes nothing but its settings into it. The ranks
     but the first get temporary directories.
-
-    Raises:
-        UserError: the directory belongs to another run or cannot be written, or the disk is full.
     """
     if not ranks.is_first:
         with tempfile.TemporaryDirectory() as scratch:
@@ -81,10 +78,6 @@ def make_run_directory(config: TrainConfig) -> Path:
 
     It is that of --resume, or --output-dir, or else the first unused
     runs/<model>-<task>-seed<seed>[-n].
-
-    Raises:
-        UserError: --output-dir is not empty and --overwrite does not apply, or the directory holds
-            a symbolic link, or it cannot be written.
     """
     given = config.resume or config.output_dir
     if given is not None and config.resume is None and given.is_dir() and any(given.iterdir()):

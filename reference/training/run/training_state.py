@@ -72,11 +72,7 @@ class TrainingState:
         self.record_rng()
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint on the first rank; every rank must call this.
-
-        Raises:
-            UserError: the checkpoint cannot be written.
-        """
+        """Write a checkpoint on the first rank; every rank must call this."""
         ranks, tensors, failed = self.learner.policy.ranks, self.tensors(), None
         if ranks.is_first:
             try:
@@ -153,12 +149,7 @@ class TrainingState:
         return gathered | {"rng": self._rng}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of a checkpoint.
-
-        Raises:
-            UserError: the checkpoint is of another model, or was trained with other frozen weights
-                or on another device.
-        """
+        """Restore the state of a checkpoint."""
         state, learner = checkpoint.state, self.learner
         device = learner.policy.device
         if state["device"] != device.type:

@@ -72,9 +72,6 @@ def answer_is(completion: str, answer: str) -> bool:
 
     Numbers are compared by value, words without case, accents and a full stop. Other mathematics is
     compared by math-verify, for which 1/2 is \\frac{1}{2}.
-
-    Raises:
-        UserError: math-verify is needed and not installed.
     """
     if completion.strip() == answer:
         return True

@@ -158,10 +158,6 @@ def reasoning_gym(
 
     The held-out questions come from another seed. They are at most a fifth of the distinct training
     questions, from which they are removed.
-
-    Raises:
-        UserError: reasoning-gym is not installed or has no such generator, or the generator needs
-            other settings, or its verifier runs completions as code.
     """
     try:
         import reasoning_gym as gym

@@ -38,12 +38,7 @@ def score(
     completions: list[str],
     answers: list[str],
 ) -> dict[str, Tensor]:
-    """Compute the rewards by name, each [n] in fp32 and unweighted.
-
-    Raises:
-        UserError: a reward raises, or returns another number of values than n or a value that is
-            not finite; the message names the reward and the sample.
-    """
+    """Compute the rewards by name, each [n] in fp32 and unweighted."""
     samples = list(zip(prompts, completions, answers, strict=True))
     scores = {}
     for name, reward in rewards.items():

@@ -81,10 +81,6 @@ def make_task(
 
     Args:
         settings: of a generator of reasoning-gym.
-
-    Raises:
-        UserError: there is no such task, an option is missing or has no effect, or the questions
-            cannot be loaded.
     """
     if name not in TASKS and not name.startswith(GYM):
         near = difflib.get_close_matches(name, TASKS, n=1)

@@ -116,12 +116,7 @@ class Learner:
         return metrics
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
-        """Take one optimiser step; return the metrics per micro-batch and the gradient norm.
-
-        Raises:
-            UserError: a loss or the gradient is NaN or infinite, and the weights are unchanged; or
-                there is not enough memory for half a micro-batch either.
-        """
+        """Take one optimiser step; return the metrics per micro-batch and the gradient norm."""
         losses, metrics = self._run_in_memory(minibatch, self._backward)
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
         full_norm = full_tensor(norm)

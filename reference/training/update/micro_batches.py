@@ -91,9 +91,6 @@ class MicroBatchSplitter:
             work: starts from scratch in each call.
             when: for the message, such as "step 3".
             may_halve: False if the loss compares the tokens of a micro-batch with each other.
-
-        Raises:
-            UserError: memory is too small for half the size as well.
         """
         while True:
             if self.size is not None:
