@@ -17,6 +17,7 @@ from reference.training.config import LOSS_SETTINGS, TrainConfig
 from reference.training.distributed import Ranks
 from reference.training.errors import UserError
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
+from reference.training.update.micro_batches import compares_tokens
 
 TORCHRUN_FILE = "torchrun"  # in the directory of a run: the torchrun process that started it
 
@@ -42,8 +43,6 @@ MAY_CHANGE = {
 # is written.
 CODE = ("reward", "step_reward")
 COMMAND_LINE_ONLY = (*CODE, "cache_dir")
-# These settings compare the tokens of a micro-batch with each other.
-BATCH_FILTERS = ("top_entropy", "clip_cov", "kl_cov")
 
 
 def load_settings(run: Path) -> TrainConfig:
@@ -115,9 +114,9 @@ def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: in
             f"--resume {config.resume}: code is run only where the command line names it; if you "
             f"trust it, add {shlex.join(_flags(code))}"
         )
-    loss = config.loss_config()
-    has_filter = any(getattr(loss, name) is not None for name in BATCH_FILTERS)
-    may_change = MAY_CHANGE - {"micro_batch"} if has_filter else MAY_CHANGE
+    may_change = MAY_CHANGE
+    if compares_tokens(config.loss_config()):
+        may_change = MAY_CHANGE - {"micro_batch"}
     changes = ", ".join(
         f"--{name.replace('_', '-')} was {saved.get(name)}, not {new[name]}"
         for name in new

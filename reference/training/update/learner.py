@@ -5,10 +5,10 @@ Sizes: B questions, G completions per question, T tokens per completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,15 @@ from reference.training.errors import UserError
 from reference.training.guards import describe_non_finite, out_of_memory_error
 from reference.training.model.policy import Policy, SampledCompletions, WithoutAdapter
 from reference.training.model.scorers import Scorer
-from reference.training.update.micro_batches import MicroBatch, MicroBatchSplitter, Minibatch
+from reference.training.update.micro_batches import (
+    MicroBatch,
+    MicroBatchSplitter,
+    Minibatch,
+    compares_tokens,
+)
 
-T = TypeVar("T")
 Metrics = dict[str, Tensor]
+CLIPS = tuple(f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
 
 
 class Learner:
@@ -35,10 +40,12 @@ class Learner:
     ) -> None:
         self.policy, self.scorer = policy, scorer
         self.loss_config, self.config = loss_config, config
-        self.reference_policy = self._freeze_policy() if loss_config.beta > 0 else None
         # Sampling calls policy.model; passes with gradient call it through its wrapper.
         ranks = policy.ranks
         wrap = ranks.wrap_fsdp if config.parallel == "fsdp" else ranks.wrap_ddp
+        self.reference_policy = policy.frozen_copy() if loss_config.beta > 0 else None
+        if self.reference_policy is not None and config.parallel == "fsdp":
+            ranks.wrap_fsdp(self.reference_policy.model)
         self.wrapped_policy = replace(policy, model=wrap(policy.model))
         self.entropy_control = None
         if config.entropy_target is not None:
@@ -53,7 +60,9 @@ class Learner:
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
         self.steps = 0
-        self.splitter = MicroBatchSplitter(config.micro_batch)
+        # Halved micro-batches would make more passes than those of the other ranks.
+        may_halve = not compares_tokens(loss_config) and ranks.size == 1
+        self.splitter = MicroBatchSplitter(config.micro_batch, may_halve=may_halve)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state besides tensors; the learning rate follows from `steps`."""
@@ -84,7 +93,7 @@ class Learner:
         refresh = config.reference_refresh
         if refresh is not None and self.steps > 1 and (self.steps - 1) % refresh == 0:
             self.reference_policy = None  # freed before the next copy is made
-            self.reference_policy = self._freeze_policy()
+            self.reference_policy = self.policy.frozen_copy()
         if control is not None:
             self.loss_config = replace(self.loss_config, entropy_coef=control.coef)
         learning_rate = config.learning_rate * min(1.0, self.steps / max(1, config.warmup_steps))
@@ -93,9 +102,14 @@ class Learner:
 
         # The log-probs of the sampling policy are computed before the first optimiser step.
         minibatches = list(self.minibatches(samples, advantages.to(self.policy.device)))
+
+        def store_old_logprob(minibatch: Minibatch) -> None:
+            for batch in minibatch.micro_batches:
+                batch.old_logprob = self._logprob(self.policy, batch)
+
         if len(minibatches) > 1:
             for minibatch in minibatches:
-                self._run_in_memory(minibatch, self._store_old_logprob)
+                self.splitter.run(minibatch, store_old_logprob, f"step {self.steps}")
 
         # One optimiser step per minibatch and inner iteration.
         updates, grad_norms = [], []
@@ -106,9 +120,18 @@ class Learner:
                     updates.append(metrics)
                     grad_norms.append(grad_norm)
 
+        # Combine the metrics of all ranks' micro-batches, except those without a sequence.
+        by_rank = self.policy.ranks.all_gather(updates)
+        updates = [
+            [batch for rank in by_rank for batch in rank[update] if batch["num_sequences"] > 0]
+            for update in range(len(updates))
+        ]
+        sequence_means = ["vespo/phi_seq_mean"]
+        if self.loss_config.ratio_level == "sequence":
+            sequence_means += ["ratio_mean", "cispo_clip_ratio", *CLIPS]
         mean_norm = sum(grad_norms) / max(1, len(grad_norms))
         metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
-        metrics |= self._combine_metrics(updates)
+        metrics |= combine_metrics(updates, sequence_means)
         if control is not None:
             metrics["entropy_coef"] = self.loss_config.entropy_coef
             if "entropy" in metrics:
@@ -117,7 +140,7 @@ class Learner:
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
         """Take one optimiser step; return the metrics per micro-batch and the gradient norm."""
-        losses, metrics = self._run_in_memory(minibatch, self._backward)
+        losses, metrics = self.splitter.run(minibatch, self._backward, f"step {self.steps}")
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
         full_norm = full_tensor(norm)
         if not torch.stack([value.isfinite() for value in (full_norm, *losses)]).all():
@@ -159,18 +182,9 @@ class Learner:
             **denominators,
         )
 
-    def _store_old_logprob(self, minibatch: Minibatch) -> None:
-        for batch in minibatch.micro_batches:
-            batch.old_logprob = self._logprob(self.policy, batch)
-
     @torch.no_grad()
     def _logprob(self, policy: Policy | WithoutAdapter, batch: MicroBatch) -> Tensor:
         return self.scorer.token_stats(policy, batch, self.config.temperature).logprob
-
-    def _run_in_memory(self, minibatch: Minibatch, work: Callable[[Minibatch], T]) -> T:
-        # Halved micro-batches would make more passes than those of the other ranks.
-        may_halve = not self._has_batch_filters() and self.policy.ranks.size == 1
-        return self.splitter.run(minibatch, work, f"step {self.steps}", may_halve=may_halve)
 
     def minibatches(self, samples: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
         """Split the groups into --minibatches, and each minibatch into micro-batches.
@@ -178,7 +192,7 @@ class Learner:
         Groups that cannot contribute are left out. The micro-batches are this rank's, the
         denominators those of all ranks.
         """
-        config, ranks = self.config, self.policy.ranks
+        config, loss, ranks = self.config, self.loss_config, self.policy.ranks
         completions, B = samples.completions, len(samples.prompts.ids)
         loss_mask = completions.mask
         if config.mask_truncated:
@@ -191,8 +205,11 @@ class Learner:
             advantages,
             completions.logprob,
         )
+        # Advantages of 0 have no gradient, unless the loss has a KL or an entropy bonus, or selects
+        # among all tokens of a micro-batch.
+        no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
         contributes = loss_mask
-        if self._can_skip_group():
+        if loss.beta == 0 and no_bonus and not compares_tokens(loss):
             token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
             contributes = loss_mask & (token_advantages != 0)
         contributes = contributes.view(B, -1).any(dim=-1)
@@ -209,55 +226,16 @@ class Learner:
                 micro_batches += [idle] * missing
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.view(B, -1)[groups].sum())
-            normalizer = {
-                "sequence_mean": num_sequences,
-                "token_mean": num_tokens,
-                "sequence_sum_mean": num_sequences,
-                "fixed_length": num_sequences * (self.loss_config.max_completion_length or 1),
-            }[self.loss_config.aggregation]
-            # The entropy is divided by all tokens also under top_entropy: its mean over the chosen
-            # tokens of a micro-batch is weighted by the number of all tokens there.
+            # The denominators of the minibatch make the losses of micro-batches add up.
+            normalizer = num_tokens if loss.aggregation == "token_mean" else num_sequences
+            if loss.aggregation == "fixed_length":
+                normalizer *= loss.max_completion_length
+            # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
             denominators = {
                 "normalizer": max(1, normalizer),
                 "entropy_normalizer": max(1, num_tokens),
             }
             yield Minibatch(micro_batches, denominators)
-
-    def _can_skip_group(self) -> bool:
-        """Return True if a group whose advantages are all 0 does not affect the gradient.
-
-        It does under a KL, an entropy bonus, KL-Cov's penalty, and under filters that select among
-        all tokens of a micro-batch.
-        """
-        loss = self.loss_config
-        no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
-        return loss.beta == 0 and no_bonus and not self._has_batch_filters()
-
-    def _has_batch_filters(self) -> bool:
-        """Return True if the loss compares the tokens of a micro-batch with each other."""
-        loss = self.loss_config
-        return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
-
-    def _freeze_policy(self) -> Policy | WithoutAdapter:
-        """Make the reference policy, sharded if the policy will be."""
-        frozen = self.policy.frozen_copy()
-        if self.config.parallel == "fsdp":
-            self.policy.ranks.wrap_fsdp(frozen.model)
-        return frozen
-
-    def _combine_metrics(self, updates: list[list[Metrics]]) -> dict[str, float]:
-        """Combine the metrics of all ranks' micro-batches, except those without a sequence."""
-        if self.policy.ranks.size > 1:
-            by_rank = self.policy.ranks.all_gather(updates)
-            updates = [
-                [batch for rank in by_rank for batch in rank[update] if batch["num_sequences"] > 0]
-                for update in range(len(updates))
-            ]
-        sequence_means = ["vespo/phi_seq_mean"]
-        if self.loss_config.ratio_level == "sequence":
-            clips = [f"clip_ratio/{side}_mean" for side in ("low", "high", "region")]
-            sequence_means += ["ratio_mean", "cispo_clip_ratio", *clips]
-        return combine_metrics(updates, sequence_means)
 
 
 def combine_metrics(

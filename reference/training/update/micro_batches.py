@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grpo_kernels import LossConfig
 from reference.training.errors import UserError
 from reference.training.guards import is_out_of_memory
 from reference.training.rollout.generate import Prompts
@@ -69,19 +70,23 @@ class Minibatch:
     denominators: dict[str, int]
 
 
+def compares_tokens(loss: LossConfig) -> bool:
+    """Return True if the loss compares the tokens of a micro-batch with each other."""
+    return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
+
+
 class MicroBatchSplitter:
     """Limits the number of questions per pass, and halves it once when memory runs out.
 
     Args:
         size: the number of questions; None: a whole minibatch.
+        may_halve: False if the number of passes or their tokens must not change.
     """
 
-    def __init__(self, size: int | None) -> None:
-        self.size, self.halved = size, False
+    def __init__(self, size: int | None, *, may_halve: bool = True) -> None:
+        self.size, self.may_halve, self.halved = size, may_halve, False
 
-    def run(
-        self, minibatch: Minibatch, work: Callable[[Minibatch], T], when: str, *, may_halve: bool
-    ) -> T:
+    def run(self, minibatch: Minibatch, work: Callable[[Minibatch], T], when: str) -> T:
         """Call `work` on the minibatch in micro-batches of this size; restart with half the size.
 
         The gradient is a sum over micro-batches, each divided by the denominators of the whole:
@@ -90,7 +95,6 @@ class MicroBatchSplitter:
         Args:
             work: starts from scratch in each call.
             when: for the message, such as "step 3".
-            may_halve: False if the loss compares the tokens of a micro-batch with each other.
         """
         while True:
             if self.size is not None:
@@ -108,7 +112,7 @@ class MicroBatchSplitter:
                 torch.cuda.empty_cache()
             largest = max(batch.num_questions for batch in minibatch.micro_batches)
             problem = f"out of memory in {when} with micro-batches of {largest} questions"
-            if self.halved or largest == 1 or not may_halve:
+            if self.halved or largest == 1 or not self.may_halve:
                 raise UserError(
                     f"{problem}: lower --micro-batch, --max-new-tokens or --group-size, or set "
                     "--gradient-checkpointing"
