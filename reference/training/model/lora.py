@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.training.errors import UserError
+from reference.training.errors import import_package
 
 
 def add_lora(model: Any, rank: int, alpha: float):
@@ -25,21 +25,11 @@ def add_lora(model: Any, rank: int, alpha: float):
     B starts as 0, so the outputs are at first those of the model. There is no dropout: it would
     make sampler and trainer two different policies.
 
-    Args:
-        model: a transformers model.
-        rank: rows of A, at least 1.
-        alpha: the scale, above 0.
-
-    Raises:
-        UserError: peft is not installed.
+    A has `rank` rows.
     """
     peft = load_peft()
     settings = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="all-linear",
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         # peft asks for a property that transformers has renamed
@@ -48,14 +38,9 @@ def add_lora(model: Any, rank: int, alpha: float):
 
 
 def load_peft() -> ModuleType:
-    """Import peft or raise a UserError; called before a model is loaded, it fails early."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError(
-            '--lora-rank needs the package peft: pip install "grpo_kernels[train]"'
-        ) from None
-    return peft
+    """Import peft; called before a model is loaded, it fails early."""
+    message = '--lora-rank needs the package peft: pip install "grpo_kernels[train]"'
+    return import_package("peft", message)
 
 
 def has_adapter(model: Any) -> bool:

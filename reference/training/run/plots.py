@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from reference.training.errors import UserError
+from reference.training.errors import import_package
 from reference.training.run.run_directory import report_write_errors
 from reference.training.run.run_log import finite_values, format_number, tenths
 
@@ -79,11 +79,9 @@ PANELS = (
 
 
 def load_matplotlib() -> None:
-    """Import matplotlib or raise a UserError; called before a model is loaded, it fails early."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError('the curves need matplotlib: pip install "grpo_kernels[train]"') from None
+    """Import matplotlib; called before a model is loaded, it fails early."""
+    message = 'the curves need matplotlib: pip install "grpo_kernels[train]"'
+    import_package("matplotlib", message)
 
 
 def plot_dashboard(
@@ -96,9 +94,6 @@ def plot_dashboard(
         history: a row of metrics per step; missing and NaN values are left out.
         evaluations: {"step": 0, "strict": 0.1, "lenient": 0.25} per evaluation.
         title: model and task; steps, tokens, time and held-out accuracies are added below it.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
     """
     load_matplotlib()
     from matplotlib import style

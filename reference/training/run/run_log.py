@@ -22,7 +22,7 @@ from types import ModuleType
 
 import numpy as np
 
-from reference.training.errors import UserError
+from reference.training.errors import UserError, import_package, one_line
 from reference.training.run.run_directory import report_write_errors, save_json
 
 # A long completion is cut in the middle: answers stand at its end.
@@ -37,10 +37,6 @@ class RunLog:
     Args:
         after: the step after which a resumed run starts; TensorBoard hides older rows of later
             steps.
-
-    Raises:
-        UserError: `wandb` is requested and is not installed or does not start; or a file cannot be
-            written. Every method may raise the latter.
     """
 
     def __init__(
@@ -94,12 +90,8 @@ class RunLog:
 
 
 def load_wandb() -> ModuleType:
-    """Import wandb or raise a UserError; called before a model is loaded, it fails early."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb: pip install wandb") from None
-    return wandb
+    """Import wandb; called before a model is loaded, it fails early."""
+    return import_package("wandb", "--wandb needs the package wandb: pip install wandb")
 
 
 def start_wandb(directory: Path, settings: dict):
@@ -110,11 +102,11 @@ def start_wandb(directory: Path, settings: dict):
             project="grpo_kernels", name=directory.name, dir=str(directory), config=settings
         )
     except wandb.Error as error:
-        message = str(error).strip().partition("\n")[0]
-        raise UserError(f"--wandb: {message} (WANDB_MODE=offline needs no account)") from None
+        hint = "WANDB_MODE=offline needs no account"
+        raise UserError(f"--wandb: {one_line(error)} ({hint})") from None
 
 
-def start_tensorboard(directory: Path, after: int | None = None):
+def start_tensorboard(directory: Path, after: int | None):
     """Open a writer of event files; returns None if the package is missing."""
     # TensorBoard imports TensorFlow for its file functions if it can: seconds, and a second CUDA
     # context. A module of this name is its own switch against that.

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from decimal import Decimal
 
-from reference.training.errors import UserError
+from reference.training.errors import import_package
 
 _NUMBER = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?"
 _NUMBERS = re.compile(_NUMBER)
@@ -84,13 +84,11 @@ def answer_is(completion: str, answer: str) -> bool:
         return _normalize(answer) in map(_normalize, candidates)
     if answer in candidates:
         return True
-    try:
-        import math_verify
-    except ImportError:
-        raise UserError(
-            f"comparing with the answer {answer!r} needs the package math-verify: "
-            'pip install "grpo_kernels[tasks]"'
-        ) from None
+    math_verify = import_package(
+        "math_verify",
+        f"comparing with the answer {answer!r} needs the package math-verify: "
+        'pip install "grpo_kernels[tasks]"',
+    )
 
     def parse(text: str) -> list:
         """Mark a bare text as mathematics: of "x + 1" math-verify would read only the 1."""

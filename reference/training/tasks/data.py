@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from reference.training.errors import UserError, one_line
+from reference.training.errors import UserError, import_package, one_line
 from reference.training.tasks import answers
 
 HELD_OUT = 128
@@ -122,15 +122,13 @@ def gsm8k(data: Path | None, seed: int) -> Split:
     """Load GSM8K from the hub, or from files with the same layout."""
     if data is not None:
         return read(data, seed, gsm8k_answer)
+    datasets = import_package(
+        "datasets",
+        '--task gsm8k needs the package datasets: pip install "grpo_kernels[tasks]"; '
+        f"or --data: {LAYOUT}",
+    )
     try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            '--task gsm8k needs the package datasets: pip install "grpo_kernels[tasks]"; '
-            f"or --data: {LAYOUT}"
-        ) from None
-    try:
-        splits: Any = load_dataset(GSM8K, "main")
+        splits = datasets.load_dataset(GSM8K, "main")
     except Exception as error:  # no connection, no such set, a broken cache: each its own type
         raise UserError(
             f"--task gsm8k: {GSM8K} could not be had from the hub ({one_line(error)}); without "
@@ -159,17 +157,15 @@ def reasoning_gym(
     The held-out questions come from another seed. They are at most a fifth of the distinct training
     questions, from which they are removed.
     """
-    try:
-        import reasoning_gym as gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise UserError(
-            f"--task reasoning-gym/{name} needs the package reasoning-gym: "
-            'pip install "grpo_kernels[tasks]"'
-        ) from None
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.4)
-        near = f"near it: {', '.join(near)}" if near else f"it has {', '.join(sorted(DATASETS))}"
+    gym = import_package(
+        "reasoning_gym",
+        f"--task reasoning-gym/{name} needs the package reasoning-gym: "
+        'pip install "grpo_kernels[tasks]"',
+    )
+    known = gym.factory.DATASETS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+        near = f"near it: {', '.join(near)}" if near else f"it has {', '.join(sorted(known))}"
         raise UserError(f"reasoning-gym has no generator {name!r}; {near}")
     if name in GYM_RUNS_COMPLETIONS:
         raise UserError(
