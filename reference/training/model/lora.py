@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +44,6 @@ def load_peft() -> ModuleType:
 
 def has_adapter(model: Any) -> bool:
     return hasattr(model, "disable_adapter")
-
-
-def without_adapter(model: Any) -> AbstractContextManager:
-    """Turn the adapter off inside this context; no effect on a model without one."""
-    return model.disable_adapter() if has_adapter(model) else nullcontext()
 
 
 def merged(model: Any):

@@ -20,16 +20,9 @@ from reference.training.model.activation_checkpointing import (
     checkpointable_layers,
     recompute_activations,
 )
-from reference.training.rollout.generate import (
-    Completions,
-    Prompts,
-    encode,
-    encode_messages,
-)
+from reference.training.rollout.generate import Completions, Prompts, encode, encode_messages
 from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
 from reference.training.tasks.tasks import Question
-
-Precision = Literal["auto", "bf16", "off"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Policy:
     Attributes:
         system: the system prompt of every question.
         precision: the precision of `autocast`.
-        sampler: the default sampler.
+        sampler: the default of `sample`, and the sampler of `chat_reply`.
         ranks: the ranks that sample at the same time, each its shard.
     """
 
@@ -58,7 +51,7 @@ class Policy:
     eos_ids: list[int]
     max_new_tokens: int
     system: str | None = None
-    precision: Precision = "auto"
+    precision: Literal["auto", "bf16", "off"] = "auto"
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt
     ranks: Ranks = SINGLE_PROCESS
@@ -71,15 +64,9 @@ class Policy:
         max_new_tokens: int,
         *,
         cache_dir: Path | None = None,
-        system: str | None = None,
-        sampler: Sampler = shared_prompt,
+        **options: Any,
     ) -> Policy:
-        """Load a model with fp32 weights and without dropout.
-
-        Args:
-            system: the system prompt of every question.
-            sampler: the default of `sample`, and the sampler of `chat_reply`.
-        """
+        """Load a model with fp32 weights and without dropout; the options are other attributes."""
         if settings.lora_rank is not None:
             lora.load_peft()
         model: Any  # transformers decorates `to` with a type that takes no device
@@ -102,10 +89,9 @@ class Policy:
             device,
             eos_ids,
             max_new_tokens,
-            system,
-            settings.autocast,
-            settings.gradient_checkpointing,
-            sampler,
+            precision=settings.autocast,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            **options,
         )
 
     def sample(
@@ -157,10 +143,6 @@ class Policy:
         frozen = lora.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
         return replace(self, model=frozen)
 
-    def model_to_save(self):
-        """Return the model with its LoRA adapter, if any, merged into its weights."""
-        return lora.merged(self.model)
-
     def autocast(self) -> AbstractContextManager:
         """Return the autocast context of `precision`: bf16, or none."""
         if self._uses_bf16:
@@ -189,15 +171,10 @@ class WithoutAdapter:
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Return the context of a forward pass of the base model, without gradient."""
-        with (
-            torch.no_grad(),
-            lora.without_adapter(self.policy.model),
-            self.policy.forward_context(),
-        ):
+        with torch.no_grad(), self.model.disable_adapter(), self.policy.forward_context():
             yield
 
     def autocast(self) -> AbstractContextManager:
-        """Return the autocast context of the policy."""
         return self.policy.autocast()
 
 
@@ -212,11 +189,17 @@ def load_policy(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    settings: dict[str, Any] = {"cache_dir": config.cache_dir, "system": system}
-    if not is_server(config.sampler):  # a server has other weights: evaluations do not use it
-        settings["sampler"] = sampler
-    policy = Policy.load(config, device, config.max_new_tokens, **settings)
-    return replace(policy, ranks=ranks)
+    if is_server(config.sampler):  # a server has other weights: evaluations do not use it
+        sampler = shared_prompt
+    return Policy.load(
+        config,
+        device,
+        config.max_new_tokens,
+        cache_dir=config.cache_dir,
+        system=system,
+        sampler=sampler,
+        ranks=ranks,
+    )
 
 
 def pick_device(name: str) -> torch.device:

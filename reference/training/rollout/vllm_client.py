@@ -45,10 +45,24 @@ class ServerSampler:
     ) -> Completions:
         """Sample a group for each prompt."""
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-        seeds = policy.ranks.seeds(len(rows))  # from the seed of the run
         requests = [
-            self._request(policy, row, group_size, temperature, seed)
-            for row, seed in zip(rows, seeds, strict=True)
+            {  # overrides vLLM's generation_config; other servers ignore the fields unknown to them
+                "model": self.model,
+                "prompt": row,
+                "n": group_size if temperature > 0 else 1,  # vLLM refuses several greedy ones
+                "temperature": temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": policy.max_new_tokens,
+                "stop_token_ids": list(policy.eos_ids),
+                "seed": seed,
+                "logprobs": 1,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            }
+            for row, seed in zip(rows, policy.ranks.seeds(len(rows)), strict=True)
         ]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             responses = list(pool.map(lambda body: self._send("/v1/completions", body), requests))
@@ -62,8 +76,7 @@ class ServerSampler:
             if len(choices) != group_size:
                 raise UserError(f"{self.url} gave {len(choices)} completions of {group_size}")
             for choice in choices:
-                ids, logprob = self._parse(choice)
-                self._check(policy, ids, choice.get("finish_reason"))
+                ids, logprob = self._parse(choice, policy)
                 tokens.append(ids)
                 logprobs.append(logprob)
         return Completions.from_lists(
@@ -74,28 +87,7 @@ class ServerSampler:
             device=prompts.ids.device,
         )
 
-    def _request(
-        self, policy, prompt: list[int], group_size: int, temperature: float, seed: int
-    ) -> dict[str, Any]:
-        """Build a request that overrides vLLM's generation_config; others ignore these fields."""
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "n": group_size if temperature > 0 else 1,  # vLLM refuses several greedy ones
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "max_tokens": policy.max_new_tokens,
-            "stop_token_ids": list(policy.eos_ids),
-            "seed": seed,
-            "logprobs": 1,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        }
-
-    def _parse(self, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+    def _parse(self, choice: dict[str, Any], policy) -> tuple[list[int], list[float]]:
         """Read the token ids, numbers or texts like "token_id:123", and their log-probs."""
         logprobs = choice.get("logprobs") or {}
         values = logprobs.get("token_logprobs")
@@ -114,9 +106,6 @@ class ServerSampler:
             ids = [int(text.removeprefix("token_id:")) for text in texts]
         if len(ids) != len(values):
             raise UserError(f"{self.url} gave {len(ids)} tokens but {len(values)} log-probs")
-        return ids, values
-
-    def _check(self, policy, ids: list[int], finish_reason: str | None) -> None:
         size = len(policy.tokenizer)
         unknown = [token for token in ids if not 0 <= token < size]
         if unknown:
@@ -124,11 +113,12 @@ class ServerSampler:
                 f"{self.url} serves {self.model}, whose token {unknown[0]} is not among the {size} "
                 "of --model: serve the model that trains"
             )
-        if finish_reason == "stop" and ids[-1] not in policy.eos_ids:
+        if choice.get("finish_reason") == "stop" and ids[-1] not in policy.eos_ids:
             raise UserError(
                 f"{self.url} ended a completion with token {ids[-1]}: expected one of the end "
                 f"tokens {list(policy.eos_ids)}"
             )
+        return ids, values
 
     def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """GET, or POST `body`, and retry if the connection or the server fails."""

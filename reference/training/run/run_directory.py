@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from reference.training.config import TrainConfig
-from reference.training.distributed import SINGLE_PROCESS, Ranks, full_state_dict, is_sharded
+from reference.training.distributed import SINGLE_PROCESS, Ranks, full_state_dict
 from reference.training.errors import UserError, one_line
+from reference.training.model import lora
 from reference.training.model.policy import Policy
 
 # The files of a run beside settings.json: --overwrite removes nothing else.
@@ -180,9 +181,6 @@ def save_model(
 
     Args:
         weights: replace the model's own, which may be sharded.
-
-    Raises:
-        UserError: the model cannot be written, for instance because the disk is full.
     """
     target = directory / "model"
     partial = directory / "model.partial"
@@ -204,9 +202,9 @@ def save_model(
 
 def save_policy(directory: Path, policy: Policy, steps: int) -> None:
     """Write <directory>/model after so many steps. Every rank must call this."""
-    weights = full_state_dict(policy.model) if is_sharded(policy.model) else None
+    weights = full_state_dict(policy.model)
     if policy.ranks.is_first:
-        saved = save_model(directory, policy.model_to_save(), policy.tokenizer, weights)
+        saved = save_model(directory, lora.merged(policy.model), policy.tokenizer, weights)
         print(f"\nthe model after {steps} steps: {saved}")
 
 

@@ -59,10 +59,12 @@ class TrainingState:
         self._rng = {"cpu": torch.get_rng_state()}
         if device.type != "cpu":
             self._rng[device.type] = torch.get_device_module(device).get_rng_state()
+        numpy: Any = np.random.get_state(legacy=False)
+        numpy["state"]["key"] = numpy["state"]["key"].tolist()
         self._random = {
             "order": self.order.getstate(),
             "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),
+            "numpy": numpy,
         }
 
     def advance(self, tokens: int) -> None:
@@ -113,14 +115,12 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the part of the state that is JSON, as of the last `record_rng`."""
-        numpy = self._random["numpy"]
-        key = numpy["state"]["key"].tolist()
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self.elapsed,
             "learner": self.learner.state_dict(),
-            "random": self._random | {"numpy": numpy | {"state": numpy["state"] | {"key": key}}},
+            "random": self._random,
             "settings": self.settings,
             "frozen": self._frozen_digest,
             "device": self.learner.policy.device.type,
@@ -185,9 +185,7 @@ class TrainingState:
         for set_state, name in generators:
             version, internal, gauss = state["random"][name]
             set_state((version, tuple(internal), gauss))
-        numpy = state["random"]["numpy"]
-        key = np.array(numpy["state"]["key"], dtype=np.uint32)
-        np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
+        np.random.set_state(state["random"]["numpy"])
         rng = checkpoint.tensors("rng")
         torch.set_rng_state(rng["cpu"])
         if device.type != "cpu":

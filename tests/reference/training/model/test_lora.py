@@ -81,20 +81,14 @@ def test_adapter_is_scaled_by_alpha_over_rank(plain):
         assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
-def test_without_adapter_restores_the_base_model_temporarily(trained):
+def test_disable_adapter_restores_the_base_model_temporarily(trained):
     with_it = logits(trained)
     torch.manual_seed(0)
     before = logits(models.from_scratch()[0].eval())
     assert not torch.allclose(with_it, before)
-    with adapters.without_adapter(trained):
+    with trained.disable_adapter():
         assert torch.equal(logits(trained), before)
     assert torch.equal(logits(trained), with_it)
-
-
-def test_without_adapter_of_a_plain_model_has_no_effect(plain):
-    before = logits(plain)
-    with adapters.without_adapter(plain):
-        assert torch.equal(logits(plain), before)
 
 
 def test_merged_model_loads_with_transformers_and_has_the_same_logits(trained, tmp_path):

@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from reference.training.config import ModelSettings
 from reference.training.errors import UserError
 from reference.training.model import load as models
+from reference.training.model import lora
 from reference.training.model import policy as policy_module
 from reference.training.model.policy import Policy
 from reference.training.model.scorers import FusedScorer, PlainScorer
@@ -290,10 +291,10 @@ def test_chat_reply_encodes_the_whole_conversation():
     assert seen == ["system: Add.\n" + conversation, "system: Multiply.\n" + conversation]
 
 
-def test_model_to_save_has_no_adapter():
+def test_merged_policy_has_no_adapter():
     policy = load(lora_rank=2)
     perturb(policy)
-    saved = policy.model_to_save()
+    saved = lora.merged(policy.model)
     assert type(saved).__name__ == "LlamaForCausalLM"
     ids = torch.arange(10, 20)[None]
     with torch.no_grad():
