@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from reference.training.errors import UserError
 from reference.training.rollout.chat_template import Messages, apply_chat_template
@@ -60,16 +61,10 @@ class Completions:
         device: torch.device,
     ) -> Completions:
         """Pad completions without padding; a finished one includes its end token."""
-        longest = max(map(len, tokens))
-
-        def pad(rows: list[list], padding: float) -> Tensor:
-            padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
-            return torch.tensor(padded).to(device)
-
         return cls(
-            pad(tokens, pad_id),
-            pad([[True] * len(row) for row in tokens], False),
-            pad(logprobs, 0.0),
+            _pad(tokens, pad_id, "right").to(device),
+            _pad([[True] * len(row) for row in tokens], False, "right").to(device),
+            _pad(logprobs, 0.0, "right").to(device),
             torch.tensor([row[-1] in eos_ids for row in tokens], device=device),
         )
 
@@ -91,11 +86,14 @@ def encode_messages(
 ) -> Prompts:
     """Encode conversations up to the assistant's turn, padded on the left."""
     rows = [apply_chat_template(tokenizer, chat) for chat in chats]
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    return Prompts(ids, mask.to(device))
+    ids = _pad(rows, tokenizer.pad_token_id, "left")
+    mask = _pad([[True] * len(row) for row in rows], False, "left")
+    return Prompts(ids.to(device), mask.to(device))
+
+
+def _pad(rows: Sequence[Sequence], value: float, side: str) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 @torch.no_grad()

@@ -22,26 +22,27 @@ class GracefulShutdown:
     """A context manager in which SIGTERM raises Stopped.
 
     It raises at once, or in `raise_if_requested` if the signal came after `defer`.
-
-    Attributes:
-        requested: whether SIGTERM was received.
-        is_deferred: whether a step is under way that has to be completed first.
     """
 
     def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
-        self._ranks = ranks
-        self.requested = False
-        self.is_deferred = ranks.size > 1
+        self._ranks, self.requested = ranks, False
+        self.is_deferred = ranks.size > 1  # a step is under way that has to be completed first
 
     def __enter__(self) -> GracefulShutdown:
+        def receive(*_) -> None:
+            if self.requested:  # a second signal must not interrupt the shutdown
+                return
+            self.requested = True
+            if not self.is_deferred:
+                raise Stopped
+
         # Python delivers signals to the main thread only.
-        self._installed = threading.current_thread() is threading.main_thread()
-        if self._installed:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._previous = signal.signal(signal.SIGTERM, receive) if is_main else None
         return self
 
     def __exit__(self, *_) -> None:
-        if self._installed:
+        if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
     def defer(self) -> None:
@@ -53,11 +54,4 @@ class GracefulShutdown:
         self.is_deferred = self._ranks.size > 1
         if any(self._ranks.all_gather(self.requested)):
             self.requested, self.is_deferred = True, False
-            raise Stopped
-
-    def _receive(self, *_) -> None:
-        if self.requested:  # a second signal must not interrupt the shutdown
-            return
-        self.requested = True
-        if not self.is_deferred:
             raise Stopped

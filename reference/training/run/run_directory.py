@@ -3,6 +3,7 @@
 settings.json      the settings
 metrics.jsonl      a line per step and per evaluation
 completions.txt    sampled completions
+events.out.*       the metrics again, for TensorBoard
 curves.png         the curves
 checkpoints/       the states from which the run can be resumed
 model/             the model after the last step

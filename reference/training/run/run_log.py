@@ -1,11 +1,7 @@
 """Logs of a run: metrics for programs, sampled completions for people.
 
-    settings.json      the settings
-    metrics.jsonl      a line per step; an evaluation is a line of its own with names eval/...
-    completions.txt    sampled completions with their rewards and advantages
-    events.out.*       the metrics again for TensorBoard, and on request for Weights & Biases
-
-A line, or the completions of a step, is one write, so a reader never sees half of it.
+In metrics.jsonl an evaluation is a line of its own with names eval/... A line, or the completions
+of a step, is one write, so a reader never sees half of it.
 """
 
 from __future__ import annotations
@@ -49,9 +45,28 @@ class RunLog:
         after: int | None = None,
     ) -> None:
         settings = json.loads(json.dumps(settings, default=str))  # paths become strings
-        self.directory = directory
-        self.wandb_run = start_wandb(directory, settings) if wandb else None
-        self.writer = start_tensorboard(directory, after) if tensorboard else None
+        self.directory, self.wandb_run, self.writer = directory, None, None
+        if wandb:
+            package = load_wandb()
+            try:
+                self.wandb_run = package.init(
+                    project="grpo_kernels", name=directory.name, dir=str(directory), config=settings
+                )
+            except package.Error as error:
+                hint = "WANDB_MODE=offline needs no account"
+                raise UserError(f"--wandb: {one_line(error)} ({hint})") from None
+        if tensorboard:
+            # TensorBoard imports TensorFlow for its file functions if it can: seconds, and a second
+            # CUDA context. A module of this name is its own switch against that.
+            switch = "tensorboard.compat.notf"
+            sys.modules.setdefault(switch, ModuleType(switch))
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                print("no TensorBoard files without the package: pip install tensorboard")
+            else:
+                purge = None if after is None else after + 1
+                self.writer = SummaryWriter(str(directory), flush_secs=10, purge_step=purge)
         save_json(directory / "settings.json", settings)
 
     def step(self, row: Mapping[str, float | None]) -> None:
@@ -92,33 +107,6 @@ class RunLog:
 def load_wandb() -> ModuleType:
     """Import wandb; called before a model is loaded, it fails early."""
     return import_package("wandb", "--wandb needs the package wandb: pip install wandb")
-
-
-def start_wandb(directory: Path, settings: dict):
-    """Start a run of Weights & Biases."""
-    wandb = load_wandb()
-    try:
-        return wandb.init(
-            project="grpo_kernels", name=directory.name, dir=str(directory), config=settings
-        )
-    except wandb.Error as error:
-        hint = "WANDB_MODE=offline needs no account"
-        raise UserError(f"--wandb: {one_line(error)} ({hint})") from None
-
-
-def start_tensorboard(directory: Path, after: int | None):
-    """Open a writer of event files; returns None if the package is missing."""
-    # TensorBoard imports TensorFlow for its file functions if it can: seconds, and a second CUDA
-    # context. A module of this name is its own switch against that.
-    switch = "tensorboard.compat.notf"
-    sys.modules.setdefault(switch, ModuleType(switch))
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard files without the package: pip install tensorboard")
-        return None
-    purge_step = None if after is None else after + 1
-    return SummaryWriter(str(directory), flush_secs=10, purge_step=purge_step)
 
 
 def read_metrics(directory: Path) -> tuple[list[dict], list[dict]]:
@@ -169,18 +157,16 @@ def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -
 
     Args:
         before, after: the accuracies `strict` and `lenient` on the held-out questions, pass@k where
-            estimated, and `questions`, their number, if accuracies shall have intervals.
+            estimated, and `questions`, their number.
         history: a row of metrics per step.
     """
 
     def accuracy(metrics: Mapping, name: str) -> str:
-        if "questions" not in metrics:
-            return f"{metrics[name]:.1%}"
         low, high = wilson(metrics[name], metrics["questions"])
         return f"{metrics[name]:.1%} ({low:.0%} to {high:.0%})"
 
-    count = f", {after['questions']:,} questions (95% interval)" if "questions" in after else ""
-    rows = [(f"held-out{count}", "before", "after")]
+    count = f"{after['questions']:,} questions (95% interval)"
+    rows = [(f"held-out, {count}", "before", "after")]
     names = {"accuracy, strict": "strict", "accuracy, lenient": "lenient"}
     if all(metrics["strict"] == metrics["lenient"] for metrics in (before, after)):
         names = {"accuracy": "strict"}

@@ -193,23 +193,20 @@ def reasoning_gym(name: str, seed: int, settings: Mapping[str, Any]) -> Task:
     """
     (train, held_out), verify = data.reasoning_gym(name, seed, settings)
 
-    def reward(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
-        values = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            tagged = answers.tagged(completion)
-            values.append(verify(prompt, completion.strip() if tagged is None else tagged))
-        return values
+    def reward_of(score: Callable[[str, str], float]) -> Reward:
+        return lambda prompts, completions, _: list(map(score, prompts, completions))
 
-    def strict(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
-        return [float(verify(prompt, text.strip()) == 1) for prompt, text in pairs]
+    def partial_credit(prompt: str, completion: str) -> float:
+        tagged = answers.tagged(completion)
+        return verify(prompt, completion.strip() if tagged is None else tagged)
 
-    def lenient(prompts: list[str], completions: list[str], _: list[str]) -> list[float]:
-        values = []
-        for prompt, text in zip(prompts, completions, strict=True):
-            parts = (answers.tagged(text), answers.last_line(text), answers.last_number(text))
-            candidates = [text.strip(), *(part for part in parts if part is not None)]
-            values.append(float(any(verify(prompt, candidate) == 1 for candidate in candidates)))
-        return values
+    def strict(prompt: str, completion: str) -> float:
+        return float(verify(prompt, completion.strip()) == 1)
 
-    return Task(train, held_out, {"verifier": WeightedReward(reward)}, strict, lenient)
+    def lenient(prompt: str, text: str) -> float:
+        parts = (answers.tagged(text), answers.last_line(text), answers.last_number(text))
+        candidates = [text.strip(), *(part for part in parts if part is not None)]
+        return float(any(verify(prompt, candidate) == 1 for candidate in candidates))
+
+    verifier = {"verifier": WeightedReward(reward_of(partial_credit))}
+    return Task(train, held_out, verifier, reward_of(strict), reward_of(lenient))

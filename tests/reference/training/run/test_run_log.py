@@ -277,13 +277,14 @@ def test_summary_shows_before_and_after_with_intervals():
     )
 
 
-def test_summary_merges_equal_accuracies_and_omits_intervals_without_a_count():
-    table = summary_table({"strict": 0.25, "lenient": 0.25}, {"strict": 0.5, "lenient": 0.5}, [])
-    assert table.splitlines() == [
-        "held-out           before        after",
-        "  accuracy         25.0%         50.0%",
-        "sampled, 0 steps   first tenth   last tenth",
-        "in all             0 min",
+def test_summary_merges_equal_accuracies():
+    before = {"strict": 0.25, "lenient": 0.25, "questions": 128}
+    after = {"strict": 0.5, "lenient": 0.5, "questions": 128}
+    assert summary_table(before, after, []).splitlines() == [
+        "held-out, 128 questions (95% interval)   before               after",
+        "  accuracy                               25.0% (18% to 33%)   50.0% (41% to 59%)",
+        "sampled, 0 steps                         first tenth          last tenth",
+        "in all                                   0 min",
     ]
 
 
