@@ -138,10 +138,9 @@ def test_damaged_weights_raise_user_error(tmp_path):
         models.load(tmp_path / "model")
 
 
-def test_download_error_lists_each_source_and_a_remedy(offline, tmp_path):
-    said = []
+def test_download_error_lists_each_source_and_a_remedy(offline, tmp_path, capsys):
     with pytest.raises(UserError) as error:
-        models.locate("smollm2-135m", tmp_path, said.append)
+        models.locate("smollm2-135m", tmp_path)
     message = str(error.value)
     assert "\n" not in message
     for part in (
@@ -152,13 +151,13 @@ def test_download_error_lists_each_source_and_a_remedy(offline, tmp_path):
         "--preset tiny",
     ):
         assert part in message
-    assert len(said) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_hub_id_raises_user_error(offline, tmp_path):
     with pytest.raises(UserError, match="--model no/such is not a directory"):
-        models.locate("no/such", tmp_path, lambda line: None)
+        models.locate("no/such", tmp_path)
 
 
 def gated(*args, **kwargs):
@@ -181,7 +180,7 @@ def no_network(*args, **kwargs):
 def test_missing_llama_error_explains_login_and_directory_layout(monkeypatch, hub, cause):
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     with pytest.raises(UserError) as error:
-        models.locate("llama-3.2-1b", None, lambda line: None)
+        models.locate("llama-3.2-1b", None)
     message = str(error.value)
     assert "\n" not in message
     for part in (
@@ -206,7 +205,7 @@ def test_llama_is_downloaded_from_its_hub_repository(monkeypatch, tmp_path):
         return str(tmp_path / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert models.locate("llama-3.2-1b", None, lambda line: None) == tmp_path / "model"
+    assert models.locate("llama-3.2-1b", None) == tmp_path / "model"
     assert asked == ["meta-llama/Llama-3.2-1B-Instruct"]
 
 
@@ -257,7 +256,7 @@ def test_wrong_checksum_raises_and_removes_the_file(offline, tmp_path, monkeypat
 
     monkeypatch.setattr(download, "_download_gguf", fake_download)
     with pytest.raises(UserError, match=r"fake\.gguf has sha256"):
-        models.locate("smollm2-135m", tmp_path, lambda line: None)
+        models.locate("smollm2-135m", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +264,7 @@ def test_cached_model_is_used_without_a_download(offline, tmp_path):
     model, tokenizer = models.from_scratch()
     run_directory.save_model(tmp_path, model, tokenizer)
     (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
-    found = models.locate("smollm2-135m", tmp_path, lambda line: None)
+    found = models.locate("smollm2-135m", tmp_path)
     assert found == tmp_path / "SmolLM2-135M-Instruct"
 
 
