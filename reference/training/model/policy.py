@@ -43,6 +43,7 @@ class Policy:
         precision: the precision of `autocast`.
         sampler: the default of `sample`, and the sampler of `chat_reply`.
         ranks: the ranks that sample at the same time, each its shard.
+        without_adapter: run the base model of a LoRA model.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Policy:
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt
     ranks: Ranks = SINGLE_PROCESS
+    without_adapter: bool = False
 
     @classmethod
     def load(
@@ -128,10 +130,11 @@ class Policy:
     def forward_context(self) -> Iterator[None]:
         """Context of a forward pass to train on: autocast, and recomputed activations if asked."""
         recompute = recompute_activations if self.gradient_checkpointing else nullcontext
-        with self.autocast(), recompute(self.model):
+        adapter = self.model.disable_adapter() if self.without_adapter else nullcontext()
+        with self.autocast(), adapter, recompute(self.model):
             yield
 
-    def frozen_copy(self) -> Policy | WithoutAdapter:
+    def frozen_copy(self) -> Policy:
         """Return a reference policy: a copy of this policy, or with LoRA its base model.
 
         Under autocast the copy has the weights of linear layers in bf16. Each pass rounds them to
@@ -139,7 +142,7 @@ class Policy:
         LM head tied to them, and norms stay fp32.
         """
         if lora.has_adapter(self.model):
-            return WithoutAdapter(self)
+            return replace(self, without_adapter=True)
         frozen = lora.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
         return replace(self, model=frozen)
 
@@ -156,26 +159,6 @@ class Policy:
     def _texts(self, completions: Completions) -> list[str]:
         rows = zip(completions.tokens, completions.mask, strict=True)
         return [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows]
-
-
-@dataclass(frozen=True)
-class WithoutAdapter:
-    """The base model of a LoRA policy."""
-
-    policy: Policy
-
-    @property
-    def model(self) -> Any:
-        return self.policy.model
-
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """Return the context of a forward pass of the base model, without gradient."""
-        with torch.no_grad(), self.model.disable_adapter(), self.policy.forward_context():
-            yield
-
-    def autocast(self) -> AbstractContextManager:
-        return self.policy.autocast()
 
 
 def load_policy(

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo_kernels import LossConfig, LossOutput, TokenStats
 from grpo_kernels.integrations.transformers import forward_to_hidden
 from reference import losses
-from reference.training.model.policy import Policy, WithoutAdapter
-from reference.training.rollout.packing import pack_completions
+from reference.training.model.policy import Policy
+from reference.training.rollout.packing import Packed, pack_completions
 from reference.training.update.micro_batches import MicroBatch
+
+Scores = tuple[Callable[..., TokenStats], Callable[..., LossOutput]]
 
 
 class Scorer:
     """Scores the completions of a micro-batch under a policy; see the subclasses."""
 
     def token_stats(
-        self, policy: Policy | WithoutAdapter, batch: MicroBatch, temperature: float = 1.0
+        self, policy: Policy, batch: MicroBatch, temperature: float = 1.0
     ) -> TokenStats:
         """Return the log-probs [B·G, T] of the batch's tokens, 0 outside the loss mask."""
         token_stats, _ = self._forward(policy, batch)
@@ -66,9 +70,12 @@ class Scorer:
                 **denominators,
             )
 
-    def _forward(
-        self, policy: Policy | WithoutAdapter, batch: MicroBatch
-    ) -> tuple[Callable[..., TokenStats], Callable[..., LossOutput]]:
+    def _forward(self, policy: Policy, batch: MicroBatch) -> Scores:
+        packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)
+        with policy.forward_context():
+            return self.score(policy.model, packed, batch.tokens)
+
+    def score(self, model: Any, packed: Packed, tokens: Tensor) -> Scores:
         """Run the model; return token_stats and grpo_loss of its predictions of the tokens."""
         raise NotImplementedError
 
@@ -76,25 +83,17 @@ class Scorer:
 class FusedScorer(Scorer):
     """Scores the last hidden states with the fused losses of grpo_kernels."""
 
-    def _forward(self, policy, batch):
-        packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)
-        with policy.forward_context():
-            hidden, head, _ = forward_to_hidden(policy.model, **packed.model_inputs())
-            hidden = packed.select_predictions(hidden)
-        return (
-            partial(head.token_stats, hidden, batch.tokens),
-            partial(head.grpo_loss, hidden, batch.tokens),
-        )
+    def score(self, model, packed, tokens):
+        hidden, head, _ = forward_to_hidden(model, **packed.model_inputs())
+        hidden = packed.select_predictions(hidden)
+        return partial(head.token_stats, hidden, tokens), partial(head.grpo_loss, hidden, tokens)
 
 
 class PlainScorer(Scorer):
     """Scores the logits with the reference implementation of the losses."""
 
-    def _forward(self, policy, batch):
-        packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)
-        with policy.forward_context():
-            logits = packed.select_predictions(policy.model(**packed.model_inputs()).logits)
-        return (
-            partial(losses.token_stats, logits, batch.tokens),
-            partial(losses.grpo_loss, logits, batch.tokens),
+    def score(self, model, packed, tokens):
+        logits = packed.select_predictions(model(**packed.model_inputs()).logits)
+        return partial(losses.token_stats, logits, tokens), partial(
+            losses.grpo_loss, logits, tokens
         )

@@ -69,7 +69,8 @@ def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -
             logits_processor=LogitsProcessorList([recorder]),
         )
     tokens = ids[:, prompts.ids.shape[1] :]
-    logprob = recorder.finish(tokens)
+    recorder.record(ids)
+    logprob = torch.cat(recorder.logprobs, dim=1)
     ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=tokens.device))
     # After its first end token a row is padding, whichever token pads it.
     mask = ends.long().cumsum(-1) - ends.long() == 0
@@ -88,19 +89,14 @@ class RecordLogprobs:
         self.last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.last is not None:
-            self._record(input_ids[:, -1])
+        self.record(input_ids)
         self.last = (scores.float() / self.temperature).log_softmax(-1)
         return self.last
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Return the log-probs [N, T] after the last tokens were drawn."""
-        self._record(tokens[:, -1])
-        return torch.stack(self.logprobs, dim=1)
-
-    def _record(self, token: Tensor) -> None:
-        assert self.last is not None
-        self.logprobs.append(self.last.gather(-1, token[:, None]).squeeze(-1))
+    def record(self, input_ids: Tensor) -> None:
+        """Record the log-probs of the last tokens, if they were drawn."""
+        if self.last is not None:
+            self.logprobs.append(self.last.gather(-1, input_ids[:, -1:]))
 
 
 def continuous(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:

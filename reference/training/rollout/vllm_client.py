@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from reference.training.errors import UserError
@@ -133,7 +134,12 @@ class ServerSampler:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
-                failure = f"answered {error.code}: {_message(error)}"
+                text = error.read().decode(errors="replace")
+                with suppress(ValueError, AttributeError):  # not JSON, or of another form
+                    content = json.loads(text)
+                    text = content.get("error", content).get("message", text)
+                reason = " ".join(text.split())[:300] or error.reason  # on one line
+                failure = f"answered {error.code}: {reason}"
                 if error.code < 500:
                     raise UserError(f"{self.url}{path} {failure}") from None
             except json.JSONDecodeError:
@@ -141,14 +147,3 @@ class ServerSampler:
             except (OSError, http.client.HTTPException) as error:
                 failure = f"is out of reach: {getattr(error, 'reason', None) or error}"
         raise UserError(f"{self.url}{path} {failure} (after {ATTEMPTS} attempts)")
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """Read the server's reason for an error, as one line."""
-    text = error.read().decode(errors="replace")
-    try:
-        content = json.loads(text)
-        text = content.get("error", content).get("message", text)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:300] or error.reason

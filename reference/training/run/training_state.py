@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from reference.training.distributed import full_tensor, shard_like
 from reference.training.errors import UserError
-from reference.training.model.policy import Policy
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.run_directory import save_policy
@@ -43,7 +42,7 @@ class TrainingState:
 
     def __init__(self, learner: Learner, order: random.Random, settings: Mapping[str, Any]) -> None:
         self.learner, self.order, self.settings = learner, order, settings
-        self.step, self.saved_step, self.tokens_seen, self.seconds = 0, 0, 0, 0.0
+        self.step, self.saved_step, self.tokens_seen = 0, 0, 0
         self._started = time.perf_counter()
         self._frozen_digest = digest_frozen_weights(learner.policy.model)
         self.record_rng()
@@ -51,7 +50,7 @@ class TrainingState:
     @property
     def elapsed(self) -> float:
         """Seconds of training, including those before the run was resumed."""
-        return self.seconds + time.perf_counter() - self._started
+        return time.perf_counter() - self._started
 
     def record_rng(self) -> None:
         """Record the random state at the start of a step, for a checkpoint if it is abandoned."""
@@ -130,9 +129,7 @@ class TrainingState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors by kind and name, on the CPU of the first rank; all must call this."""
         learner = self.learner
-        reference = {}
-        if isinstance(learner.reference_policy, Policy):  # a copy of its own
-            reference = dict(learner.reference_policy.model.named_parameters())
+        reference = self._reference_weights()
         trained = trained_weights(learner.policy.model)
         moments = {  # of AdamW
             f"{name}.{key}": value  # exp_avg, exp_avg_sq or step
@@ -147,6 +144,13 @@ class TrainingState:
                 if learner.policy.ranks.is_first:
                     gathered[kind][name] = whole.cpu().contiguous()
         return gathered | {"rng": self._rng}
+
+    def _reference_weights(self) -> dict[str, Tensor]:
+        """Return the weights of a reference policy that is a copy, by name; {} without one."""
+        reference = self.learner.reference_policy
+        if reference is None or reference.without_adapter:
+            return {}
+        return dict(reference.model.named_parameters())
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the state of a checkpoint."""
@@ -166,9 +170,7 @@ class TrainingState:
             print(f"{checkpoint.path} was made by {writer}: numbers may differ in the last bits")
         trained = trained_weights(learner.policy.model)
         _copy_weights(trained, checkpoint.tensors("model"), checkpoint)
-        if isinstance(learner.reference_policy, Policy):
-            frozen = dict(learner.reference_policy.model.named_parameters())
-            _copy_weights(frozen, checkpoint.tensors("reference"), checkpoint)
+        _copy_weights(self._reference_weights(), checkpoint.tensors("reference"), checkpoint)
         # An optimiser numbers its weights in the order of `trained`.
         moments: dict[int, dict[str, Tensor]] = {}
         numbers = {name: number for number, name in enumerate(trained)}
@@ -179,7 +181,8 @@ class TrainingState:
         learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": moments})
         learner.load_state_dict(state["learner"])
         self.step = self.saved_step = state["step"]
-        self.tokens_seen, self.seconds = state["tokens_seen"], state["seconds"]
+        self.tokens_seen = state["tokens_seen"]
+        self._started = time.perf_counter() - state["seconds"]
 
         generators = ((self.order.setstate, "order"), (random.setstate, "python"))
         for set_state, name in generators:

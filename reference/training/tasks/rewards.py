@@ -66,7 +66,11 @@ def score(
                 f"called {_describe(samples[:1])}"
             )
         for value, sample in zip(values, samples, strict=True):
-            if not _is_finite(value):
+            try:
+                is_finite = abs(float(value)) <= torch.finfo(torch.float32).max
+            except (TypeError, ValueError, ArithmeticError, RuntimeError):
+                is_finite = False
+            if not is_finite:
                 raise UserError(
                     f"reward {name!r} gave {value!r}, not a finite number, {_describe([sample])}"
                 )
@@ -80,14 +84,6 @@ def _call(function: Reward, samples: list[Sample]):
     values: Any = function(*columns)
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, tuple) else values
-
-
-def _is_finite(value) -> bool:
-    """Test if a value is finite in fp32, in which 1e39 is not."""
-    try:
-        return abs(float(value)) <= torch.finfo(torch.float32).max
-    except (TypeError, ValueError, ArithmeticError, RuntimeError):
-        return False
 
 
 def _describe(samples: list[Sample]) -> str:

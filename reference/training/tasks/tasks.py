@@ -27,15 +27,8 @@ THINK_ANSWER = (
 HASHES = "Reason step by step. Then end with a line of its own: #### and the number that answers."
 
 # The values of --task.
-TASKS: dict[str, str] = {
-    "arithmetic": "sums of two numbers from 1 to 30",
-    "reverse": "six digits to write backwards",
-    "gsm8k": "grade school word problems, from the model hub or --data",
-    "jsonl": 'lines of {"prompt": ..., "answer": ...} in --data',
-    "capital-of-brazil": "one question, with marks for <think> and <answer> tags",
-    "question": "the same for one --question and its --answer",
-    GYM + "<generator>": "endless questions with a verifier, such as chain_sum",
-}
+TASKS = ("arithmetic", "reverse", "gsm8k", "jsonl", "capital-of-brazil", "question")
+TASKS += (GYM + "<generator>",)
 
 
 @dataclass(frozen=True)
@@ -173,7 +166,7 @@ def jsonl(path: Path, seed: int) -> Task:
 
 
 def one_question(question: str, answer: str) -> Task:
-    """Make a task of one question with mini-GRPO's reward; the same one is held out."""
+    """Make a task of one question with mini-GRPO's reward, for <think> and <answer> tags too."""
     only = [Question(question.strip(), answer.strip())]
     return Task(
         train=only,

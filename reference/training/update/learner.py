@@ -19,7 +19,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import full_tensor, no_sync
 from reference.training.errors import UserError
 from reference.training.guards import describe_non_finite, out_of_memory_error
-from reference.training.model.policy import Policy, SampledCompletions, WithoutAdapter
+from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.model.scorers import Scorer
 from reference.training.update.micro_batches import (
     MicroBatch,
@@ -183,7 +183,7 @@ class Learner:
         )
 
     @torch.no_grad()
-    def _logprob(self, policy: Policy | WithoutAdapter, batch: MicroBatch) -> Tensor:
+    def _logprob(self, policy: Policy, batch: MicroBatch) -> Tensor:
         return self.scorer.token_stats(policy, batch, self.config.temperature).logprob
 
     def minibatches(self, samples: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:

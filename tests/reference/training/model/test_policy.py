@@ -165,7 +165,7 @@ def test_frozen_copy_matches_the_policy_until_it_is_trained(scorer, autocast, op
 
 def test_frozen_copy_with_lora_shares_the_model():
     policy = load(lora_rank=2)
-    assert policy.frozen_copy().policy.model is policy.model
+    assert policy.frozen_copy().model is policy.model
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
