@@ -33,10 +33,6 @@ def compute_advantages(
     """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
 
     Process supervision adds the advantages of steps to that of the completion.
-
-    Args:
-        rewards: the task's rewards, for their weights.
-        decode: turns token ids into text.
     """
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
     if config.normalise_each_reward:

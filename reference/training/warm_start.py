@@ -26,11 +26,7 @@ MAX_STEPS = 3000
 
 
 def warm_start(policy: Policy, scorer: Scorer, task: Task, order: random.Random) -> int:
-    """Train on ground truths until `TARGET` of the sampled completions are right.
-
-    Returns:
-        The number of steps.
-    """
+    """Train on ground truths until `TARGET` of the completions are right; return the steps."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
     for step in range(1, MAX_STEPS + 1):
         optimizer.zero_grad()

@@ -114,12 +114,7 @@ class Policy:
     def chat_reply(
         self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int
     ) -> str:
-        """Sample the next message of a conversation.
-
-        Args:
-            messages: {"role": ..., "content": ...}; the system prompt is put before them if they
-                have none.
-        """
+        """Sample the next message; the system prompt comes first if the messages have none."""
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         prompts = encode_messages(self.tokenizer, [messages], self.device)

@@ -52,20 +52,15 @@ class Completions:
 
     @classmethod
     def from_lists(
-        cls,
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-        *,
-        eos_ids: Sequence[int],
-        pad_id: int,
-        device: torch.device,
+        cls, tokens: list[list[int]], logprobs: list[list[float]], policy
     ) -> Completions:
-        """Pad completions without padding; a finished one includes its end token."""
+        """Pad completions for a policy; a finished one includes its end token."""
+        device = policy.device
         return cls(
-            _pad(tokens, pad_id, "right").to(device),
+            _pad(tokens, policy.tokenizer.pad_token_id, "right").to(device),
             _pad([[True] * len(row) for row in tokens], False, "right").to(device),
             _pad(logprobs, 0.0, "right").to(device),
-            torch.tensor([row[-1] in eos_ids for row in tokens], device=device),
+            torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=device),
         )
 
 

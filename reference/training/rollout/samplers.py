@@ -144,9 +144,7 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
     return Completions.from_lists(
         [result.generated_tokens for result in results.values()],
         [result.logprobs for result in results.values()],
-        eos_ids=policy.eos_ids,
-        pad_id=policy.tokenizer.pad_token_id,
-        device=prompts.ids.device,
+        policy,
     )
 
 

@@ -80,13 +80,7 @@ class ServerSampler:
                 ids, logprob = self._parse(choice, policy)
                 tokens.append(ids)
                 logprobs.append(logprob)
-        return Completions.from_lists(
-            tokens,
-            logprobs,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.tokenizer.pad_token_id,
-            device=prompts.ids.device,
-        )
+        return Completions.from_lists(tokens, logprobs, policy)
 
     def _parse(self, choice: dict[str, Any], policy) -> tuple[list[int], list[float]]:
         """Read the token ids, numbers or texts like "token_id:123", and their log-probs."""

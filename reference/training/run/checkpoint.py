@@ -55,12 +55,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        run: the directory of the run.
-        keep: how many of the newest to keep, at least 1.
-    """
+    """The newest `keep` checkpoints of the run in a directory."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
@@ -70,16 +65,7 @@ class Checkpoints:
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
     ) -> Path:
-        """Write a checkpoint completely or not at all, then remove the oldest.
-
-        Args:
-            state: a JSON object.
-            tensors: by kind and name.
-
-        Raises:
-            UserError: the checkpoint cannot be written, for instance because the disk is full. The
-                earlier ones are unchanged.
-        """
+        """Write a checkpoint completely or not at all, then remove the oldest."""
         target = self.directory / f"step-{step:06d}"
         partial = target.with_name(target.name + ".partial")
         try:
@@ -109,10 +95,7 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """Find the newest undamaged checkpoint, and print a line for each damaged one.
-
-        Returns None if the run has no checkpoint at all.
-        """
+        """Find the newest undamaged checkpoint, if any, and print a line for each damaged one."""
         steps = self.steps()
         for step in reversed(steps):
             path = self.directory / f"step-{step:06d}"

@@ -90,7 +90,6 @@ def plot_dashboard(
     """Draw every metric of a run over its steps, each with its running mean.
 
     Args:
-        path: the PNG, which is written to another name and renamed.
         history: a row of metrics per step; missing and NaN values are left out.
         evaluations: {"step": 0, "strict": 0.1, "lenient": 0.25} per evaluation.
         title: model and task; steps, tokens, time and held-out accuracies are added below it.

@@ -85,11 +85,7 @@ def _read_settings(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint | None:
-    """Find the checkpoint from which to resume; None if the run is new or has none yet.
-
-    Raises:
-        UserError: all checkpoints are damaged, or settings of the run were changed.
-    """
+    """Find the checkpoint from which to resume; None if the run is new or has none yet."""
     if config.resume is None:
         return None
     checkpoint = checkpoints.latest()
@@ -101,12 +97,7 @@ def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint
 
 
 def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None:
-    """Raise a UserError if settings that decide the numbers of a run were changed.
-
-    Args:
-        saved: the settings of the run, as `TrainConfig.as_json` gives them.
-        step: the last step of the run.
-    """
+    """Raise a UserError if settings that decide the numbers of a run were changed."""
     new = config.as_json()
     code = {name: saved[name] for name in CODE if saved.get(name) and not new[name]}
     if code:

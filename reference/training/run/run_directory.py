@@ -18,7 +18,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,7 +53,20 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
     is_new = given is None or not given.exists()
     directory = make_run_directory(config)
     try:
-        with _lock(directory):
+        with ExitStack() as stack:
+            with suppress(ImportError):  # Windows has no such lock
+                import fcntl
+
+                handle = os.open(directory, os.O_RDONLY)  # the lock ends with the process
+                stack.callback(os.close, handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"another process trains in {directory}: wait for it or end it"
+                    ) from None
+                except OSError:  # the file system has no locks
+                    pass
             settings = directory / "settings.json"
             is_unused = not settings.exists()
             try:
@@ -60,11 +74,8 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
                     save_json(settings, config.as_json())
                 yield directory
             finally:
-                if (
-                    is_unused
-                    and directory.is_dir()
-                    and {path.name for path in directory.iterdir()} <= {settings.name}
-                ):
+                names = {path.name for path in directory.glob("*")}
+                if is_unused and names <= {settings.name}:
                     settings.unlink(missing_ok=True)
                     if is_new:
                         with suppress(OSError):  # a mount point, or another process wrote a file
@@ -76,12 +87,8 @@ def lock_run_dir(config: TrainConfig, ranks: Ranks = SINGLE_PROCESS) -> Iterator
 
 
 def make_run_directory(config: TrainConfig) -> Path:
-    """Choose and make the directory of a run.
-
-    It is that of --resume, or --output-dir, or else the first unused
-    runs/<model>-<task>-seed<seed>[-n].
-    """
-    given = config.resume or config.output_dir
+    """Make the directory of --resume, or --output-dir, or a new runs/<model>-<task>-seed<seed>."""
+    given = directory = config.resume or config.output_dir
     if given is not None and config.resume is None and given.is_dir() and any(given.iterdir()):
         if not config.overwrite:
             raise UserError(
@@ -104,19 +111,17 @@ def make_run_directory(config: TrainConfig) -> Path:
                 raise UserError(
                     f"{flag}: {path} is a symbolic link, and may lead out of the run: remove it"
                 )
-    directory = given
     try:
         if directory is None:
             model = "tiny" if config.model == "scratch" else Path(config.model).name
             stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
             stem.parent.mkdir(exist_ok=True)
-            number = 1
-            while directory is None:
+            for number in count(1):
                 path = stem if number == 1 else Path(f"{stem}-{number}")
                 with suppress(FileExistsError):
                     path.mkdir(parents=True)  # only one of two processes can make it
                     directory = path
-                number += 1
+                    break
         else:
             directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -125,29 +130,6 @@ def make_run_directory(config: TrainConfig) -> Path:
             f"cannot write to the output directory {directory or 'runs'}: {reason(error)}"
         ) from None
     return directory
-
-
-@contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Lock the directory; the lock ends with the process. Windows has no such lock."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process trains in {directory}: wait for it or end it"
-            ) from None
-        except OSError:  # the file system has no locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def clear(directory: Path, settings: dict) -> None:

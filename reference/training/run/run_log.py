@@ -153,13 +153,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -> str:
-    """Summarise a run in a few aligned lines.
-
-    Args:
-        before, after: the accuracies `strict` and `lenient` on the held-out questions, pass@k where
-            estimated, and `questions`, their number.
-        history: a row of metrics per step.
-    """
+    """Summarise a run, from its first and last evaluation and its steps, in aligned lines."""
 
     def accuracy(metrics: Mapping, name: str) -> str:
         low, high = wilson(metrics[name], metrics["questions"])

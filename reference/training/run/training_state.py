@@ -31,10 +31,6 @@ from reference.training.update.learner import Learner
 class TrainingState:
     """A learner, the order of the questions and the progress of the run.
 
-    Args:
-        order: the generator that draws the questions.
-        settings: the settings of the run as a JSON object.
-
     Attributes:
         step: the last complete step, 0 before the first.
         saved_step: the step of the last checkpoint, 0 if there is none.

@@ -70,11 +70,7 @@ def make_task(
     answer: str | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Task:
-    """Make the task of a name.
-
-    Args:
-        settings: of a generator of reasoning-gym.
-    """
+    """Make the task of a name; a generator of reasoning-gym has settings."""
     if name not in TASKS and not name.startswith(GYM):
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -80,13 +80,10 @@ class Learner:
             self.entropy_control.load_state_dict(state["entropy_control"])
 
     def step(self, samples: SampledCompletions, advantages: Tensor) -> dict[str, float]:
-        """Update the policy by completions and their advantages [B·G] or [B·G, T].
+        """Update the policy by completions and their advantages [B·G] or [B·G, T]; return metrics.
 
         Without a learning signal in any group there is no forward pass and no optimiser step,
         unless the loss has a term that does not depend on the advantages.
-
-        Returns:
-            Metrics of the step by name.
         """
         config, control = self.config, self.entropy_control
         self.steps += 1

@@ -218,12 +218,11 @@ def test_logits_of_one_token_completions(scratch):
 
 
 def test_from_lists_pads_and_marks_finished_completions():
+    policy = SimpleNamespace(
+        tokenizer=SimpleNamespace(pad_token_id=END), eos_ids=[END, 9], device=torch.device("cpu")
+    )
     completions = Completions.from_lists(
-        [[5, 9, END], [7], [5, 6, 8]],
-        [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]],
-        eos_ids=[END, 9],
-        pad_id=END,
-        device=torch.device("cpu"),
+        [[5, 9, END], [7], [5, 6, 8]], [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]], policy
     )
     assert completions.tokens.tolist() == [[5, 9, END], [7, END, END], [5, 6, 8]]
     assert completions.mask.tolist() == [[True] * 3, [True, False, False], [True] * 3]
