@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -107,20 +107,15 @@ class Ranks:
         for _ in range(max(self.all_gather(draws)) - draws):
             draw()
 
-    def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """Return the model in DistributedDataParallel, which averages gradients over ranks."""
-        return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
-
-    def wrap_fsdp(self, model: nn.Module) -> nn.Module:
-        """Shard the model in place with FSDP2, which averages gradients over ranks."""
+    def wrap_fsdp(self, model: nn.Module) -> None:
+        """Shard the model in place with FSDP2, if there are several ranks."""
         if self.size == 1:
-            return model
+            return
         from torch.distributed.fsdp import fully_shard
 
         for layer in checkpointable_layers(model):
             fully_shard(layer)
         fully_shard(model)
-        return model
 
     @contextmanager
     def unsharded(self, model: nn.Module) -> Iterator[None]:
@@ -197,12 +192,6 @@ def shard_like(value: Tensor, like: Any) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(value, like.device_mesh, like.placements)
-
-
-def no_sync(model: nn.Module) -> AbstractContextManager:
-    """Accumulate gradients locally, if the model is a DistributedDataParallel."""
-    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.no_sync() if is_ddp else nullcontext()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

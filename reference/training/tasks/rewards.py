@@ -199,6 +199,7 @@ def bare_number_bonus(completion: str, answer: str) -> float:
 gsm8k_strict = per_sample(judge.last_line_is)
 gsm8k_lenient = per_sample(judge.number_is)
 math_verify = per_sample(judge.answer_is)
+mentioned = per_sample(judge.mentions)
 
 
 @per_sample
@@ -214,13 +215,6 @@ def think_answer(completion: str, answer: str) -> float:
     return thought + (inside is not None) + right_inside + judge.mentions(completion, answer)
 
 
-@per_sample
-def full_marks(completion: str, answer: str) -> float:
+def full_marks(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
     """1 if `think_answer` is 4."""
-    return think_answer([""], [completion], [answer]) == [4.0]
-
-
-@per_sample
-def mentioned(completion: str, answer: str) -> float:
-    """1 if the answer occurs anywhere in the completion."""
-    return judge.mentions(completion, answer)
+    return [float(marks == 4) for marks in think_answer(prompts, completions, answers)]

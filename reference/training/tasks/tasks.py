@@ -107,10 +107,8 @@ def arithmetic(seed: int) -> Task:
         for a in range(1, 31)
         for b in range(1, 31)
     ]
-    train, held_out = data.split(questions, seed)
     return Task(
-        train,
-        held_out,
+        *data.split(questions, seed),
         rewards={
             "correct": WeightedReward(rewards.last_number_is),
             "bare_number": WeightedReward(rewards.bare_number_bonus),
@@ -135,10 +133,8 @@ def reverse(seed: int) -> Task:
 
 def gsm8k(path: Path | None, seed: int) -> Task:
     """Load word problems; the right number gives 1, and "####" before it on the last line 0.2."""
-    train, held_out = data.gsm8k(path, seed)
     return Task(
-        train,
-        held_out,
+        *data.gsm8k(path, seed),
         rewards={
             "correct": WeightedReward(rewards.gsm8k_lenient),
             "format": WeightedReward(rewards.gsm8k_strict, 0.2),
@@ -151,10 +147,8 @@ def gsm8k(path: Path | None, seed: int) -> Task:
 
 def jsonl(path: Path, seed: int) -> Task:
     """Load the user's questions; the final answer of the completion counts."""
-    train, held_out = data.read(path, seed)
     return Task(
-        train,
-        held_out,
+        *data.read(path, seed),
         rewards={"correct": WeightedReward(rewards.math_verify)},
         strict=rewards.exact_match,
         lenient=rewards.math_verify,

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo_kernels import AdaptiveEntropy, LossConfig, LossOutput
 from reference.training.config import TrainConfig
-from reference.training.distributed import full_tensor, no_sync
+from reference.training.distributed import full_tensor
 from reference.training.errors import UserError
 from reference.training.guards import describe_non_finite, out_of_memory_error
 from reference.training.model.policy import Policy, SampledCompletions
@@ -40,13 +41,16 @@ class Learner:
     ) -> None:
         self.policy, self.scorer = policy, scorer
         self.loss_config, self.config = loss_config, config
-        # Sampling calls policy.model; passes with gradient call it through its wrapper.
-        ranks = policy.ranks
-        wrap = ranks.wrap_fsdp if config.parallel == "fsdp" else ranks.wrap_ddp
         self.reference_policy = policy.frozen_copy() if loss_config.beta > 0 else None
-        if self.reference_policy is not None and config.parallel == "fsdp":
-            ranks.wrap_fsdp(self.reference_policy.model)
-        self.wrapped_policy = replace(policy, model=wrap(policy.model))
+        # DDP and FSDP2 average gradients over ranks. Sampling calls policy.model; passes with
+        # gradient call it through DDP.
+        self.wrapped_policy, ranks = policy, policy.ranks
+        if config.parallel == "fsdp":
+            ranks.wrap_fsdp(policy.model)
+            if self.reference_policy is not None:
+                ranks.wrap_fsdp(self.reference_policy.model)
+        elif ranks.size > 1:
+            self.wrapped_policy = replace(policy, model=DistributedDataParallel(policy.model))
         self.entropy_control = None
         if config.entropy_target is not None:
             self.entropy_control = AdaptiveEntropy(
@@ -157,8 +161,9 @@ class Learner:
         self.optimizer.zero_grad()
         losses, metrics = [], []
         for number, batch in enumerate(minibatch.micro_batches, 1):
-            is_last = number == len(minibatch.micro_batches)
-            with nullcontext() if is_last else no_sync(self.wrapped_policy.model):
+            model, is_last = self.wrapped_policy.model, number == len(minibatch.micro_batches)
+            accumulates = isinstance(model, DistributedDataParallel) and not is_last
+            with model.no_sync() if accumulates else nullcontext():
                 output = self.loss(batch, minibatch.denominators)
                 # The denominators are global sums, while DDP and FSDP average over ranks.
                 (output.loss * self.policy.ranks.size).backward()
