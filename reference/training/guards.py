@@ -19,12 +19,7 @@ def describe_non_finite(
     metrics: Sequence[Mapping[str, Tensor]],
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> str:
-    """Say which micro-batch's loss, in which term, or whose gradient is NaN or infinite.
-
-    Args:
-        losses, metrics: of each micro-batch of an optimiser step.
-        parameters: with names, and with gradients that are not clipped yet.
-    """
+    """Say which micro-batch's loss, in which term, or whose gradient is NaN or infinite."""
     for number, (loss, values) in enumerate(zip(losses, metrics, strict=True), 1):
         if not math.isfinite(loss.item()):
             wrong = [

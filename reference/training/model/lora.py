@@ -21,10 +21,8 @@ from reference.training.errors import import_package
 def add_lora(model: Any, rank: int, alpha: float):
     """Replace each W but the LM head's by W + alpha/rank · B·A; only A and B train, in fp32.
 
-    B starts as 0, so the outputs are at first those of the model. There is no dropout: it would
-    make sampler and trainer two different policies.
-
-    A has `rank` rows.
+    A has `rank` rows. B starts as 0, so the outputs are at first those of the model. There is no
+    dropout: it would make sampler and trainer two different policies.
     """
     peft = load_peft()
     settings = peft.LoraConfig(

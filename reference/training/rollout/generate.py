@@ -106,10 +106,7 @@ def generate(
     """Sample `group_size` completions per prompt; temperature 0 decodes greedily.
 
     A completion that has ended leaves the batch; sampling stops when all have. T is the length of
-    the longest completion.
-
-    Args:
-        draw: returns a random number in [0, 1) per completion; by default torch.rand.
+    the longest completion. `draw` returns a random number in [0, 1) per completion.
     """
     # Run each prompt once, and repeat its cache and its last logits for the group.
     output = model(

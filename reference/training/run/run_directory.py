@@ -162,8 +162,7 @@ def save_model(
 ) -> Path:
     """Write <directory>/model in the format of Hugging Face, completely or not at all.
 
-    Args:
-        weights: replace the model's own, which may be sharded.
+    `weights` replace the model's own, which may be sharded.
     """
     target = directory / "model"
     partial = directory / "model.partial"

@@ -30,7 +30,9 @@ from reference.training.update.micro_batches import (
 )
 
 Metrics = dict[str, Tensor]
-CLIPS = tuple(f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
+# Means over sequences if the ratio is that of whole sequences.
+RATIO_MEANS = ("ratio_mean", "cispo_clip_ratio")
+RATIO_MEANS += tuple(f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
 
 
 class Learner:
@@ -129,7 +131,7 @@ class Learner:
         ]
         sequence_means = ["vespo/phi_seq_mean"]
         if self.loss_config.ratio_level == "sequence":
-            sequence_means += ["ratio_mean", "cispo_clip_ratio", *CLIPS]
+            sequence_means += RATIO_MEANS
         mean_norm = sum(grad_norms) / max(1, len(grad_norms))
         metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
         metrics |= combine_metrics(updates, sequence_means)
@@ -191,8 +193,7 @@ class Learner:
     def minibatches(self, samples: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
         """Split the groups into --minibatches, and each minibatch into micro-batches.
 
-        Groups that cannot contribute are left out. The micro-batches are this rank's, the
-        denominators those of all ranks.
+        The micro-batches are this rank's, the denominators those of all ranks.
         """
         config, loss, ranks = self.config, self.loss_config, self.policy.ranks
         completions, B = samples.completions, len(samples.prompts.ids)

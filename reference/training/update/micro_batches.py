@@ -90,11 +90,7 @@ class MicroBatchSplitter:
         """Call `work` on the minibatch in micro-batches of this size; restart with half the size.
 
         The gradient is a sum over micro-batches, each divided by the denominators of the whole:
-        halving does not change it.
-
-        Args:
-            work: starts from scratch in each call.
-            when: for the message, such as "step 3".
+        halving does not change it. `work` starts from scratch in each call.
         """
         while True:
             if self.size is not None:
