@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import grpo_kernels
 from reference.training.collect import Rollouts
@@ -67,15 +68,14 @@ def process_advantages(
             [(next(n for n, x in enumerate(lengths) if x >= end), r) for end, r in row_steps]
         )
 
-    # Pad to the most steps of a completion; -1 marks a step that does not exist.
-    S = max(map(len, steps))
-    shape = (*rollouts.rewards.shape, S)
-    rewards = [[reward for _, reward in row] + [0.0] * (S - len(row)) for row in steps]
-    ends = [[end for end, _ in row] + [-1] * (S - len(row)) for row in steps]
-    step_rewards, step_ends = torch.tensor(rewards), torch.tensor(ends).long()
-    mask = completions.mask.cpu()
+    # An end of -1 marks a step that does not exist.
+    rewards = [torch.tensor([reward for _, reward in row]) for row in steps]
+    ends = [torch.tensor([end for end, _ in row]).long() for row in steps]
+    padded_rewards = pad_sequence(rewards, batch_first=True)
+    padded_ends = pad_sequence(ends, batch_first=True, padding_value=-1)
+    mask, shape = completions.mask.cpu(), rollouts.rewards.shape
     advantages = grpo_kernels.process_advantage(
-        step_rewards.reshape(shape), step_ends.reshape(shape), mask.shape[1]
+        padded_rewards.unflatten(0, shape), padded_ends.unflatten(0, shape), mask.shape[1]
     )
     return torch.where(mask, advantages.flatten(0, 1), 0.0)
 

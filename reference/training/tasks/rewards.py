@@ -48,12 +48,12 @@ def score(
             raise
         except Exception as error:
             # Name the first sample on which the function raises alone.
-            failed, cause = samples[:1], error
+            failed, cause = samples[0], error
             for sample in samples:
                 try:
                     _call(reward.function, [sample])
                 except Exception as error_alone:
-                    failed, cause = [sample], error_alone
+                    failed, cause = sample, error_alone
                     break
             message = " ".join(str(cause).split())
             raise UserError(
@@ -63,7 +63,7 @@ def score(
             got = f"{len(values)} values" if isinstance(values, list) else repr(values)
             raise UserError(
                 f"reward {name!r} returned {got}, not one for each of {len(samples)} completions, "
-                f"called {_describe(samples[:1])}"
+                f"called {_describe(samples[0])}"
             )
         for value, sample in zip(values, samples, strict=True):
             try:
@@ -72,7 +72,7 @@ def score(
                 is_finite = False
             if not is_finite:
                 raise UserError(
-                    f"reward {name!r} gave {value!r}, not a finite number, {_describe([sample])}"
+                    f"reward {name!r} gave {value!r}, not a finite number, {_describe(sample)}"
                 )
         scores[name] = torch.tensor([float(value) for value in values], dtype=torch.float32)
     return scores
@@ -86,11 +86,9 @@ def _call(function: Reward, samples: list[Sample]):
     return list(values) if isinstance(values, tuple) else values
 
 
-def _describe(samples: list[Sample]) -> str:
-    if not samples:
-        return "for no completions"
+def _describe(sample: Sample) -> str:
     question, completion, _ = (
-        repr(text if len(text) <= 200 else text[:200] + "…") for text in samples[0]
+        repr(text if len(text) <= 200 else text[:200] + "…") for text in sample
     )
     return f"for the completion {completion} to the question {question}"
 
