@@ -187,7 +187,7 @@ def make_llama(architecture: dict[str, Any], backend, chat_template: str, **spec
     """Make a Llama with random fp32 weights, and its tokenizer on the backend of `tokenizers`."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", **special
     )
     tokenizer.chat_template = chat_template

@@ -19,7 +19,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -116,12 +115,13 @@ def make_run_directory(config: TrainConfig) -> Path:
             model = "tiny" if config.model == "scratch" else Path(config.model).name
             stem = Path("runs") / f"{model}-{config.task}-seed{config.seed}"
             stem.parent.mkdir(exist_ok=True)
-            for number in count(1):
+            number = 1
+            while directory is None:
                 path = stem if number == 1 else Path(f"{stem}-{number}")
                 with suppress(FileExistsError):
                     path.mkdir(parents=True)  # only one of two processes can make it
                     directory = path
-                    break
+                number += 1
         else:
             directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()

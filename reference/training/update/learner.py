@@ -232,7 +232,7 @@ class Learner:
             # The denominators of the minibatch make the losses of micro-batches add up.
             normalizer = num_tokens if loss.aggregation == "token_mean" else num_sequences
             if loss.aggregation == "fixed_length":
-                normalizer *= loss.max_completion_length
+                normalizer *= loss.max_completion_length or 1
             # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
             denominators = {
                 "normalizer": max(1, normalizer),
