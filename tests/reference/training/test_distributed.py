@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -135,15 +136,15 @@ def test_signal_during_the_stop_collective_is_deferred():
         size, calls = 2, 0
 
         def all_gather(self, value):
-            shutdown._receive()  # in the midst of a collective
+            signal.raise_signal(signal.SIGTERM)  # in the midst of a collective
             self.calls += 1
             return [True, value]
 
-    shutdown = GracefulShutdown(ranks := Pair())
-    with pytest.raises(Stopped):
-        shutdown.raise_if_requested()
-    assert ranks.calls == 1
-    shutdown._receive()  # they save, together
+    with GracefulShutdown(ranks := Pair()) as shutdown:
+        with pytest.raises(Stopped):
+            shutdown.raise_if_requested()
+        assert ranks.calls == 1
+        signal.raise_signal(signal.SIGTERM)  # they save, together
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -16,7 +16,13 @@ from reference.training.rollout.samplers import pick_sampler
 
 END, PAD, VOCABULARY = 1, 0, 16
 TOKENIZER = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: VOCABULARY})()
-POLICY = SimpleNamespace(tokenizer=TOKENIZER, eos_ids=[END], max_new_tokens=4, ranks=SINGLE_PROCESS)
+POLICY = SimpleNamespace(
+    tokenizer=TOKENIZER,
+    device=torch.device("cpu"),
+    eos_ids=[END],
+    max_new_tokens=4,
+    ranks=SINGLE_PROCESS,
+)
 PROMPTS = Prompts(
     torch.tensor([[PAD, 5, 6], [7, 8, 9]]), torch.tensor([[False, True, True], [True, True, True]])
 )
