@@ -35,11 +35,10 @@ def policy_ratios(
 def importance_weight(
     log_weight: Tensor, config: LossConfig, sequences: Sequences | None = None
 ) -> Tensor:
-    """Weigh a token by exp(old_logprob - sampling_logprob), truncated or masked.
+    """Weigh a token by exp(log_weight), or exp of its sum over the sequence; truncate or mask it.
 
-    It is exp(log_weight) per token or, at importance_level "sequence", exp of its sum over the
-    sequence. "truncate" bounds it to [importance_floor, importance_cap]; "mask" sets it to 0
-    outside (IcePop, Ling team, 2025). None is no bound. Nothing is differentiated.
+    log_weight is old_logprob - sampling_logprob. LossConfig documents the importance_ settings; the
+    mask is IcePop's (Ling team, 2025). Nothing is differentiated.
     """
     if config.importance_level == "sequence":
         assert sequences is not None

@@ -1,8 +1,7 @@
 """The policy objective on per-token tensors: the loss and its metrics.
 
-Everything here works on tensors with one number per token, so it costs next to nothing beside the
-logits. `prepare_loss_inputs` checks and masks what the caller passes; `compute_loss` adds the
-policy's own statistics. The fused ops call the two; `policy_loss` is one after the other.
+`prepare_loss_inputs` checks and masks what the caller passes; `compute_loss` adds the policy's own
+statistics. The fused ops call the two; `policy_loss` is one after the other.
 """
 
 from typing import NamedTuple
@@ -19,15 +18,6 @@ from .metrics import token_metrics
 from .ratios import LossInputs
 from .sequences import Sequences, check_advantages, check_cu_seqlens, spread_to_tokens
 from .token_selection import covariance_penalty, kept_by_filters
-
-__all__ = [
-    "LossConfig",
-    "LossOutput",
-    "PreparedLoss",
-    "compute_loss",
-    "policy_loss",
-    "prepare_loss_inputs",
-]
 
 
 class LossOutput(NamedTuple):
@@ -178,10 +168,7 @@ def prepare_loss_inputs(
 ) -> PreparedLoss:
     """Check the arguments of `policy_loss` and set masked tokens to 0.
 
-    Args:
-        shape: of the tokens, [B, T] or [N].
-        dtype: of the loss, fp32 or fp64.
-        Others: as in `policy_loss`.
+    shape: of the tokens, [B, T] or [N]; dtype: of the loss, fp32 or fp64.
     """
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, shape)
@@ -208,10 +195,7 @@ def prepare_loss_inputs(
         logprobs |= {"old_logprob": sampling_logprob, "sampling_logprob": None}
     check_normalizers(config, normalizer, entropy_normalizer)
 
-    if mask is None:
-        keep = torch.ones(shape, dtype=torch.bool, device=advantages.device)
-    else:
-        keep = mask.bool()
+    keep = (advantages.new_ones(shape) if mask is None else mask).bool()
     sequences = Sequences(keep, cu_seqlens)
     advantage = spread_to_tokens(advantages.detach(), shape, cu_seqlens)
     inputs = LossInputs(
@@ -245,9 +229,7 @@ def compute_loss(
 
         loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy
 
-    Args:
-        logprob, entropy: of each token under the policy.
-        kl: over the vocabulary; None where it is estimated from ref_logprob.
+    kl: over the vocabulary; None where it is estimated from ref_logprob.
     """
     config, sequences, inputs = prepared
     dtype = inputs.weight.dtype

@@ -15,14 +15,6 @@ from .kl_estimators import SAMPLED_KL
 from .ratios import LossInputs
 from .token_selection import FILTERS
 
-__all__ = [
-    "LossInputs",
-    "TokenGrads",
-    "is_token_level",
-    "token_gradients",
-    "zero_advantage_has_zero_grad",
-]
-
 
 class TokenGrads(NamedTuple):
     """Gradient of a loss in the statistics of its tokens; None is zero."""

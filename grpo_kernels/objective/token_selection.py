@@ -1,8 +1,7 @@
 """Token selection: filters of the policy term, and the penalty of KL-Cov.
 
-Beyond the loss mask, these choose tokens by what the policy assigns to them. Nothing here is
-differentiated except the penalty, and nothing waits for the device. Quantiles, means and fractions
-are over the unmasked tokens of the call.
+LossConfig documents the settings. Nothing here is differentiated except the penalty, and nothing
+waits for the device.
 """
 
 import torch
@@ -18,14 +17,7 @@ FILTERS = ("off_policy_threshold", "top_entropy", "clip_cov")
 def kept_by_filters(
     ratios: PolicyRatios, entropy: Tensor | None, config: LossConfig
 ) -> dict[str, Tensor]:
-    """Find the tokens whose policy term stays, for every filter that is on.
-
-    off_policy_threshold: drops sequences with A < 0 whose mean of sampling_logprob - logprob is
-        above it (DeepSeek-V3.2).
-    top_entropy: keeps this fraction of the tokens, those of highest entropy (arXiv:2506.01939).
-    clip_cov: drops at most this fraction of the tokens, drawn at random from those that are not
-        clipped and whose covariance is in (clip_cov_low, clip_cov_high) (arXiv:2505.22617).
-    """
+    """Find the tokens whose policy term stays, for every filter that is on."""
     kept, keep = {}, ratios.sequences.keep
     if config.off_policy_threshold is not None:
         sampler = ratios.sampling_logprob
