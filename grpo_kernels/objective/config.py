@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, Literal, Self, cast, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
 from ..validation import expect_choice, expect_number
 from .surrogates import SURROGATES, Surrogate
@@ -18,6 +18,15 @@ def _setting(default: Any, *, read_with: str | None = None, **bounds: float) -> 
     read_with: the setting that must be given for this one to be read.
     """
     return field(default=default, metadata={"bounds": bounds, "read_with": read_with})
+
+
+class _Rule(NamedTuple):
+    """Values that a setting may have."""
+
+    choices: tuple[str, ...]  # () for a number
+    optional: bool
+    integer: bool
+    bounds: dict[str, float]
 
 
 class _Derived:
@@ -135,21 +144,19 @@ class LossConfig(_Derived):
     """KL-Cov: coefficient of the penalty."""
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            name, value = setting.name, getattr(self, setting.name)
-            kind: Any = setting.type
-            kinds = get_args(kind) or (kind,)
-            if get_origin(kind) is Literal:
-                expect_choice(name, value, kinds)
-            elif value is not None or NoneType not in kinds:
-                expect_number(name, value, integer=int in kinds, **setting.metadata["bounds"])
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if rule.choices:
+                expect_choice(name, value, rule.choices)
+            elif value is not None or not rule.optional:
+                expect_number(name, value, integer=rule.integer, **rule.bounds)
                 plain = int if isinstance(value, numbers.Integral) else float
                 # A NumPy number has another repr, which `decode` would not read.
                 object.__setattr__(self, name, plain(cast(Any, value)))
         self._check_unread_settings()
         self._check_combination()
-        surrogate = SURROGATES[self.surrogate]
-        term = surrogate(*(getattr(self, read.name) for read in fields(surrogate)))
+        reads = _READS[self.surrogate]
+        term = SURROGATES[self.surrogate](*(getattr(self, name) for name in reads))
         object.__setattr__(self, "policy_term", term)
         # The text is made here because torch.compile cannot format a symbolic float.
         settings = {setting.name: getattr(self, setting.name) for setting in fields(self)}
@@ -161,11 +168,7 @@ class LossConfig(_Derived):
             name, value = setting.name, getattr(self, setting.name)
             if value == setting.default:
                 continue
-            readers = [
-                key
-                for key, surrogate in SURROGATES.items()
-                if name in (read.name for read in fields(surrogate))
-            ]
+            readers = [key for key, reads in _READS.items() if name in reads]
             if readers and self.surrogate not in readers:
                 raise ValueError(
                     f"{name} is read by surrogate={' or '.join(map(repr, readers))} only, "
@@ -187,9 +190,9 @@ class LossConfig(_Derived):
 
     def _check_combination(self) -> None:
         surrogate, term = self.surrogate, SURROGATES[self.surrogate]
-        for read in fields(term):
-            if read.type is float and getattr(self, read.name) is None:
-                raise ValueError(f"surrogate={surrogate!r} needs {read.name}, got None")
+        for name, kind in _READS[surrogate].items():
+            if kind is float and getattr(self, name) is None:
+                raise ValueError(f"surrogate={surrogate!r} needs {name}, got None")
         if self.aggregation == "fixed_length" and self.max_completion_length is None:
             raise ValueError("aggregation='fixed_length' needs max_completion_length, got None")
         if self.delta is not None:
@@ -382,6 +385,22 @@ class LossConfig(_Derived):
         """
         bounds = {"epsilon_low": 0.1, "epsilon_high": 0.1}
         return cls(**{"surrogate": "ipo", **bounds, "aggregation": "token_mean", **overrides})
+
+
+# Made here because torch.compile cannot read annotations or the fields of a class.
+_RULES = {
+    setting.name: _Rule(
+        get_args(setting.type) if get_origin(setting.type) is Literal else (),
+        NoneType in get_args(setting.type),
+        int in get_args(setting.type),
+        setting.metadata.get("bounds", {}),
+    )
+    for setting in fields(LossConfig)
+}
+_READS = {
+    name: {setting.name: setting.type for setting in fields(surrogate)}
+    for name, surrogate in SURROGATES.items()
+}
 
 
 def expect_config(config: object) -> None:

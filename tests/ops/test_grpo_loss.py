@@ -144,3 +144,15 @@ def test_compile_fullgraph(backend):
     actual = run(compiled, logits, tokens, advantages, config=config, **keywords)
     torch.testing.assert_close(actual, expected)
     torch._dynamo.reset()
+
+
+def test_config_may_be_built_in_a_compiled_function(backend):
+    torch._dynamo.reset()
+    logits, tokens, advantages, _ = make_inputs(8, B, T, dtype=torch.float32)
+
+    def compute_loss(logits):
+        return grpo_loss(logits, tokens, advantages, config=LossConfig.gspo(delta=3)).loss
+
+    compiled = torch.compile(compute_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), compute_loss(logits))
+    torch._dynamo.reset()
