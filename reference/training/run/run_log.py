@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -182,7 +183,7 @@ def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -
 
     tokens, seconds = (finite_values(history, name)[1] for name in ("num_tokens", "step_time"))
     seen = f"{format_number(tokens[-1])} tokens" if len(tokens) else ""
-    rows.append(("in all", f"{format_number(seconds.sum() / 60)} min", seen))
+    rows.append(("in all", str(timedelta(seconds=round(seconds.sum()))), seen))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(
         f"{label:<{widths[0]}}   {left:<{widths[1]}}   {right}".rstrip()

@@ -273,7 +273,7 @@ def test_summary_shows_before_and_after_with_intervals():
         "  reward                                 0.075                0.975\n"
         "  entropy (nats per token)               1.9                  1\n"
         "  completion length (tokens)             11.5                 11.5\n"
-        "in all                                   6.67 min             20,000 tokens"
+        "in all                                   0:06:40              20,000 tokens"
     )
 
 
@@ -284,7 +284,7 @@ def test_summary_merges_equal_accuracies():
         "held-out, 128 questions (95% interval)   before               after",
         "  accuracy                               25.0% (18% to 33%)   50.0% (41% to 59%)",
         "sampled, 0 steps                         first tenth          last tenth",
-        "in all                                   0 min",
+        "in all                                   0:00:00",
     ]
 
 
