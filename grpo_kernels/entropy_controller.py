@@ -29,8 +29,7 @@ class AdaptiveEntropy:
         maximum: upper bound of c, at least `minimum`.
 
     Raises:
-        TypeError: an argument is not a number.
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is not a number, or out of its range.
 
     He et al., 2025 (arXiv:2505.22312).
     """

@@ -1,7 +1,9 @@
 """The functions of mini-GRPO's README, fused, with the same names, arguments and values.
 
-Each takes logits [..., V] and returns a 0-dim mean over the unmasked tokens, 0 if every token is
-masked. No tensor of the size of the logits is allocated except the gradient.
+Each takes floating-point logits [..., V], those of a pair with the same shape, and a mask [...],
+bool or 0/1, where None counts every token. It returns a 0-dim mean over the unmasked tokens, 0 if
+every token is masked, in fp32 (fp64 for fp64 logits). A pair is differentiable in `new_logits`
+only. No tensor of the size of the logits is allocated except the gradient.
 """
 
 from typing import Literal
@@ -29,13 +31,8 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
     mini-GRPO detaches the entropy, so a bonus built on it trains nothing; detach=True does the
     same. With detach=False the result has a gradient and the bonus works.
 
-    Args:
-        logits: [..., V], floating point.
-        mask: [...], bool or 0/1; None counts every token.
-        detach: whether the result has no gradient.
-
     Returns:
-        0-dim, nats, fp32 (fp64 for fp64 logits); differentiable in `logits` if detach=False.
+        0-dim, nats; differentiable in `logits` if detach=False.
     """
     expect_tensor("logits", logits, floating=True)
     stats = _token_stats(logits.detach() if detach else logits, mask, entropy=True)
@@ -48,14 +45,7 @@ def cross_entropy_from_logits(
 ) -> Tensor:
     """Compute the mean cross-entropy -Σ q ln p, q = softmax(ref_logits), p = softmax(new_logits).
 
-    Computed as KL(q‖p) + H(q). `eps` has no effect, as in mini-GRPO.
-
-    Args:
-        ref_logits, new_logits: [..., V], floating point, of the same shape.
-        mask: [...], bool or 0/1; None counts every token.
-
-    Returns:
-        0-dim, nats, fp32 (fp64 for fp64 logits); differentiable in `new_logits` only.
+    Computed as KL(q‖p) + H(q), in nats. `eps` has no effect, as in mini-GRPO.
     """
     return kl_divergence(ref_logits, new_logits, mask, eps) + entropy_from_logits(ref_logits, mask)
 
@@ -65,9 +55,8 @@ def kl_divergence(
 ) -> Tensor:
     """Compute the mean forward KL(ref‖new) = Σ q (ln q - ln p) over the whole vocabulary.
 
-    The GRPO objective has the reverse KL instead: `token_stats(..., kl="reverse")`.
-
-    Args, Returns: see `cross_entropy_from_logits`.
+    In nats; `eps` has no effect. The GRPO objective has the reverse KL instead:
+    `token_stats(..., kl="reverse")`.
     """
     stats = _token_stats(new_logits, mask, entropy=False, ref_logits=ref_logits)
     assert stats.kl is not None
@@ -89,15 +78,9 @@ def approximate_kl_divergence(
     zeros.
 
     Args:
-        ref_logits, new_logits: [..., V], floating point, of the same shape.
-        mask: [...], bool or 0/1; None counts every token.
         eps: in (0, 1), lower bound of both probabilities.
         reduction: "mean" or "sum" over all entries, without a [..., V] temporary; "none" returns
             the entries [..., V].
-
-    Returns:
-        0-dim, or [..., V] for "none"; fp32 (fp64 for fp64 logits); differentiable in
-        `new_logits` only.
 
     Schulman, 2020 (http://joschu.net/blog/kl-approx.html).
     """

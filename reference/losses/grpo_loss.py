@@ -29,10 +29,9 @@ def grpo_loss(
 ) -> LossOutput:
     """Compute `policy_loss` from the `token_stats` of `logits`.
 
-    config.kl_estimator selects the KL to the reference policy. "forward" and "reverse" are sums
-    over the vocabulary and need `ref_logits`. The others estimate it on the sampled tokens from
-    `ref_logprob`, or from the log-probs under `ref_logits` if only those are given. With beta = 0
-    the KL is a metric, computed if its input is given. The entropy is always a metric.
+    The KL estimators "forward" and "reverse" need `ref_logits`. The others read `ref_logprob`, or
+    the log-probs under `ref_logits` if only those are given. With beta = 0 the KL is a metric,
+    computed if its input is given. The entropy is always a metric.
 
     Args:
         logits: [B, T, V] or packed [N, V]; tokens: [B, T] or [N].

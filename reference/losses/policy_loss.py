@@ -46,19 +46,8 @@ def policy_loss(
     differentiable in `logprob`, `entropy` and `kl`.
 
     Args:
-        logprob: [B, T], or packed [N]; every other per-token tensor has its shape.
-        advantages: [B] or [B, T]; packed: [N], or [sequences] with `cu_seqlens`.
-        mask: bool or 0/1; a masked token has no effect, whatever values it has.
-        old_logprob: None means logprob.detach().
-        ref_logprob: log-probs of the reference policy, for the KL estimators on sampled tokens.
-        entropy: per token, for the bonus and for `top_entropy`.
-        kl: per-token KL over the vocabulary, for kl_estimator "forward" and "reverse".
-        sampling_logprob: log-probs of the sampler.
         config: an object with the attributes of grpo_kernels.LossConfig.
-        normalizer: replaces the denominator of the aggregation.
-        entropy_normalizer: replaces the token count in the mean entropy.
-        cu_seqlens: [sequences + 1] boundaries of packed sequences, optional unless a sequence
-            matters.
+        Others: those of grpo_kernels.policy_loss.
 
     Raises:
         ValueError: an input that `config` needs is missing.

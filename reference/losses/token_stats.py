@@ -36,11 +36,8 @@ def token_stats(
     Args:
         logits: [B, T, V] or [N, V]; half dtypes are computed in fp32, fp64 in fp64.
         tokens: [B, T] or [N] ids in [0, V).
-        temperature: > 0, a number or one per token.
-        softcap: > 0; -inf logits stay -inf.
-        entropy: whether to compute the entropy.
-        ref_logits: logits of the reference policy, shape of `logits`, never differentiated; same
-            softcap and temperature.
+        temperature: > 0, a number or one per token; softcap: > 0.
+        ref_logits: of the reference policy, shape of `logits`, never differentiated.
         kl: None, "forward" or "reverse".
         mask: bool or 0/1, shape of `tokens`; a masked token gives 0 and gets gradient 0, whatever
             its logits.
