@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..backends import RowInputs, RowStats, backend_for
 from ..objective.config import LossConfig
-from ..objective.token_gradients import LossInputs, TokenGrads, token_gradients
+from ..objective.ratios import LossInputs
+from ..objective.token_gradients import TokenGrads, token_gradients
 from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import LMHeadInputs

@@ -17,7 +17,8 @@ from ..objective.policy_loss import (
     compute_loss,
     prepare_loss_inputs,
 )
-from ..objective.token_gradients import LossInputs, is_token_level
+from ..objective.ratios import LossInputs
+from ..objective.token_gradients import is_token_level
 from ..validation import expect_token_ids
 from .bundled_op import bundled_op
 from .precomputed_gradient import attach_gradient

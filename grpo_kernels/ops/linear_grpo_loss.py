@@ -22,11 +22,8 @@ from ..objective.policy_loss import (
     compute_loss,
     prepare_loss_inputs,
 )
-from ..objective.token_gradients import (
-    LossInputs,
-    is_token_level,
-    zero_advantage_has_zero_grad,
-)
+from ..objective.ratios import LossInputs
+from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
 from .bundled_op import bundled_op
 from .linear_token_stats import (
     check_chunk_tokens,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ...objective.config import LossConfig
-from ...objective.token_gradients import LossInputs, token_gradients
+from ...objective.ratios import LossInputs
+from ...objective.token_gradients import token_gradients
 from ...workspace import thread_workspace
 from ..interface import RowInputs
 from .softmax import LOG2E, row_blocks, softmax, zero_rows

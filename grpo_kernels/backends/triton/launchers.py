@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...objective.config import LossConfig
-from ...objective.token_gradients import LossInputs, TokenGrads
+from ...objective.ratios import LossInputs
+from ...objective.token_gradients import TokenGrads
 from ..availability import INTERPRETED
 from ..interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
