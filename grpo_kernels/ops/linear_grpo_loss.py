@@ -24,6 +24,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
+from ..validation import expect_tensor
 from .bundled_op import bundled_op
 from .linear_token_stats import (
     check_chunk_tokens,
@@ -168,6 +169,7 @@ def linear_grpo_loss(
         **head,
         **(reference if over_vocabulary else {}),
     )
+    expect_tensor("advantages", advantages, device_of=hidden)
     prepared = prepare_loss_inputs(
         tokens.shape,
         accumulation_dtype(hidden.dtype),

@@ -108,6 +108,11 @@ def test_linear_token_stats_error_messages(change, error, message):
             ValueError,
             "ref_hidden and ref_weight belong together, got no ref_weight",
         ),
+        (
+            {"advantages": torch.ones(B).to("meta")},
+            ValueError,
+            "advantages must be on cpu, got meta",
+        ),
         ({"advantages": torch.ones(3)}, ValueError, r"advantages must have shape \(2, 3\) or"),
         ({"old_logprob": torch.ones(B)}, ValueError, r"old_logprob must have shape \(2, 3\)"),
         (
