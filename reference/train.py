@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, also after SIGTERM; 2 after an error of the user; 130 after Ctrl-C.
+        The exit code: 0, also after SIGTERM; 1 if another rank has stopped; 2 after an error of
+        the user; 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows progress
@@ -145,7 +146,8 @@ def run(config: TrainConfig) -> dict:
         lock_run_dir(config, ranks) as directory,
         GracefulShutdown(ranks) as shutdown,
     ):
-        # Load the model; a model from scratch first learns from ground truths.
+        # Load the model; a model from scratch first learns from ground truths. Every rank reads the
+        # checkpoints in rank 0's directory; the directories of the others are temporary.
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
         checkpoint = find_checkpoint(config, checkpoints)
         policy = load_policy(config, device, sampler, task.system, ranks)
@@ -203,6 +205,7 @@ def train(
     else:
         evaluations.append({"step": 0, **evaluate(policy, task, config)})
         log.evaluation(0, evaluations[0])
+    # The two lists grow, and each drawing shows what they then hold.
     title = f"{Path(config.model).name} on {config.task}"
     draw_curves = partial(plot_dashboard, directory / "curves.png", history, evaluations, title)
     draw_curves()

@@ -83,6 +83,9 @@ def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[st
         texts = {name: in_flags(text) for name, text in texts.items()}
         texts["max_completion_length"] += " None: --max-new-tokens."
         texts["loss"] = "One of the above."
+        texts["kl_estimator"] = (  # the exact sums over the vocabulary are no choices here
+            "Estimate of that KL on the sampled tokens; the README compares their gradients."
+        )
     flags = []
     for name in names:
         annotated = Annotated[types[name], tyro.conf.arg(help=texts[name])]
