@@ -35,10 +35,8 @@ def _k3_grad(d: Tensor) -> Tensor:
     return torch.where(d >= -MAX_LOG_RATIO, -torch.expm1(-d.clamp(min=-MAX_LOG_RATIO)), 0.0)
 
 
-def _k3_plus(d: Tensor, log_ratio: Tensor) -> Tensor:
-    """k3 with the gradient of k2."""
-    k2 = d * d / 2
-    return _k3(d).detach() + (k2 - k2.detach())
+def _k2(d: Tensor) -> Tensor:
+    return d * d / 2
 
 
 def _k3_corrected_grad(d: Tensor, log_ratio: Tensor) -> Tensor:
@@ -58,9 +56,12 @@ def _k3_corrected(d: Tensor, log_ratio: Tensor) -> Tensor:
 
 SAMPLED_KL: dict[str, KLEstimator] = {
     "k1": KLEstimator(lambda d, log_ratio: d, lambda d, log_ratio: torch.ones_like(d)),
-    "k2": KLEstimator(lambda d, log_ratio: d * d / 2, lambda d, log_ratio: d),
+    "k2": KLEstimator(lambda d, log_ratio: _k2(d), lambda d, log_ratio: d),
     "k3": KLEstimator(lambda d, log_ratio: _k3(d), lambda d, log_ratio: _k3_grad(d)),
-    "k3+": KLEstimator(_k3_plus, lambda d, log_ratio: d),
+    # k3 with the gradient of k2.
+    "k3+": KLEstimator(
+        lambda d, log_ratio: _k3(d).detach() + (_k2(d) - _k2(d).detach()), lambda d, log_ratio: d
+    ),
     "k3_corrected": KLEstimator(_k3_corrected, _k3_corrected_grad),
     "abs": KLEstimator(lambda d, log_ratio: d.abs(), lambda d, log_ratio: d.sign()),
 }
