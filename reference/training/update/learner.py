@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo_kernels import AdaptiveEntropy, LossConfig, LossOutput
+from grpo_kernels.objective.token_gradients import zero_advantage_has_zero_grad
 from reference.training.config import TrainConfig
 from reference.training.distributed import full_tensor
 from reference.training.errors import UserError
@@ -208,11 +209,11 @@ class Learner:
             advantages,
             completions.logprob,
         )
-        # Advantages of 0 have no gradient, unless the loss has a KL or an entropy bonus, or selects
-        # among all tokens of a micro-batch.
-        no_bonus = loss.entropy_coef == 0 and self.entropy_control is None
+        # Advantages of 0 have no gradient, unless the loss has a KL, an entropy bonus or a penalty,
+        # or selects among all tokens of a micro-batch.
+        zero_has_no_grad = zero_advantage_has_zero_grad(loss, per_sequence=True)
         contributes = loss_mask
-        if loss.beta == 0 and no_bonus and not compares_tokens(loss):
+        if zero_has_no_grad and self.entropy_control is None and not compares_tokens(loss):
             token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
             contributes = loss_mask & (token_advantages != 0)
         contributes = contributes.view(B, -1).any(dim=-1)

@@ -96,6 +96,7 @@ def test_skipping_groups_keeps_the_gradient(loss):
         {"kl_cov": 0.1},
         {"clip_cov": 0.1},
         {"top_entropy": 0.5},
+        {"loss": "ipo"},
     ],
     ids=str,
 )
