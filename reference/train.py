@@ -171,8 +171,8 @@ def run(config: TrainConfig) -> dict:
             clear(directory, config.as_json())
         record_torchrun_run(directory)
         trackers = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
-        after = None if config.resume is None else state.step
-        log = RunLog(directory, config.as_json(), **trackers, after=after)
+        resumed_step = None if config.resume is None else state.step
+        log = RunLog(directory, config.as_json(), **trackers, after=resumed_step)
         try:
             with closing(log):
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-LAYOUT = "[B, T, H] or packed [N, H]"
+HIDDEN_LAYOUT = "[B, T, H] or packed [N, H]"
 
 
 class LMHeadInputs(NamedTuple):
@@ -79,7 +79,7 @@ def prepare_inputs(
     vocab_group: "ProcessGroup | None" = None,
 ) -> LMHeadInputs:
     """Check the arguments, flatten tokens to [N], gather DTensors, drop what is not read."""
-    expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=LAYOUT)
+    expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
     device = hidden.device
     is_autocast = torch.is_autocast_enabled(device.type)
     check_head("", hidden, weight, bias)

@@ -1,4 +1,4 @@
-"""Importance weights: corrections for a sampler whose log-probs differ from the trainer's."""
+"""Probability ratios to the old policy, and importance weights to the sampler's log-probs."""
 
 import torch
 from torch import Tensor

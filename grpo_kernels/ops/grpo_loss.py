@@ -31,6 +31,7 @@ from .token_stats import (
 )
 
 
+# Each field of a bundle is an argument of the operator; a bundle of constants, `config`, is text.
 @bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
 def _forward_(
     rows: RowInputs, loss_inputs: LossInputs, config: str, d_logits: Tensor
@@ -78,7 +79,7 @@ def grpo_loss(
     the logits; backward only scales it. A second read is needed for terms of whole sequences, for
     filters that rank tokens, for a KL over the vocabulary, and for fp16 logits, whose gradient
     needs the loss scale that arrives in backward. Tokens without a gradient (masked, or with
-    advantage 0 and neither KL nor entropy in the loss) are not read for it.
+    advantage 0 and no KL, entropy bonus or penalty in the loss) are not read for it.
 
     Args:
         logits: [B, T, V] or packed [N, V]; logits[:, t] predict tokens[:, t].

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.interface import accumulation_dtype
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
-from ..lm_head.inputs import LMHeadInputs, check_reference_head, prepare_inputs
+from ..lm_head.inputs import HIDDEN_LAYOUT, LMHeadInputs, check_reference_head, prepare_inputs
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
@@ -24,7 +24,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
-from ..validation import expect_tensor
+from ..validation import expect_tensor, expect_tokens
 from .bundled_op import bundled_op
 from .linear_token_stats import (
     check_chunk_tokens,
@@ -118,8 +118,8 @@ def linear_grpo_loss(
     log-probs are needed before the first gradient, so the logits are made twice: 8·n·V·H. Under
     torch.no_grad it is 2·n·V·H.
 
-    Masked tokens cost nothing. Tokens without a learning signal (advantage 0, with neither KL nor
-    entropy in the loss: every group with equal rewards) need one product, for the metrics.
+    Masked tokens cost nothing. Tokens without a learning signal (advantage 0, and no KL, entropy
+    bonus or penalty in the loss: every group with equal rewards) need one product, for the metrics.
 
     The memory taken beside the results is about 1 GiB of workspace and the gradients in fp32,
     whatever the number of tokens.
@@ -154,21 +154,9 @@ def linear_grpo_loss(
     has_reference = any(part is not None for part in reference.values())
     _check_kl_input(config, ref_logprob, has_reference)
     check_chunk_tokens(chunk_tokens)
-    head: dict[str, Any] = {
-        "bias": bias,
-        "temperature": temperature,
-        "softcap": softcap,
-        "mask": mask,
-    }
-    inputs = prepare_inputs(
-        hidden,
-        weight,
-        tokens,
-        kl=config.kl_estimator if over_vocabulary and has_reference else None,
-        vocab_group=vocab_group,
-        **head,
-        **(reference if over_vocabulary else {}),
-    )
+    expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
+    expect_tokens(tokens, hidden, "hidden")
+    expect_tensor("weight", weight, floating=True)
     expect_tensor("advantages", advantages, device_of=hidden)
     prepared = prepare_loss_inputs(
         tokens.shape,
@@ -187,17 +175,31 @@ def linear_grpo_loss(
         packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
     else:
         check_packing(packing, mask, tokens, prepared.inputs.advantage)
+    # The reference policy comes first, so that only one whole head is gathered at a time.
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference_head(hidden, weight, **reference)
         assert ref_hidden is not None and ref_weight is not None
-        head["bias"] = ref_bias
         with torch.no_grad():
             ref_logprob = linear_token_stats(
-                ref_hidden, ref_weight, tokens, **head, entropy=False,
-                chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
+                ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
+                softcap=softcap, mask=mask, entropy=False, chunk_tokens=chunk_tokens,
+                packing=packing, vocab_group=vocab_group,
             ).logprob  # fmt: skip
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
         prepared = prepared._replace(inputs=loss_inputs)
+    inputs = prepare_inputs(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        entropy=True,  # for the metric
+        kl=config.kl_estimator if over_vocabulary and has_reference else None,
+        mask=mask,
+        vocab_group=vocab_group,
+        **(reference if over_vocabulary else {}),
+    )
     per_sequence = advantages.shape != tokens.shape
     return loss_and_stats(
         hidden, inputs, prepared, packing, chunk_tokens, per_sequence=per_sequence
@@ -214,6 +216,8 @@ def loss_and_stats(
     per_sequence: bool,
 ) -> tuple[LossOutput, TokenStats]:
     """Compute the loss, and the detached statistics of its tokens, 0 where masked.
+
+    `linear_grpo_loss` returns the loss; the TRL integration reads the statistics too.
 
     Args:
         hidden: as the caller passed it, the leaf of its gradient.
@@ -248,8 +252,13 @@ def loss_and_stats(
         stats = as_token_stats(outputs, shape, entropy=True, kl=inputs.kl is not None)
         loss, metrics = compute_loss(prepared, *stats)
     grads = (d_hidden.view(hidden.shape) if wanted[0] else None, d_weight, d_bias)
-    pairs = [pair for *pair, want in zip(leaves, grads, wanted, strict=True) if want]
-    return LossOutput(attach_gradient(loss, *zip(*pairs, strict=True)), metrics), stats
+    trained = [
+        (leaf, grad)
+        for leaf, grad, want in zip(leaves, grads, wanted, strict=True)
+        if want and leaf is not None and grad is not None
+    ]
+    loss = attach_gradient(loss, [leaf for leaf, _ in trained], [grad for _, grad in trained])
+    return LossOutput(loss, metrics), stats
 
 
 def _check_kl_input(config: LossConfig, ref_logprob: Tensor | None, has_reference: bool) -> None:

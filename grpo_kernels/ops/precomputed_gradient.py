@@ -42,30 +42,28 @@ class _PrecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the saved gradients in their own memory; a second backward finds them scaled."""
         grads = ctx.saved_tensors
+        unused = (None,) * len(grads)
         if torch.compiler.is_compiling():
             scaled = [(x * d_loss).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
-        else:
-            if torch.is_grad_enabled():
-                raise RuntimeError("a loss whose gradient is made with it has no second derivative")
-            scaled = _scale_in_place(ctx, grads, d_loss)
-        return None, None, *scaled, *(None,) * len(grads)
-
-
-def _scale_in_place(ctx: Any, grads: tuple[Tensor, ...], d_loss: Tensor) -> list[Tensor]:
-    """Scale the saved gradients in their own memory; a second backward finds them scaled."""
-    is_first, scaled = ctx.factor is None, []
-    for grad, dtype in zip(grads, ctx.dtypes, strict=True):
-        if grad.dtype != dtype:
-            scaled.append(torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype)))
-        elif is_first:
-            # .data hides the write from autograd: a later backward (retain_graph) needs `grad`.
-            _scale_(grad.data, d_loss)
-            scaled.append(grad)
-        elif ctx.factor == 0:
-            raise RuntimeError("backward came again, after one in which the loss's gradient was 0")
-        else:
-            scaled.append(grad * (d_loss / ctx.factor).to(grad.dtype))
-    if is_first:
-        ctx.factor = d_loss.clone()  # the caller may overwrite d_loss
-    return scaled
+            return None, None, *scaled, *unused
+        if torch.is_grad_enabled():
+            raise RuntimeError("a loss whose gradient is made with it has no second derivative")
+        is_first, scaled = ctx.factor is None, []
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True):
+            if grad.dtype != dtype:
+                scaled.append(torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype)))
+            elif is_first:
+                # .data hides the write from autograd: a later backward (retain_graph) needs `grad`.
+                _scale_(grad.data, d_loss)
+                scaled.append(grad)
+            elif ctx.factor == 0:
+                raise RuntimeError(
+                    "backward came again, after one in which the loss's gradient was 0"
+                )
+            else:
+                scaled.append(grad * (d_loss / ctx.factor).to(grad.dtype))
+        if is_first:
+            ctx.factor = d_loss.clone()  # the caller may overwrite d_loss
+        return None, None, *scaled, *unused

@@ -168,15 +168,6 @@ def _token_stats_part_kernel(
         tl.store(lanes + i * LANES, partial[i])
 
 
-@triton.jit
-def _load_partial(lanes, LANES: tl.constexpr):
-    """Load what a program of _token_stats_part_kernel has stored."""
-    return Partial(
-        tl.load(lanes), tl.load(lanes + LANES), tl.load(lanes + 2 * LANES),
-        tl.load(lanes + 3 * LANES), tl.load(lanes + 4 * LANES), tl.load(lanes + 5 * LANES),
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["T", "parts"])
 def _token_stats_merge_kernel(
     logits_ptr,  # [B, T, V], strided rows
@@ -212,7 +203,10 @@ def _token_stats_merge_kernel(
     partial = empty_partial(LANES, ACC_DTYPE)
     lanes = partials_ptr + row * parts * (6 * LANES) + tl.arange(0, LANES)
     for _ in range(0, parts):
-        part = _load_partial(lanes, LANES)
+        part = Partial(
+            tl.load(lanes), tl.load(lanes + LANES), tl.load(lanes + 2 * LANES),
+            tl.load(lanes + 3 * LANES), tl.load(lanes + 4 * LANES), tl.load(lanes + 5 * LANES),
+        )  # fmt: skip
         partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL)
         lanes += 6 * LANES
     # Merge the lanes and store the row's results.
