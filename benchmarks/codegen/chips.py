@@ -60,7 +60,7 @@ CHIPS = {
 
 
 class PassCost(NamedTuple):
-    """What one pass over the row needs per vocabulary entry."""
+    """Cost of one pass over the row, per vocabulary entry."""
 
     instructions: float
     special: float

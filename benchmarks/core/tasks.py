@@ -1,4 +1,4 @@
-"""What is computed, and its least cost: bytes from logits, matmuls from hidden states.
+"""Tasks of the benchmarks and their least cost: bytes from logits, matmuls from hidden states.
 
 A task is a set of outputs and their gradient under a fixed upstream gradient. Its cost is what the
 result needs, whatever an implementation does: a slow one shows a low percentage of the roof.

@@ -117,9 +117,9 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
         settings.temperature = temperature
     from transformers.generation import ContinuousBatchingConfig
 
-    # By default the cache takes most of the memory. Here it has room for as many completions as a
+    # By default the cache takes most of the memory. Here it holds as many completions as a
     # step has tokens; others wait. Without flash attention the mask of a step is its tokens times
-    # the room of the cache, which would be 4 GiB for 2,000 completions.
+    # the space of the cache, which would be 4 GiB for 2,000 completions.
     page = 256  # the default, under a name that changes with the version
     step = max(1024, *map(len, inputs))  # tokens
     pages = sorted((-(-(len(row) + policy.max_new_tokens) // page) for row in inputs), reverse=True)
