@@ -215,7 +215,7 @@ class LossConfig(_Derived):
         if self.importance_mode == "mask" and floor is None and cap is None:
             raise ValueError("importance_mode='mask' needs importance_floor or importance_cap")
         if self.clip_cov is not None and self.kl_cov is not None:
-            raise ValueError("clip_cov and kl_cov are two cures of one thing: set only one")
+            raise ValueError("clip_cov and kl_cov both prevent entropy collapse: set only one")
         if self.clip_cov_low >= self.clip_cov_high:
             raise ValueError(
                 f"clip_cov_low must be less than clip_cov_high={self.clip_cov_high}, "

@@ -348,7 +348,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             ),
             (
                 self.dynamic_sampling > 0 and self.step_reward is not None,
-                "--dynamic-sampling looks at whole answers: not with --step-reward",
+                "--dynamic-sampling compares whole completions: not with --step-reward",
             ),
             (
                 self.dynamic_sampling > 0 and each_reward,
@@ -377,7 +377,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             ),
             (
                 scratch and self.task != "reverse",
-                "--model scratch learns --task reverse only: it can spell no other",
+                "--model scratch learns --task reverse only: its tokenizer has no other characters",
             ),
             (scratch and lora, "--lora-rank adapts a trained model, and --model scratch is none"),
             (

@@ -112,7 +112,7 @@ def test_fixed_length_defaults_to_max_new_tokens():
         ),
         (
             {"clip_cov": 0.1, "kl_cov": 0.1},
-            "--loss grpo: --clip-cov and --kl-cov are two cures of one thing: set only one",
+            "--loss grpo: --clip-cov and --kl-cov both prevent entropy collapse: set only one",
         ),
         (
             {"loss": "icepop", "importance_floor": 6.0},
