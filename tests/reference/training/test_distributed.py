@@ -94,7 +94,7 @@ def dying_reward(tmp_path, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_killed_rank_restarts_from_the_last_checkpoint(alone, tmp_path, parallel):
+def test_killed_rank_restarts_from_the_last_checkpoint(single, tmp_path, parallel):
     reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     launcher = (*TORCHRUN, "--max-restarts=1")
     flags = ("--parallel", parallel, "--reward", reward)
