@@ -133,7 +133,7 @@ def run(config: TrainConfig) -> dict:
     task = load_task(config)
     step_reward: Any = None if config.step_reward is None else load_function(config.step_reward)
     if config.wandb:
-        load_wandb()
+        load_wandb()  # imported now, so that a missing package stops the run here
     if config.eval_only:
         policy = load_policy(config, device, sampler, task.system, ranks)
         with ranks.only_rank0_prints():
@@ -151,9 +151,10 @@ def run(config: TrainConfig) -> dict:
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
         checkpoint = find_checkpoint(config, checkpoints)
         policy = load_policy(config, device, sampler, task.system, ranks)
-        scorer, order = SCORERS[config.loss_impl], random.Random(config.seed)
+        scorer = SCORERS[config.loss_impl]  # log-probs and loss of a batch, fused or plain
+        order = random.Random(config.seed)  # draws the questions of each step
         if config.model == "scratch" and checkpoint is None:
-            alone = replace(policy, ranks=SINGLE_PROCESS)  # every rank does the same
+            alone = replace(policy, ranks=SINGLE_PROCESS)  # every rank computes the same steps
             print(f"warm start: {warm_start(alone, scorer, task, order)} supervised steps")
 
         # Restore the state of a run that is resumed, and cut its logs back to the checkpoint.
@@ -168,7 +169,7 @@ def run(config: TrainConfig) -> dict:
 
         # Only now is an older run in this directory replaced.
         if config.overwrite:
-            clear(directory, config.as_json())
+            clear(directory, config.as_json())  # and write the new settings.json
         record_torchrun_run(directory)
         trackers = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         resumed_step = None if config.resume is None else state.step
@@ -213,7 +214,8 @@ def train(
 
     try:
         for step in (bar := progress_bar(state.step, config.steps, policy.ranks.is_first)):
-            # Sample and reward groups of completions. SIGTERM drops the step here.
+            # Sample and reward groups of completions. SIGTERM drops the step here; a resumed run
+            # repeats it from the recorded state of the random generators.
             state.record_rng()
             started = time.perf_counter()
             rollouts = collect_rollouts(policy, task, sampler, state.order, config)
@@ -222,7 +224,8 @@ def train(
             # From here to the end of the step SIGTERM has to wait.
             shutdown.defer()
 
-            # Compare each completion with the others of its group.
+            # Compare each completion with the others of its group. All ranks use rank 0's result,
+            # since a reward function may be random.
             advantages = policy.ranks.broadcast(
                 compute_advantages(rollouts, config, task.rewards, step_reward, decode)
             )
