@@ -80,7 +80,7 @@ def test_help_sections_are_in_the_order_of_a_step(capsys, monkeypatch):
         (["--chat", "--eval-only"], "--chat and --eval-only: choose one"),
         (["--lora-alpha", "0"], "--lora-alpha must be a positive number; got 0"),
         (["--step-reward", "nosuch.py:f"], "reward 'nosuch.py:f': there is no file nosuch.py"),
-        (["--step-reward", "a.b", "--dynamic-sampling", "1"], "--dynamic-sampling looks at whole"),
+        (["--step-reward", "a.b", "--dynamic-sampling", "1"], "--dynamic-sampling compares whole"),
         (["--lora-rank", "4"], "--lora-rank adapts a trained model"),
         (["--task", "arithmetic"], "--model scratch learns --task reverse only"),
         (["--beta", "-1"], "--beta must be at least 0; got -1"),
