@@ -31,7 +31,7 @@ from .token_stats import (
 )
 
 
-# Each field of a bundle is an argument of the operator; a bundle of constants, `config`, is text.
+# The operator has one argument per field of a bundle. The config reaches it as text.
 @bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
 def _forward_(
     rows: RowInputs, loss_inputs: LossInputs, config: str, d_logits: Tensor
@@ -130,15 +130,17 @@ def grpo_loss(
         entropy_normalizer=entropy_normalizer,
         cu_seqlens=cu_seqlens,
     )
-    if inplace:
-        mark_consumed(logits)
 
     # In fp16 the gradient would underflow: a GradScaler's factor arrives in backward only.
     wants_grad = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
     has_sampling = sampling_logprob is not None
     if wants_grad and kl is None and is_token_level(config, has_sampling=has_sampling):
+        if inplace:
+            mark_consumed(logits)
         return _loss_with_gradient(logits, rows, prepared, inplace)
     stats = run_token_stats(rows, tokens.shape, entropy=True, inplace=inplace)
+    if inplace:  # not before: a call that raises leaves the logits usable
+        mark_consumed(logits)
     return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl)
 
 

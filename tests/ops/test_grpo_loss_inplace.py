@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from grpo_kernels import grpo_loss, token_stats
+from grpo_kernels import LossConfig, grpo_loss, token_stats
 from grpo_kernels.ops import token_stats as operators
 from tests.helpers.grpo_loss import CONFIGS, B, T, V, make_inputs, run
+from tests.helpers.tensors import make_case
 
 
 def gradient_of_hidden(inplace, config, dtype, **extra):
@@ -104,3 +105,14 @@ def test_strided_logits_padding_is_not_written(backend):
     values = wide[:, :-1].requires_grad_()
     grpo_loss(values, tokens, advantages, inplace=True, **keywords).loss.backward()
     assert torch.equal(values.grad, expected) and (wide[:, -1] == 7).all()
+
+
+@pytest.mark.usefixtures("pytorch_backend")
+def test_failed_call_of_two_passes_leaves_logits_usable():
+    logits, tokens = make_case(3, 1, 2, 5)
+    config, advantages = LossConfig.gspo(), torch.ones(1)
+    with pytest.raises(ValueError, match="tokens must lie in"):
+        grpo_loss(logits, tokens + 9, advantages, config=config, inplace=True)
+    grpo_loss(logits, tokens, advantages, config=config, inplace=True)
+    with pytest.raises(ValueError, match="must not be used again"):
+        grpo_loss(logits, tokens, advantages, config=config)
