@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import grpo_kernels
-from reference.training.collect import Rollouts
+from reference.training.collect import Rollouts, replace_missing
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
-from reference.training.tasks.rewards import WeightedReward
+from reference.training.tasks.rewards import WeightedReward, call
 
 Steps = list[list[tuple[int, float]]]  # per completion: (end of the step, reward of the step)
 # Called like a reward; the ends of the steps that it returns are numbers of characters.
-StepReward = Callable[[list[str], list[str], list[str]], Steps]
+StepReward = Callable[..., Steps]
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -33,22 +33,25 @@ def compute_advantages(
 ) -> Tensor:
     """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
 
-    Process supervision adds the advantages of steps to that of the completion.
+    A completion to which no reward applies has an advantage of 0, and the others are compared
+    without it. Process supervision adds the advantages of steps to that of the completion.
     """
+    group_rewards = replace_missing(rollouts.rewards)
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
     if config.normalise_each_reward:
         by_name = rollouts.rewards_by_name
-        each = torch.stack([values.view_as(rollouts.rewards) for values in by_name.values()])
+        each = torch.stack([values.view_as(group_rewards) for values in by_name.values()])
         weights = [rewards[name].weight for name in by_name]
-        outcome = grpo_kernels.multi_reward_advantage(each, weights)
+        outcome = grpo_kernels.multi_reward_advantage(replace_missing(each), weights)
     elif name == "pass_at_k":
-        outcome = grpo_kernels.pass_at_k_advantage(rollouts.rewards, config.pass_k)
-    elif name == "max_rl" and (rollouts.rewards < 0).any():
+        outcome = grpo_kernels.pass_at_k_advantage(group_rewards, config.pass_k)
+    elif name == "max_rl" and (group_rewards < 0).any():
         raise UserError(
-            f"--advantage max_rl needs rewards of at least 0; got {rollouts.rewards.min():g}"
+            f"--advantage max_rl needs rewards of at least 0; got {group_rewards.min():g}"
         )
     else:
-        outcome = grpo_kernels.ADVANTAGES[name](rollouts.rewards)
+        outcome = grpo_kernels.ADVANTAGES[name](group_rewards)
+    outcome = torch.where(rollouts.rewards.isnan(), 0.0, outcome)
     if step_reward is None:
         return outcome.flatten()
     return outcome.flatten()[:, None] + process_advantages(rollouts, step_reward, decode)
@@ -84,9 +87,11 @@ def call_step_reward(rollouts: Rollouts, step_reward: StepReward) -> Steps:
     """Call --step-reward and check its result; the ends of steps are in characters."""
     G, texts = rollouts.rewards.shape[1], rollouts.samples.texts
     questions = [question for question in rollouts.questions for _ in range(G)]
-    inputs = ([q.text for q in questions], texts, [q.answer for q in questions])
     try:
-        steps = [[(int(end), float(reward)) for end, reward in row] for row in step_reward(*inputs)]
+        returned = call(step_reward, "--step-reward", questions, texts)
+        steps = [[(int(end), float(reward)) for end, reward in row] for row in returned]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"--step-reward raised {type(error).__name__}, or gave no lists of (end, reward): "

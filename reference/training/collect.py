@@ -19,8 +19,9 @@ from reference.training.distributed import SINGLE_PROCESS, to_device
 from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.samplers import Sampler
-from reference.training.tasks.rewards import score
-from reference.training.tasks.tasks import Question, Task
+from reference.training.tasks.questions import Question
+from reference.training.tasks.rewards import call, score, total_reward
+from reference.training.tasks.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Rollouts:
 
     questions: list[Question]
     samples: SampledCompletions
-    rewards_by_name: dict[str, Tensor]  # [B·G], unweighted
-    rewards: Tensor  # [B, G], the weighted sum
+    rewards_by_name: dict[str, Tensor]  # [B·G], unweighted, NaN where one does not apply
+    rewards: Tensor  # [B, G], the weighted sum, NaN where no reward applies
     has_signal: Tensor  # [B], True if the rewards of the group differ
     accuracy: dict[str, Tensor]  # [B·G], "strict" and "lenient", 0 or 1
     num_sampled_tokens: int  # includes completions that dynamic sampling discarded
@@ -115,24 +116,21 @@ def _sample_on_rank(
 
     # The rewards: a weighted sum, and the penalty on long completions.
     repeated = [question for question in questions for _ in range(G)]
-    batch = ([q.text for q in repeated], samples.texts, [q.answer for q in repeated])
-    rewards_by_name = score(task.rewards, *batch)
-    total = sum(
-        (reward.weight * rewards_by_name[name] for name, reward in task.rewards.items()),
-        start=torch.zeros(()),
-    )
+    rewards_by_name = score(task.rewards, repeated, samples.texts)
+    total = total_reward(task.rewards, rewards_by_name)
     if config.overlong_buffer:
         rewards_by_name["overlong"] = overlong_penalty(completions.mask, config)
         total = total + rewards_by_name["overlong"]
     rewards = total.view(-1, G)
 
     # A group has a learning signal if its rewards differ and one of its completions counts.
-    has_signal = rewards.ne(rewards[:, :1]).any(dim=-1)
+    compared = replace_missing(rewards)
+    has_signal = compared.ne(compared[:, :1]).any(dim=-1)
     if config.mask_truncated:
         has_signal &= completions.finished.view(-1, G).any(dim=-1).cpu()
     accuracy = {
-        "strict": torch.tensor(task.strict(*batch)),
-        "lenient": torch.tensor(task.lenient(*batch)),
+        name: torch.tensor(call(function, name, repeated, samples.texts))
+        for name, function in (("strict", task.strict), ("lenient", task.lenient))
     }
     num_sampled = int(completions.mask.sum())
     num_tokens = num_sampled + int(samples.prompts.mask.sum()) * G
@@ -153,6 +151,18 @@ def overlong_penalty(mask: Tensor, config: TrainConfig) -> Tensor:
     free = config.max_new_tokens - config.overlong_buffer
     excess = mask.sum(-1).cpu() - free
     return -(excess / config.overlong_buffer).clamp(0.0, 1.0)
+
+
+def replace_missing(rewards: Tensor) -> Tensor:
+    """Replace NaN in rewards [..., G] by the mean of the group's others, or 0 if all are NaN.
+
+    The mean is taken of differences to the lowest reward: equal rewards stay exactly equal.
+    """
+    missing = rewards.isnan()
+    lowest = torch.where(missing, torch.inf, rewards).amin(dim=-1, keepdim=True)
+    mean = lowest + (rewards - lowest).nanmean(dim=-1, keepdim=True)
+    mean = torch.where(missing.all(dim=-1, keepdim=True), 0.0, mean)
+    return torch.where(missing, mean, rewards)
 
 
 def concat(first: Rollouts, second: Rollouts, pad_id: int) -> Rollouts:
@@ -204,13 +214,13 @@ def _pad_and_concat(tensors: list[Tensor], value: float, *, left: bool = False) 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Return the metrics of sampled completions, under the names that TRL uses."""
-    completions, rewards = rollouts.samples.completions, rollouts.rewards
-    by_name = rollouts.rewards_by_name
+    completions, by_name = rollouts.samples.completions, rollouts.rewards_by_name
+    rewards = replace_missing(rollouts.rewards)
     return {
-        "reward": rewards.mean().item(),
+        "reward": rollouts.rewards.nanmean().item(),
         "reward_std": rewards.std(dim=-1).mean().item(),
         "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
-        **{f"rewards/{name}/mean": x.mean().item() for name, x in by_name.items()},
+        **{f"rewards/{name}/mean": x.nanmean().item() for name, x in by_name.items()},
         **{f"accuracy/{name}": x.float().mean().item() for name, x in rollouts.accuracy.items()},
         "completions/mean_length": completions.mask.sum(-1).float().mean().item(),
         "completions/clipped_ratio": 1.0 - completions.finished.float().mean().item(),
@@ -229,7 +239,10 @@ def examples(rollouts: Rollouts, advantages: Tensor, groups: int = 1) -> list[di
             "answer": rollouts.questions[row // G].answer,
             "completion": rollouts.samples.texts[row],
             "reward": rollouts.rewards.flatten()[row].item(),
-            "rewards": {name: x[row].item() for name, x in rollouts.rewards_by_name.items()},
+            "rewards": {
+                name: None if x[row].isnan() else x[row].item()
+                for name, x in rollouts.rewards_by_name.items()
+            },
             "advantage": advantages[row].item(),
         }
         for row in range(min(groups, len(rollouts.questions)) * G)

@@ -11,7 +11,9 @@ import torch
 from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import Policy
-from reference.training.tasks.tasks import Question, Task
+from reference.training.tasks.questions import Question
+from reference.training.tasks.rewards import call
+from reference.training.tasks.tasks import Task
 
 BATCH = 64  # completions sampled at once
 
@@ -68,9 +70,8 @@ def count_right(
         for batch in (own[start : start + size] for start in range(0, len(own), size)):
             texts = policy.sample(batch, samples, temperature).texts
             repeated = [question for question in batch for _ in range(samples)]
-            inputs = ([q.text for q in repeated], texts, [q.answer for q in repeated])
             for name, function in (("strict", task.strict), ("lenient", task.lenient)):
-                right = [int(value) for value in function(*inputs)]
+                right = [int(value) for value in call(function, name, repeated, texts)]
                 counts[name] += [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
         by_rank = ranks.all_gather(counts)
     return {name: [n for rank in by_rank for n in rank[name]] for name in counts}

@@ -41,9 +41,9 @@ def warm_start(policy: Policy, scorer: Scorer, task: Task, order: random.Random)
 
 def cross_entropy(policy: Policy, scorer: Scorer, questions: list[Question]) -> Tensor:
     """Mean cross-entropy of the ground truths and their end tokens; all have the same length."""
-    prompts = encode(policy.tokenizer, [question.text for question in questions], policy.device)
+    prompts = encode(policy.tokenizer, [question.prompt for question in questions], policy.device)
     end = policy.tokenizer.eos_token
-    rows = [policy.tokenizer.encode(question.answer + end) for question in questions]
+    rows = [policy.tokenizer.encode(f"{question.answer}{end}") for question in questions]
     answers = torch.tensor(rows, device=policy.device)
     mask = torch.ones_like(answers, dtype=torch.bool)
     return -scorer.token_stats(policy, MicroBatch(prompts, answers, mask, mask)).logprob.mean()

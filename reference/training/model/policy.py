@@ -20,7 +20,7 @@ from reference.training.model.activation_checkpointing import (
     checkpointable_layers,
     recompute_activations,
 )
-from reference.training.rollout.generate import Completions, Prompts, encode, encode_messages
+from reference.training.rollout.generate import Completions, Prompts, encode
 from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
 from reference.training.tasks.tasks import Question
 
@@ -104,8 +104,8 @@ class Policy:
         sampler: Sampler | None = None,
     ) -> SampledCompletions:
         """Sample `group_size` completions of each question; temperature 0 is greedy."""
-        texts = [question.text for question in questions]
-        prompts = encode(self.tokenizer, texts, self.device, system=self.system)
+        prompts = [question.prompt for question in questions]
+        prompts = encode(self.tokenizer, prompts, self.device, system=self.system)
         remedy = "lower --prompts, --group-size or --max-new-tokens"
         with out_of_memory_error("answers were sampled", remedy):
             completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
@@ -115,9 +115,7 @@ class Policy:
         self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int
     ) -> str:
         """Sample the next message; the system prompt comes first if the messages have none."""
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        prompts = encode_messages(self.tokenizer, [messages], self.device)
+        prompts = encode(self.tokenizer, [messages], self.device, system=self.system)
         policy = replace(self, max_new_tokens=max_new_tokens)
         return self._texts(self.sampler(policy, prompts, 1, temperature))[0]
 

@@ -66,20 +66,20 @@ class Completions:
 
 def encode(
     tokenizer,
-    questions: Sequence[str],
+    prompts: Sequence[str | Messages],
     device: torch.device | str = "cpu",
     system: str | None = None,
 ) -> Prompts:
-    """Encode questions with the system prompt and the chat template, padded on the left."""
-    start = [] if system is None else [{"role": "system", "content": system}]
-    chats = [[*start, {"role": "user", "content": question}] for question in questions]
-    return encode_messages(tokenizer, chats, device)
+    """Encode prompts with the chat template, padded on the left.
 
-
-def encode_messages(
-    tokenizer, chats: Sequence[Messages], device: torch.device | str = "cpu"
-) -> Prompts:
-    """Encode conversations up to the assistant's turn, padded on the left."""
+    A text is the user's message. The system prompt comes first, unless a prompt has its own.
+    """
+    chats = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system is not None and chat[0]["role"] != "system":
+            chat = [{"role": "system", "content": system}, *chat]
+        chats.append(chat)
     rows = [apply_chat_template(tokenizer, chat) for chat in chats]
     ids = _pad(rows, tokenizer.pad_token_id, "left")
     mask = _pad([[True] * len(row) for row in rows], False, "left")

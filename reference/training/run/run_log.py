@@ -94,7 +94,8 @@ class RunLog:
     def completions(self, step: int, examples: Sequence[Mapping]) -> None:
         """Log sampled completions of a step, those of one question side by side.
 
-        Each example has `question`, `answer`, `completion`, `rewards` by name and `advantage`.
+        Each example has `question`, `answer`, `completion`, `rewards` by name and `advantage`; an
+        answer or a reward may be None.
         """
         _append(self.directory / "completions.txt", describe_completions(step, examples))
 
@@ -125,9 +126,13 @@ def describe_completions(step: int, examples: Sequence[Mapping]) -> str:
     heading = f"step {step}"
     lines = [heading, "=" * len(heading), ""]
     for (question, answer), group in groupby(examples, lambda x: (x["question"], x["answer"])):
-        lines += [*_labelled("question: ", question), *_labelled("answer:   ", answer), ""]
+        lines += _labelled("question: ", question)
+        lines += [*([] if answer is None else _labelled("answer:   ", answer)), ""]
         for number, example in enumerate(group, 1):
-            rewards = ", ".join(f"{name} {value:g}" for name, value in example["rewards"].items())
+            rewards = ", ".join(
+                f"{name} {'none' if value is None else f'{value:g}'}"
+                for name, value in example["rewards"].items()
+            )
             lines.append(f"  {number}. advantage {example['advantage']:+.2f}, rewards: {rewards}")
             lines += [*_labelled("     | ", example["completion"], "     | "), ""]
     return "\n".join(lines) + "\n"

@@ -7,13 +7,13 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from reference.training.errors import UserError, import_package, one_line
 from reference.training.tasks import answers
+from reference.training.tasks.questions import Question
 
 HELD_OUT = 128
 GSM8K = "openai/gsm8k"
@@ -39,12 +39,6 @@ GYM_RUNS_COMPLETIONS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
-
-
 Split = tuple[list[Question], list[Question]]  # to train on, held out
 Verifier = Callable[[str, str], float]  # (question, answer) -> 0 to 1
 
@@ -58,12 +52,12 @@ def split(questions: Iterable[Question], seed: int) -> Split:
 
 
 def _distinct(questions: Iterable[Question], without: Iterable[Question] = ()) -> list[Question]:
-    """Keep the first of several questions with the same text, and none that is in `without`."""
-    excluded = {question.text for question in without}
-    by_text: dict[str, Question] = {}
+    """Keep the first of several questions with the same prompt, and none that is in `without`."""
+    excluded = {question.key for question in without}
+    by_key: dict[str, Question] = {}
     for question in questions:
-        by_text.setdefault(question.text, question)
-    return [question for text, question in by_text.items() if text not in excluded]
+        by_key.setdefault(question.key, question)
+    return [question for key, question in by_key.items() if key not in excluded]
 
 
 def read(data: Path, seed: int, final: Callable[[str], str] = str.strip) -> Split:

@@ -1,4 +1,12 @@
-"""Rewards: functions (prompts, completions, answers) -> one number per completion.
+"""Rewards: functions that give each completion a number, or None where they do not apply.
+
+A reward is called by keyword, as in TRL, with those of these lists that its signature names, or all
+if it takes **kwargs. Each has one entry per completion:
+
+    prompts       the text, or the messages if the prompt is a conversation
+    completions   the text, or [{"role": "assistant", "content": text}] for a conversation
+    answer        the ground truth, None if there is none; `answers` is another name of it
+    <column>      the entry of any other column of the data, None in a row without it
 
 To add a reward, write such a function and name it in a task, or put it into a file of your own and
 pass --reward file.py:function.
@@ -6,13 +14,15 @@ pass --reward file.py:function.
 
 from __future__ import annotations
 
+import copy
+import difflib
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +31,10 @@ from torch import Tensor
 
 from reference.training.errors import UserError
 from reference.training.tasks import answers as judge
+from reference.training.tasks.questions import Question
 
-Reward = Callable[[list[str], list[str], list[str]], list[float]]
-Sample = tuple[str, str, str]  # prompt, completion, answer
+Reward = Callable[..., Sequence[float | None]]
+Completion = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -33,64 +44,106 @@ class WeightedReward:
 
 
 def score(
-    rewards: Mapping[str, WeightedReward],
-    prompts: list[str],
-    completions: list[str],
-    answers: list[str],
+    rewards: Mapping[str, WeightedReward], questions: Sequence[Question], texts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Compute the rewards by name, each [n] in fp32 and unweighted."""
-    samples = list(zip(prompts, completions, answers, strict=True))
+    """Compute the rewards of completions by name, each [n] in fp32, unweighted, NaN for None.
+
+    Args:
+        questions: the question of each completion.
+        texts: the completions.
+    """
+    samples = list(zip(questions, texts, strict=True))
     scores = {}
     for name, reward in rewards.items():
+        who = f"reward {name!r}"
         try:
-            values = _call(reward.function, samples)
+            values = call(reward.function, who, questions, texts)
         except UserError:
             raise
         except Exception as error:
             # Name the first sample on which the function raises alone.
             failed, cause = samples[0], error
-            for sample in samples:
+            for question, text in samples:
                 try:
-                    _call(reward.function, [sample])
+                    call(reward.function, who, [question], [text])
                 except Exception as error_alone:
-                    failed, cause = sample, error_alone
+                    failed, cause = (question, text), error_alone
                     break
             message = " ".join(str(cause).split())
             raise UserError(
-                f"reward {name!r} raised {type(cause).__name__}: {message}, {_describe(failed)}"
+                f"{who} raised {type(cause).__name__}: {message}, {_describe(*failed)}"
             ) from cause
         if not isinstance(values, list) or len(values) != len(samples):
             got = f"{len(values)} values" if isinstance(values, list) else repr(values)
             raise UserError(
-                f"reward {name!r} returned {got}, not one for each of {len(samples)} completions, "
-                f"called {_describe(samples[0])}"
+                f"{who} returned {got}, not one for each of {len(samples)} completions, "
+                f"called {_describe(*samples[0])}"
             )
         for value, sample in zip(values, samples, strict=True):
             try:
-                is_finite = abs(float(value)) <= torch.finfo(torch.float32).max
+                is_finite = value is None or abs(float(value)) <= torch.finfo(torch.float32).max
             except (TypeError, ValueError, ArithmeticError, RuntimeError):
                 is_finite = False
             if not is_finite:
-                raise UserError(
-                    f"reward {name!r} gave {value!r}, not a finite number, {_describe(sample)}"
-                )
-        scores[name] = torch.tensor([float(value) for value in values], dtype=torch.float32)
+                raise UserError(f"{who} gave {value!r}, not a finite number, {_describe(*sample)}")
+        numbers = [math.nan if value is None else float(value) for value in values]
+        scores[name] = torch.tensor(numbers, dtype=torch.float32)
     return scores
 
 
-def _call(function: Reward, samples: list[Sample]):
-    """Call a reward; turn a tensor, an array or a tuple into a list."""
-    columns = [[sample[i] for sample in samples] for i in range(3)]
-    values: Any = function(*columns)
+def total_reward(rewards: Mapping[str, WeightedReward], by_name: Mapping[str, Tensor]) -> Tensor:
+    """Return the weighted sum [n] of the rewards that apply; NaN if none does."""
+    each = torch.stack([reward.weight * by_name[name] for name, reward in rewards.items()])
+    return torch.where(each.isnan().all(0), math.nan, each.nansum(0))
+
+
+def call(
+    function: Callable[..., Any], who: str, questions: Sequence[Question], texts: Sequence[str]
+) -> Any:
+    """Call a reward with the lists that its signature names; turn tensor or tuple into a list.
+
+    The lists are copies: a function that changes them changes no question.
+
+    Args:
+        who: what error messages call the function.
+    """
+    ground_truths = [question.answer for question in questions]
+    names = {name: None for question in questions for name in question.columns}
+    inputs = {
+        "answers": ground_truths,
+        **{name: [question.columns.get(name) for question in questions] for name in names},
+        "prompts": [question.prompt for question in questions],
+        "completions": [
+            text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]
+            for question, text in zip(questions, texts, strict=True)
+        ],
+        "answer": ground_truths,
+    }
+    parameters = inspect.signature(function).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        for parameter in parameters:
+            is_required = parameter.default is parameter.empty
+            if is_required and parameter.kind is not parameter.VAR_POSITIONAL:
+                if parameter.name not in inputs:
+                    near = difflib.get_close_matches(parameter.name, inputs, n=1)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    known = ", ".join(name for name in inputs if name != "answers")
+                    raise UserError(
+                        f"{who} has the parameter {parameter.name!r}, but a reward receives "
+                        f"{known}{hint}"
+                    )
+        wanted = {parameter.name for parameter in parameters}
+        inputs = {name: values for name, values in inputs.items() if name in wanted}
+    values: Any = function(**copy.deepcopy(inputs))
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, tuple) else values
 
 
-def _describe(sample: Sample) -> str:
-    question, completion, _ = (
-        repr(text if len(text) <= 200 else text[:200] + "…") for text in sample
+def _describe(question: Question, text: str) -> str:
+    shown, completion = (
+        repr(text if len(text) <= 200 else text[:200] + "…") for text in (question.text, text)
     )
-    return f"for the completion {completion} to the question {question}"
+    return f"for the completion {completion} to the question {shown}"
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -163,13 +216,24 @@ def _parse_weight(flag: str, weight: str) -> float:
 
 
 def per_sample(function: Callable[[str, str], float]) -> Reward:
-    """Make a reward of a function (completion, answer) -> number."""
+    """Make a reward of a function (completion, answer) -> number; without an answer it is None."""
 
-    @wraps(function)
-    def reward(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
-        return [float(function(c, a)) for c, a in zip(completions, answers, strict=True)]
+    # Not functools.wraps: it would give the reward the signature of `function`.
+    def reward(
+        prompts: list[Any], completions: list[Completion], answer: list[str | None]
+    ) -> list[float | None]:
+        return [
+            None if truth is None else float(function(text_of(completion), truth))
+            for completion, truth in zip(completions, answer, strict=True)
+        ]
 
+    reward.__name__, reward.__doc__ = function.__name__, function.__doc__
     return reward
+
+
+def text_of(completion: Completion) -> str:
+    """Return the text of a completion, which rewards receive as a text or as messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 @per_sample
@@ -213,6 +277,9 @@ def think_answer(completion: str, answer: str) -> float:
     return thought + (inside is not None) + right_inside + judge.mentions(completion, answer)
 
 
-def full_marks(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
+def full_marks(
+    prompts: list[Any], completions: list[Completion], answer: list[str | None]
+) -> list[float | None]:
     """1 if `think_answer` is 4."""
-    return [float(marks == 4) for marks in think_answer(prompts, completions, answers)]
+    marks = think_answer(prompts, completions, answer)
+    return [None if mark is None else float(mark == 4) for mark in marks]

@@ -16,7 +16,8 @@ from typing import Any
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
 from reference.training.tasks import answers, data, rewards
-from reference.training.tasks.data import HELD_OUT, Question
+from reference.training.tasks.data import HELD_OUT
+from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import Reward, WeightedReward
 
 GYM = "reasoning-gym/"
@@ -177,7 +178,7 @@ def reasoning_gym(name: str, seed: int, settings: Mapping[str, Any]) -> Task:
     (train, held_out), verify = data.reasoning_gym(name, seed, settings)
 
     def reward_of(score: Callable[[str, str], float]) -> Reward:
-        return lambda prompts, completions, _: list(map(score, prompts, completions))
+        return lambda prompts, completions: list(map(score, prompts, completions))
 
     def partial_credit(prompt: str, completion: str) -> float:
         tagged = answers.tagged(completion)

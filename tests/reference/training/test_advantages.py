@@ -12,8 +12,8 @@ from reference.training.config import TrainConfig
 from reference.training.errors import UserError
 from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
+from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import WeightedReward
-from reference.training.tasks.tasks import Question
 
 WORDS = {1: "a", 2: "bb", 3: " c", 4: "d"}
 
@@ -90,13 +90,46 @@ def test_equal_rewards_have_zero_advantage():
         assert (advantages(found, loss=loss) == 0).all()
 
 
+@pytest.mark.parametrize("advantage", [*sorted(grpo_kernels.ADVANTAGES), "pass_at_k"])
+def test_completion_without_a_reward_has_zero_advantage(advantage):
+    nan = torch.nan
+    found = make_rollouts(
+        [[1.0, nan, 4.0, nan], [nan, nan, nan, nan], [2.0, 0.0, 1.0, 1.0]], [[1]] * 12
+    )
+    ours = advantages(found, advantage=advantage, group_size=4, pass_k=2).view(3, 4)
+    assert (ours[0, [1, 3]] == 0).all() and (ours[1] == 0).all()
+    assert ours[0, 2] > max(ours[0, 0], 0) and (advantage == "pass_at_k" or ours[0].sum() == 0)
+
+
+def test_rewards_that_do_not_apply_are_not_normalised():
+    nan = torch.nan
+    by_name = {
+        "everywhere": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        "first": torch.tensor([1.0, 0.0, nan, nan]),
+    }
+    found = replace(make_rollouts([[0.0, 0.0]] * 2, [[1]] * 4), rewards_by_name=by_name)
+    rewards = {name: WeightedReward(None) for name in by_name}
+    ours = advantages(found, rewards=rewards, normalise_each_reward=True)
+    assert torch.allclose(ours, torch.tensor([2.0, -2.0, -1.0, 1.0]) / (10 / 3) ** 0.5)
+
+
+def test_step_reward_is_called_like_a_reward():
+    def asks(completions, level):
+        return [[] for _ in completions]
+
+    found = make_rollouts([[1.0, 1.0]], [[1], [4]])
+    with pytest.raises(UserError, match="--step-reward has the parameter 'level'"):
+        advantages(found, asks)
+    assert (advantages(found, lambda prompts, answer: [[] for _ in answer]) == 0).all()
+
+
 def test_step_advantages_are_added_to_the_outcome():
     found = make_rollouts([[1.0, 0.0, 0.0]], [[1, 2], [1, 2, 3], [4]])
     steps = [[(1, 1.0)], [(1, 0.0), (5, 2.0)], []]
-    outcome, ours = advantages(found), advantages(found, lambda *_: steps)
+    outcome, ours = advantages(found), advantages(found, lambda **_: steps)
     expected = outcome[:, None] + torch.tensor([[0.0, 0, 0], [0.0, 1, 1], [0.0, 0, 0]])
     assert torch.allclose(ours, expected, atol=1e-6)
-    none = advantages(found, lambda *_: [[], [], []])
+    none = advantages(found, lambda **_: [[], [], []])
     assert torch.allclose(none, outcome[:, None].expand(3, 3))
 
 
@@ -126,4 +159,4 @@ def test_step_ends_in_the_token_of_its_character():
 def test_invalid_steps_are_named(steps, said):
     found = make_rollouts([[1.0, 1.0]], [[1, 2], [4]])
     with pytest.raises(UserError, match=said):
-        advantages(found, lambda *_: steps)
+        advantages(found, lambda **_: steps)

@@ -11,8 +11,9 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
+from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import WeightedReward
-from reference.training.tasks.tasks import Question, Task
+from reference.training.tasks.tasks import Task
 
 G = 2
 
@@ -51,16 +52,16 @@ def equal(prompts, completions, answers):
     return [float(c == a) for c, a in zip(completions, answers, strict=True)]
 
 
-def task(numbers):
+def task(numbers, function=equal):
     questions = [Question(str(n), str(n)) for n in numbers]
-    rewards = {"equal": WeightedReward(equal, 2.0)}
+    rewards = {"equal": WeightedReward(function, 2.0)}
     return Task(questions, questions, rewards, equal, equal)
 
 
-def collect_from(numbers, **changes):
+def collect_from(numbers, function=equal, **changes):
     config = TrainConfig(group_size=G, **{"prompts": 4, **changes})
-    policy = ScriptedPolicy()
-    return policy, collect.collect_rollouts(policy, task(numbers), None, random.Random(0), config)
+    policy, made = ScriptedPolicy(), task(numbers, function)
+    return policy, collect.collect_rollouts(policy, made, None, random.Random(0), config)
 
 
 def test_rewards_are_weighted_and_logged_by_name():
@@ -72,6 +73,29 @@ def test_rewards_are_weighted_and_logged_by_name():
     row = collect.rollout_metrics(found)
     assert row["frac_reward_zero_std"] == 0.5 and row["rewards/equal/mean"] == 0.75
     assert row["reward"] == 1.5 and row["accuracy/lenient"] == 0.75
+
+
+def test_reward_that_applies_to_no_completion_is_missing():
+    def only_zero(prompts, completions):
+        """Apply to the second completion of odd questions."""
+        return [float(p) if c == "0" else None for p, c in zip(prompts, completions, strict=True)]
+
+    _, found = collect_from([1, 2, 3, 4], only_zero)
+    odd = torch.tensor([[int(q.text) % 2 == 1] for q in found.questions])
+    assert torch.equal(found.rewards.isnan(), ~(odd & torch.tensor([False, True])))
+    assert not found.has_signal.any()
+    row = collect.rollout_metrics(found)
+    assert row["rewards/equal/mean"] == 2.0 and row["reward"] == 4.0 and row["reward_std"] == 0.0
+    advantages = torch.zeros(8)
+    rewards = [x["rewards"]["equal"] for x in collect.examples(found, advantages, groups=4)]
+    assert sorted(rewards, key=str) == [1.0, 3.0, *[None] * 6]
+
+
+def test_missing_rewards_become_the_mean_of_their_group():
+    nan = torch.nan
+    rewards = torch.tensor([[0.1, nan, 0.1, 0.1], [1.0, nan, 4.0, nan], [nan, nan, nan, nan]])
+    expected = torch.tensor([[0.1] * 4, [1.0, 2.5, 4.0, 2.5], [0.0] * 4])
+    assert torch.equal(collect.replace_missing(rewards), expected)
 
 
 def test_without_dynamic_sampling_there_is_one_round():

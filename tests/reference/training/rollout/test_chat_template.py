@@ -6,7 +6,7 @@ import pytest
 
 from reference.training.errors import UserError
 from reference.training.model.load import from_scratch
-from reference.training.rollout.generate import encode, encode_messages
+from reference.training.rollout.generate import encode
 
 TOKENIZER = from_scratch()[1]
 SHOWS_ALL = "{% for m in messages %}{{ m['role'][0] }}={{ m['content'] }} {% endfor %}+"
@@ -20,7 +20,7 @@ REFUSES_SYSTEM = (
 def encoded_text(template, messages):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template
-    return tokenizer.decode(encode_messages(tokenizer, [messages]).ids[0])
+    return tokenizer.decode(encode(tokenizer, [messages]).ids[0])
 
 
 def chat(*pairs):
@@ -50,6 +50,16 @@ def test_template_that_shows_only_the_first_message_gets_both_in_it():
 def test_conversation_is_encoded_with_all_turns():
     messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"))
     assert encoded_text(SHOWS_ALL, messages) == " =1  =2  =3 +"
+
+
+def test_system_prompt_precedes_texts_and_conversations_without_one():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = SHOWS_ALL
+    prompts = ["3", chat(("user", "4"), ("assistant", "5"), ("user", "6"))]
+    prompts.append(chat(("system", "7"), ("user", "8")))
+    encoded = encode(tokenizer, prompts, system="12")
+    rows = [ids[mask] for ids, mask in zip(encoded.ids, encoded.mask, strict=True)]
+    assert tokenizer.batch_decode(rows) == [" =12  =3 +", " =12  =4  =5  =6 +", " =7  =8 +"]
 
 
 def test_refused_messages_raise_user_error_with_the_reason():

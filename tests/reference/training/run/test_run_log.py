@@ -233,6 +233,12 @@ def test_completions_are_grouped_under_question_and_answer():
     )
 
 
+def test_missing_answers_and_rewards_are_not_shown_as_values():
+    example = {"question": "q", "answer": None, "completion": "c", "advantage": 0.0}
+    text = describe_completions(1, [{**example, "rewards": {"a": None, "b": 0.5}}])
+    assert "answer:" not in text and "rewards: a none, b 0.5" in text
+
+
 def test_long_completion_is_cut_in_the_middle():
     text = describe_completions(1, [example("start " + "x" * 5_000 + " end 12")])
     assert "| start xxx" in text and text.endswith("xxx end 12\n\n")

@@ -9,7 +9,8 @@ import pytest
 
 from reference.training.errors import UserError
 from reference.training.tasks import data
-from reference.training.tasks.data import HELD_OUT, Question
+from reference.training.tasks.data import HELD_OUT
+from reference.training.tasks.questions import Question
 
 
 def write(path, *rows):

@@ -1,5 +1,6 @@
 """Rewards: values, scoring of several, and loading."""
 
+import inspect
 import math
 
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 
 from reference.training.errors import UserError
 from reference.training.tasks import rewards
-from reference.training.tasks.rewards import WeightedReward, choose_rewards, load_function, score
+from reference.training.tasks.questions import Question
+from reference.training.tasks.rewards import (
+    WeightedReward,
+    choose_rewards,
+    load_function,
+    score,
+    total_reward,
+)
 
 
 def of(reward, completion, answer):
@@ -18,8 +26,8 @@ def of(reward, completion, answer):
 
 def scored(function, completions=("a", "b", "c")):
     n = len(completions)
-    questions = [f"question {i}" for i in range(n)]
-    return score({"mine": WeightedReward(function, 3.0)}, questions, list(completions), ["x"] * n)
+    questions = [Question(f"question {i}", "x") for i in range(n)]
+    return score({"mine": WeightedReward(function, 3.0)}, questions, list(completions))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,8 @@ def test_think_answer_adds_four_parts(completion, marks):
 def test_score_returns_unweighted_fp32_rewards_by_name():
     lengths = WeightedReward(lambda prompts, completions, answers: [len(c) for c in completions], 9)
     constant = WeightedReward(lambda prompts, completions, answers: (0.1, True))
-    found = score({"length": lengths, "constant": constant}, ["p", "q"], ["abc", ""], ["x", "y"])
+    questions = [Question("p", "x"), Question("q", "y")]
+    found = score({"length": lengths, "constant": constant}, questions, ["abc", ""])
     assert list(found) == ["length", "constant"]
     torch.testing.assert_close(found["length"], torch.tensor([3.0, 0.0]), rtol=0, atol=0)
     torch.testing.assert_close(found["constant"], torch.tensor([0.1, 1.0]), rtol=0, atol=0)
@@ -91,7 +100,7 @@ def test_score_returns_unweighted_fp32_rewards_by_name():
     "as_type", [torch.tensor, np.array, tuple, lambda v: [np.float32(x) for x in v]]
 )
 def test_reward_may_return_a_tensor_or_an_array(as_type):
-    values = scored(lambda *columns: as_type([1.0, 2.0, 0.5]))["mine"]
+    values = scored(lambda **columns: as_type([1.0, 2.0, 0.5]))["mine"]
     assert values.tolist() == [1.0, 2.0, 0.5] and values.dtype == torch.float32
 
 
@@ -123,19 +132,19 @@ def test_error_of_a_whole_batch_names_the_first_sample():
 def test_wrong_number_of_values_raises(returned, got):
     message = f"'mine' returned {got}, not one for each of 3.*'a' to the question 'question 0'"
     with pytest.raises(UserError, match=message):
-        scored(lambda *columns: returned)
+        scored(lambda **columns: returned)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, 10**400, None, "good", [1.0]])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, 10**400, "good", [1.0]])
 def test_non_finite_value_raises_with_its_sample(bad):
     with pytest.raises(UserError, match=r"'mine' gave .*'b' to the question 'question 1'") as error:
-        scored(lambda *columns: [1.0, bad, 1.0])
+        scored(lambda **columns: [1.0, bad, 1.0])
     assert repr(bad) in str(error.value)
 
 
 def test_long_completions_are_shortened_in_the_message():
     with pytest.raises(UserError) as error:
-        scored(lambda *columns: [math.nan], completions=["line\n" * 1000])
+        scored(lambda **columns: [math.nan], completions=["line\n" * 1000])
     assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
@@ -153,7 +162,107 @@ def test_reward_cannot_change_the_inputs_of_the_next():
         return [0.0] * len(completions)
 
     both = {"greedy": WeightedReward(greedy), "exact": WeightedReward(rewards.exact_match)}
-    assert score(both, ["p"], ["y"], ["y"])["exact"].tolist() == [1.0]
+    assert score(both, [Question("p", "y")], ["y"])["exact"].tolist() == [1.0]
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+5?"}]
+
+
+def received(function, questions, texts):
+    """Call a reward that returns zeros; return the keyword arguments of the call."""
+    calls = []
+
+    def reward(**columns):
+        calls.append(columns)
+        return [0.0] * len(texts)
+
+    reward.__signature__ = inspect.signature(function)
+    score({"mine": WeightedReward(reward)}, questions, texts)
+    return calls[0]
+
+
+def test_reward_receives_the_columns_that_its_signature_names():
+    questions = [Question("p", "x", {"level": 3, "topic": "a"}), Question("q", None, {"level": 4})]
+    everything = {
+        "prompts": ["p", "q"], "completions": ["c", "d"], "answer": ["x", None],
+        "answers": ["x", None], "level": [3, 4], "topic": ["a", None],
+    }  # fmt: skip
+    assert received(lambda **columns: 0, questions, ["c", "d"]) == everything
+    named = received(lambda completions, topic, answers, other=1: 0, questions, ["c", "d"])
+    assert named == {name: everything[name] for name in ("completions", "topic", "answers")}
+    assert received(lambda level, *, prompts: 0, questions, ["c", "d"]).keys() == {
+        "level",
+        "prompts",
+    }
+
+
+def test_conversation_reaches_rewards_as_messages():
+    found = received(lambda prompts, completions: 0, [Question(CHAT), Question("p")], ["12", "d"])
+    assert found["prompts"] == [CHAT, "p"]
+    assert found["completions"] == [[{"role": "assistant", "content": "12"}], "d"]
+
+
+def test_builtin_rewards_accept_text_and_messages():
+    both = {
+        name: WeightedReward(getattr(rewards, name))
+        for name in ("exact_match", "gsm8k_lenient", "math_verify", "think_answer", "full_marks")
+    }
+    plain, chat = (
+        score(both, [Question(prompt, "12")] * 2, ["12", "<answer>12</answer>"])
+        for prompt in ("7+5?", CHAT)
+    )
+    assert {name: x.tolist() for name, x in plain.items()} == {
+        name: x.tolist() for name, x in chat.items()
+    }
+
+
+def test_parameter_that_is_no_column_is_named_with_the_columns():
+    def harsh(completions, dificulty):
+        return [0.0]
+
+    question = Question("p", "x", {"difficulty": 3})
+    message = (
+        r"reward 'harsh' has the parameter 'dificulty', but a reward receives difficulty, prompts, "
+        r"completions, answer; did you mean difficulty\?"
+    )
+    with pytest.raises(UserError, match=message):
+        score({"harsh": WeightedReward(harsh)}, [question], ["c"])
+
+
+def test_reward_of_trl_is_called_as_in_trl():
+    from trl.rewards import accuracy_reward, think_format_reward
+
+    trl = {"right": WeightedReward(accuracy_reward), "form": WeightedReward(think_format_reward)}
+    question = Question(CHAT, "12", {"solution": "12"})
+    found = score(trl, [question] * 2, [r"<think>so</think>\boxed{12}", r"\boxed{13}"])
+    assert found["right"].tolist() == [1.0, 0.0] and found["form"].tolist() == [1.0, 0.0]
+
+
+def test_reward_cannot_change_a_question():
+    def greedy(prompts, completions, tags):
+        prompts[0].append("x")
+        tags[0].append("x")
+        return [0.0] * len(completions)
+
+    question = Question(list(CHAT), "x", {"tags": ["a"]})
+    score({"greedy": WeightedReward(greedy)}, [question], ["c"])
+    assert question == Question(CHAT, "x", {"tags": ["a"]})
+
+
+def test_reward_that_does_not_apply_is_left_out_of_the_sum():
+    weighted = {
+        "some": WeightedReward(lambda completions: [None, 1.0, None], 2.0),
+        "all": WeightedReward(lambda completions: [1.0, 1.0, None]),
+    }
+    by_name = score(weighted, [Question("p")] * 3, ["a", "b", "c"])
+    assert by_name["some"].isnan().tolist() == [True, False, True]
+    total = total_reward(weighted, by_name)
+    assert total[:2].tolist() == [1.0, 3.0] and total[2].isnan()
+
+
+def test_builtin_reward_without_a_ground_truth_does_not_apply():
+    for name in ("exact_match", "think_answer", "full_marks", "math_verify"):
+        assert of(getattr(rewards, name), "12", None) is None
 
 
 def test_score_of_no_completions_is_empty():
@@ -187,8 +296,8 @@ def test_load_function_from_a_file_with_dataclasses(tmp_path):
             "reference.training.tasks.rewards has no function 'nope'",
         ),
         (
-            "reference.training.tasks.rewards.Sample.x",
-            "importing reference.training.tasks.rewards.Sample raised",
+            "reference.training.tasks.rewards.Reward.x",
+            "importing reference.training.tasks.rewards.Reward raised",
         ),
         ("reference.training.tasks.data.HELD_OUT", "has no function 'HELD_OUT'"),
     ],

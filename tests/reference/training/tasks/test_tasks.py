@@ -9,16 +9,21 @@ from hypothesis import strategies as st
 
 from reference.training.errors import UserError
 from reference.training.tasks.data import HELD_OUT
-from reference.training.tasks.rewards import score
+from reference.training.tasks.rewards import call, score
 from reference.training.tasks.tasks import TASKS, make_task
 
 GYM = "reasoning-gym/"
 
 
 def total(task, completion, question):
-    columns = [question.text], [completion], [question.answer]
-    values = score(task.rewards, *columns)
+    values = score(task.rewards, [question], [completion])
     return sum(task.rewards[name].weight * value.item() for name, value in values.items())
+
+
+def accuracy(task, questions, completions):
+    """Return the strict and the lenient accuracy of each completion."""
+    strict, lenient = (call(f, "it", questions, completions) for f in (task.strict, task.lenient))
+    return strict, lenient
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +113,16 @@ def test_generator_rewards_the_tagged_text_or_the_whole_completion(tasks):
     question = task.held_out[0]
     whole, tags = question.answer, f"It is <answer> {question.answer} </answer>"
     line, wrong = f"Let me see.\n{question.answer}", "no"
-    columns = [question.text] * 4, [whole, tags, line, wrong], [question.answer] * 4
+    columns = [question] * 4, [whole, tags, line, wrong]
     rewards = score(task.rewards, *columns)["verifier"].tolist()
     assert rewards[:2] == [1.0, 1.0] and rewards[2] < 1 and rewards[3] < 1
-    assert task.strict(*columns) == [1.0, 0.0, 0.0, 0.0]
-    assert task.lenient(*columns) == [1.0, 1.0, 1.0, 0.0]
+    assert accuracy(task, *columns) == ([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
 
 
 def test_generator_lenient_accepts_the_last_number(tasks):
     task = tasks[GYM + "chain_sum"]
     question = task.train[0]
-    columns = [question.text], [f"The result is {question.answer}."], [question.answer]
-    assert task.strict(*columns) == [0.0] and task.lenient(*columns) == [1.0]
+    assert accuracy(task, [question], [f"The result is {question.answer}."]) == ([0.0], [1.0])
 
 
 PIECES = ["<answer>", "</answer>", "<think>", "</think>", "####", "#", r"\boxed{", "}", "$", "\n"]
@@ -133,8 +136,7 @@ def test_strict_implies_lenient(tasks, data):
     question = data.draw(st.sampled_from(task.held_out + task.train[:20]))
     pieces = data.draw(st.lists(st.sampled_from(PIECES), max_size=8))
     completion = "".join(question.answer if p == "ANSWER" else p for p in pieces)
-    columns = [question.text], [completion], [question.answer]
-    (strict,), (lenient,) = task.strict(*columns), task.lenient(*columns)
+    (strict,), (lenient,) = accuracy(task, [question], [completion])
     assert strict in (0, 1) and lenient in (0, 1)
     assert strict <= lenient
 
@@ -145,8 +147,7 @@ def test_right_answer_in_the_right_form_is_strict_and_lenient(tasks):
     for name, task in tasks.items():
         question = task.held_out[0]
         completion = forms.get(name, "{}").format(question.answer)
-        columns = [question.text], [completion], [question.answer]
-        assert task.strict(*columns) == task.lenient(*columns) == [1.0], name
+        assert accuracy(task, [question], [completion]) == ([1.0], [1.0]), name
 
 
 @pytest.mark.parametrize(
