@@ -229,7 +229,7 @@ class Learner:
                 idle = replace(idle, loss_mask=torch.zeros_like(idle.loss_mask))
                 micro_batches += [idle] * missing
             num_sequences = len(loss_mask) // B * len(groups)
-            num_tokens = int(loss_mask.view(B, -1)[groups].sum())
+            num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
             # The denominators of the minibatch make the losses of micro-batches add up.
             normalizer = num_tokens if loss.aggregation == "token_mean" else num_sequences
             if loss.aggregation == "fixed_length":

@@ -29,6 +29,17 @@ def test_groups_without_signal_are_skipped(monkeypatch):
     assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
 
 
+def test_slices_of_wider_tensors_are_accepted():
+    """Completions that all end early are slices, as `generate` returns them."""
+    learner, samples = make_learner()
+    expected = learner.step(samples, ADVANTAGES)
+    learner, samples = make_learner()
+    columns = vars(samples.completions).items()
+    wider = {name: torch.cat([x, x], dim=1)[:, : x.shape[1]] for name, x in columns if x.dim() == 2}
+    sliced = replace(samples, completions=replace(samples.completions, **wider))
+    assert learner.step(sliced, ADVANTAGES) == expected
+
+
 def test_first_inner_iteration_has_ratio_one_and_a_gradient():
     learner, samples = make_learner()
     metrics = learner.step(samples, ADVANTAGES)
