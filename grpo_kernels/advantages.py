@@ -17,6 +17,7 @@ from .validation import (
     expect_number,
     expect_tensor,
     shape_of,
+    suggest_keywords,
     values_are_readable,
 )
 
@@ -24,6 +25,7 @@ MIN_STD = 1e-6
 EPS = 1e-6
 
 
+@suggest_keywords
 def group_normalised_advantage(rewards: Tensor) -> Tensor:
     """Compute GRPO's advantage: reward minus group mean, over the group's standard deviation.
 
@@ -46,6 +48,7 @@ def group_normalised_advantage(rewards: Tensor) -> Tensor:
     return _deviation(rewards) / torch.maximum(_group_std(rewards), _std_floor(rewards, -1))
 
 
+@suggest_keywords
 def centred_advantage(rewards: Tensor) -> Tensor:
     """Compute Dr. GRPO's advantage: reward minus group mean, A_i = r_i - mean(r).
 
@@ -56,6 +59,7 @@ def centred_advantage(rewards: Tensor) -> Tensor:
     return _deviation(_prepare(rewards))
 
 
+@suggest_keywords
 def batch_normalised_advantage(rewards: Tensor) -> Tensor:
     """Compute reward minus group mean, over the standard deviation of the whole batch.
 
@@ -70,6 +74,7 @@ def batch_normalised_advantage(rewards: Tensor) -> Tensor:
     return _deviation(rewards) / torch.maximum(std, _std_floor(rewards, -1))
 
 
+@suggest_keywords
 def leave_one_out_advantage(rewards: Tensor) -> Tensor:
     """Compute RLOO's advantage: reward minus the mean of the other rewards in its group.
 
@@ -84,6 +89,7 @@ def leave_one_out_advantage(rewards: Tensor) -> Tensor:
     return _deviation(rewards) * (G / (G - 1))
 
 
+@suggest_keywords
 def max_rl_advantage(rewards: Tensor) -> Tensor:
     """Compute MaxRL's advantage: reward minus group mean, over the group mean.
 
@@ -113,6 +119,7 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@suggest_keywords
 def pass_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
     """Compute how much a completion adds to the best of k, averaged over the sets that hold it.
 
@@ -148,6 +155,7 @@ def pass_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
     return sorted_advantage.gather(1, order.argsort(dim=-1))
 
 
+@suggest_keywords
 def weighted_reward(rewards: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Compute the weighted sum of several rewards, Σ_k w_k r_k.
 
@@ -161,6 +169,7 @@ def weighted_reward(rewards: Tensor, weights: Sequence[float] | Tensor | None = 
     return _weigh(_prepare_stack(rewards, weights), weights).sum(dim=0)
 
 
+@suggest_keywords
 def multi_reward_advantage(
     rewards: Tensor, weights: Sequence[float] | Tensor | None = None
 ) -> Tensor:
@@ -186,6 +195,7 @@ def multi_reward_advantage(
     return total / torch.maximum(total.std(), _std_floor(terms, (0, 2))[0])
 
 
+@suggest_keywords
 def process_advantage(step_rewards: Tensor, step_ends: Tensor, length: int) -> Tensor:
     """Compute process supervision: a token's advantage sums the steps that end at or after it.
 

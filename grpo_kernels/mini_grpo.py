@@ -14,7 +14,14 @@ from torch import Tensor
 from .advantages import group_normalised_advantage
 from .ops.approximate_kl import approximate_kl_sums
 from .ops.token_stats import TokenStats, check_logits, token_stats
-from .validation import expect_choice, expect_mask, expect_number, expect_tensor, shape_of
+from .validation import (
+    expect_choice,
+    expect_mask,
+    expect_number,
+    expect_tensor,
+    shape_of,
+    suggest_keywords,
+)
 
 __all__ = [
     "approximate_kl_divergence",
@@ -25,6 +32,7 @@ __all__ = [
 ]
 
 
+@suggest_keywords
 def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool = True) -> Tensor:
     """Compute the mean entropy -Σ p ln p, p = softmax(logits), over the tokens.
 
@@ -40,6 +48,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None, detach: bool
     return _masked_mean(stats.entropy, mask)
 
 
+@suggest_keywords
 def cross_entropy_from_logits(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
@@ -50,6 +59,7 @@ def cross_entropy_from_logits(
     return kl_divergence(ref_logits, new_logits, mask, eps) + entropy_from_logits(ref_logits, mask)
 
 
+@suggest_keywords
 def kl_divergence(
     ref_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
@@ -63,6 +73,7 @@ def kl_divergence(
     return _masked_mean(stats.kl, mask)
 
 
+@suggest_keywords
 def approximate_kl_divergence(
     ref_logits: Tensor,
     new_logits: Tensor,

@@ -6,13 +6,115 @@ a tensor are checked only if `values_are_readable`: on a GPU, reading them would
 device.
 """
 
+import difflib
+import functools
+import inspect
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Names in TRL, verl and Liger, and the arguments or settings here that do the same.
+_OTHER_NAMES = {
+    "epsilon": "epsilon_low epsilon_high",
+    "eps_clip": "epsilon_low epsilon_high",
+    "clip_ratio": "epsilon_low epsilon_high",
+    "clip_ratio_low": "epsilon_low",
+    "clip_ratio_high": "epsilon_high",
+    "clip_ratio_c": "dual_clip",
+    "kl_coef": "beta",
+    "kl_loss_coef": "beta",
+    "kl_loss_type": "kl_estimator",
+    "use_bias_correction_kl": "kl_estimator",
+    "loss_agg_mode": "aggregation",
+    "importance_sampling_level": "ratio_level",
+    "off_policy_mask_threshold": "off_policy_threshold",
+    "top_entropy_quantile": "top_entropy",
+    "sapo_temperature_pos": "tau_positive",
+    "sapo_temperature_neg": "tau_negative",
+    "vespo_k_pos": "k_positive",
+    "vespo_k_neg": "k_negative",
+    "vespo_lambda_pos": "lambda_positive",
+    "vespo_lambda_neg": "lambda_negative",
+    "vllm_importance_sampling_mode": "importance_mode importance_level",
+    "vllm_importance_sampling_clip_min": "importance_floor",
+    "vllm_importance_sampling_clip_max": "importance_cap",
+    "vllm_importance_sampling_cap": "importance_cap",
+    "input_ids": "tokens",
+    "completion_ids": "tokens",
+    "selected_token_ids": "tokens",
+    "labels": "tokens",
+    "targets": "tokens",
+    "responses": "tokens",
+    "hidden_states": "hidden",
+    "ref_input": "ref_hidden",
+    "chunk_size": "chunk_tokens",
+    "rollout_log_probs": "sampling_logprob",
+    "num_items_in_batch": "normalizer",
+}
+
+
+def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the TypeError for an unknown keyword name the one that was probably meant.
+
+    A name of TRL, verl or Liger, or a misspelt one, leads to a parameter of the function, or to a
+    setting of the LossConfig that it takes as `config`.
+    """
+    parameters = inspect.signature(function).parameters
+    known = frozenset(parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not known.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in known)
+            default = parameters["config"].default if "config" in known else None
+            config = default or next(iter(args), None)
+            raise TypeError(
+                f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
+                + _suggestion(name, kwargs[name], known, config)
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _suggestion(name: str, value: object, known: frozenset[str], config: Any) -> str:
+    """Return "; did you mean ...?", or nothing; config: a LossConfig, or anything else."""
+    has_settings = hasattr(config, "objectives")
+    settings = {setting.name for setting in fields(config)} if has_settings else set()
+    objectives = config.objectives() if has_settings else {}
+    plain = re.sub(r"(per_token_)?log_?p(rob)?s?$", "logprob", name)  # old_per_token_logps, ...
+    plain = re.sub(r"^\w+_mask$", "mask", plain)  # completion_mask, response_mask, ...
+    names = _OTHER_NAMES.get(name, plain).split()
+    if not known.issuperset(names) and not settings.issuperset(names):
+        names = nearest(plain, sorted(known | settings), cutoff=0.7)
+    if name in ("loss", "loss_type", "loss_mode") and str(value) in objectives:
+        meant = f"LossConfig.{value}()"
+    elif names and not known.issuperset(names):
+        meant = f"LossConfig({', '.join(f'{name}=...' for name in names)})"
+    else:
+        return f"; did you mean {' and '.join(names)}?" if names else ""
+    return f"; did you mean {'config=' * ('config' in known)}{meant}?"
+
+
+def nearest(word: str, choices: Collection[str], cutoff: float = 0.6) -> list[str]:
+    """Return the choice most like a misspelt word, in a list that is empty if none is near."""
+
+    def likeness(choice: str) -> float:
+        mine, other = word.lower(), choice.lower()
+        swapped = sorted(mine) == sorted(other)  # gpro is grpo, not gspo
+        return swapped + difflib.SequenceMatcher(None, mine, other).ratio()
+
+    near = [choice for choice in choices if likeness(choice) >= cutoff]
+    return [max(near, key=likeness)] if near else []
 
 
 def expect_choice(name: str, value: object, choices: Collection[str]) -> None:

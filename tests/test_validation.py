@@ -1,11 +1,14 @@
 """The primitives of argument checks: accepted values, and every error message."""
 
+import inspect
 import re
 
 import numpy as np
 import pytest
 import torch
 
+import grpo_kernels
+from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_stats
 from grpo_kernels.validation import (
     expect_choice,
     expect_finite,
@@ -15,6 +18,8 @@ from grpo_kernels.validation import (
     expect_tensor,
     expect_token_ids,
     expect_tokens,
+    nearest,
+    suggest_keywords,
     values_are_readable,
 )
 
@@ -182,3 +187,90 @@ def test_values_are_not_read_on_devices_or_under_compile():
 
     compiled = torch.compile(check, fullgraph=True, backend="eager")
     assert compiled(torch.tensor([torch.nan])).isnan()
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "value", "meant"),
+    [
+        (LossConfig, "epsilon", 0.2, "epsilon_low and epsilon_high"),
+        (LossConfig, "epsilon_hi", 0.2, "epsilon_high"),
+        (LossConfig, "clip_ratio_low", 0.2, "epsilon_low"),
+        (LossConfig, "importance_sampling_level", "token", "ratio_level"),
+        (LossConfig, "loss", "dapo", "LossConfig.dapo()"),
+        (LossConfig, "loss_type", "dr_grpo", "LossConfig.dr_grpo()"),
+        (LossConfig.dapo, "kl_coef", 0.1, "beta"),
+        (LossConfig.gspo, "entropy_coeff", 0.1, "entropy_coef"),
+        (policy_loss, "old_logprobs", None, "old_logprob"),
+        (policy_loss, "old_per_token_logps", None, "old_logprob"),
+        (policy_loss, "ref_logps", None, "ref_logprob"),
+        (policy_loss, "old_log_prob", None, "old_logprob"),
+        (policy_loss, "response_mask", None, "mask"),
+        (policy_loss, "rollout_log_probs", None, "sampling_logprob"),
+        (policy_loss, "beta", 0.1, "config=LossConfig(beta=...)"),
+        (policy_loss, "epsilon", 0.1, "config=LossConfig(epsilon_low=..., epsilon_high=...)"),
+        (policy_loss, "loss_type", "dapo", "config=LossConfig.dapo()"),
+        (grpo_loss, "attention_mask", None, "mask"),
+        (grpo_loss, "labels", None, "tokens"),
+        (grpo_loss, "in_place", True, "inplace"),
+        (linear_grpo_loss, "ref_logps", None, "ref_logprob"),
+        (linear_grpo_loss, "hidden_states", None, "hidden"),
+        (linear_grpo_loss, "chunk_size", None, "chunk_tokens"),
+        (token_stats, "ref_logit", None, "ref_logits"),
+    ],
+)
+def test_unknown_keyword_suggests_the_right_one(function, keyword, value, meant):
+    with pytest.raises(TypeError) as error:
+        function(**{keyword: value})
+    said = f"() got an unexpected keyword argument {keyword!r}; did you mean {meant}?"
+    assert str(error.value).endswith(said)
+
+
+def test_nearest():
+    assert nearest("gpro", ["gspo", "grpo", "gmpo"]) == ["grpo"]
+    assert nearest("DAPO", ["grpo", "dapo"]) == ["dapo"]
+    assert nearest("flavour", ["grpo", "dapo"]) == []
+
+
+def test_keyword_like_no_other_gets_no_suggestion():
+    with pytest.raises(TypeError) as error:
+        grpo_loss(flavour="sweet")
+    assert str(error.value) == "grpo_loss() got an unexpected keyword argument 'flavour'"
+
+
+FUNCTIONS = [
+    name for name in grpo_kernels.__all__ if inspect.isfunction(getattr(grpo_kernels, name))
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_suggest_keywords_and_keep_their_signature(name):
+    function = getattr(grpo_kernels, name)
+    first = next(iter(inspect.signature(function).parameters))
+    with pytest.raises(
+        TypeError, match=rf"{name}\(\) got an .* '{first}_'; did you mean {first}\?"
+    ):
+        function(**{f"{first}_": None})
+    assert function.__doc__ and function.__name__ == name
+    assert function.__module__.startswith("grpo_kernels.")
+
+
+def test_errors_of_the_function_itself_are_its_own():
+    @suggest_keywords
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    assert add(1, y=2) == 3
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'y'$"):
+        add(1)
+    with pytest.raises(TypeError, match=r"unsupported operand"):
+        add(1, y="2")
+
+
+def test_suggest_keywords_compiles_fullgraph():
+    @suggest_keywords
+    def add(x: torch.Tensor, *, y: float = 1.0) -> torch.Tensor:
+        return x + y
+
+    compiled = torch.compile(add, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), X + 1)
+    assert torch.equal(compiled(X, y=2.0), X + 2)

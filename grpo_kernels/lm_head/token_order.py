@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objective.sequences import check_advantages, spread_to_tokens
-from ..validation import expect_mask, expect_tensor, values_are_readable
+from ..validation import expect_mask, expect_tensor, suggest_keywords, values_are_readable
 
 
 class TokenPacking(NamedTuple):
@@ -37,6 +37,7 @@ def _(counted: Tensor, with_grad: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.empty(2, dtype=torch.int64)
 
 
+@suggest_keywords
 def pack_tokens(
     mask: Tensor, advantages: Tensor | None = None, *, cu_seqlens: Tensor | None = None
 ) -> TokenPacking:

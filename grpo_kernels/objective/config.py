@@ -6,9 +6,9 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
-from ..validation import expect_choice, expect_number
+from ..validation import expect_choice, expect_number, nearest, suggest_keywords
 from .surrogates import SURROGATES, Surrogate
 
 
@@ -29,7 +29,18 @@ class _Rule(NamedTuple):
     bounds: dict[str, float]
 
 
-class _Derived:
+class _Objectives(type):
+    """Class of LossConfig, to suggest the named constructor that was probably meant."""
+
+    if not TYPE_CHECKING:  # a type checker would allow every name
+
+        def __getattr__(cls, name):
+            near = [] if name.startswith("_") else nearest(name, LossConfig.objectives())
+            hint = f"; did you mean LossConfig.{near[0]}()?" if near else ""
+            raise AttributeError(f"LossConfig has no attribute {name!r}{hint}")
+
+
+class _Derived(metaclass=_Objectives):
     """Attributes that LossConfig computes at construction. They are not settings."""
 
     policy_term: Surrogate
@@ -387,6 +398,8 @@ class LossConfig(_Derived):
         return cls(**{"surrogate": "ipo", **bounds, "aggregation": "token_mean", **overrides})
 
 
+LossConfig.__init__ = suggest_keywords(LossConfig.__init__)
+
 # Made here because torch.compile cannot read annotations or the fields of a class.
 _RULES = {
     setting.name: _Rule(
@@ -405,4 +418,6 @@ _READS = {
 
 def expect_config(config: object) -> None:
     if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+        near = nearest(config, LossConfig.objectives()) if isinstance(config, str) else []
+        hint = f" {config!r}; did you mean LossConfig.{near[0]}()?" if near else ""
+        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}{hint}")

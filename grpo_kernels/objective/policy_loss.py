@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..validation import expect_mask, expect_tensor
+from ..validation import expect_mask, expect_tensor, suggest_keywords
 from .aggregation import check_normalizers, entropy_weight, token_weights
 from .config import LossConfig, expect_config
 from .importance_sampling import policy_ratios
@@ -35,6 +35,7 @@ class PreparedLoss(NamedTuple):
     inputs: LossInputs
 
 
+@suggest_keywords
 def policy_loss(
     logprob: Tensor,
     advantages: Tensor,

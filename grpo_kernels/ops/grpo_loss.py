@@ -19,7 +19,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level
-from ..validation import expect_token_ids
+from ..validation import expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
 from .precomputed_gradient import attach_gradient
 from .token_stats import (
@@ -47,6 +47,7 @@ def _(rows: RowInputs, *_) -> tuple[Tensor, Tensor]:
     return rows.temperature.new_empty(shape), rows.temperature.new_empty(shape)
 
 
+@suggest_keywords
 def grpo_loss(
     logits: Tensor,
     tokens: Tensor,

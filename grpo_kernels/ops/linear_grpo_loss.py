@@ -24,7 +24,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
-from ..validation import expect_tensor, expect_tokens
+from ..validation import expect_tensor, expect_tokens, suggest_keywords
 from .bundled_op import bundled_op
 from .linear_token_stats import (
     check_chunk_tokens,
@@ -86,6 +86,7 @@ def _(inputs: LMHeadInputs, *others) -> tuple[Tensor, ...]:
     )
 
 
+@suggest_keywords
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,

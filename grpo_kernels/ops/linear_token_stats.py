@@ -15,7 +15,7 @@ from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
 from ..lm_head.inputs import LMHeadInputs, prepare_inputs
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
-from ..validation import expect_number, expect_token_ids
+from ..validation import expect_number, expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
 from .token_stats import TokenStats, as_token_stats, stats_for_backward
 
@@ -153,6 +153,7 @@ def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None, 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@suggest_keywords
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,

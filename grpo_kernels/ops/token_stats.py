@@ -22,6 +22,7 @@ from ..validation import (
     expect_token_ids,
     expect_tokens,
     shape_of,
+    suggest_keywords,
 )
 from .bundled_op import bundled_op
 
@@ -118,6 +119,7 @@ def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@suggest_keywords
 def token_stats(
     logits: Tensor,
     tokens: Tensor,

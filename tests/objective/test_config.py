@@ -50,6 +50,42 @@ def test_config_is_frozen_and_hashable():
         LossConfig("clip")
 
 
+def test_misspelt_objective_suggests_the_right_one():
+    with pytest.raises(AttributeError, match=r"no attribute 'gpro'; did you mean LossConfig.grpo"):
+        LossConfig.gpro()
+    with pytest.raises(AttributeError, match=r"'DrGRPO'; did you mean LossConfig.dr_grpo\(\)\?$"):
+        LossConfig.DrGRPO(8)
+    with pytest.raises(AttributeError, match=r"^LossConfig has no attribute 'flavour'$"):
+        LossConfig.flavour()
+    assert not hasattr(LossConfig, "__torch_function__")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("dapo", "got str 'dapo'; did you mean LossConfig.dapo()?"),
+        ("drgrpo", "got str 'drgrpo'; did you mean LossConfig.dr_grpo()?"),
+        ("flavour", "got str"),
+        ({"beta": 0.1}, "got dict"),
+        (LossConfig.dapo, "got method"),
+    ],
+)
+def test_config_of_another_type_is_refused(config, said):
+    with pytest.raises(TypeError) as error:
+        policy_loss(torch.zeros(1, 2), torch.zeros(1), config=config)
+    assert str(error.value) == f"config must be a LossConfig, {said}"
+
+
+def test_config_made_under_compile():
+    def loss(logprob, advantages):
+        config = LossConfig(beta=0.0, epsilon_high=0.3)
+        return policy_loss(logprob, advantages, config=config).loss
+
+    logprob, advantages = torch.full((1, 2), -1.0), torch.ones(1)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert compiled(logprob, advantages) == loss(logprob, advantages)
+
+
 SETTINGS = [setting.name for setting in fields(LossConfig)]
 TABLES = {
     "surrogate": SURROGATES,
