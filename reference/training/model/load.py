@@ -7,6 +7,7 @@ Two kinds of model need neither: `from_scratch`, which is small enough to train,
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from reference.training.model import download
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
 # Chat templates end a turn with these; not every generation_config.json lists them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+
+# Values of config.json with which forward passes run. Outputs besides logits and cache cost time,
+# and the router loss of a mixture of experts cannot read the mask of packed rows.
+FORWARD_FLAGS = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "use_cache": True,
+}
 
 # Keyword arguments of LlamaConfig, as in config.json on the hub.
 ARCHITECTURES = {
@@ -99,7 +110,8 @@ def load(directory: Path | None):
     """Load (model, tokenizer) in fp32 from a directory; for None make them from scratch.
 
     Weights are read from safetensors only, and no code of the model is run. The tokenizer is
-    checked before the weights are read.
+    checked before the weights are read. If FORWARD_FLAGS change the model's config, the model has
+    the config of the file as `config_of_file`, with which it is saved.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -121,14 +133,37 @@ def load(directory: Path | None):
                 f"the tokenizer in {directory} is not the model's: it has the token {largest}, and "
                 f"the model {vocab_size} tokens from 0 on"
             )
+        config_of_file = copy.deepcopy(config)
+        changed = set_forward_flags(config)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
+    if changed:
+        is_whole = type(model.config) is type(config)
+        model.config_of_file = config_of_file if is_whole else config_of_file.get_text_config()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def set_forward_flags(config) -> bool:
+    """Set FORWARD_FLAGS in a config and its text config; return whether that changed anything."""
+    changed = False
+    for part in (config, config.get_text_config()):
+        # Flash attention refuses fp32 weights, and output_attentions chooses the eager one.
+        if part.output_attentions or "flash" in str(part._attn_implementation):
+            part._attn_implementation = None
+        for flag, value in FORWARD_FLAGS.items():
+            if getattr(part, flag, value) != value:
+                setattr(part, flag, value)
+                changed = True
+    return changed
 
 
 def end_of_sequence_ids(model, tokenizer) -> list[int]:

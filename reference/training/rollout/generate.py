@@ -117,13 +117,8 @@ def generate(
         logits_to_keep=1,
     )
     cache = output.past_key_values
-    try:
-        cache.batch_repeat_interleave(group_size)
-    except (AttributeError, NotImplementedError):  # recurrent states, for instance
-        raise UserError(
-            f"the cache of {type(model).__name__} cannot be repeated for a group: take "
-            "--sampler generate"
-        ) from None
+    groups = torch.arange(len(prompts.ids), device=prompts.ids.device)
+    cache.reorder_cache(groups.repeat_interleave(group_size))
     logits = output.logits[:, -1].repeat_interleave(group_size, dim=0)
 
     R, device = len(logits), logits.device
@@ -148,7 +143,7 @@ def generate(
             going_on = (~ended).nonzero().flatten()
             rows, token = rows[going_on], token[going_on]
             attention, position = attention[going_on], position[going_on]
-            cache.batch_select_indices(going_on)
+            cache.reorder_cache(going_on)
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
         output = model(
             input_ids=token[:, None],

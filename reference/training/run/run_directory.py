@@ -162,11 +162,14 @@ def save_model(
 ) -> Path:
     """Write <directory>/model in the format of Hugging Face, completely or not at all.
 
-    `weights` replace the model's own, which may be sharded.
+    `weights` replace the model's own, which may be sharded. The config is that of the file from
+    which the model was loaded.
     """
     target = directory / "model"
     partial = directory / "model.partial"
+    config = model.config
     try:
+        model.config = getattr(model, "config_of_file", config)
         with report_write_errors(target):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
@@ -178,6 +181,7 @@ def save_model(
             partial.rename(target)
             shutil.rmtree(previous, ignore_errors=True)
     finally:
+        model.config = config
         shutil.rmtree(partial, ignore_errors=True)
     return target
 

@@ -19,6 +19,7 @@ from reference.training.model.policy import Policy
 from reference.training.rollout.generate import encode, generate
 from reference.training.run import run_directory
 from reference.training.tasks.tasks import Question
+from tests.helpers.model_directories import save_family
 
 
 def refuse(*args, **kwargs):
@@ -129,6 +130,38 @@ def test_tokenizer_is_checked_before_the_weights_are_read(tmp_path, change, monk
     )
     with pytest.raises(UserError, match=message):
         models.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"output_router_logits": True},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"return_dict": False},
+        {"use_cache": False},
+        {"dtype": "bfloat16"},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_forward_passes_do_not_follow_flags_of_the_config_file(tmp_path, flags):
+    plain, _ = models.load(save_family(tmp_path / "plain", "Qwen3Moe"))
+    model, tokenizer = models.load(save_family(tmp_path / "flags", "Qwen3Moe", file=flags))
+    ids = torch.arange(5)[None]
+    packed = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    for inputs in ({"use_cache": True}, {"use_cache": False, "attention_mask": packed}):
+        expected, output = (each(input_ids=ids, **inputs) for each in (plain, model))
+        assert torch.equal(output.logits, expected.logits)
+        assert list(output) == list(expected)
+    assert model.config._attn_implementation == "sdpa"
+
+    run_directory.save_model(tmp_path, model, tokenizer)
+    written = [
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "model")
+    ]
+    stored = {name: value for name, value in flags.items() if name in models.FORWARD_FLAGS}
+    assert written[1] == written[0] | stored
 
 
 def test_damaged_weights_raise_user_error(tmp_path):
