@@ -59,7 +59,7 @@ from reference.training.errors import UserError
 from reference.training.evaluate import chat, evaluate
 from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
-from reference.training.rollout.samplers import Sampler, pick_sampler
+from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.plots import load_matplotlib, plot_dashboard
@@ -131,11 +131,12 @@ def run(config: TrainConfig) -> dict:
         chat(policy, config.temperature, CHAT_TOKENS, input)
         return {}
     task = load_task(config)
+    questions = task.train + task.held_out
     step_reward: Any = None if config.step_reward is None else load_function(config.step_reward)
     if config.wandb:
         load_wandb()  # imported now, so that a missing package stops the run here
     if config.eval_only:
-        policy = load_policy(config, device, sampler, task.system, ranks)
+        policy = load_policy(config, device, sampler, task.system, questions, ranks)
         with ranks.only_rank0_prints():
             return evaluate(policy, task, config)
     load_matplotlib()
@@ -150,7 +151,9 @@ def run(config: TrainConfig) -> dict:
         # checkpoints in rank 0's directory; the directories of the others are temporary.
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
         checkpoint = find_checkpoint(config, checkpoints)
-        policy = load_policy(config, device, sampler, task.system, ranks)
+        policy = load_policy(config, device, sampler, task.system, questions, ranks)
+        if not is_server(config.sampler):
+            sampler = policy.sampler  # not every model can share the prompt of a group
         scorer = SCORERS[config.loss_impl]  # log-probs and loss of a batch, fused or plain
         order = random.Random(config.seed)  # draws the questions of each step
         if config.model == "scratch" and checkpoint is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from grpo_kernels.integrations.transformers import unwrap
 from reference.training.config import ModelSettings, TrainConfig
 from reference.training.distributed import SINGLE_PROCESS, Ranks
 from reference.training.errors import UserError
@@ -20,6 +21,8 @@ from reference.training.model.activation_checkpointing import (
     checkpointable_layers,
     recompute_activations,
 )
+from reference.training.model.check import check_questions, choose_sampler, learned_positions
+from reference.training.rollout.chat_template import Messages
 from reference.training.rollout.generate import Completions, Prompts, encode
 from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
 from reference.training.tasks.tasks import Question
@@ -44,6 +47,7 @@ class Policy:
         sampler: the default of `sample`, and the sampler of `chat_reply`.
         ranks: the ranks that sample at the same time, each its shard.
         without_adapter: run the base model of a LoRA model.
+        max_positions: the length of the model's table of positions, if it has one.
     """
 
     model: Any
@@ -57,6 +61,7 @@ class Policy:
     sampler: Sampler = shared_prompt
     ranks: Ranks = SINGLE_PROCESS
     without_adapter: bool = False
+    max_positions: int | None = None
 
     @classmethod
     def load(
@@ -81,6 +86,7 @@ class Policy:
                 f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute"
             )
         eos_ids = models.end_of_sequence_ids(model, tokenizer)
+        max_positions = learned_positions(model)
         if settings.lora_rank is not None:
             model = lora.add_lora(model, settings.lora_rank, settings.lora_alpha)
         # Dropout would make sampler and trainer two different policies.
@@ -93,8 +99,23 @@ class Policy:
             max_new_tokens,
             precision=settings.autocast,
             gradient_checkpointing=settings.gradient_checkpointing,
+            max_positions=max_positions,
             **options,
         )
+
+    def encode(self, prompts: Sequence[str | Messages]) -> Prompts:
+        """Encode prompts after the system prompt; their completions must fit the positions."""
+        encoded = encode(self.tokenizer, prompts, self.device, system=self.system)
+        longest = int(encoded.mask.sum(-1).max())
+        # The last token of a completion is no input.
+        if self.max_positions and longest + self.max_new_tokens - 1 > self.max_positions:
+            name = type(unwrap(self.model)).__name__
+            raise UserError(
+                f"{name} has {self.max_positions} positions: expected a prompt and "
+                f"--max-new-tokens within them; got a prompt of {longest} tokens and "
+                f"--max-new-tokens {self.max_new_tokens}"
+            )
+        return encoded
 
     def sample(
         self,
@@ -104,8 +125,7 @@ class Policy:
         sampler: Sampler | None = None,
     ) -> SampledCompletions:
         """Sample `group_size` completions of each question; temperature 0 is greedy."""
-        prompts = [question.prompt for question in questions]
-        prompts = encode(self.tokenizer, prompts, self.device, system=self.system)
+        prompts = self.encode([question.prompt for question in questions])
         remedy = "lower --prompts, --group-size or --max-new-tokens"
         with out_of_memory_error("answers were sampled", remedy):
             completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
@@ -115,8 +135,8 @@ class Policy:
         self, messages: list[dict[str, str]], temperature: float, max_new_tokens: int
     ) -> str:
         """Sample the next message; the system prompt comes first if the messages have none."""
-        prompts = encode(self.tokenizer, [messages], self.device, system=self.system)
         policy = replace(self, max_new_tokens=max_new_tokens)
+        prompts = policy.encode([messages])
         return self._texts(self.sampler(policy, prompts, 1, temperature))[0]
 
     @contextmanager
@@ -159,15 +179,16 @@ def load_policy(
     device: torch.device,
     sampler: Sampler,
     system: str | None,
+    questions: Sequence[Question] = (),
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Policy:
-    """Seed PyTorch and load the model of the settings."""
+    """Seed PyTorch, load the model of the settings and check it with some of the questions."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if is_server(config.sampler):  # a server has other weights: evaluations do not use it
         sampler = shared_prompt
-    return Policy.load(
+    policy = Policy.load(
         config,
         device,
         config.max_new_tokens,
@@ -176,6 +197,8 @@ def load_policy(
         sampler=sampler,
         ranks=ranks,
     )
+    check_questions(policy, questions)
+    return replace(policy, sampler=choose_sampler(policy))
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from reference.training.errors import UserError
 from reference.training.rollout.chat_template import Messages, apply_chat_template
 
 

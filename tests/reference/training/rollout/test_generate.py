@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reference.training.errors import UserError
 from reference.training.rollout.generate import (
     Completions,
     _choose,
@@ -194,14 +193,6 @@ def test_extreme_draws_choose_no_token_of_probability_0(draw):
     logits[0, 100:40_000] = torch.randn(39_900)
     token, logprob = _choose(logits, 1.0, torch.tensor([draw]))
     assert token == (100 if draw == 0 else 39_999) and logprob.isfinite()
-
-
-def test_unrepeatable_cache_raises_user_error_with_a_remedy(scratch):
-    def recurrent(**inputs):
-        return SimpleNamespace(past_key_values=object(), logits=torch.zeros(3, 1, 16))
-
-    with pytest.raises(UserError, match="cannot be repeated for a group: take --sampler generate"):
-        sample((recurrent, scratch[1]))
 
 
 def test_same_seed_gives_same_completions(scratch):
