@@ -135,7 +135,7 @@ def load(directory: Path | None):
             )
         config_of_file = copy.deepcopy(config)
         changed = set_forward_flags(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=torch.float32,
