@@ -6,14 +6,14 @@
     python reference/train.py --task capital-of-brazil --prompts 1 --max-new-tokens 64
     python reference/train.py --resume runs/...           continues a run that was stopped
     torchrun --nproc-per-node=8 reference/train.py ...    the same run on eight GPUs
-    python reference/train.py --help                      every setting
+    python reference/train.py --help                      the main settings; --help all: every one
 
 Each step samples groups of completions, one group per question, rewards the right ones, and makes
 the completions that beat their group's mean more likely. `train` below is that loop.
 
 The parts are in reference/training. In reading order:
 
-    config, command_line           settings, their flags and presets
+    config, command_line           settings, their flags and presets; flag_errors: misspelt ones
     tasks/                         questions, ground truths and rewards
     model/                         loading a model; LoRA; the policy; scorers (--loss-impl)
     rollout/                       chat template, sampling, packing of completions into rows
@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from reference.training.advantages import StepReward, compute_advantages
 from reference.training.collect import collect_rollouts, examples, rollout_metrics
@@ -97,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         the user; 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that `| tee` shows progress
+        # So that `| tee` shows progress, and characters beyond the encoding are escaped.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         run(parse_command_line(arguments))
         finish_distributed()
@@ -119,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: TrainConfig) -> dict:
     """Train, evaluate or chat; return the content of summary.json."""
-    transformers_logging.disable_progress_bar()
+    from transformers.utils import logging  # it takes a second, for which --help does not wait
+
+    logging.disable_progress_bar()
 
     # Find errors in the settings before any model is loaded.
     config.check_loss()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shutil
+import sys
+import textwrap
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from grpo_kernels import LossConfig
 from reference.training.config import SECTIONS, LossSettings, TrainConfig, in_flags
+from reference.training.flag_errors import check_arguments
 from reference.training.run.resume import load_settings
 
 PRESETS = {
@@ -47,35 +51,93 @@ PRESETS = {
 }
 
 
+# The flags of --help, those that most people change first.
+FIRST = (
+    *("model", "lora_rank", "gradient_checkpointing"),
+    *("task", "data", "reward"),
+    *("steps", "prompts", "group_size", "max_new_tokens", "temperature", "sampler"),
+    *("loss", "beta"),
+    *("learning_rate", "micro_batch"),
+    *("eval_only", "chat"),
+    *("seed", "output_dir", "resume"),
+)
+
+
 def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     """Return the settings of --preset, or of the run to resume, with the other flags on top."""
     import tyro
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
-    first.add_argument("--resume", type=Path)
+    first.add_argument("-h", "--help", nargs="?", const="first")
+    first.add_argument("--preset", nargs="?", default="smollm2-135m")
+    first.add_argument("--resume", nargs="?", type=Path)
     early = first.parse_known_args(arguments)[0]
-    defaults = PRESETS[early.preset] if early.resume is None else load_settings(early.resume)
+    if early.help is None:
+        check_arguments(arguments, get_type_hints(TrainConfig))
+    defaults = PRESETS.get(early.preset, TrainConfig())
+    if early.help is not None and early.help != "all":
+        print(_first_help(defaults))
+        raise SystemExit(0)
+    if early.resume is not None:
+        defaults = load_settings(early.resume)
     sections = _flags(TrainConfig, ["preset"], defaults)
     for name, kind in SECTIONS.items():
         flags = _flags(kind, [setting.name for setting in fields(kind)], defaults)
         section = make_dataclass(kind.__name__, flags, namespace={"__doc__": kind.__doc__})
         sections.append((name, tyro.conf.OmitArgPrefixes[section], field(default_factory=section)))
     about = inspect.getdoc(TrainConfig)
-    parsed = vars(tyro.cli(make_dataclass("Flags", sections), args=arguments, description=about))
+    given = arguments if early.help is None else ["--help"]
+    parsed = vars(tyro.cli(make_dataclass("Flags", sections), args=given, description=about))
     chosen = {name: value for section in SECTIONS for name, value in vars(parsed[section]).items()}
     return TrainConfig(preset=parsed["preset"], **chosen)
 
 
-def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Return dataclass fields for a section of --help, with the preset's values as defaults.
+def _first_help(defaults: TrainConfig) -> str:
+    """Describe the flags in FIRST, each with its default and the first sentence of its help."""
+    lines = [
+        "usage: python reference/train.py [--flag value ...]",
+        "",
+        f"Flags that most people change first, with the defaults of --preset {defaults.preset}.",
+        "--help all describes every flag; the README has examples.",
+    ]
+    rows = {"preset": {"preset": ", ".join(PRESETS) + ": the defaults of the other flags."}}
+    for section, kind in SECTIONS.items():
+        rows[section] = {name: x for name, x in _help_texts(kind).items() if name in FIRST}
+    rows["loss"] = {"loss": ", ".join(LossConfig.objectives())} | rows["loss"]
+    width = min(shutil.get_terminal_size().columns, 100)
+    for section, texts in rows.items():
+        lines += ["", section] if texts else []
+        for name, text in texts.items():
+            default = getattr(defaults, name)
+            value = "" if default is False or default == () else f" {default}"
+            flag = f"  --{name.replace('_', '-')}{value}"
+            sentence = text.partition(". ")[0].removesuffix(".")
+            lines += textwrap.wrap(
+                f"{flag:27} {sentence}",
+                width,
+                subsequent_indent=" " * 28,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
 
-    Help texts are the docstrings of the fields, joined to one line: tyro keeps line breaks.
-    """
-    import docstring_parser
+
+def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return dataclass fields for a section of --help all, with defaults of the preset."""
     import tyro
 
-    types = get_type_hints(kind)
+    types, texts = get_type_hints(kind), _help_texts(kind)
+    flags = []
+    for name in names:
+        annotated = Annotated[types[name], tyro.conf.arg(help=texts[name])]
+        flags.append((name, annotated, field(default=getattr(defaults, name))))
+    return flags
+
+
+def _help_texts(kind: type) -> dict[str, str]:
+    """Return the help texts of a section: the docstrings of its fields, each on one line."""
+    import docstring_parser
+
     documented = LossConfig if kind is LossSettings else kind
     params = docstring_parser.parse_from_object(documented).params
     texts = {param.arg_name: " ".join(str(param.description).split()) for param in params}
@@ -86,8 +148,4 @@ def _flags(kind: type, names: list[str], defaults: TrainConfig) -> list[tuple[st
         texts["kl_estimator"] = (  # the exact sums over the vocabulary are no choices here
             "Estimate of that KL on the sampled tokens; the README compares their gradients."
         )
-    flags = []
-    for name in names:
-        annotated = Annotated[types[name], tyro.conf.arg(help=texts[name])]
-        flags.append((name, annotated, field(default=getattr(defaults, name))))
-    return flags
+    return texts

@@ -331,6 +331,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         """Return pairs (whether it applies, message) of settings that exclude each other."""
         scratch, lora = self.model == "scratch", self.lora_rank is not None
         refresh = self.reference_refresh is not None
+        fixed_length = self.loss == "dr_grpo" or self.aggregation == "fixed_length"
         each_reward = self.normalise_each_reward
         return [
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
@@ -370,6 +371,11 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             (
                 self.loss == "dr_grpo" and each_reward,
                 "--loss dr_grpo divides by no standard deviation: not with --normalise-each-reward",
+            ),
+            (
+                self.max_completion_length is not None and not fixed_length,
+                "--max-completion-length is the denominator of --aggregation fixed_length; the "
+                "longest completion is --max-new-tokens",
             ),
             (
                 self.kl_estimator != "k3" and self.beta == 0,

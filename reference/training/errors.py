@@ -6,7 +6,10 @@ Each message says when it is raised, so docstrings do not list them.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from types import ModuleType
+
+from grpo_kernels.validation import nearest
 
 
 class UserError(Exception):
@@ -24,3 +27,8 @@ def import_package(name: str, message: str) -> ModuleType:
 def one_line(error: Exception) -> str:
     """Return the first line of its message, or the name of its type."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def did_you_mean(given: str, choices: Collection[str]) -> str:
+    """Return "; did you mean ...?" with the nearest choice, or nothing if none is near."""
+    return "".join(f"; did you mean {near}?" for near in nearest(given, choices))

@@ -7,6 +7,7 @@ follows from the number of steps. Samplers have no state.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import platform
 import random
 import sys
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 from reference.training.distributed import full_tensor, shard_like
@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
 
 

@@ -1,5 +1,6 @@
 """The command line: presets, --help, and errors in settings."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from grpo_kernels import LossConfig
 from reference import train
-from reference.training.command_line import PRESETS, parse_command_line
+from reference.training.command_line import FIRST, PRESETS, parse_command_line
 from reference.training.config import SECTIONS, TrainConfig
 from reference.training.errors import UserError
 from reference.training.model import load as models
@@ -35,7 +36,7 @@ def test_task_options_are_json_or_text():
 
 def test_every_flag_has_help(capsys):
     with pytest.raises(SystemExit) as exit_:
-        train.main(["--help"])
+        train.main(["--help", "all"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     for name in TrainConfig.__dataclass_fields__:
@@ -44,10 +45,10 @@ def test_every_flag_has_help(capsys):
 
 
 def help_lines(capsys, monkeypatch):
-    """Return the lines of --help without the frames of its panels, in a wide terminal."""
+    """Return the lines of --help all without the frames of its panels, in a wide terminal."""
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit):
-        parse_command_line(["--help"])
+        parse_command_line(["--help", "all"])
     return [line.strip("│╭╮─ ") for line in capsys.readouterr().out.splitlines()]
 
 
@@ -62,6 +63,29 @@ def test_help_sections_are_in_the_order_of_a_step(capsys, monkeypatch):
     lines = help_lines(capsys, monkeypatch)
     titles = [line for line in lines if line.endswith("options")]
     assert titles == ["options", *(f"{name} options" for name in SECTIONS)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_shows_the_main_flags_with_the_defaults_of_the_preset(preset, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--preset", preset, "-h"])
+    assert exit_.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 80
+    shown = re.findall(r"^  --(\S+)(?: (\S+))?", "\n".join(lines), re.M)
+    assert len(shown) == len(FIRST) + 1
+    for flag, value in shown:
+        default = getattr(PRESETS[preset], flag.replace("-", "_"))
+        assert default in (False, ()) or value == str(default)
+
+
+def test_help_does_not_wait_for_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from reference import train; train.main(['--help'])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +124,7 @@ def test_help_sections_are_in_the_order_of_a_step(capsys, monkeypatch):
             ["--entropy-target", "0.5", "--entropy-coef", "2"],
             "--entropy-coef-max must be at least the start, 2.0; got 1.0",
         ),
+        (["--max-completion-length", "99"], "--max-completion-length is the denominator of"),
         (["--device", "cuda"], "--device cuda: PyTorch finds no such device here"),
     ],
 )
@@ -113,6 +138,19 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_output_beyond_the_encoding_of_stdout_is_escaped():
+    code = (
+        "import sys; from reference import train; from tqdm import tqdm\n"
+        "def run(config): print('שלום'); tqdm.write('Brasília \\ud800', sys.stdout)\n"
+        "train.run = run; sys.exit(train.main([]))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [rb"\u05e9\u05dc\u05d5\u05dd", rb"Bras\xedlia \ud800"]
 
 
 def test_user_error_exits_with_2_without_traceback(tmp_path):
