@@ -1,4 +1,4 @@
-"""Chat templates with and without system messages."""
+"""Chat templates: system messages, parts, and templates that lose text."""
 
 import copy
 
@@ -66,3 +66,98 @@ def test_refused_messages_raise_user_error_with_the_reason():
     refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"\(user, user\): roles must alternate"):
         encoded_text(refuses, chat(("user", "1"), ("user", "2")))
+
+
+SYSTEM_AND_FEW_SHOT = chat(
+    ("system", "12"), ("user", "3"), ("assistant", "4"), ("user", "5"), ("assistant", "6")
+) + chat(("user", "7"))
+TURN = "{% for m in messages %}{{ m['role'][0] }}=%s {% endfor %}+"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ m['content'] | trim }}",
+        "{{ m['content'] | upper }}",
+        "{{ m['content'] | tojson }}",
+        "{{ m | tojson }}",
+        "{{ m['content'] | replace(' ', '  ') }}",
+        "{{ m['content'].split('</think>')[-1] }}",
+        "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}",
+    ],
+)
+def test_template_that_transforms_text_is_accepted(content):
+    messages = chat(("user", " A <b>\n\n1\u05e9 "), ("assistant", "<think>1</think>2"))
+    messages += chat(("user", "\u20ac?"))
+    assert encoded_text(TURN.replace("%s", content), messages)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}",
+        "{{ m['content'][0].text }}",
+        "{% for c in m['content'] if c.type == 'text' %}{{ c.text }}{% endfor %}",
+    ],
+)
+def test_template_that_wants_parts_gets_parts(content):
+    template = TURN.replace("%s", content)
+    expected = encoded_text(SHOWS_ALL, SYSTEM_AND_FEW_SHOT)
+    assert encoded_text(template, SYSTEM_AND_FEW_SHOT) == expected
+
+
+def test_template_with_parts_for_users_only():
+    content = "{{ m['content'] if m['role'] != 'user' else m['content'][0]['text'] }}"
+    template = TURN.replace("%s", content)
+    expected = encoded_text(SHOWS_ALL, SYSTEM_AND_FEW_SHOT)
+    assert encoded_text(template, SYSTEM_AND_FEW_SHOT) == expected
+
+
+def test_template_with_parts_and_without_system_role():
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No') }}{% endif %}"
+    template += TURN.replace("%s", "{{ m['content'][0]['text'] }}")
+    messages = chat(("system", "12"), ("user", "34"))
+    assert encoded_text(template, messages) == " =12 34 +"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("", "writes nothing"),
+        ("  \n", "writes nothing"),
+        ("Hello!", r"loses the text of message 1 \(user\), message 2 \(assistant\), mess"),
+        ("{{ messages[-1]['content'] }}", r"loses the text of .*message 4 \(assistant\):"),
+        ("{{ messages[0]['content'] }}", r"loses the text of .*message 5 \(user\):"),
+        (
+            "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}",
+            r"loses the text of message 2 \(assistant\), message 4 \(assistant\): repair the",
+        ),
+        (TURN.replace("%s", "{{ m['content'][:3] }}"), r"loses the text of message 1 \(user\)"),
+        (TURN.replace("%s", "{{ m['content'][-3:] }}"), r"loses the text of message 1 \(user\)"),
+        (
+            TURN.replace("%s", "{{ m['content'] if m['content'] is not string }}"),
+            "loses the text of",
+        ),
+        ("{{ messages | length + 'a' }}", r"refuses the messages \(user, assistant, .*unsupported"),
+    ],
+)
+def test_template_that_loses_messages_raises(template, problem):
+    with pytest.raises(UserError, match=f"^the chat template of the tokenizer {problem}"):
+        encoded_text(template, SYSTEM_AND_FEW_SHOT[1:])
+
+
+def test_lost_text_names_the_file(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "Hello!"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^the chat template {tmp_path}/chat_template.jinja loses"
+    ):
+        encode(loaded, ["7"])
+
+
+def test_text_that_the_template_refuses_raises_user_error():
+    template = "{% if '7' in messages[0]['content'] %}{{ raise_exception('no 7') }}{% endif %}"
+    with pytest.raises(UserError, match=r"refuses the messages \(user\): no 7"):
+        encoded_text(template + SHOWS_ALL, chat(("user", "7")))
