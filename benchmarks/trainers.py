@@ -28,9 +28,10 @@ TRAINERS = (OURS, IN_TRL, TRL)
 
 def run_ours(steps: int, directory: Path) -> dict:
     from reference import train
+    from reference.training.run.graceful_shutdown import GracefulShutdown
 
     config = replace(preset(steps), output_dir=directory / "run", tensorboard=False)
-    summary = train.run(config)
+    summary = train.run(config, GracefulShutdown())
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").open()]
     trained = [row for row in rows if "step_time" in row]
     return {

@@ -20,7 +20,7 @@ The parts are in reference/training. In reading order:
     collect, advantages            completions with rewards, and how they compare in their group
     update/                        micro-batches, losses and optimiser steps
     evaluate, warm_start           accuracy on held-out questions; supervised start of --preset tiny
-    run/                           run directory, logs, curves, checkpoints, resuming, SIGTERM
+    run/                           run directory, logs, curves, checkpoints, resuming, Ctrl-C
     distributed, guards, errors    several processes; values that are not finite, and memory; errors
 """
 
@@ -31,6 +31,11 @@ import os
 # Idle threads sleep: on a machine with other work, spinning made single steps 20 times slower.
 # PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped, exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals()  # the imports below take seconds
 
 import io
 import random
@@ -60,14 +65,13 @@ from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
-from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.plots import load_matplotlib, plot_dashboard
 from reference.training.run.progress import memory_gib, progress_bar
 from reference.training.run.resume import (
     find_checkpoint,
+    how_to_go_on,
     record_torchrun_run,
     resume_after_torchrun_restart,
-    resume_command,
 )
 from reference.training.run.run_directory import clear, lock_run_dir, save_json, save_policy
 from reference.training.run.run_log import RunLog, load_wandb, read_metrics, summary_table
@@ -98,26 +102,26 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # So that `| tee` shows progress, and characters beyond the encoding are escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        run(parse_command_line(arguments))
-        finish_distributed()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped before the end", file=sys.stderr)
-        return 130
-    except Stopped:
-        print("\nstopped by SIGTERM", file=sys.stderr)
-    except RuntimeError as error:
-        if not is_peer_lost(error):
-            raise
-        print("stopped because another rank has", file=sys.stderr)
-        return 1
+    with GracefulShutdown() as shutdown:
+        try:
+            run(parse_command_line(arguments), shutdown)
+            finish_distributed()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            if shutdown.is_first_rank:
+                print(f"\n{shutdown.next_step()}\nstopped by {stop}", file=sys.stderr)
+            return stop.exit_code
+        except RuntimeError as error:
+            if not is_peer_lost(error):
+                raise
+            print("stopped because another rank has", file=sys.stderr)
+            return 1
     return 0
 
 
-def run(config: TrainConfig) -> dict:
+def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
     """Train, evaluate or chat; return the content of summary.json."""
     from transformers.utils import logging  # it takes a second, for which --help does not wait
 
@@ -144,11 +148,7 @@ def run(config: TrainConfig) -> dict:
     load_matplotlib()
 
     config = resume_after_torchrun_restart(config, ranks)
-    with (
-        ranks.only_rank0_prints(),
-        lock_run_dir(config, ranks) as directory,
-        GracefulShutdown(ranks) as shutdown,
-    ):
+    with ranks.only_rank0_prints(), lock_run_dir(config, ranks) as directory:
         # Load the model; a model from scratch first learns from ground truths. Every rank reads the
         # checkpoints in rank 0's directory; the directories of the others are temporary.
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
@@ -167,25 +167,27 @@ def run(config: TrainConfig) -> dict:
         state = TrainingState(learner, order, config.as_json())
         if checkpoint is not None:
             state.load(checkpoint)
-        if config.resume is not None:
             print(f"{directory} goes on after step {state.step}")
-            if ranks.is_first:
-                checkpoints.truncate_logs(checkpoint)
 
         # Only now is an older run in this directory replaced.
+        shutdown.share(ranks)
+        shutdown.defer("the start")
         if config.overwrite:
             clear(directory, config.as_json())  # and write the new settings.json
+        if config.resume is not None and ranks.is_first:
+            checkpoints.restore_logs(checkpoint)
         record_torchrun_run(directory)
         trackers = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
         resumed_step = None if config.resume is None else state.step
         log = RunLog(directory, config.as_json(), **trackers, after=resumed_step)
+        shutdown.next_step = partial(how_to_go_on, config, checkpoints)
         try:
             with closing(log):
+                shutdown.raise_if_requested()
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
-        except (Stopped, KeyboardInterrupt, UserError):
-            if state.saved_step and ranks.is_first:
-                line = resume_command(config, directory)
-                print(f"\nto go on after step {state.saved_step}: {line}", file=sys.stderr)
+        except Exception:
+            if ranks.is_first and checkpoints.steps():
+                print(f"\n{shutdown.next_step()}", file=sys.stderr)
             raise
 
 
@@ -204,29 +206,34 @@ def train(
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
 
     # Metrics so far: those of the run that is resumed, or an evaluation before the first step.
-    history, evaluations = [], []
-    if state.step > 0:
-        so_far = read_metrics(directory) if policy.ranks.is_first else ([], [])
-        history, evaluations = policy.ranks.broadcast(so_far)
-    else:
-        evaluations.append({"step": 0, **evaluate(policy, task, config)})
-        log.evaluation(0, evaluations[0])
+    so_far = read_metrics(directory) if policy.ranks.is_first else ([], [])
+    history, evaluations = policy.ranks.broadcast(so_far)
     # The two lists grow, and each drawing shows what they then hold.
     title = f"{Path(config.model).name} on {config.task}"
     draw_curves = partial(plot_dashboard, directory / "curves.png", history, evaluations, title)
-    draw_curves()
-    print(ABOUT_THE_LOSS)
+
+    def evaluate_if_due() -> None:
+        """Evaluate before the first step and every --eval-every steps, but not twice."""
+        every, last = config.eval_every, evaluations[-1]["step"] if evaluations else None
+        is_due = state.step == 0 or (every and state.step % every == 0)
+        if is_due and state.step not in (last, config.steps):
+            evaluations.append({"step": state.step, **evaluate(policy, task, config)})
+            log.evaluation(state.step, evaluations[-1])
 
     try:
+        evaluate_if_due()
+        draw_curves()
+        state.save_if_due(checkpoints)
+        print(ABOUT_THE_LOSS)
         for step in (bar := progress_bar(state.step, config.steps, policy.ranks.is_first)):
-            # Sample and reward groups of completions. SIGTERM drops the step here; a resumed run
+            # Sample and reward groups of completions. A signal drops the step here; a resumed run
             # repeats it from the recorded state of the random generators.
-            state.record_rng()
+            state.record()
             started = time.perf_counter()
             rollouts = collect_rollouts(policy, task, sampler, state.order, config)
             rollout_time = time.perf_counter() - started
 
-            # From here to the end of the step SIGTERM has to wait.
+            # From here to the end of the step a signal has to wait.
             shutdown.defer()
 
             # Compare each completion with the others of its group. All ranks use rank 0's result,
@@ -252,35 +259,31 @@ def train(
                 "memory_gib": memory_gib(policy.device),
             }
             history.append(row)
-            log.step(row)
+            is_shown = (step - 1) % config.print_every == 0
+            group = examples(rollouts, advantages) if is_shown else []
+            log.step(row, group)
             shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
             bar.set_postfix(shown, refresh=False)
 
             # Show some completions.
-            if (step - 1) % config.print_every == 0:
-                group = examples(rollouts, advantages)
-                log.completions(step, group)
+            if is_shown:
                 first = f"{group[0]['question']!r} -> {group[0]['completion']!r}"
                 tqdm.write(f"step {step}: {first}, reward {group[0]['reward']:.1f}", sys.stdout)
 
+            # Save a checkpoint; stop here if a signal came during the step.
+            state.save_if_due(checkpoints, step_time)
+            shutdown.raise_if_requested()
+
             # Evaluate on held-out questions, and redraw the curves.
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                evaluations.append({"step": step, **evaluate(policy, task, config)})
-                log.evaluation(step, evaluations[-1])
+            evaluate_if_due()
             if step % config.dashboard_every == 0:
                 draw_curves()
 
-            # Save a checkpoint; stop here if SIGTERM came during the step.
-            every = config.checkpoint_every
-            if every and (step % every == 0 or step == config.steps):
-                state.try_save(checkpoints)
-            shutdown.raise_if_requested()
-
         save_policy(directory, policy, state.step)
         after = evaluate(policy, task, config)
-        shutdown.defer()  # the rest takes no longer than a step
+        shutdown.defer("the summary")
     except BaseException as error:
-        state.save_interrupted(error, checkpoints, shutdown, directory)
+        state.save_interrupted(error, checkpoints, shutdown, log)
         raise
 
     # Write the summary, and keep the last checkpoint only.
@@ -296,6 +299,7 @@ def train(
     print(summary_table(before, after, history))
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
+    shutdown.next_step = lambda: "the run is complete"
     shutdown.raise_if_requested()
     return summary
 

@@ -29,7 +29,6 @@ PRESETS = {
         warmup_steps=0,
         print_every=50,
         dashboard_every=100,
-        checkpoint_every=100,
         threads=1,  # matrices this small lose up to 20 times when shared between threads
     ),
     "llama-3.2-1b": TrainConfig(

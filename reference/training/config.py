@@ -182,9 +182,10 @@ class RunSettings:
     """New or empty directory for all output of the run. None: a new one in runs/."""
     overwrite: bool = False
     """Replace the run in --output-dir."""
-    checkpoint_every: int | None = 50
+    checkpoint_every: int | Literal["auto"] | None = "auto"
     """Save a checkpoint for --resume every so many steps and after the last. It takes three times
-    the size of the trained weights. None: only at SIGTERM."""
+    the size of the trained weights. auto: about every two minutes, and less often where saving
+    takes more than a tenth of the time. None: only when the run is interrupted."""
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, the newest ones. The end of the run keeps one."""
     resume: Path | None = None
@@ -300,7 +301,8 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
     def __post_init__(self) -> None:
         for name, minimum in MINIMA.items():
             value = getattr(self, name)
-            self._require(name, value is None or value >= minimum, f"at least {minimum}")
+            holds = value is None or value == "auto" or value >= minimum
+            self._require(name, holds, f"at least {minimum}")
         for name in POSITIVE:
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "a positive number")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reference.training.errors import UserError
-from reference.training.run.run_directory import report_write_errors
+from reference.training.run.run_directory import copy_mode, report_write_errors
 
 FORMAT = 2
 LOGS = ("metrics.jsonl", "completions.txt")  # a resumed run truncates them and appends
@@ -76,6 +76,7 @@ class Checkpoints:
                     save_file(dict(tensors[kind]), partial / f"{kind}.safetensors")
                 content = {"format": FORMAT, "lines": self._flush_logs(), **state}
                 (partial / "state.json").write_text(json.dumps(content), encoding="utf-8")
+                copy_mode(partial / "state.json")
                 files = {}
                 for path in sorted(partial.iterdir()):
                     _flush(path)
@@ -129,15 +130,20 @@ class Checkpoints:
         for leftover in self.directory.glob("*.partial"):  # of a run that was killed
             _remove(leftover)
 
-    def truncate_logs(self, checkpoint: Checkpoint | None) -> None:
-        """Remove what the run logged after the checkpoint; without a checkpoint, everything."""
+    def restore_logs(self, checkpoint: Checkpoint | None) -> None:
+        """Make the logs those of the checkpoint; without a checkpoint, remove them."""
+        state = {} if checkpoint is None else checkpoint.state
         for name in LOGS:
             path = self.run / name
-            size = 0 if checkpoint is None else checkpoint.state["lines"][name]
+            size = state["lines"][name] if state else 0
             if size == 0:
                 path.unlink(missing_ok=True)
             else:
                 os.truncate(path, size)
+            text = state.get("unwritten", {}).get(name)
+            if text:
+                with report_write_errors(path), path.open("ab") as file:
+                    file.write(text.encode("utf-8", errors="backslashreplace"))
 
     def _read(self, path: Path) -> Checkpoint:
         """Verify every file, the format and the logs, and raise Damaged if one is not right."""

@@ -1,57 +1,149 @@
-"""SIGTERM, by which schedulers end a job, as an exception between two training steps.
+"""Ctrl-C, and SIGTERM by which schedulers end a job, as an exception where nothing is lost.
+
+The first signal drops what can be repeated (loading, sampling, an evaluation) and waits for what
+cannot: the update of the weights and its log. A second Ctrl-C ends the process at once. The
+checkpoint that is being written is then absent.
 
 Several ranks stop together, after a step, since the signal reaches them at different moments.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from reference.training.distributed import SINGLE_PROCESS, Ranks
+if TYPE_CHECKING:  # torch is not imported here: `exit_on_signals` comes before that
+    from reference.training.distributed import Ranks
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
+NOTHING_TRAINED = "no step was trained: start with the same command again"
 
 
 class Stopped(BaseException):
-    """The process received SIGTERM.
+    """The process received Ctrl-C or SIGTERM.
 
     It is no Exception: samplers and rewards turn every Exception into a UserError.
     """
 
+    def __init__(self, number: int) -> None:
+        super().__init__(NAMES[signal.Signals(number)])
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
+
+
+def exit_on_signals() -> None:
+    """End the process with one line at Ctrl-C or SIGTERM, while there is nothing to save."""
+
+    def end(number: int, _) -> None:
+        _exit(f"stopped by {NAMES[signal.Signals(number)]}", EXIT_CODES[signal.Signals(number)])
+
+    for number in NAMES:
+        signal.signal(number, end)
+
 
 class GracefulShutdown:
-    """A context manager in which SIGTERM raises Stopped.
+    """A context manager in which Ctrl-C and SIGTERM raise Stopped.
 
-    It raises at once, or in `raise_if_requested` if the signal came after `defer`.
+    They raise at once, or in `raise_if_requested` if they came after `defer`.
+
+    Python calls a signal handler only between two bytecodes, of which a backward pass is one. A
+    thread therefore reads the signals too: it prints at once that the run stops, and ends the
+    process at the second Ctrl-C.
+
+    Attributes:
+        requested: the number of the signal that was received, or None.
+        next_step: returns a line for the user on how to go on.
     """
 
-    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
-        self._ranks, self.requested = ranks, False
-        self.is_deferred = ranks.size > 1  # a step is under way that has to be completed first
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self.next_step: Callable[[], str] = lambda: NOTHING_TRAINED
+        self._ranks: Ranks | None = None
+        self._deferred_to: str | None = None
 
     def __enter__(self) -> GracefulShutdown:
-        def receive(*_) -> None:
-            if self.requested:  # a second signal must not interrupt the shutdown
-                return
-            self.requested = True
-            if not self.is_deferred:
-                raise Stopped
-
+        self._previous = {}
         # Python delivers signals to the main thread only.
-        is_main = threading.current_thread() is threading.main_thread()
-        self._previous = signal.signal(signal.SIGTERM, receive) if is_main else None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in NAMES}
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._previous_fd = signal.set_wakeup_fd(
+                self._writer.fileno(), warn_on_full_buffer=False
+            )
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        if self._previous:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_fd)
+            self._writer.close()  # ends the thread
+            self._thread.join()
+            self._reader.close()
 
-    def defer(self) -> None:
-        """Complete what follows, up to `raise_if_requested`, before SIGTERM has an effect."""
-        self.is_deferred = True
+    @property
+    def is_first_rank(self) -> bool:
+        return self._ranks is None or self._ranks.is_first
+
+    def share(self, ranks: Ranks) -> None:
+        """From here on all ranks stop together, in `raise_if_requested`."""
+        self._ranks = ranks
+        self._allow()
+
+    def defer(self, to: str = "this step") -> None:
+        """Complete what follows, up to `raise_if_requested`, before a signal has an effect."""
+        self._deferred_to = to
+        # Stopped may have been lost: Python ignores what is raised in a destructor, and a reward
+        # may catch everything.
+        if self.requested is not None and (self._ranks is None or self._ranks.size == 1):
+            raise Stopped(self.requested)
 
     def raise_if_requested(self) -> None:
-        """Raise Stopped if any rank received SIGTERM in the meantime."""
-        self.is_deferred = self._ranks.size > 1
-        if any(self._ranks.all_gather(self.requested)):
-            self.requested, self.is_deferred = True, False
-            raise Stopped
+        """Raise Stopped if any rank received a signal in the meantime."""
+        self._allow()
+        requested = (
+            [self.requested] if self._ranks is None else self._ranks.all_gather(self.requested)
+        )
+        for number in requested:
+            if number is not None:
+                self.requested = number
+                raise Stopped(number)
+
+    def _allow(self) -> None:
+        several = self._ranks is not None and self._ranks.size > 1
+        self._deferred_to = "this step" if several else None
+
+    def _receive(self, number: int, _) -> None:
+        if self.requested is None:  # a second SIGTERM must not interrupt the shutdown
+            self.requested = number
+            if self._deferred_to is None:
+                raise Stopped(number)
+
+    def _watch(self) -> None:
+        """Print how the run stops; end the process at the second Ctrl-C."""
+        received: list[int] = []
+        while data := self._reader.recv(1):
+            number = data[0]
+            if number not in NAMES:  # of another handler
+                continue
+            received.append(number)
+            if received.count(signal.SIGINT) == 2:
+                _exit(f"stopped at once; {self.next_step()}", EXIT_CODES[signal.SIGINT])
+            if self.is_first_rank and (len(received) == 1 or number == signal.SIGINT):
+                when = f" after {self._deferred_to}" if self._deferred_to else ""
+                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                print(f"\nstopping{when}{again}", file=sys.stderr, flush=True)
+
+
+def _exit(line: str, code: int) -> None:
+    """End the process without unwinding: whatever hangs or is slow cannot hold it up."""
+    os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # print may wait for a lock
+    os._exit(code)

@@ -17,6 +17,7 @@ from reference.training.config import LOSS_SETTINGS, TrainConfig
 from reference.training.distributed import Ranks
 from reference.training.errors import UserError
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
+from reference.training.run.graceful_shutdown import NOTHING_TRAINED
 from reference.training.update.micro_batches import compares_tokens
 
 TORCHRUN_FILE = "torchrun"  # in the directory of a run: the torchrun process that started it
@@ -91,6 +92,7 @@ def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint
     checkpoint = checkpoints.latest()
     if checkpoint is None:
         check_settings_match(config, _read_settings(config.resume), 0)
+        print(f"{config.resume} has no checkpoint yet: it starts from step 1")
     else:
         check_settings_match(config, checkpoint.state["settings"], checkpoint.state["step"])
     return checkpoint
@@ -164,11 +166,15 @@ def _torchrun_process() -> str | None:
     return f"{name} {started:.2f}"
 
 
-def resume_command(config: TrainConfig, directory: Path) -> str:
-    """Return the command that resumes the run."""
-    settings = config.as_json()
+def how_to_go_on(config: TrainConfig, checkpoints: Checkpoints) -> str:
+    """Return the command that resumes the run, and after which step."""
+    settings, steps = config.as_json(), checkpoints.steps()
+    if not checkpoints.run.exists():  # it was new, and nothing was written into it
+        return NOTHING_TRAINED
     flags = _flags({name: settings[name] for name in COMMAND_LINE_ONLY if settings[name]})
-    return shlex.join(["python", "reference/train.py", "--resume", str(directory), *flags])
+    command = ["python", "reference/train.py", "--resume", str(checkpoints.run), *flags]
+    when = f"to go on after step {steps[-1]}" if steps else "no step is saved; to start it again"
+    return f"{when}: {shlex.join(command)}"
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

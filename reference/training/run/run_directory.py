@@ -174,6 +174,7 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            copy_mode(partial / "config.json")
             previous = directory / "model.before.partial"
             shutil.rmtree(previous, ignore_errors=True)
             if target.exists():
@@ -192,6 +193,13 @@ def save_policy(directory: Path, policy: Policy, steps: int) -> None:
     if policy.ranks.is_first:
         saved = save_model(directory, lora.merged(policy.model), policy.tokenizer, weights)
         print(f"\nthe model after {steps} steps: {saved}")
+
+
+def copy_mode(file: Path) -> None:
+    """Give the files beside this one its mode: safetensors lets only the owner read its files."""
+    for path in file.parent.iterdir():
+        if path.is_file():
+            shutil.copymode(file, path)
 
 
 def save_json(path: Path, content: dict) -> None:

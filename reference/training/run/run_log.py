@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +32,9 @@ class RunLog:
 
     Without the package tensorboard one printed line says what to install, and the run goes on.
 
+    Attributes:
+        unwritten: text by file name that could not be written.
+
     Args:
         after: the step after which a resumed run starts; TensorBoard hides older rows of later
             steps.
@@ -47,6 +51,7 @@ class RunLog:
     ) -> None:
         settings = json.loads(json.dumps(settings, default=str))  # paths become strings
         self.directory, self.wandb_run, self.writer = directory, None, None
+        self.unwritten: dict[str, str] = {}
         if wandb:
             package = load_wandb()
             try:
@@ -70,16 +75,29 @@ class RunLog:
                 self.writer = SummaryWriter(str(directory), flush_secs=10, purge_step=purge)
         save_json(directory / "settings.json", settings)
 
-    def step(self, row: Mapping[str, float | None]) -> None:
-        """Log the metrics of the training step row["step"]; JSON has null for NaN and infinity."""
+    def step(self, row: Mapping[str, float | None], examples: Sequence[Mapping] = ()) -> None:
+        """Log the metrics of the training step row["step"], and some of its completions.
+
+        JSON has null for NaN and infinity. The completions of one question stand side by side. Each
+        example has `question`, `answer`, `completion`, `rewards` by name and `advantage`; an answer
+        or a reward may be None.
+        """
         numbers = {
             name: value if isinstance(value, int) else float(value)
             for name, value in row.items()
             if value is not None and math.isfinite(value)
         }
         line = json.dumps(dict.fromkeys(row) | numbers, allow_nan=False)
-        _append(self.directory / "metrics.jsonl", line + "\n")
         step = numbers.pop("step")
+        texts = {"metrics.jsonl": line + "\n"}
+        if examples:
+            texts["completions.txt"] = describe_completions(int(step), examples)
+        # A checkpoint of this step has to know all of its text, even if the first file fails.
+        for name, text in texts.items():
+            self.unwritten[name] = self.unwritten.get(name, "") + text
+        for name in list(self.unwritten):
+            _append(self.directory / name, self.unwritten[name])
+            del self.unwritten[name]
         if self.writer is not None:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, step)
@@ -90,14 +108,6 @@ class RunLog:
         """Log metrics of the held-out questions after `step` training steps."""
         named = {f"eval/{name}": value for name, value in metrics.items() if name != "step"}
         self.step({"step": step, **named})
-
-    def completions(self, step: int, examples: Sequence[Mapping]) -> None:
-        """Log sampled completions of a step, those of one question side by side.
-
-        Each example has `question`, `answer`, `completion`, `rewards` by name and `advantage`; an
-        answer or a reward may be None.
-        """
-        _append(self.directory / "completions.txt", describe_completions(step, examples))
 
     def close(self) -> None:
         if self.writer is not None:
@@ -113,7 +123,8 @@ def load_wandb() -> ModuleType:
 
 def read_metrics(directory: Path) -> tuple[list[dict], list[dict]]:
     """Read metrics.jsonl: the rows of the steps, and those of the evaluations, as logged."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     steps, evaluations = [], []
     for row in map(json.loads, lines):
         named = {name.removeprefix("eval/"): value for name, value in row.items()}
@@ -152,9 +163,13 @@ def _labelled(label: str, text: str, indent: str = " " * 10) -> list[str]:
 
 
 def _append(path: Path, text: str) -> None:
+    """Append a text completely or not at all."""
     data = text.encode("utf-8", errors="backslashreplace")
+    size = path.stat().st_size if path.exists() else 0
     with report_write_errors(path), path.open("ab", buffering=0) as file:
         if file.write(data) < len(data):
+            with suppress(OSError):
+                os.truncate(path, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -13,7 +13,6 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from reference.training.distributed import full_tensor, shard_like
-from reference.training.errors import UserError
+from reference.training.errors import UserError, one_line
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.run_directory import save_policy
+from reference.training.run.run_log import RunLog
 from reference.training.update.learner import Learner
+
+# --checkpoint-every auto: seconds that a kill may cost, and the least ratio of the time between two
+# checkpoints to the time that one takes.
+MAX_LOSS = 120.0
+MIN_RATIO = 10.0
 
 
 class TrainingState:
@@ -33,23 +38,34 @@ class TrainingState:
 
     Attributes:
         step: the last complete step, 0 before the first.
-        saved_step: the step of the last checkpoint, 0 if there is none.
+        saved_step: the step of the last checkpoint, None if there is none.
+        is_between_steps: the weights are those after `step`.
     """
 
     def __init__(self, learner: Learner, order: random.Random, settings: Mapping[str, Any]) -> None:
         self.learner, self.order, self.settings = learner, order, settings
-        self.step, self.saved_step, self.tokens_seen = 0, 0, 0
-        self._started = time.perf_counter()
+        self.step, self.tokens_seen = 0, 0
+        self.saved_step: int | None = None
+        self.is_between_steps = True
+        self._started = self._saved_at = time.perf_counter()
+        self._save_seconds = 0.0
         self._frozen_digest = digest_frozen_weights(learner.policy.model)
-        self.record_rng()
+        self._has_reference = learner.reference_policy is not None
+
+        def weights_change(*_) -> None:
+            self.is_between_steps = False
+
+        learner.optimizer.register_step_pre_hook(weights_change)
+        self.record()
 
     @property
     def elapsed(self) -> float:
         """Seconds of training, including those before the run was resumed."""
         return time.perf_counter() - self._started
 
-    def record_rng(self) -> None:
-        """Record the random state at the start of a step, for a checkpoint if it is abandoned."""
+    def record(self) -> None:
+        """Record what a step changes before the weights, for a checkpoint if it is abandoned."""
+        self._learner = self.learner.state_dict()
         device = self.learner.policy.device
         self._rng = {"cpu": torch.get_rng_state()}
         if device.type != "cpu":
@@ -66,55 +82,102 @@ class TrainingState:
         """Count a complete step."""
         self.step += 1
         self.tokens_seen += tokens
-        self.record_rng()
+        self.is_between_steps = True
+        self.record()
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint on the first rank; every rank must call this."""
-        ranks, tensors, failed = self.learner.policy.ranks, self.tensors(), None
-        if ranks.is_first:
-            try:
-                checkpoints.save(self.step, self.state_dict(), tensors)
-            except UserError as error:
-                failed = error
-        failed = ranks.broadcast(failed)
-        if failed is not None:
-            raise failed
-        self.saved_step = self.step
+    def save_if_due(self, checkpoints: Checkpoints, step_time: float = 0.0) -> None:
+        """Save as --checkpoint-every says, or print why it failed: ending the run loses more.
 
-    def try_save(self, checkpoints: Checkpoints) -> None:
-        """Save, or print why it failed: ending the run would lose more."""
+        auto: save before the time since the last checkpoint, plus that of another step and of a
+        checkpoint, exceeds MAX_LOSS.
+        """
+        every = self.learner.config.checkpoint_every
+        if every is None or self.step == self.saved_step:
+            return
+        if every == "auto":
+            waited = time.perf_counter() - self._saved_at
+            is_due = waited + step_time + self._save_seconds > MAX_LOSS
+            is_due = is_due and waited > MIN_RATIO * self._save_seconds
+            is_due = self.learner.policy.ranks.broadcast(is_due)  # by rank 0's clock
+        else:
+            is_due = self.step > 0 and self.step % every == 0
+        if not is_due and self.step < self.learner.config.steps:
+            return
         try:
             self.save(checkpoints)
         except UserError as error:
             last = f"the last one is of step {self.saved_step}"
-            last = last if self.saved_step else "there is none"
+            last = "there is none" if self.saved_step is None else last
             print(f"\nno checkpoint of step {self.step}: {error}; {last}", file=sys.stderr)
+
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        unwritten: Mapping[str, str] | None = None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Write a checkpoint on the first rank; every rank must call this, unless it is `alone`.
+
+        Args:
+            unwritten: text by file that the logs of this step lack.
+        """
+        started, tensors, failed = time.perf_counter(), self.tensors(), None
+        ranks = self.learner.policy.ranks
+        if ranks.is_first:
+            state = self.state_dict() | ({"unwritten": dict(unwritten)} if unwritten else {})
+            try:
+                checkpoints.save(self.step, state, tensors)
+            except UserError as error:
+                failed = error
+        if not alone:
+            failed = ranks.broadcast(failed)
+        self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - started
+        if failed is not None:
+            raise failed
+        self.saved_step = self.step
 
     def save_interrupted(
         self,
         error: BaseException,
         checkpoints: Checkpoints,
         shutdown: GracefulShutdown,
-        directory: Path,
+        log: RunLog,
     ) -> None:
-        """Save a checkpoint if the run was stopped between two steps, and the model if possible."""
-        policy = self.learner.policy
+        """Save a checkpoint of the last complete step, and the model, before the run ends.
+
+        A signal stops all ranks, which then save together. An error may have stopped this rank
+        alone: then the first rank saves what needs no other rank.
+        """
+        config, ranks = self.learner.config, self.learner.policy.ranks
+        stopped = isinstance(error, Stopped)
+        together = stopped or ranks.size == 1
+        # A reference policy is missing if memory ran out when it was refreshed.
+        is_complete = self._has_reference == (self.learner.reference_policy is not None)
+        is_newer = self.step > (self.saved_step or 0)
+        if shutdown.requested is None:
+            shutdown.defer("saving")
         try:
-            stopped = isinstance(error, Stopped | KeyboardInterrupt) and not shutdown.is_deferred
-            if stopped and self.step > self.saved_step:
-                self.save(checkpoints)
-        finally:
-            # Several ranks save a model together: only if all of them were stopped.
-            if self.step > 0 and (policy.ranks.size == 1 or isinstance(error, Stopped)):
-                save_policy(directory, policy, self.step)
+            try:
+                if is_newer and is_complete and self.is_between_steps:
+                    if together or (ranks.is_first and config.parallel == "ddp"):
+                        self.save(checkpoints, log.unwritten, alone=not together)
+            finally:
+                if self.step > 0 and together:
+                    save_policy(log.directory, self.learner.policy, self.step)
+        except Exception as failed:
+            if stopped:
+                raise
+            print(f"\nsaving after the error failed: {one_line(failed)}", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the part of the state that is JSON, as of the last `record_rng`."""
+        """Return the part of the state that is JSON, as of the last `record`."""
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self.elapsed,
-            "learner": self.learner.state_dict(),
+            "learner": self._learner,
             "random": self._random,
             "settings": self.settings,
             "frozen": self._frozen_digest,
@@ -189,7 +252,7 @@ class TrainingState:
         torch.set_rng_state(rng["cpu"])
         if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(rng[device.type])
-        self.record_rng()
+        self.record()
 
 
 def versions() -> dict[str, str]:

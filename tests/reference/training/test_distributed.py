@@ -133,14 +133,15 @@ def test_signal_during_the_stop_collective_is_deferred():
     class Pair:
         """Two ranks: the other was asked to stop, this one is during the collective."""
 
-        size, calls = 2, 0
+        size, is_first, calls = 2, True, 0
 
         def all_gather(self, value):
             signal.raise_signal(signal.SIGTERM)  # in the midst of a collective
             self.calls += 1
-            return [True, value]
+            return [signal.SIGTERM, value]
 
-    with GracefulShutdown(ranks := Pair()) as shutdown:
+    with GracefulShutdown() as shutdown:
+        shutdown.share(ranks := Pair())
         with pytest.raises(Stopped):
             shutdown.raise_if_requested()
         assert ranks.calls == 1

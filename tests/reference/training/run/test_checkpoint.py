@@ -154,14 +154,14 @@ def test_full_disk_leaves_earlier_checkpoints(saved, owner, name, fault, monkeyp
     assert saved.latest().state["step"] == 4
 
 
-def test_truncate_logs_removes_later_lines(saved):
+def test_restore_logs_removes_later_lines(saved):
     with (saved.run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 5}\n{"st')
     (saved.run / "completions.txt").write_text("step 5")
-    saved.truncate_logs(saved.latest())
+    saved.restore_logs(saved.latest())
     assert (saved.run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert not (saved.run / "completions.txt").exists()
-    saved.truncate_logs(None)
+    saved.restore_logs(None)
     assert not (saved.run / "metrics.jsonl").exists()
 
 

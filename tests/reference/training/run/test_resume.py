@@ -131,28 +131,34 @@ def whole(tmp_path_factory, tiny_model):
 
 
 @pytest.mark.parametrize(("owner", "name"), [(train, "collect_rollouts"), (Learner, "step")])
-def test_sigterm_saves_and_exits_0(tmp_path, tiny_model, whole, owner, name, monkeypatch, capsys):
-    """SIGTERM drops a step that is sampling and completes a step that is learning."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signal_saves(tmp_path, tiny_model, whole, owner, name, number, code, monkeypatch, capsys):
+    """A signal drops a step that is sampling and completes a step that is learning."""
     original, calls = getattr(owner, name), []
 
-    def terminated(*arguments):
+    def stopped(*arguments):
         found = original(*arguments)
         calls.append(name)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return found
 
+    before = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, terminated)
+        patch.setattr(owner, name, stopped)
         flags = ["--model", tiny_model, "--steps", "4", "--checkpoint-every", "None"]
-        assert tiny(tmp_path / "run", *flags) == 0
+        assert tiny(tmp_path / "run", *flags) == code
     saved = {"collect_rollouts": 2, "step": 3}[name]
     assert steps(tmp_path / "run") == [saved]
     said = capsys.readouterr().err
     line = f"python reference/train.py --resume {tmp_path / 'run'}"
-    assert f"to go on after step {saved}: {line}\n" in said and "stopped by SIGTERM\n" in said
+    by = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert f"to go on after step {saved}: {line}\n" in said and f"stopped by {by}\n" in said
+    when = {"collect_rollouts": "", "step": " after this step"}[name]
+    again_stops = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+    assert f"stopping{when}{again_stops}\n" in said
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
     assert again(tmp_path / "run") == 0
     assert left_by(tmp_path / "run") == whole
 
@@ -197,19 +203,75 @@ def test_sigterm_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, cap
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_ctrl_c_exits_130_and_prints_the_resume_command(tmp_path, tiny_model, monkeypatch, capsys):
-    original = train.collect_rollouts
+def test_signal_that_a_reward_catches_stops_after_sampling(tmp_path, tiny_model, whole, capsys):
+    source = tmp_path / "catches.py"
+    source.write_text(
+        "import os, signal\n"
+        "def zero(completions, **_):\n"
+        "    try:\n"
+        f"        if os.path.exists({str(tmp_path / 'now')!r}):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except:\n"
+        "        pass\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    flags = ["--model", tiny_model, "--steps", "2", "--reward", f"{source}:zero"]
+    assert tiny(tmp_path / "run", *flags) == 0
+    (tmp_path / "now").touch()
+    assert again(tmp_path / "run", "--steps", "4", "--reward", f"{source}:zero") == 130
+    assert steps(tmp_path / "run") == [2]
+    assert "to go on after step 2" in capsys.readouterr().err
 
-    def interrupted(policy, task, sampler, order, config):
-        found = original(policy, task, sampler, order, config)
-        if steps(tmp_path):
-            raise KeyboardInterrupt
-        return found
 
-    monkeypatch.setattr(train, "collect_rollouts", interrupted)
-    assert tiny(tmp_path, "--model", tiny_model, "--steps", "4", "--checkpoint-every", "1") == 130
+@pytest.mark.parametrize("moment", ["warm_start", "evaluate"])
+def test_signal_before_the_first_step_says_how_to_start_again(
+    tmp_path, whole, tiny_model, moment, monkeypatch, capsys
+):
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    flags = [] if moment == "warm_start" else ["--model", tiny_model]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, moment, stopped)
+        assert tiny(tmp_path / "run", *flags, "--steps", "4") == 130
+    assert not (tmp_path / "run").exists()
     said = capsys.readouterr().err
-    assert f"to go on after step 1: python reference/train.py --resume {tmp_path}\n" in said
+    assert "no step was trained: start with the same command again\nstopped by Ctrl-C\n" in said
+
+
+def test_signal_in_the_first_step_resumes_from_the_beginning(
+    tmp_path, whole, tiny_model, monkeypatch, capsys
+):
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collect_rollouts", stopped)
+        assert tiny(tmp_path, "--model", tiny_model, "--steps", "4") == 130
+    line = f"no step is saved; to start it again: python reference/train.py --resume {tmp_path}\n"
+    assert line in capsys.readouterr().err
+    assert again(tmp_path) == 0
+    assert f"{tmp_path} has no checkpoint yet: it starts from step 1\n" in capsys.readouterr().out
+    assert left_by(tmp_path) == whole
+
+
+def test_evaluation_that_was_dropped_is_made_up_for(tmp_path, tiny_model, monkeypatch):
+    flags = ["--model", tiny_model, "--steps", "3", "--eval-every", "2"]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    original, calls = train.evaluate, []
+
+    def stopped(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", stopped)
+        assert tiny(tmp_path / "run", *flags) == 0
+    assert steps(tmp_path / "run") == [2]
+    assert again(tmp_path / "run") == 0
+    assert left_by(tmp_path / "run") == left_by(tmp_path / "whole")
 
 
 def test_damaged_checkpoint_is_skipped_and_replaced(
@@ -308,7 +370,9 @@ def test_cache_dir_of_a_run_is_ignored(tmp_path, started):
     (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
     assert load_settings(tmp_path).cache_dir is None
     config = parse_command_line(["--resume", str(tmp_path), "--cache-dir", "mine"])
-    assert resume.resume_command(config, tmp_path).endswith(f"--resume {tmp_path} --cache-dir mine")
+    assert resume.how_to_go_on(config, checkpoint.Checkpoints(tmp_path, 1)).endswith(
+        f"--resume {tmp_path} --cache-dir mine"
+    )
 
 
 @pytest.mark.parametrize(

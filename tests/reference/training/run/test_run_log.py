@@ -68,8 +68,7 @@ def test_evaluation_is_a_separate_line_with_names_under_eval(tmp_path):
 def test_later_log_appends_to_the_same_files(tmp_path):
     for step in (1, 2):
         log = RunLog(tmp_path, {}, tensorboard=False)
-        log.step({"step": step})
-        log.completions(step, [example("12")])
+        log.step({"step": step}, [example("12")])
         log.close()
     assert [row["step"] for row in lines(tmp_path)] == [1, 2]
     assert (tmp_path / "completions.txt").read_text().count("answer:   12") == 2
@@ -97,8 +96,8 @@ def test_each_line_and_each_block_of_completions_is_one_write(tmp_path, monkeypa
     log = RunLog(tmp_path, {}, tensorboard=False)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda *args, **more: Recorder(opened(*args, **more)))
-        log.step({"step": 1} | {f"metric/{i}": i / 7 for i in range(2_000)})
-        log.completions(1, [example("word " * 200) for _ in range(200)])
+        row = {"step": 1} | {f"metric/{i}": i / 7 for i in range(2_000)}
+        log.step(row, [example("word " * 200) for _ in range(200)])
     sizes = [(tmp_path / name).stat().st_size for name in ("metrics.jsonl", "completions.txt")]
     assert written == sizes and min(sizes) > 20_000
 
@@ -249,7 +248,7 @@ def test_long_completion_is_cut_in_the_middle():
 
 def test_control_characters_in_completions_are_escaped(tmp_path):
     log = RunLog(tmp_path, {}, tensorboard=False)
-    log.completions(1, [example("\x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六")])
+    log.step({"step": 1}, [example("\x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六")])
     text = (tmp_path / "completions.txt").read_text(encoding="utf-8")
     assert r"| \x1b[2Ja\rb\tc\u2028d\ud800e 7 × 8 = 五十六" in text
 
