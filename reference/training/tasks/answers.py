@@ -1,21 +1,242 @@
-"""Find the final answer in a completion and compare it with the ground truth."""
+"""Compare the final answer of a completion with the ground truth, as a person would.
+
+The ground truth decides how it is compared:
+
+* Numbers by value, in any notation: 1,234, 1/2, 1e5, 1.5 million. Units that both name must be the
+  same (5 km is 5000 m); a bare number is right for any unit. 50% is right for 50% and 0.5, and the
+  bare 50 is right for 50%. A number may differ in the seventh decimal place where one is endless.
+* Yes and no by their meaning, in several languages; one letter as a choice: "(B) Paris" for B.
+* Dates and times in any notation; all other codes as text.
+* Lists by their items: (1, 2) and [1, 2] in order, {1, 2} and the bare 1, 2 in any order.
+* Words without case, accents, articles, quotes and punctuation at the end.
+* Everything else that has operators or LaTeX commands as mathematics, by math-verify.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import unicodedata
-from decimal import Decimal
+from datetime import datetime
 
-from reference.training.errors import import_package
+from reference.training.errors import UserError
+from reference.training.tasks import math_judge
+from reference.training.tasks.final_answer import (
+    LONGEST,
+    TAIL,
+    boxed,
+    final_number,
+    last_line,
+    marked_text,
+    readings,
+    strip_token,
+    tagged,
+)
+from reference.training.tasks.plain_text import fold, plain, plain_characters
+from reference.training.tasks.quantities import Quantity, parse_quantity
 
-_NUMBER = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?"
-_NUMBERS = re.compile(_NUMBER)
-_HASHES = re.compile(rf"####[ \t]*\$?({_NUMBER})[ \t]*\.?[ \t]*$", re.MULTILINE)
-_HASHES_LINE = re.compile(rf"####[ \t]*({_NUMBER})")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# Matches an answer that is one number, such as "1,024", but not the pair "3,4".
-_PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt)\b)[^\W\d_]{3,}")
+__all__ = ["answer_is", "boxed", "is_number", "last_line", "last_line_is", "last_number"]
+__all__ += ["mentions", "number_is", "tagged"]
+
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_PLAIN_NUMBER = re.compile(rf"[-+−]?{_DIGITS}")
+_SIGNED = re.compile(rf"(?:(?<![\w)])-)?{_DIGITS}")
+_POLARITY: dict[str, bool] = dict.fromkeys(
+    "yes true correct sí si oui ja sim да はい 是 네 예".split(), True
+)
+_POLARITY |= dict.fromkeys(
+    "no false incorrect non nein não нет いいえ 不是 否 아니요".split(), False
+)
+_CHOICE = re.compile(
+    r"(?i:(?:the )?(?:correct |right |final )?(?:(?:answer|option|choice|letter)\b(?: is)?:? ?)?)"
+    r"(?P<open>[(\[]?)(?P<letter>[A-Za-z])(?:[)\]]+|[.:](?=\s|$)|,(?=\s)|(?=\s-\s)|$"
+    r"|(?=\s(?:because|since|as|is (?:the )?(?:correct|right))\b))\s*(?P<text>.*)",
+    re.DOTALL,
+)
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\b)[^\W\d_]{3,}")
+_FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y")
+_FORMATS += ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M%p", "%I %p", "%I%p")
+_LATEX = {"π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm "}
+_LATEX |= {"∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "×": "\\times ", "·": "\\cdot ", "**": "^"}
+_LATEX |= {">=": "\\ge ", "<=": "\\le "}
+
+
+def answer_is(completion: str, answer: str) -> bool:
+    """Test if the final answer of a completion is right, as a person would."""
+    completion, answer = completion[-LONGEST:].strip(), answer.strip()
+    if completion == answer:
+        return True
+    truth = plain(answer).strip()
+    if (right := parse_quantity(truth)) is not None:
+        number = final_number(completion)
+        if isinstance(number, Quantity) and number.equals(right):
+            return True
+        # "3,5" may be a list, too.
+        if "," not in truth or is_number(truth):
+            is_formula = isinstance(number, str) and re.search(r"[\\^√*!]", number) is not None
+            return is_formula and _has_math_verify() and _mathematics_is([str(number)], answer)
+    texts = list(dict.fromkeys(text for text in readings(completion) if text.strip()))
+    if (polarity := _POLARITY.get(fold(truth).rstrip("."))) is not None:
+        said = (_polarity(text) for text in texts)
+        return next((value for value in said if value is not None), None) is polarity
+    if choice := re.fullmatch(r"[(\[]?([A-Z])[)\].:]*(?:(?<=[).:])\s+(\S.*))?", truth):
+        return _choice_is(texts, choice[1], choice[2])
+    if any(_same(text, truth) for text in texts):
+        return True
+    if re.search(r"\d", truth) and " " not in truth:
+        codes = [token for token in plain(completion[-TAIL:]).split() if re.search(r"\d", token)]
+        if codes and _key(strip_token(codes[-1])) == _key(truth):
+            return True
+    if not _is_mathematics(truth):
+        return False
+    if not _has_math_verify():
+        raise UserError(
+            f"comparing with the answer {answer!r} needs the package math-verify: "
+            'pip install "grpo_kernels[tasks]"'
+        )
+    marked = marked_text(completion)
+    candidates = [marked] if marked else [completion[-TAIL:], last_line(completion), *texts]
+    return _mathematics_is(candidates, answer)
+
+
+def _polarity(reading: str) -> bool | None:
+    """Read yes or no from the first word, as in "No, because"."""
+    words = re.findall(r"[^\W\d_]+|/", fold(reading))
+    while words and words[0] in ("so", "thus", "therefore", "hence", "well", "it", "is"):
+        words = words[1:]
+    if len(words) > 2 and words[1] in ("or", "and", "/") and words[2] in _POLARITY:
+        return None
+    return _POLARITY.get(words[0]) if words else None
+
+
+def _choice_is(texts: list[str], letter: str, text: str | None) -> bool:
+    """Test if the first reading that chooses a letter chooses this one, or gives its text."""
+    for reading in texts:
+        found = _CHOICE.fullmatch(reading.strip())
+        if found is None or (found["letter"].islower() and found["text"] and not found["open"]):
+            continue
+        if re.match(r"(?:or |and |/ ?)?[(\[]?[A-Z]\b(?![.'’]?\w)", found["text"]):
+            return False  # "A, B" or "A) or B)"
+        if found["letter"].upper() != letter:
+            return False
+        reason = re.match(r"because|since|as\b|is\b|$", found["text"])
+        return text is None or reason is not None or _key(text) in _key(found["text"])
+    return text is not None and any(_same(reading, text) for reading in texts)
+
+
+def _same(text: str, truth: str) -> bool:
+    """Test if two plain texts are the same number, date, list or words."""
+    if _key(text) == _key(truth):
+        return True
+    numbers = parse_quantity(text), parse_quantity(truth)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0].equals(numbers[1])
+    if (moment := _moment(truth)) is not None:
+        return _moment(text) == moment
+    digits = [re.sub(r"[-+() ]", "", x) for x in (text.rstrip("."), truth)]
+    if digits[0] == digits[1] and digits[1].isdigit() and len(digits[1]) >= 7:
+        return True
+    (its_kind, its), (kind, items) = _items(text), _items(truth)
+    if len(items) < 2 or len(its) != len(items):
+        return False
+    if its_kind != kind and its_kind and kind and "{}" not in (its_kind, kind):
+        return False
+    if {kind, its_kind} <= {"", "{}"}:
+        its = its.copy()
+        for item in items:
+            match = next((other for other in its if _same(other, item)), None)
+            if match is None:
+                return False
+            its.remove(match)
+        return True
+    return all(map(_same, its, items))
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    """Split a list at its commas and at "and"; return its brackets, too."""
+    text = re.sub(r"^.{0,3}(?:=|∈)(?=[(\[{])", "", text.strip(" .\n"))
+    kind = text[:1] + text[-1:] if re.fullmatch(r"[(\[{][^()\[\]{}]*[)\]}]", text) else ""
+    if kind:
+        return kind, [item.strip() for item in text[1:-1].split(",")]
+    items = re.split(r",\s+(?:and|or|und|et|y)\s+|\s+(?:and|or|und|et|y)\s+|[,;]", text)
+    if len({item.partition("=")[0].strip() for item in items if "=" in item}) == 1:
+        items = [item.rpartition("=")[2] for item in items]
+    return kind, [item.strip() for item in items]
+
+
+def _moment(text: str) -> datetime | None:
+    """Read a date or a time of the day."""
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|,|\bof\b|\.$", "", text.strip())
+    text = re.sub(r"\b([ap])\.?m\b\.?", r"\1m", text, flags=re.IGNORECASE)
+    if len(text) > 30 or not re.search(r"\d", text):
+        return None
+    for layout in _FORMATS:
+        try:
+            return datetime.strptime(" ".join(text.split()), layout)
+        except ValueError:
+            continue
+    return None
+
+
+def _key(text: str) -> str:
+    """Reduce words and codes to what must agree."""
+    text = fold(plain(text)).replace('"', "").replace("&", " and ").strip().strip("'*")
+    text = text.rstrip(".!? \n").removesuffix("です").removesuffix("입니다")
+    text = re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", " ", text)
+    text = re.sub(r"^(?:the|an?)\s+(?=\S\S)", "", text)
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"[_{}]", "", text))
+    return " ".join(text.split())
+
+
+def _is_mathematics(text: str) -> bool:
+    """Test if a plain text is a formula: it has operators and no words, nor letters like H2O."""
+    if re.search(r"[\\√π∞≤≥≠±∪∩∈]", text):
+        return True
+    if _WORD.search(text) or re.search(r"[A-Z][a-z]|[A-Z]_?\{?\d|[a-z]\d|\d[A-Z]|:", text):
+        return False
+    return re.search(r"[\w)}][=^+*<>!][\w(){\-]|\d[a-z(]|[a-z)][-/(]|[-/(][a-z]", text) is not None
+
+
+def _mathematics_is(candidates: list[str], answer: str) -> bool:
+    formulas = [part for text in candidates for part in (*_formulas(text), text)]
+    formulas = [_latex(text) for text in formulas if not _WORD.search(re.sub(r"\\\w+", "", text))]
+    try:
+        return math_judge.is_equal(list(dict.fromkeys(filter(None, formulas))), _latex(answer))
+    except OSError as error:
+        raise UserError(f"comparing with the answer {answer!r} failed: {error}") from None
+
+
+def _formulas(text: str) -> list[str]:
+    """Find the last formula between delimiters."""
+    found = re.findall(r"\$([^$\n]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]", text, re.DOTALL)
+    return ["".join(groups) for groups in found[-1:]]
+
+
+def _latex(text: str) -> str:
+    """Write an expression as LaTeX without delimiters."""
+    text = plain_characters(text).strip().rstrip(".").strip("$`* \n")
+    text = re.sub(r"^\\[(\[]|\\[)\]]$", "", text).strip()
+    for sign, command in _LATEX.items():
+        text = text.replace(sign, command)
+    text = re.sub(r"√(\w)|(?:√|\\?sqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\^\(([^()]*)\)", r"^{\1}", text)
+    return re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])", r"\\\1", text)
+
+
+def _has_math_verify() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def number_is(completion: str, answer: str) -> bool:
+    """Test if the final number of a completion has the value of the answer, which is a number."""
+    number, right = final_number(completion[-LONGEST:]), parse_quantity(plain(answer))
+    return isinstance(number, Quantity) and right is not None and number.equals(right)
+
+
+def last_line_is(completion: str, answer: str) -> bool:
+    """Test if the last line is "#### " and the number, as in the solutions of GSM8K."""
+    line = plain_characters(last_line(completion[-LONGEST:]))
+    match = re.fullmatch(rf"####[ \t]*({_PLAIN_NUMBER.pattern})", line)
+    return match is not None and number_is(match[1], answer)
 
 
 def last_number(text: str) -> str | None:
@@ -23,101 +244,24 @@ def last_number(text: str) -> str | None:
 
     "1,024" is one number, "12.5" is not 5, and the sign of "7-5" is not part of a number.
     """
-    numbers = _NUMBERS.findall(text)
-    return numbers[-1].replace(",", "") if numbers else None
-
-
-def last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2].strip()
-
-
-def tagged(text: str) -> str | None:
-    """Find the text in the last pair of <answer> tags."""
-    found = _TAGGED.findall(text)
-    return found[-1].strip() if found else None
-
-
-def boxed(text: str) -> str | None:
-    """Find the text in the last \\boxed{}; it may have braces of its own."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
-    return None
-
-
-def number_is(completion: str, answer: str) -> bool:
-    """Test if the final number has the value of the answer, which is a number.
-
-    The final number is the one after "####" at the end of a line, else in \\boxed{}, else in
-    <answer> tags, else the last one in the text.
-    """
-    text = completion.strip()
-    for part in (*_HASHES.findall(text)[-1:], boxed(text), tagged(text), text):
-        if part is not None and (number := last_number(part)) is not None:
-            return _value(number) == _value(answer)
-    return False
-
-
-def last_line_is(completion: str, answer: str) -> bool:
-    """Test if the last line is "#### " and the number, as in the solutions of GSM8K."""
-    match = _HASHES_LINE.fullmatch(last_line(completion))
-    return match is not None and _value(match[1]) == _value(answer)
-
-
-def answer_is(completion: str, answer: str) -> bool:
-    """Test if the final answer of a completion is right: a number, mathematics or words.
-
-    Numbers are compared by value, words without case, accents and a full stop. Other mathematics is
-    compared by math-verify, for which 1/2 is \\frac{1}{2}.
-    """
-    if completion.strip() == answer:
-        return True
-    if is_number(answer):
-        return number_is(completion, answer)
-    marked = boxed(completion) or tagged(completion)
-    candidates = [marked] if marked else [completion.strip(), last_line(completion)]
-    # Mathematics has digits, signs or LaTeX and no words: "x^2 + 1", not "Apollo 11" nor "B".
-    if re.search(r"[\d\\=+*/^<>-]", answer) is None or _WORD.search(answer):
-        return _normalize(answer) in map(_normalize, candidates)
-    if answer in candidates:
-        return True
-    math_verify = import_package(
-        "math_verify",
-        f"comparing with the answer {answer!r} needs the package math-verify: "
-        'pip install "grpo_kernels[tasks]"',
-    )
-
-    def parse(text: str) -> list:
-        """Mark a bare text as mathematics: of "x + 1" math-verify would read only the 1."""
-        is_marked = "$" in text or "\\(" in text or "\\[" in text
-        return math_verify.parse(text if is_marked else f"${text}$")
-
-    gold = parse(answer)
-    return any(math_verify.verify(gold, parse(candidate)) for candidate in candidates)
+    numbers = _SIGNED.findall(plain(text[-TAIL:]))
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
 
 
 def mentions(text: str, answer: str) -> bool:
     """Test if the answer occurs in the text: a number by its value, words as whole words."""
+    text = plain(text[-LONGEST:])
     if is_number(answer):
-        numbers = (number.replace(",", "") for number in _NUMBERS.findall(text))
-        return any(_value(number) == _value(answer) for number in numbers)
-    words = re.escape(_normalize(answer))
-    return re.search(rf"(?<!\w){words}(?!\w)", _normalize(text)) is not None
+        right = parse_quantity(plain(answer))
+        numbers = (parse_quantity(strip_token(part)) for part in re.split(r"[\s=]", text))
+        return any(number and right and number.equals(right) for number in numbers)
+    words = _key(answer)
+    # Scripts without spaces between words have no borders to test.
+    start, end = (r"\b" if x.isalnum() and x < "\u0e00" else "" for x in (words[:1], words[-1:]))
+    pattern = ("(?<!\\w)" if start else "") + re.escape(words) + ("(?!\\w)" if end else "")
+    return re.search(pattern, _key(text)) is not None
 
 
 def is_number(answer: str) -> bool:
+    """Test if the answer is one number and nothing else: 1,024 but not the pair 3,4."""
     return _PLAIN_NUMBER.fullmatch(answer) is not None
-
-
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", ""))
-
-
-def _normalize(text: str) -> str:
-    """Remove case, accents, a full stop at the end and repeated or special spaces."""
-    letters = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    return " ".join(letters.split()).removesuffix(".")
