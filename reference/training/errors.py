@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection
+from pathlib import Path
 from types import ModuleType
 
 from grpo_kernels.validation import nearest
@@ -32,3 +33,15 @@ def one_line(error: Exception) -> str:
 def did_you_mean(given: str, choices: Collection[str]) -> str:
     """Return "; did you mean ...?" with the nearest choice, or nothing if none is near."""
     return "".join(f"; did you mean {near}?" for near in nearest(given, choices))
+
+
+def near_path(path: Path) -> str:
+    """Return "; did you mean ...?" with a path that exists and is near to a missing one."""
+    existing = next(parent for parent in path.parents if parent.exists())
+    missing, *rest = path.relative_to(existing).parts
+    try:
+        near = nearest(missing, [entry.name for entry in existing.iterdir()])
+    except OSError:
+        near = []
+    whole = [existing.joinpath(name, *rest) for name in near]
+    return "".join(f"; did you mean {meant}?" for meant in whole if meant.exists())

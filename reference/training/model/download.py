@@ -62,8 +62,11 @@ def check_model_directory(directory: Path) -> Path:
             "save these alone"
         )
     if not (directory / "config.json").exists():
+        inside = directory / "model"  # of a run
+        hint = f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
         raise UserError(
             f"{directory} is not a model directory: it has no config.json; expected are {LAYOUT}"
+            f"{hint}"
         )
     if not any(directory.glob("*.safetensors")):
         pickled = any(directory.glob("pytorch_model*.bin"))

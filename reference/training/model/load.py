@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reference.training.errors import UserError, one_line
+from grpo_kernels.validation import nearest
+from reference.training.errors import UserError, near_path, one_line
 from reference.training.model import download
 
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
@@ -94,6 +96,19 @@ def locate(model: str, cache_dir: Path | None) -> Path | None:
             ) from None
     if Path(model).is_dir():
         return download.check_model_directory(Path(model))
+    if Path(model).exists():
+        raise UserError(f"--model {model} is a file: name its directory")
+
+    # Neither known nor there: a path is refused here, another name may be one of the hub.
+    models = {name: name for name in ("scratch", *ARCHITECTURES)}
+    models |= {path.parent.name: str(path) for path in Path("runs").glob("*/model")}
+    near = [models[name] for name in nearest(Path(model).name, models)]
+    hint = near_path(Path(model))
+    if near:
+        hint = f"; did you mean {near[0]}?" if near[0] != model else ""
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    if not is_hub_id or model.split("/")[0] in (".", "..", "runs"):
+        raise UserError(f"--model {model}: there is no such directory{hint}")
     hub_id = HUB_IDS.get(model, model)
     try:
         return download.first_that_works(download.HUB, hub_id)
@@ -102,7 +117,7 @@ def locate(model: str, cache_dir: Path | None) -> Path | None:
             f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
             f"it has a licence, accept it at https://huggingface.co/{hub_id} and log in with "
             "`hf auth login` or HF_TOKEN; or pass --model DIRECTORY, a directory with "
-            f"{download.LAYOUT}"
+            f"{download.LAYOUT}{hint}"
         ) from None
 
 

@@ -15,7 +15,7 @@ import psutil
 
 from reference.training.config import LOSS_SETTINGS, TrainConfig
 from reference.training.distributed import Ranks
-from reference.training.errors import UserError
+from reference.training.errors import UserError, near_path
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
 from reference.training.run.graceful_shutdown import NOTHING_TRAINED
 from reference.training.update.micro_batches import compares_tokens
@@ -75,8 +75,9 @@ def _read_settings(run: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        near = "" if run.exists() else near_path(run)
         raise UserError(
-            f"--resume {run} is not the directory of a run: {path.name}: {error.strerror}"
+            f"--resume {run} is not the directory of a run: {path.name}: {error.strerror}{near}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--resume {run}: {path} is not JSON: {error}") from None

@@ -14,6 +14,7 @@ pass --reward file.py:function.
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
 import importlib
@@ -22,6 +23,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.training.errors import UserError
+from reference.training.errors import UserError, did_you_mean, near_path
 from reference.training.tasks import answers as judge
 from reference.training.tasks.questions import Question
 
@@ -148,12 +150,23 @@ def _describe(question: Question, text: str) -> str:
 
 def load_function(path: str) -> Callable[..., Any]:
     """Import the function at "package.module.function" or "file.py:function"."""
-    is_file = ":" in path
+    names_file_only = path.endswith(".py")
+    is_file = names_file_only or ":" in path
     source, _, name = path.rpartition(":" if is_file else ".")
-    if not source or not name:
+    if names_file_only:
+        source = path
+    elif not source or not name:
         raise UserError(f"{path!r} is no reward: give package.module.function or file.py:function")
     if is_file and not Path(source).is_file():
-        raise UserError(f"reward {path!r}: there is no file {source}")
+        raise UserError(f"reward {path!r}: there is no file {source}{near_path(Path(source))}")
+    if names_file_only:
+        functions = []
+        with suppress(ValueError, SyntaxError):
+            tree = ast.parse(Path(path).read_bytes())
+            functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        public = [name for name in functions if not name.startswith("_")] or ["function"]
+        choices = " or ".join(f"{path}:{name}" for name in public)
+        raise UserError(f"reward {path!r}: name a function of the file, {choices}")
     try:
         if is_file:
             # The whole path is the name: a file math.py must not replace the module math.
@@ -172,7 +185,9 @@ def load_function(path: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"reward {path!r}: {source} has no function {name!r}")
+        functions = [known for known, value in vars(module).items() if callable(value)]
+        near = did_you_mean(name, functions)
+        raise UserError(f"reward {path!r}: {source} has no function {name!r}{near}")
     return function
 
 

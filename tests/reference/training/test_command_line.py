@@ -177,6 +177,8 @@ EARLY = {
     "--overwrite": "error: --overwrite replaces the run in --output-dir: name one",
     "--output-dir mine/file": "error: cannot write to the output directory mine/file: File exists",
     "--resume mine": "error: --resume mine is not the directory of a run",
+    "--resume min": "error: --resume min is not the directory of a run: settings.json: No such "
+    "file or directory; did you mean mine?",
 }
 
 

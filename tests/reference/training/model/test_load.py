@@ -193,6 +193,63 @@ def test_unknown_hub_id_raises_user_error(offline, tmp_path):
         models.locate("no/such", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [
+        ("nosuchdir/", None),
+        ("./nosuchdir", None),
+        ("some/where/else", None),
+        ("models/smol/", "models/small"),
+        ("modles/small/x", None),
+        ("modles/small/", "models/small"),
+        ("runs/tiny-reverse-seed/model", "runs/tiny-reverse-seed0/model"),
+        ("runs/tiny-reverse-seed", "runs/tiny-reverse-seed0/model"),
+        ("./tiny-reverse-seed0", "runs/tiny-reverse-seed0/model"),
+        ("smollm-135m/", "smollm2-135m"),
+    ],
+)
+def test_missing_directory_is_not_looked_for_on_the_hub(model, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.download, "first_that_works", lambda *_: pytest.fail("asked"))
+    for directory in ("models/small", "runs/tiny-reverse-seed0/model"):
+        (tmp_path / directory).mkdir(parents=True)
+    hint = "" if meant is None else f"; did you mean {meant}?"
+    with pytest.raises(UserError) as error:
+        models.locate(model, None)
+    assert str(error.value) == f"--model {model}: there is no such directory{hint}"
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [
+        ("llama-3.2", "llama-3.2-1b"),
+        ("tiny-reverse-seed0", "runs/tiny-reverse-seed0/model"),
+        ("llama-3.2-1b", None),
+        ("org/other", None),
+    ],
+)
+def test_missing_hub_id_suggests_a_known_model(model, meant, offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tiny-reverse-seed0/model").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--model {model} is not a directory") as error:
+        models.locate(model, None)
+    said = str(error.value)
+    assert "did you mean" not in said if meant is None else said.endswith(f"mean {meant}?")
+
+
+def test_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"--model .*model.safetensors is a file: name its dir"):
+        models.locate(str(tmp_path / "model.safetensors"), None)
+
+
+def test_directory_of_a_run_suggests_its_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(UserError, match=rf"; did you mean {tmp_path}/model\?$"):
+        models.locate(str(tmp_path), None)
+
+
 def gated(*args, **kwargs):
     response = SimpleNamespace(headers={}, request=None)
     cause = GatedRepoError("403 Client Error. (Request ID: x)\n\nNo access", response=response)

@@ -307,6 +307,30 @@ def test_load_function_errors(path, says):
         load_function(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("mine.py", "reward 'mine.py': name a function of the file, mine.py:short or mine.py:long"),
+        ("broken.py", "reward 'broken.py': name a function of the file, broken.py:function"),
+        ("mime.py", "reward 'mime.py': there is no file mime.py; did you mean mine.py?"),
+        ("mime.py:short", "'mime.py:short': there is no file mime.py; did you mean mine.py?"),
+        (
+            "mine.py:shrot",
+            "reward 'mine.py:shrot': mine.py has no function 'shrot'; did you mean short?",
+        ),
+    ],
+)
+def test_functions_and_files_nearby_are_suggested(path, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def short():\n    1\ndef long():\n    _help()\ndef _help(): 0"
+    )
+    (tmp_path / "broken.py").write_text("def")
+    with pytest.raises(UserError) as error:
+        load_function(path)
+    assert str(error.value).endswith(says)
+
+
 def test_file_that_raises_on_import_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(UserError, match=r"importing .*broken.py raised ZeroDivisionError"):
