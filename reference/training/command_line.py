@@ -7,7 +7,7 @@ import inspect
 import shutil
 import sys
 import textwrap
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -50,6 +50,8 @@ PRESETS = {
 }
 
 
+CHAT_TEMPERATURE = 0.7  # the default of --temperature under --chat
+
 # The flags of --help, those that most people change first.
 FIRST = (
     *("model", "lora_rank", "gradient_checkpointing"),
@@ -71,6 +73,7 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first.add_argument("-h", "--help", nargs="?", const="first")
     first.add_argument("--preset", nargs="?", default="smollm2-135m")
     first.add_argument("--resume", nargs="?", type=Path)
+    first.add_argument("--chat", action="store_true")
     early = first.parse_known_args(arguments)[0]
     if early.help is None:
         check_arguments(arguments, get_type_hints(TrainConfig))
@@ -80,6 +83,8 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
         raise SystemExit(0)
     if early.resume is not None:
         defaults = load_settings(early.resume)
+    if early.chat:
+        defaults = replace(defaults, temperature=CHAT_TEMPERATURE)
     sections = _flags(TrainConfig, ["preset"], defaults)
     for name, kind in SECTIONS.items():
         flags = _flags(kind, [setting.name for setting in fields(kind)], defaults)

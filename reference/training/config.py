@@ -155,7 +155,8 @@ class EvaluationSettings:
     eval_only: bool = False
     """Evaluate and stop. --seed decides which questions are held out."""
     chat: bool = False
-    """Chat with the model and stop; --model runs/.../model takes a trained one."""
+    """Chat with the model and stop; --model runs/.../model takes a trained one, with the system
+    prompt and worked examples of its run. --temperature is then 0.7 by default."""
 
 
 @dataclass(frozen=True)

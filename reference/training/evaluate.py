@@ -84,17 +84,16 @@ def chat(
     read: Callable[[str], str],
     write: Callable[[str], None] = print,
 ) -> None:
-    """Chat until an empty line or the end of the input."""
+    """Chat after the policy's opening until an empty line, the end of the input or Ctrl-C."""
     write("Talk to the model; an empty line ends.")
-    messages = [] if policy.system is None else [{"role": "system", "content": policy.system}]
-    while True:
-        try:
-            text = read("you> ").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        messages.append({"role": "user", "content": text})
-        reply = policy.chat_reply(messages, temperature, max_new_tokens)
-        messages.append({"role": "assistant", "content": reply})
-        write(f"model> {reply}")
+    messages = list(policy.opening)
+    if policy.system is not None:
+        messages.insert(0, {"role": "system", "content": policy.system})
+    try:
+        while text := read("you> ").strip():
+            messages.append({"role": "user", "content": text})
+            reply = policy.chat_reply(messages, temperature, max_new_tokens)
+            messages.append({"role": "assistant", "content": reply})
+            write(f"model> {reply}")
+    except (EOFError, KeyboardInterrupt):
+        write("")  # the line after the prompt

@@ -1,11 +1,13 @@
 """The training script with models of many families, from directories."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from reference import train
+from reference.training.tasks import tasks
 from tests.helpers.model_directories import save_family
 
 
@@ -58,3 +60,30 @@ def test_prompt_beyond_the_learned_positions_is_one_line(tmp_path, capsys):
     assert run(tmp_path, "--system", "x" * 100) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: GPT2LMHeadModel has 128 positions")
+
+
+def test_chat_goes_on_from_the_prompt_of_the_run(tmp_path, monkeypatch):
+    save_family(tmp_path / "base", "Llama")
+    example = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+
+    def load_task(config):
+        task = tasks.load_task(config)
+        train, held_out = (
+            [replace(question, prompt=[*example, *question.messages]) for question in part]
+            for part in (task.train, task.held_out)
+        )
+        return replace(task, train=train, held_out=held_out)
+
+    monkeypatch.setattr(train, "load_task", load_task)
+    assert run(tmp_path, "--system", "Add.") == 0
+
+    chats = []
+    monkeypatch.setattr(
+        train,
+        "chat",
+        lambda policy, temperature, *_: chats.append((policy.system, policy.opening, temperature)),
+    )
+    start = ["--model", str(tmp_path / "run" / "model"), "--threads", "1", "--chat"]
+    assert train.main(start) == 0
+    assert train.main([*start, "--system", "Be brief.", "--temperature", "0.2"]) == 0
+    assert chats == [("Add.", example, 0.7), ("Be brief.", example, 0.2)]

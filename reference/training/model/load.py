@@ -8,6 +8,7 @@ Two kinds of model need neither: `from_scratch`, which is small enough to train,
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 from grpo_kernels.validation import nearest
 from reference.training.errors import UserError, near_path, one_line
 from reference.training.model import download
+from reference.training.rollout.chat_template import Messages
 
+OPENING_FILE = "opening.json"  # of a trained model: the messages before each question
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
 # Chat templates end a turn with these; not every generation_config.json lists them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>")
@@ -165,6 +168,24 @@ def load(directory: Path | None):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def load_opening(directory: Path, system: str | None) -> tuple[str | None, Messages]:
+    """Return the system prompt and the opening turns with which the model in a directory trained.
+
+    Another model has none. A given system prompt replaces that of the training.
+    """
+    path = directory / OPENING_FILE
+    if not path.is_file():
+        return system, []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        messages = [{name: str(m[name]) for name in ("role", "content")} for m in content]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: expected a list of messages; {one_line(error)}") from None
+    if system is None:
+        system = next((m["content"] for m in messages if m["role"] == "system"), None)
+    return system, [message for message in messages if message["role"] != "system"]
 
 
 def set_forward_flags(config) -> bool:

@@ -22,7 +22,7 @@ from reference.training.model.activation_checkpointing import (
     recompute_activations,
 )
 from reference.training.model.check import check_questions, choose_sampler, learned_positions
-from reference.training.rollout.chat_template import Messages
+from reference.training.rollout.chat_template import Messages, common_opening
 from reference.training.rollout.generate import Completions, Prompts, encode
 from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
 from reference.training.tasks.tasks import Question
@@ -43,6 +43,7 @@ class Policy:
 
     Attributes:
         system: the system prompt of every question.
+        opening: the turns with which all questions begin, and a chat too.
         precision: the precision of `autocast`.
         sampler: the default of `sample`, and the sampler of `chat_reply`.
         ranks: the ranks that sample at the same time, each its shard.
@@ -56,6 +57,7 @@ class Policy:
     eos_ids: list[int]
     max_new_tokens: int
     system: str | None = None
+    opening: Sequence[dict[str, str]] = ()
     precision: Literal["auto", "bf16", "off"] = "auto"
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt
@@ -188,12 +190,16 @@ def load_policy(
     torch.manual_seed(config.seed)
     if is_server(config.sampler):  # a server has other weights: evaluations do not use it
         sampler = shared_prompt
+    opening = common_opening([question.messages for question in questions])
+    if config.chat:
+        system, opening = models.load_opening(Path(config.model), system)
     policy = Policy.load(
         config,
         device,
         config.max_new_tokens,
         cache_dir=config.cache_dir,
         system=system,
+        opening=opening,
         sampler=sampler,
         ranks=ranks,
     )

@@ -8,7 +8,7 @@ and leave out the reasoning of earlier turns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,22 @@ def apply_chat_template(tokenizer, messages: Messages) -> list[int]:
         f"the chat template {file or 'of the tokenizer'} {problem}: repair the template, or take "
         "another model"
     )
+
+
+def common_opening(conversations: Sequence[Messages]) -> Messages:
+    """Return the turns with which all conversations begin, such as worked examples.
+
+    They end before a user's message.
+    """
+    if not conversations:
+        return []
+    opening = conversations[0][:-1]
+    for conversation in conversations:
+        while conversation[: len(opening)] != opening:
+            opening = opening[:-1]
+    while opening and opening[-1]["role"] == "user":
+        opening = opening[:-1]
+    return opening
 
 
 def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:

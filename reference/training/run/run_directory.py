@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS, Ranks, full_state_dict
 from reference.training.errors import UserError, one_line
 from reference.training.model import lora
+from reference.training.model.load import OPENING_FILE
 from reference.training.model.policy import Policy
 
 # The files of a run beside settings.json: --overwrite removes nothing else.
@@ -158,12 +159,16 @@ def reason(error: OSError | SafetensorError) -> str:
 
 
 def save_model(
-    directory: Path, model, tokenizer, weights: Mapping[str, Tensor] | None = None
+    directory: Path,
+    model,
+    tokenizer,
+    weights: Mapping[str, Tensor] | None = None,
+    opening: Sequence[Mapping[str, str]] = (),
 ) -> Path:
     """Write <directory>/model in the format of Hugging Face, completely or not at all.
 
     `weights` replace the model's own, which may be sharded. The config is that of the file from
-    which the model was loaded.
+    which the model was loaded. `opening` holds the messages with which a chat starts.
     """
     target = directory / "model"
     partial = directory / "model.partial"
@@ -174,6 +179,8 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            if opening:
+                save_json(partial / OPENING_FILE, list(opening))
             copy_mode(partial / "config.json")
             previous = directory / "model.before.partial"
             shutil.rmtree(previous, ignore_errors=True)
@@ -191,7 +198,11 @@ def save_policy(directory: Path, policy: Policy, steps: int) -> None:
     """Write <directory>/model after so many steps. Every rank must call this."""
     weights = full_state_dict(policy.model)
     if policy.ranks.is_first:
-        saved = save_model(directory, lora.merged(policy.model), policy.tokenizer, weights)
+        opening = list(policy.opening)
+        if policy.system is not None and (not opening or opening[0]["role"] != "system"):
+            opening = [{"role": "system", "content": policy.system}, *opening]
+        model = lora.merged(policy.model)
+        saved = save_model(directory, model, policy.tokenizer, weights, opening)
         print(f"\nthe model after {steps} steps: {saved}")
 
 
@@ -202,7 +213,7 @@ def copy_mode(file: Path) -> None:
             shutil.copymode(file, path)
 
 
-def save_json(path: Path, content: dict) -> None:
+def save_json(path: Path, content: dict | list) -> None:
     """Write a JSON file completely or not at all; raise a UserError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:

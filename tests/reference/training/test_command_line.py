@@ -203,3 +203,9 @@ def test_missing_matplotlib_is_found_before_a_model_is_loaded(
     assert plots.load_matplotlib() is None
     assert tiny(tmp_path / "run") == 2
     assert capsys.readouterr().err == "error: the curves need matplotlib\n"
+
+
+def test_chat_has_a_temperature_of_its_own_unless_it_is_given():
+    assert parse_command_line([]).temperature == 1.0
+    assert parse_command_line(["--chat"]).temperature == 0.7
+    assert parse_command_line(["--chat", "--temperature", "1.0"]).temperature == 1.0

@@ -16,7 +16,7 @@ from reference.training.tasks.tasks import Question, Task
 class ScriptedPolicy:
     """A policy whose first n completions of question n are right."""
 
-    model, ranks, system = None, SINGLE_PROCESS, "Be brief."
+    model, ranks, system, opening = None, SINGLE_PROCESS, "Be brief.", ()
 
     def __init__(self):
         self.batches = []
@@ -71,11 +71,25 @@ def test_chat_keeps_its_history_and_ends_at_an_empty_line():
     assert said[1:] == ["model> 2 messages, last hello", "model> 4 messages, last again"]
 
 
-def test_chat_ends_with_its_input():
-    def closed(prompt):
-        raise EOFError
+def test_chat_starts_with_the_opening_of_the_policy():
+    policy, said, lines = ScriptedPolicy(), [], cycle(["hello", ""])
+    policy.opening = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    evaluate.chat(policy, 1.0, 5, lambda prompt: next(lines), said.append)
+    assert said[1:] == ["model> 4 messages, last hello"]
+    assert len(policy.opening) == 2
 
-    evaluate.chat(ScriptedPolicy(), 1.0, 5, closed, lambda line: None)
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["input", "reply"])
+def test_chat_ends_with_its_input_and_at_ctrl_c(end, moment, monkeypatch):
+    def stop(*_):
+        raise end
+
+    monkeypatch.setattr(ScriptedPolicy, "chat_reply", stop)
+    said = []
+    read = stop if moment == "input" else lambda prompt: "hello"
+    evaluate.chat(ScriptedPolicy(), 1.0, 5, read, said.append)
+    assert said[1:] == [""]
 
 
 def test_evaluation_preserves_the_rng_of_its_device_only(monkeypatch):

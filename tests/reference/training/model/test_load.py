@@ -389,3 +389,19 @@ def test_model_directory_with_an_unmerged_adapter_is_refused(tmp_path):
         r"save these alone$",
     ):
         models.locate(str(model), None)
+
+
+def test_opening_is_saved_with_the_model(tmp_path):
+    example = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    opening = [{"role": "system", "content": "Add."}, *example]
+    saved = run_directory.save_model(tmp_path, *models.from_scratch(), opening=opening)
+    assert models.load_opening(saved, None) == ("Add.", example)
+    assert models.load_opening(saved, "Be brief.") == ("Be brief.", example)
+    assert models.load_opening(tmp_path, "Be brief.") == ("Be brief.", [])
+
+
+@pytest.mark.parametrize("content", ["", "3", "[3]", '[{"role": "user"}]'])
+def test_damaged_opening_raises_user_error(tmp_path, content):
+    (tmp_path / "opening.json").write_text(content)
+    with pytest.raises(UserError, match=r"opening\.json: expected a list of messages"):
+        models.load_opening(tmp_path, None)

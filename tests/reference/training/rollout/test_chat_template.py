@@ -6,6 +6,7 @@ import pytest
 
 from reference.training.errors import UserError
 from reference.training.model.load import from_scratch
+from reference.training.rollout.chat_template import common_opening
 from reference.training.rollout.generate import encode
 
 TOKENIZER = from_scratch()[1]
@@ -161,3 +162,14 @@ def test_text_that_the_template_refuses_raises_user_error():
     template = "{% if '7' in messages[0]['content'] %}{{ raise_exception('no 7') }}{% endif %}"
     with pytest.raises(UserError, match=r"refuses the messages \(user\): no 7"):
         encoded_text(template + SHOWS_ALL, chat(("user", "7")))
+
+
+def test_common_opening():
+    example = chat(("system", "12"), ("user", "3"), ("assistant", "4"))
+    first, second = (example + chat(("user", text)) for text in "56")
+    assert common_opening([first, second]) == example
+    assert common_opening([first]) == example
+    assert common_opening([first, SYSTEM_AND_FEW_SHOT]) == example
+    other = example[:2] + chat(("assistant", "9"), ("user", "5"))
+    assert common_opening([first, other]) == chat(("system", "12"))
+    assert common_opening([first, chat(("user", "5"))]) == common_opening([]) == []
