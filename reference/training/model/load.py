@@ -109,7 +109,7 @@ def locate(model: str, cache_dir: Path | None) -> Path | None:
     hint = near_path(Path(model))
     if near:
         hint = f"; did you mean {near[0]}?" if near[0] != model else ""
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII)
     if not is_hub_id or model.split("/")[0] in (".", "..", "runs"):
         raise UserError(f"--model {model}: there is no such directory{hint}")
     hub_id = HUB_IDS.get(model, model)
