@@ -10,6 +10,7 @@ import torch
 
 from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
+from reference.training.errors import UserError
 from reference.training.model.policy import Policy
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import call
@@ -91,9 +92,12 @@ def chat(
         messages.insert(0, {"role": "system", "content": policy.system})
     try:
         while text := read("you> ").strip():
+            text.encode()  # raises for a byte that was no character
             messages.append({"role": "user", "content": text})
             reply = policy.chat_reply(messages, temperature, max_new_tokens)
             messages.append({"role": "assistant", "content": reply})
             write(f"model> {reply}")
     except (EOFError, KeyboardInterrupt):
         write("")  # the line after the prompt
+    except UnicodeError as error:
+        raise UserError(f"--chat cannot read its input: {error}") from None

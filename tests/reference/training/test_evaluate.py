@@ -1,5 +1,6 @@
 """Accuracy, pass@k and the chat."""
 
+import io
 from itertools import combinations, cycle
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from reference.training import evaluate
 from reference.training.command_line import parse_command_line
 from reference.training.distributed import SINGLE_PROCESS
+from reference.training.errors import UserError
 from reference.training.model.policy import SampledCompletions
 from reference.training.tasks.tasks import Question, Task
 
@@ -90,6 +92,14 @@ def test_chat_ends_with_its_input_and_at_ctrl_c(end, moment, monkeypatch):
     read = stop if moment == "input" else lambda prompt: "hello"
     evaluate.chat(ScriptedPolicy(), 1.0, 5, read, said.append)
     assert said[1:] == [""]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_refuses_input_that_is_no_text(encoding, errors):
+    lines = io.TextIOWrapper(io.BytesIO(b"Bras\xedlia\n"), encoding, errors)
+    with pytest.raises(UserError, match=r"^--chat cannot read its input: '.*' codec can't ..code"):
+        evaluate.chat(ScriptedPolicy(), 1.0, 5, lambda prompt: lines.readline(), lambda text: None)
 
 
 def test_evaluation_preserves_the_rng_of_its_device_only(monkeypatch):
