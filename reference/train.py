@@ -65,6 +65,8 @@ from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
+from reference.training.run.disk_use import describe_disk_use, format_size, size_of
+from reference.training.run.inputs import digest_inputs
 from reference.training.run.plots import load_matplotlib, plot_dashboard
 from reference.training.run.progress import memory_gib, progress_bar
 from reference.training.run.resume import (
@@ -152,7 +154,8 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         # Load the model; a model from scratch first learns from ground truths. Every rank reads the
         # checkpoints in rank 0's directory; the directories of the others are temporary.
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
-        checkpoint = find_checkpoint(config, checkpoints)
+        inputs = digest_inputs(config, task)
+        checkpoint = find_checkpoint(config, checkpoints, inputs)
         policy = load_policy(config, device, sampler, task.system, questions, ranks)
         if not is_server(config.sampler):
             sampler = policy.sampler  # not every model can share the prompt of a group
@@ -164,7 +167,8 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
 
         # Restore the state of a run that is resumed, and cut its logs back to the checkpoint.
         learner = Learner(policy, scorer, config.loss_config(), config)
-        state = TrainingState(learner, order, config.as_json())
+        state = TrainingState(learner, order, config.as_json(), inputs)
+        print(describe_disk_use(directory, learner))
         if checkpoint is not None:
             state.load(checkpoint)
             print(f"{directory} goes on after step {state.step}")
@@ -299,6 +303,9 @@ def train(
     print(summary_table(before, after, history))
     written = ", ".join(sorted(path.name for path in directory.iterdir()))
     print(f"{seconds:.0f} s; in {directory}: {written}")
+    if checkpoints.directory.exists():
+        kept = format_size(size_of(checkpoints.directory))
+        print(f"{kept} of it in checkpoints: only --resume {directory} --steps MORE needs them")
     shutdown.next_step = lambda: "the run is complete"
     shutdown.raise_if_requested()
     return summary

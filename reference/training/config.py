@@ -192,6 +192,8 @@ class RunSettings:
     resume: Path | None = None
     """Directory of a run that was stopped. It continues from its last checkpoint with its settings;
     --steps and settings of output may change."""
+    accept_changes: bool = False
+    """Resume even if the data or the file of a reward has changed since the run was started."""
     cache_dir: Path | None = None
     """Directory for downloaded models. None: $GRPO_KERNELS_CACHE, else
     $XDG_CACHE_HOME/grpo_kernels, else ~/.cache/grpo_kernels."""
@@ -313,6 +315,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         self._require(
             "overlong_buffer", self.overlong_buffer < self.max_new_tokens, "below --max-new-tokens"
         )
+        self._require("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits")
         self._require("minibatches", self.minibatches <= self.prompts, "at most --prompts")
         if self.advantage == "pass_at_k":
             self._require("pass_k", self.pass_k <= self.group_size, "at most --group-size")
@@ -408,11 +411,11 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings as plain JSON, without --resume and --overwrite.
+        """Return the settings as plain JSON, without --resume, --accept-changes and --overwrite.
 
         A resumed run then has the same settings as one that ran without a stop.
         """
-        settings = asdict(self) | {"resume": None, "overwrite": False}
+        settings = asdict(self) | {"resume": None, "accept_changes": False, "overwrite": False}
         return json.loads(json.dumps(settings, default=str))
 
     def task_settings(self) -> dict[str, Any]:

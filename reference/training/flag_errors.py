@@ -137,7 +137,9 @@ def _check_values(flag: str, kind: Any, values: list[str]) -> None:
     (value,) = values
     if NoneType in options and value == "None":
         return
-    if choices and value not in choices:
+    if value in choices:
+        return
+    if choices and not {int, float} & {*options}:
         expected = f"{flag} {value}: expected one of {', '.join(choices)}"
         raise UserError(expected + did_you_mean(value, choices))
     for number, name in ((int, "an integer"), (float, "a number")):
@@ -145,5 +147,6 @@ def _check_values(flag: str, kind: Any, values: list[str]) -> None:
             try:
                 number(value)
             except ValueError:
-                more = " or None" * (NoneType in options)
-                raise UserError(f"{flag} must be {name}{more}; got {value}") from None
+                others = [*choices, *(["None"] if NoneType in options else [])]
+                expected = " or ".join([name, *others])
+                raise UserError(f"{flag} must be {expected}; got {value}") from None

@@ -65,11 +65,16 @@ class Checkpoints:
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
     ) -> Path:
-        """Write a checkpoint completely or not at all, then remove the oldest."""
+        """Write a checkpoint completely or not at all.
+
+        The oldest is removed before, so that no more than `keep` take space; one stays until the
+        new one is complete.
+        """
         target = self.directory / f"step-{step:06d}"
         partial = target.with_name(target.name + ".partial")
         try:
             with report_write_errors(target):
+                self.prune(step, max(1, self.keep - 1))
                 _remove(partial)
                 partial.mkdir(parents=True)
                 for kind in (kind for kind in KINDS if tensors.get(kind)):

@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "gradient_checkpointing",
     "threads",
     "resume",
+    "accept_changes",
     "overwrite",
 }
 # Settings of a directory that somebody else made must not choose what code runs nor where a model
@@ -48,8 +49,13 @@ COMMAND_LINE_ONLY = (*CODE, "cache_dir")
 
 def load_settings(run: Path) -> TrainConfig:
     """Load the settings of a run, except the code and the --cache-dir that they name."""
-    # A field that LossConfig did not have yet is None: the objective's value.
-    settings = dict.fromkeys(LOSS_SETTINGS) | _read_settings(run)
+    # A setting that did not exist yet and changes nothing by default has its default.
+    neutral = {
+        field.name: field.default
+        for field in fields(TrainConfig)
+        if field.default is None or field.name in MAY_CHANGE or field.name in LOSS_SETTINGS
+    }
+    settings = neutral | _read_settings(run)
     types = get_type_hints(TrainConfig)
     unknown = sorted(settings.keys() ^ types.keys())
     if unknown:
@@ -86,8 +92,14 @@ def _read_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint | None:
-    """Find the checkpoint from which to resume; None if the run is new or has none yet."""
+def find_checkpoint(
+    config: TrainConfig, checkpoints: Checkpoints, inputs: Mapping[str, str]
+) -> Checkpoint | None:
+    """Find the checkpoint from which to resume; None if the run is new or has none yet.
+
+    Args:
+        inputs: digests of what the run reads now.
+    """
     if config.resume is None:
         return None
     checkpoint = checkpoints.latest()
@@ -96,6 +108,14 @@ def find_checkpoint(config: TrainConfig, checkpoints: Checkpoints) -> Checkpoint
         print(f"{config.resume} has no checkpoint yet: it starts from step 1")
     else:
         check_settings_match(config, checkpoint.state["settings"], checkpoint.state["step"])
+        saved = checkpoint.state.get("inputs", {})  # older runs have none
+        changed = [name for name in saved if saved[name] != inputs.get(name)]
+        if changed and not config.accept_changes:
+            raise UserError(
+                f"--resume {config.resume}: {' and '.join(changed)} changed after it was started, "
+                "which would make another run of it; restore it, start anew from its model with "
+                "--model, or go on all the same with --accept-changes"
+            )
     return checkpoint
 
 

@@ -42,8 +42,15 @@ class TrainingState:
         is_between_steps: the weights are those after `step`.
     """
 
-    def __init__(self, learner: Learner, order: random.Random, settings: Mapping[str, Any]) -> None:
-        self.learner, self.order, self.settings = learner, order, settings
+    def __init__(
+        self,
+        learner: Learner,
+        order: random.Random,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+    ) -> None:
+        self.learner, self.order = learner, order
+        self.settings, self.inputs = settings, inputs
         self.step, self.tokens_seen = 0, 0
         self.saved_step: int | None = None
         self.is_between_steps = True
@@ -180,6 +187,7 @@ class TrainingState:
             "learner": self._learner,
             "random": self._random,
             "settings": self.settings,
+            "inputs": self.inputs,
             "frozen": self._frozen_digest,
             "device": self.learner.policy.device.type,
             "versions": versions(),

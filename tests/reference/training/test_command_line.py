@@ -143,7 +143,7 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
 def test_output_beyond_the_encoding_of_stdout_is_escaped():
     code = (
         "import sys; from reference import train; from tqdm import tqdm\n"
-        "def run(config): print('שלום'); tqdm.write('Brasília \\ud800', sys.stdout)\n"
+        "def run(config, _): print('שלום'); tqdm.write('Brasília \\ud800', sys.stdout)\n"
         "train.run = run; sys.exit(train.main([]))"
     )
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -63,6 +63,11 @@ def test_unknown_flag_suggests_the_right_one(flag, meant, capsys):
         ("--steps 3.5", "--steps must be an integer; got 3.5"),
         ("--temperature x", "--temperature must be a number; got x"),
         ("--lora_rank x", "--lora_rank must be an integer or None; got x"),
+        (
+            "--checkpoint-every often",
+            "--checkpoint-every must be an integer or auto or None; got often",
+        ),
+        (f"--seed {2**70}", f"--seed must be a number of 64 bits; got {2**70}"),
         ("--steps 3 4", "--steps takes one value; got 3 4$"),
         ("--question a b", "--question takes one value; got a b: write --question 'a b'"),
         ("--wandb true", "--wandb is on or off and takes no value; got true"),

@@ -150,8 +150,31 @@ def test_full_disk_leaves_earlier_checkpoints(saved, owner, name, fault, monkeyp
         patch.setattr(owner, name, fault)
         with pytest.raises(UserError, match=r"^cannot write .*step-000006: .*No space left"):
             save(saved, 6)
-    assert sorted(path.name for path in saved.directory.iterdir()) == ["step-000002", "step-000004"]
+    assert {path.name for path in saved.directory.iterdir()} <= {"step-000002", "step-000004"}
     assert saved.latest().state["step"] == 4
+
+
+def test_no_more_than_keep_checkpoints_take_space_during_a_save(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", lambda path: seen.append(saved.steps()) or "")
+    seen = []
+    save(saved, 6)
+    assert seen and all(steps == [4] for steps in seen)
+
+
+def test_files_have_the_mode_of_new_files(saved, tmp_path):
+    mode = (tmp_path / "metrics.jsonl").stat().st_mode
+    files = [path for path in saved.directory.rglob("*") if path.is_file()]
+    assert len(files) == 6 and {path.stat().st_mode for path in files} == {mode}
+
+
+def test_restore_logs_appends_what_could_not_be_written(saved):
+    state = {"step": 6, "unwritten": {"metrics.jsonl": '{"step": 5}\n', "completions.txt": "é\n"}}
+    saved.save(6, state, {})
+    for _ in range(2):  # also after a kill in the middle of it
+        saved.restore_logs(saved.latest())
+        lines = (saved.run / "metrics.jsonl").read_text().splitlines()
+        assert lines == ['{"step": 1}', '{"step": 2}', '{"step": 5}']
+        assert (saved.run / "completions.txt").read_text() == "é\n"
 
 
 def test_restore_logs_removes_later_lines(saved):

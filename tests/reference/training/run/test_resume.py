@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -23,11 +26,12 @@ from reference.training.command_line import parse_command_line
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model import load as models
-from reference.training.run import checkpoint, resume
+from reference.training.run import checkpoint, resume, run_log, training_state
 from reference.training.run.resume import load_settings
 from reference.training.run.training_state import digest_frozen_weights
 from reference.training.update.learner import Learner
 from reference.training.update.micro_batches import MicroBatchSplitter
+from tests.helpers.learner import make_learner
 from tests.helpers.training_runs import left_by, tiny
 
 ROOT = Path(__file__).parents[4]
@@ -311,6 +315,103 @@ def test_run_killed_before_its_first_checkpoint_restarts(tmp_path, tiny_model, s
     assert left_by(run) == left_by(started)
 
 
+FAILURES = {
+    "sampler": (train, "collect_rollouts", RuntimeError("the sampler died"), 4),
+    "server": (train, "collect_rollouts", UserError("the server is gone"), 4),
+    "memory": (Learner, "step", MemoryError("no memory"), 4),
+    "metrics": (run_log, "_append", UserError("the disk is full"), 5),
+    "curves": (train, "plot_dashboard", OSError(28, "No space left on device"), 5),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_error_saves_a_checkpoint(tmp_path, tiny_model, case, monkeypatch, capsys):
+    """An error in step 5. Lines that could not be logged are in the checkpoint."""
+    owner, name, error, saved = FAILURES[case]
+    flags = ["--model", tiny_model, "--steps", "7", "--print-every", "2", "--dashboard-every", "1"]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    original = getattr(owner, name)
+
+    def fails(*arguments):
+        rows = tmp_path / "run" / "metrics.jsonl"
+        logged = rows.read_text().count('"reward"') if rows.exists() else 0
+        if logged == (5 if name == "plot_dashboard" else 4):
+            raise error
+        return original(*arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        if isinstance(error, UserError | OSError):
+            assert tiny(tmp_path / "run", *flags) == 2
+        else:
+            with pytest.raises(type(error)):
+                tiny(tmp_path / "run", *flags)
+    assert steps(tmp_path / "run") == [saved]
+    line = f"to go on after step {saved}: python reference/train.py --resume {tmp_path / 'run'}\n"
+    assert line in capsys.readouterr().err
+    assert again(tmp_path / "run") == 0
+    assert left_by(tmp_path / "run") == left_by(tmp_path / "whole")
+
+
+def test_error_within_an_update_saves_no_checkpoint(tmp_path, tiny_model, monkeypatch, capsys):
+    """Weights that one of two minibatches has changed are those of no step."""
+    original, calls = Learner.update, []
+
+    def fails(*arguments):
+        calls.append(None)
+        if len(calls) == 6:
+            raise UserError("in the middle of step 3")
+        return original(*arguments)
+
+    flags = ["--model", tiny_model, "--minibatches", "2", "--checkpoint-every", "1"]
+    monkeypatch.setattr(Learner, "update", fails)
+    assert tiny(tmp_path, *flags) == 2
+    assert steps(tmp_path) == [1, 2]
+    assert "to go on after step 2" in capsys.readouterr().err
+
+
+def test_failing_save_after_an_error_does_not_hide_the_error(
+    tmp_path, tiny_model, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def fails(*arguments):
+        if (tmp_path / "metrics.jsonl").read_text().count('"reward"') == 1:
+            raise UserError("the reward failed")
+        return original(*arguments)
+
+    original = train.collect_rollouts
+    monkeypatch.setattr(train, "collect_rollouts", fails)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny(tmp_path, "--model", tiny_model) == 2
+    said = capsys.readouterr().err
+    assert "saving after the error failed: cannot write" in said
+    assert "error: the reward failed\n" in said
+
+
+@pytest.mark.parametrize(("cost", "every"), [(0.0, 2), (4.0, 2), (30.0, 7)])
+def test_automatic_checkpoints_bound_the_work_that_a_kill_costs(tmp_path, cost, every, monkeypatch):
+    """Steps take 50 seconds; at most two minutes are lost, and saving takes at most a tenth."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(training_state, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    saved = []
+
+    def save(self, step, *_):
+        saved.append(step)
+        clock.now += cost
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    learner, _ = make_learner(steps=100)
+    state = training_state.TrainingState(learner, random.Random(0), {}, {})
+    for _ in range(30):
+        clock.now += 50.0
+        state.advance(1)
+        state.save_if_due(checkpoint.Checkpoints(tmp_path, 1), 50.0)
+    assert saved[0] == 2 and set(np.diff(saved)) == {every}
+
+
 def test_full_disk_for_a_checkpoint_is_reported_and_training_continues(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
@@ -420,7 +521,7 @@ def test_code_of_a_run_must_be_named_on_the_command_line(tmp_path, tiny_model, c
         (None, "is not the directory of a run: settings.json: No such file or directory"),
         ("{", "settings.json is not JSON"),
         ("[]", "settings.json holds no settings"),
-        ('{"steps": 3}', "its settings are of another version: advantage"),
+        ('{"steps": 3}', "its settings are of another version: autocast"),
     ],
 )
 def test_directory_without_a_run_raises(tmp_path, text, message, capsys):
@@ -436,6 +537,13 @@ def test_settings_from_before_a_field_of_loss_config_load(tmp_path, started):
     del found["kl_cov_coef"]
     (tmp_path / "settings.json").write_text(json.dumps(found))
     assert load_settings(tmp_path).kl_cov_coef is None
+
+
+def test_settings_from_before_neutral_settings_load(tmp_path, started):
+    found = json.loads((started / "settings.json").read_text())
+    del found["accept_changes"], found["pass_at"]
+    (tmp_path / "settings.json").write_text(json.dumps(found))
+    assert load_settings(tmp_path).pass_at is None
 
 
 def test_settings_of_the_wrong_type_raise(tmp_path, started, capsys):
