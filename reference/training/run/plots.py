@@ -13,7 +13,8 @@ from reference.training.errors import import_package
 from reference.training.run.run_directory import report_write_errors
 from reference.training.run.run_log import finite_values, format_number, tenths
 
-SIZE, DPI = (10, 9.4), 150
+WIDTH, DPI = 10, 150  # inches
+ROW_HEIGHT, HEADING_HEIGHT = 2.25, 0.4
 # Blue and vermilion of Okabe and Ito differ for every kind of colour vision, and in grey.
 COLORS = ("#0072b2", "#d55e00", "#767676")
 MARKS = {"markeredgecolor": "white", "clip_on": False, "in_layout": False}
@@ -41,11 +42,14 @@ STYLE = {
 class Panel:
     """Up to three curves over the steps; for another metric add a line to PANELS.
 
+    A panel without data is left out.
+
     Attributes:
-        curves: the name of each metric in the legend. Evaluations of that name are drawn as marks.
+        curves: the name of each metric in the legend. Evaluations under the last part of the
+            metric's name are drawn as marks.
         spread: the metric that is half the width of a band around the first curve.
         last_value: a metric whose last value is in the legend.
-        if_empty: the text of a panel without data.
+        omit_zeros: leave the panel out if all values are 0.
     """
 
     title: str
@@ -54,7 +58,7 @@ class Panel:
     scale: Literal["from zero", "share", "log"] = "from zero"
     spread: str = ""
     last_value: str = ""
-    if_empty: str = "not recorded"
+    omit_zeros: bool = False
 
 
 ACCURACY = {"accuracy/strict": "strict", "accuracy/lenient": "lenient"}
@@ -63,15 +67,15 @@ CLIPPED |= {"clip_ratio/region_mean": "both"}
 LOST = {"frac_reward_zero_std": "no signal", "completions/clipped_ratio": "cut off"}
 MISMATCH = {f"sampling/sampling_logp_difference/{name}": name for name in ("mean", "max")}
 PANELS = (
-    Panel("reward", "band: ± std in a group", {"reward": ""}, spread="reward_std"),
-    Panel("accuracy", "dots: held-out questions", ACCURACY, "share"),
+    Panel("reward", "band: ± std", {"reward": ""}, spread="reward_std"),
+    Panel("accuracy", "sampled", ACCURACY, "share"),
     Panel("completion length", "tokens", {"completions/mean_length": ""}),
     Panel("entropy", "nats per token", {"entropy": ""}, last_value="entropy_coef"),
-    Panel("KL to the reference", "nats per token", {"kl": ""}, if_empty="no KL: beta 0"),
-    Panel("clipped ratios", "share of tokens", CLIPPED),
+    Panel("KL to the reference", "nats per token", {"kl": ""}, omit_zeros=True),
+    Panel("clipped ratios", "share of tokens", CLIPPED, omit_zeros=True),
     Panel("no signal / cut off", "of groups / completions", LOST, "share"),
     Panel("gradient norm", "", {"grad_norm": ""}, last_value="learning_rate"),
-    Panel("trainer - sampler", "|Δ log-prob| per token", MISMATCH, "log"),
+    Panel("trainer - sampler", "|Δ log-prob| per token", MISMATCH, "log", omit_zeros=True),
     Panel("speed", "sampled tokens per second", {"tokens_per_second": ""}),
     Panel("time", "seconds per step", {"step_time": ""}),
     Panel("memory", "GiB", {"memory_gib": ""}),
@@ -85,14 +89,19 @@ def load_matplotlib() -> None:
 
 
 def plot_dashboard(
-    path: Path, history: Sequence[Mapping], evaluations: Sequence[Mapping], title: str
+    path: Path,
+    history: Sequence[Mapping],
+    evaluations: Sequence[Mapping],
+    title: str,
+    reward_max: float | None = None,
 ) -> None:
     """Draw every metric of a run over its steps, each with its running mean.
 
     Args:
         history: a row of metrics per step; missing and NaN values are left out.
-        evaluations: {"step": 0, "strict": 0.1, "lenient": 0.25} per evaluation.
-        title: model and task; steps, tokens, time and held-out accuracies are added below it.
+        evaluations: {"step": 0, "strict": 0.1, "lenient": 0.25} per evaluation, or "reward".
+        title: model and task; steps, tokens, time and results on held-out questions are added.
+        reward_max: the largest reward that the task can give, where the axis then ends.
     """
     load_matplotlib()
     from matplotlib import style
@@ -109,34 +118,71 @@ def plot_dashboard(
         _, shares = finite_values(evaluations, name)
         if len(shares):
             totals.append(f"held-out {name} {shares[0]:.1%} → {shares[-1]:.1%}")
+    best = "" if reward_max is None else f" of {format_number(reward_max)}"
+    _, rewards = finite_values(evaluations, "reward")
+    if len(rewards):
+        first, last = map(format_number, (rewards[0], rewards[-1]))
+        totals.append(f"held-out reward {first} → {last}{best}")
     subtitle = "   ·   ".join(totals)
 
+    panels = [panel for panel in PANELS if _has_data(panel, history, evaluations)]
+    rows = split_into_rows(len(panels))
     with style.context(["default", STYLE]):
-        figure = Figure(SIZE, DPI, layout="constrained")
+        height = HEADING_HEIGHT + ROW_HEIGHT * max(1, len(rows))
+        figure = Figure((WIDTH, height), DPI, layout="constrained")
         heading = figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left")
         heading.set_parse_math(False)  # a $ in a title is a $
-        axes = figure.subplots(4, 3, sharex=True)
-        for axis, panel in zip(axes.flat, PANELS, strict=True):
+        grid = figure.add_gridspec(max(1, len(rows)), 6)
+        places = [(row, place) for row, count in enumerate(rows) for place in range(count)]
+        axis = None
+        for panel, (row, place) in zip(panels, places, strict=True):
+            width = 6 // rows[row]
+            columns = slice(place * width, (place + 1) * width)
+            axis = figure.add_subplot(grid[row, columns], sharex=axis)
             _draw(axis, panel, history, evaluations)
-        axes[0, 0].xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        for axis in axes[-1]:
-            axis.set_xlabel("step")
+            if panel.title == "reward" and reward_max is not None:
+                axis.set_title(f"reward{best}")
+                axis.set_ylim(top=1.05 * reward_max)
+            if row == len(rows) - 1:
+                axis.set_xlabel("step")
+            elif rows[row] == rows[row + 1]:  # the panel below has the same numbers
+                axis.tick_params(labelbottom=False)
+        if axis is not None:
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            if not history:
+                axis.set_xlim(-0.5, 0.5)
         partial = path.with_name("partial-" + path.name)
         with report_write_errors(path):
             figure.savefig(partial)
             partial.rename(path)
 
 
+def split_into_rows(panels: int) -> list[int]:
+    """Return the number of panels in each row: two or three, and the first rows have the two."""
+    rows = -(-panels // 3)
+    return [(panels + row) // rows for row in range(rows)]
+
+
+def _has_data(panel: Panel, history: Sequence[Mapping], evaluations: Sequence[Mapping]) -> bool:
+    pairs = [pair for metric in panel.curves for pair in _values(metric, history, evaluations)]
+    values = np.concatenate([values for _, values in pairs])
+    return bool(values.any()) if panel.omit_zeros else len(values) > 0
+
+
+def _values(metric: str, history: Sequence[Mapping], evaluations: Sequence[Mapping]):
+    """Return (steps, values) of a metric, and those of the evaluations of that name."""
+    evaluated = metric.rpartition("/")[2]
+    return finite_values(history, metric), finite_values(evaluations, evaluated)
+
+
 def _draw(axis, panel: Panel, history: Sequence[Mapping], evaluations: Sequence[Mapping]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axis.set_title(panel.title)
-    axis.set_ylabel(panel.unit)
     form = "{:.1%}".format if panel.scale == "share" else format_number
     drawn = [np.empty(0)]
     for (metric, name), color in zip(panel.curves.items(), COLORS, strict=False):
-        steps, values = finite_values(history, metric)
-        mark_steps, marks = finite_values(evaluations, name)
+        (steps, values), (mark_steps, marks) = _values(metric, history, evaluations)
         drawn += [values, marks]
         axis.plot(mark_steps, marks, "o", color=color, **MARKS)
         if not len(values):
@@ -155,11 +201,9 @@ def _draw(axis, panel: Panel, history: Sequence[Mapping], evaluations: Sequence[
     for value in finite_values(history, panel.last_value)[1][-1:]:
         label = f"{panel.last_value.replace('_', ' ')} {format_number(value)}"
         axis.plot([], [], " ", label=label)
+    is_marked = any(len(marks) for marks in drawn[2::2])
+    axis.set_ylabel(panel.unit + "; dots: held-out" * is_marked)
     drawn = np.concatenate(drawn)
-    if not len(drawn):
-        axis.text(0.5, 0.5, panel.if_empty, ha="center", transform=axis.transAxes)
-        axis.set_yticks([])
-        return
     if axis.get_legend_handles_labels()[0]:
         axis.legend().set_in_layout(False)
     if panel.scale == "log":

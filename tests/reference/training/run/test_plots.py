@@ -14,9 +14,9 @@ from reference.training.errors import UserError
 from reference.training.run.plots import (
     COLORS,
     PANELS,
-    SIZE,
     plot_dashboard,
     running_mean,
+    split_into_rows,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -39,7 +39,7 @@ def draw(tmp_path, monkeypatch):
     saved = []
     save = Figure.savefig
 
-    def drawn(history, evaluations=(), title="a model on a task", paint=False):
+    def drawn(history, evaluations=(), title="a model on a task", paint=False, **options):
         with warnings.catch_warnings(), monkeypatch.context() as patch:
             warnings.simplefilter("error")
             patch.setattr(
@@ -50,10 +50,9 @@ def draw(tmp_path, monkeypatch):
                     save(figure, path) if paint else path.touch(),
                 ),
             )
-            plot_dashboard(tmp_path / "curves.png", history, evaluations, title)
+            plot_dashboard(tmp_path / "curves.png", history, evaluations, title, **options)
         assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-        axes = saved[-1].axes
-        return saved[-1], dict(zip((panel.title for panel in PANELS), axes, strict=True))
+        return saved[-1], {axis.get_title(loc="left"): axis for axis in saved[-1].axes}
 
     return drawn
 
@@ -76,11 +75,18 @@ def curves(axis) -> list[tuple[list[float], list[float]]]:
 def test_history_of_any_length_is_drawn_1500_pixels_wide(draw, tmp_path, steps):
     draw(make_history(steps), [{"step": 0, "strict": 0.25, "lenient": 0.5}], paint=True)
     picture = imread(tmp_path / "curves.png")
-    assert picture.shape == (SIZE[1] * 150, 1500, 4)
+    rows = 4 if steps else 1
+    assert picture.shape == pytest.approx((150 * (0.4 + 2.25 * rows), 1500, 4), abs=1)
     assert picture[:4].min() == 1  # white
 
 
-@pytest.mark.parametrize("value", [NAN, INF, None, 0, -3.0, 1e-30, 3e38])
+@pytest.mark.parametrize("value", [NAN, INF, None])
+def test_values_that_are_not_finite_are_left_out(draw, value):
+    history = [{"step": step} | dict.fromkeys(METRICS, value) for step in range(1, 15)]
+    assert draw(history, [{"step": 3, "strict": value, "lenient": value}])[1] == {}
+
+
+@pytest.mark.parametrize("value", [0, -3.0, 1e-30, 3e38])
 def test_constant_metric_is_drawn(draw, value):
     history = [{"step": step} | dict.fromkeys(METRICS, value) for step in range(1, 15)]
     _, panels = draw(history, [{"step": 3, "strict": value, "lenient": value}], paint=True)
@@ -88,12 +94,72 @@ def test_constant_metric_is_drawn(draw, value):
     assert low <= 0 <= high and low < high
 
 
-def test_panels_without_data_say_so(draw):
+def test_panels_without_data_are_left_out(draw):
     _, panels = draw([{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}])
-    assert texts(panels["KL to the reference"])[-1] == "no KL: beta 0"
-    assert texts(panels["memory"])[-1] == "not recorded"
+    assert list(panels) == ["reward"]
     assert legend(panels["reward"]) == [" 0.5 → 0.75"]
-    assert len(panels["memory"].get_yticks()) == 0
+    assert list(draw([], [{"step": 0, "strict": 0.5, "lenient": 0.5}], paint=True)[1]) == [
+        "accuracy"
+    ]
+    assert draw([], paint=True)[1] == {}
+
+
+OMIT_ZEROS = [panel for panel in PANELS if panel.omit_zeros]
+
+
+@pytest.mark.parametrize("panel", OMIT_ZEROS, ids=lambda panel: panel.title)
+def test_panel_of_zeros_is_left_out_until_a_value_is_not_zero(draw, panel):
+    history = [row | dict.fromkeys(panel.curves, 0.0) for row in make_history(5)]
+    titles = [each.title for each in PANELS]
+    assert list(draw(history)[1]) == [title for title in titles if title != panel.title]
+    history[-1] |= dict.fromkeys(list(panel.curves)[-1:], 0.25)
+    assert list(draw(history)[1]) == titles
+
+
+def test_other_panels_are_drawn_if_they_are_zero(draw):
+    assert "gradient norm" in draw([{"step": 1, "grad_norm": 0.0}])[1]
+    assert [panel.title for panel in OMIT_ZEROS] == [
+        "KL to the reference",
+        "clipped ratios",
+        "trainer - sampler",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 7, 10, 12])
+def test_panels_fill_the_picture(draw, count):
+    keys = [key for panel in PANELS[:count] for key in panel.curves]
+    history = [{name: row[name] for name in ("step", *keys)} for row in make_history(3)]
+    _, panels = draw(history, paint=True)
+    assert len(panels) == count
+    boxes = [axis.get_position() for axis in panels.values()]
+    rows = {}
+    for box in boxes:
+        rows.setdefault(round(box.y0, 2), []).append(box)
+    assert [len(row) for row in rows.values()] == split_into_rows(count)
+    for row in rows.values():
+        assert len({round(box.width, 1) for box in row}) == 1
+        assert row[0].x0 < 0.1 and row[-1].x1 > 0.95
+    numbered = [axis for axis in panels.values() if axis.xaxis.get_tick_params()["labelbottom"]]
+    assert list(panels.values())[-1] in numbered
+
+
+def test_rows_of_panels():
+    expected = {1: [1], 4: [2, 2], 5: [2, 3], 7: [2, 2, 3], 10: [2, 2, 3, 3], 12: [3] * 4}
+    assert {count: split_into_rows(count) for count in expected} == expected
+    assert split_into_rows(0) == []
+
+
+def test_reward_of_a_task_with_a_maximum(draw):
+    history = [{"step": s, "reward": 0.5 * s, "reward_std": 1.0} for s in (1, 2, 3)]
+    evaluations = [{"step": 0, "reward": 0.25}, {"step": 3, "reward": 2.5}]
+    figure, panels = draw(history, evaluations, reward_max=4.0)
+    assert panels["reward of 4"].get_ylim() == (0, pytest.approx(4.2))
+    assert "held-out reward 0.25 → 2.5 of 4" in texts(figure)[0]
+    marks = [line for line in panels["reward of 4"].lines if line.get_linestyle() == "None"]
+    assert [line.get_data()[1].tolist() for line in marks] == [[0.25, 2.5]]
+    _, panels = draw(history, evaluations)
+    assert "reward" in panels and "accuracy" not in panels
+    assert panels["reward"].get_ylabel() == "band: ± std; dots: held-out"
 
 
 def test_values_and_their_running_mean_are_drawn(draw):
@@ -139,7 +205,7 @@ def test_axes_show_shares_from_0_to_1_and_others_from_0(draw):
         assert panels[title].get_ylim() == (0, 1)
     for title in ("reward", "completion length", "entropy", "speed", "time", "memory"):
         assert panels[title].get_ylim()[0] == 0
-    _, panels = draw([{"step": 1, "reward": -1.0, "kl": 0.0}, {"step": 2, "reward": 0.5}])
+    _, panels = draw([{"step": 1, "reward": -1.0, "kl": 0.5}, {"step": 2, "reward": 0.5}])
     low, high = panels["reward"].get_ylim()
     assert low < -1 and high > 0.5
     assert panels["KL to the reference"].get_ylim()[0] == 0
