@@ -32,7 +32,7 @@ from reference.training.tasks.final_answer import (
     tagged,
 )
 from reference.training.tasks.plain_text import fold, plain, plain_characters
-from reference.training.tasks.quantities import Quantity, parse_quantity
+from reference.training.tasks.quantities import Quantity, parse_quantity, with_digits
 
 __all__ = ["answer_is", "boxed", "is_number", "last_line", "last_line_is", "last_number"]
 __all__ += ["mentions", "number_is", "tagged"]
@@ -41,19 +41,25 @@ _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _PLAIN_NUMBER = re.compile(rf"[-+−]?{_DIGITS}")
 _SIGNED = re.compile(rf"(?:(?<![\w)])-)?{_DIGITS}")
 _POLARITY: dict[str, bool] = dict.fromkeys(
-    "yes true correct sí si oui ja sim да はい 是 네 예".split(), True
+    "yes yeah yep true correct sí si oui ja sim да はい 是 네 예".split(), True
 )
 _POLARITY |= dict.fromkeys(
-    "no false incorrect non nein não нет いいえ 不是 否 아니요".split(), False
+    "no nope nah false incorrect non nein não нет いいえ 不是 否 아니요".split(), False
 )
+_APPROXIMATION = re.compile(r"(?:≈|\\approx\b)\s*-?[\d.,]*\d")
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct |right |final )?(?:(?:answer|option|choice|letter)\b(?: is)?:? ?)?)"
     r"(?P<open>[(\[]?)(?P<letter>[A-Za-z])(?:[)\]]+|[.:](?=\s|$)|,(?=\s)|(?=\s-\s)|$"
     r"|(?=\s(?:because|since|as|is (?:the )?(?:correct|right))\b))\s*(?P<text>.*)",
     re.DOTALL,
 )
+_CHOSEN = re.compile(
+    r"(?i:\b(?:option|choice|answer|letter))\s+\(?([A-Z])\b|\(([A-Z])\)"
+    r"|(?i:\b(?:is|be|so|pick|choose|select|chose|with|say|it's))\s+([A-Z])[.)]?\s*$"
+)
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\b)[^\W\d_]{3,}")
 _FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y")
+_FORMATS += ("%d.%m.%Y",)
 _FORMATS += ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M%p", "%I %p", "%I%p")
 _LATEX = {"π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm "}
 _LATEX |= {"∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "×": "\\times ", "·": "\\cdot ", "**": "^"}
@@ -66,12 +72,14 @@ def answer_is(completion: str, answer: str) -> bool:
     if completion == answer:
         return True
     truth = plain(answer).strip()
-    if (right := parse_quantity(truth)) is not None:
+    if (right := parse_quantity(with_digits(truth))) is not None:
         number = final_number(completion)
         if isinstance(number, Quantity) and number.equals(right):
             return True
-        # "3,5" may be a list, too.
-        if "," not in truth or is_number(truth):
+        if _APPROXIMATION.search(completion):  # of "1/6 ≈ 0.167" both sides are right
+            return answer_is(_APPROXIMATION.sub("", completion), answer)
+        # "3,5" may be a list, and "Seven" a word.
+        if re.search(r"\d", truth) and ("," not in truth or is_number(truth)):
             is_formula = isinstance(number, str) and re.search(r"[\\^√*!]", number) is not None
             return is_formula and _has_math_verify() and _mathematics_is([str(number)], answer)
     texts = list(dict.fromkeys(text for text in readings(completion) if text.strip()))
@@ -99,13 +107,15 @@ def answer_is(completion: str, answer: str) -> bool:
 
 
 def _polarity(reading: str) -> bool | None:
-    """Read yes or no from the first word, as in "No, because"."""
+    """Read yes or no from the first word or the last: "No, because", "I would say yes"."""
     words = re.findall(r"[^\W\d_]+|/", fold(reading))
     while words and words[0] in ("so", "thus", "therefore", "hence", "well", "it", "is"):
         words = words[1:]
-    if len(words) > 2 and words[1] in ("or", "and", "/") and words[2] in _POLARITY:
+    if not words or (len(words) > 2 and words[1] in ("or", "and", "/") and words[2] in _POLARITY):
         return None
-    return _POLARITY.get(words[0]) if words else None
+    if words[0] in _POLARITY or words[-1] not in _POLARITY:
+        return _POLARITY.get(words[0])
+    return _POLARITY[words[-1]] is not ("not" in words)
 
 
 def _choice_is(texts: list[str], letter: str, text: str | None) -> bool:
@@ -120,7 +130,12 @@ def _choice_is(texts: list[str], letter: str, text: str | None) -> bool:
             return False
         reason = re.match(r"because|since|as\b|is\b|$", found["text"])
         return text is None or reason is not None or _key(text) in _key(found["text"])
-    return text is not None and any(_same(reading, text) for reading in texts)
+    if text is not None:
+        return any(_same(reading, text) for reading in texts)
+    line = next((reading for reading in texts if _CHOSEN.search(reading)), "")
+    if re.search(r"\b[A-Z]\)?,? ?(?:or|and|/) ?\(?[A-Z]\b|\bnot\b", line):
+        return False
+    return {chosen for groups in _CHOSEN.findall(line) for chosen in groups if chosen} == {letter}
 
 
 def _same(text: str, truth: str) -> bool:
@@ -153,7 +168,9 @@ def _same(text: str, truth: str) -> bool:
 
 def _items(text: str) -> tuple[str, list[str]]:
     """Split a list at its commas and at "and"; return its brackets, too."""
-    text = re.sub(r"^.{0,3}(?:=|∈)(?=[(\[{])", "", text.strip(" .\n"))
+    text = re.sub(r"^.{0,3}(?:=|∈)\s*(?=[(\[{±])", "", text.strip(" .\n"))
+    if text.startswith("±"):
+        return "", [text[1:], f"-{text[1:]}"]
     kind = text[:1] + text[-1:] if re.fullmatch(r"[(\[{][^()\[\]{}]*[)\]}]", text) else ""
     if kind:
         return kind, [item.strip() for item in text[1:-1].split(",")]
@@ -182,7 +199,10 @@ def _key(text: str) -> str:
     text = fold(plain(text)).replace('"', "").replace("&", " and ").strip().strip("'*")
     text = text.rstrip(".!? \n").removesuffix("です").removesuffix("입니다")
     text = re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", " ", text)
-    text = re.sub(r"^(?:the|an?)\s+(?=\S\S)", "", text)
+    # U.S.A. and Dr., but not README.md
+    text = re.sub(r"(?<=[^\W\d_])\.(?=\s|[^\W\d_]\b)", "", text)
+    text = re.sub(r"\binf(?:inity)?\b", "∞", text)
+    text = re.sub(r"^(?:the|an?)\s+(?=\S\S)|\bv(?=\d)", "", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"[_{}]", "", text))
     return " ".join(text.split())
 
@@ -198,6 +218,8 @@ def _is_mathematics(text: str) -> bool:
 
 def _mathematics_is(candidates: list[str], answer: str) -> bool:
     formulas = [part for text in candidates for part in (*_formulas(text), text)]
+    if "=" not in answer:
+        formulas = [part for text in formulas for part in (text, text.rpartition("=")[2])]
     formulas = [_latex(text) for text in formulas if not _WORD.search(re.sub(r"\\\w+", "", text))]
     try:
         return math_judge.is_equal(list(dict.fromkeys(filter(None, formulas))), _latex(answer))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from reference.training.tasks.plain_text import plain
-from reference.training.tasks.quantities import Quantity, parse_quantity, parse_unit
+from reference.training.tasks.quantities import Quantity, parse_quantity, parse_unit, with_digits
 
 # Characters that are read, from the end of a completion: for marks, and for the rest.
 LONGEST = 20_000
@@ -25,7 +25,7 @@ _BOX_PARTS = re.compile(
 _BETWEEN_BOXES = re.compile(r"\}?\$?\s*(?:,|,?\s*\b(?:and|or)\b)\s*\$?\\f?box(?:ed)?\s*\{?")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _PHRASE = re.compile(
-    r"(?:\b(?:answer|antwort|respuesta|réponse|resposta|risposta|ответ)\b[^.:=\n]{0,60}?"
+    r"(?:\b(?:answer|ans|antwort|respuesta|réponse|resposta|risposta|ответ)\b[^.:=\n]{0,60}?"
     r"(?:\b(?:is|are|ist|es|est|é|è)\b(?: therefore| thus)?:?|[:=])|答案(?:是|为|為|:)|答えは|답은)"
     r"\s*(?P<answer>\S.*)",
     re.IGNORECASE,
@@ -34,11 +34,15 @@ _RETRACTION = re.compile(r"\b(?:wait|actually|correction|sorry|no,)", re.IGNOREC
 _REASON = re.compile(
     r"[.!?;](?:\s|$)|,? \(|,? (?:because|since|as|for|and not|not|denn|weil|porque|car)\s|,(?=\s\D)"
 )
+# What stands before the answer in a sentence; without spaces in Chinese, Japanese and Korean.
 _COPULA = re.compile(
-    r"\b(?:is|are|was|were|be|equals|called|ist|sind|es|son|est|é|è|это)\b|[:=→]|是|为|は|는|은"
+    r"\b(?:is|are|was|were|be|equals|called|by|in|at|on|from|ist|sind|es|son|est|é|è|это)\b"
+    r"|:(?=\s)|\s-\s|→|是|为|は|는|은"
 )
-_SUBJECT = re.compile(r"(.{1,100}?) (?:is|are|was|were) the (?!.*\bnot\b)")
+_NEGATED = re.compile(r"\b(?:not|never|nor|neither)\b|n't\b")
+_SUBJECT = re.compile(r"(.{1,100}?) (?:is|are|was|were) the ")
 _JOINERS = frozenset("or and to through - & x oder und bis ou et o y или и 或 和 至 到 ~".split())
+_OR = frozenset("or oder ou o или 或".split())
 _NEGATIONS = frozenset("not nicht pas than isn't не no".split())
 _CODE = re.compile(
     r"#?[^\W\d_]+\d\w*|[^\W\d_]{2,}[-_/.:]\S*|[A-Z]-\d\S*|0x\w+|\d+(?:[.:/-]\d+){2,}\S*|\d+:\d+\S*|\d+[A-Z]\w*"
@@ -120,7 +124,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def strip_token(token: str) -> str:
-    token = token.strip("\"'*_").rstrip(".,;:!?\"'*_")
+    token = token.strip("\"'*_#").rstrip(".,;:!?\"'*_")
     for pair in ("()", "[]", "{}"):
         if token.count(pair[0]) != token.count(pair[1]):
             token = token.strip(pair)
@@ -136,9 +140,15 @@ def _is_joined(tokens: list[str], i: int) -> bool:
     def ends(j: int) -> bool:
         return j + 1 == len(tokens) or tokens[j][-1] in ".;!?)]}"
 
-    for step in (-1, 1):
-        if has_number(i + 2 * step) and tokens[i + step].lower() in _JOINERS:
-            return True
+    if "=" not in tokens[i] and has_number(i - 2) and tokens[i - 1].lower() in _JOINERS:
+        return True
+    if has_number(i + 2) and tokens[i + 1].lower() in _JOINERS:
+        return True
+    # "42 apples or 43 apples"
+    if (has_number(i - 3) and tokens[i - 1].lower() in _OR) or (
+        has_number(i + 3) and tokens[i + 2].lower() in _OR
+    ):
+        return True
     # "7, 42." is a list; "In 2020, 42 people" is not.
     pairs = ((i - 1, i), (i, i + 1))
     return any(
@@ -151,12 +161,16 @@ def _find_number(text: str, *, first: bool = False) -> Quantity | str | None:
     tokens = _tokens(text)
     for i in range(len(tokens)) if first else reversed(range(len(tokens))):
         token = strip_token(re.split("[=≈→]", tokens[i])[-1])
+        token = re.sub(r"(?<=\d)-[^\W\d_]{2,}.*", "", token)  # 12-year-old
         if not re.search(r"\d", token):
             continue
         if token[0].isalpha() and parse_unit(token, only_known=True):  # of 5 m^2
             continue
-        if i and tokens[i - 1].lower() in _NEGATIONS:
+        before = " ".join(tokens[max(i - 2, 0) : i]).lower()
+        if before.rpartition(" ")[2] in _NEGATIONS or before == "out of":
             continue
+        if before.rpartition(" ")[2].startswith("\\"):  # \log_2 8
+            return " ".join(tokens[i - 1 : i + 1])
         if _is_joined(tokens, i):
             return None
         for n in range(4 if tokens[i][-1] not in ".,;!?)" else 0, -1, -1):
@@ -174,8 +188,10 @@ def _find_number(text: str, *, first: bool = False) -> Quantity | str | None:
 def final_number(completion: str) -> Quantity | str | None:
     marked = marked_text(completion)
     raw = completion[-TAIL:] if marked is None else marked[-TAIL:]
-    text = plain(raw)
-    if (number := parse_quantity(text)) is not None:
+    text = with_digits(plain(raw).strip())
+    if marked is not None and re.fullmatch(r"\d+!", text):
+        return text  # a factorial
+    if (number := parse_quantity(text.rstrip("! "))) is not None:
         return number
     if (phrase := _phrase(text)) is not None:
         if retraction := list(_RETRACTION.finditer(phrase)):
@@ -186,7 +202,8 @@ def final_number(completion: str) -> Quantity | str | None:
     for bold in reversed(_BOLD.findall(last_line(raw))):
         if (number := parse_quantity(plain(bold))) is not None:
             return number
-    return _find_number(text)
+    without_asides = re.sub(r"(?<=\w) \([^()]{0,200}\)", "", text)
+    return _find_number(without_asides if re.search(r"\d", without_asides) else text)
 
 
 def readings(completion: str) -> Iterator[str]:
@@ -197,12 +214,14 @@ def readings(completion: str) -> Iterator[str]:
     if (phrase := _phrase(text)) is not None:
         yield from (phrase, _REASON.split(phrase, maxsplit=1)[0])
     yield from (text, line, re.sub(r"\s*\([^()]*\)[.\s]*$", "", line))
-    sentence = re.split(r"(?<=[^\W\d_]{2}[.!?]) +", line.strip())[-1]
-    yield _COPULA.split(sentence)[-1]
-    if subject := _SUBJECT.match(sentence):
-        yield subject[1]
-    for bold in _BOLD.findall(last_line(raw))[-1:]:
-        if re.search(r"\b(?:not|or)\b", line) is None:
-            yield plain(bold)
-    if phrase is None and marked is None:
-        yield plain(completion[:TAIL].partition("\n")[0])
+    head = plain(completion[:TAIL].partition("\n")[0]) if marked is None else ""
+    for part in (line, head) if text.count("\n") <= 3 else (line,):
+        sentence = re.split(r"(?<=[^\W\d_]{2}[.!?]) +", part.strip())[-1]
+        if _NEGATED.search(sentence) is None:
+            yield _COPULA.split(sentence)[-1]
+            yield sentence.rpartition("=")[2]
+            if subject := _SUBJECT.match(sentence):
+                yield subject[1]
+            yield from map(plain, _BOLD.findall(last_line(raw))[-1:])
+    if phrase is None:
+        yield head

@@ -31,7 +31,8 @@ _DELIMITED = re.compile(
 _BLANKS = re.compile(r"\s{2,}|\t")
 # An operator with spaces around it; a minus sign only between digits, brackets and variables.
 _OPERATOR = re.compile(r"[ \t]*([=+*/^<>≤≥≈≠±])[ \t]*")
-_MINUS = re.compile(r"(?<=[\w)}])(?<![^\W\d_]{2}) - (?=[\d(\\√π]|[a-z]\b)")
+_MINUS = re.compile(r"(?<=[\w)}])(?<![^\W\d_]{2}) - (?=[\d(\\√π$€£]|[a-z]\b)")
+_LINE_START = re.compile(r"^[ \t]*(?:> ?)+|(?<=\n)[ \t]*[-*+] +", re.MULTILINE)
 # Between a digit and a script whose words may touch it: 共42个.
 _SCRIPT_EDGE = re.compile(
     "(?<=[0-9])(?=[{0}])|(?<=[{0}])(?=[0-9])".format("\u0590-\u1fff\u2e80-\ufaff\uff00-\U0003ffff")
@@ -85,7 +86,7 @@ def plain(text: str) -> str:
 
     An expression is written without spaces: \\(x = \\frac{84}{2}\\) becomes x=84/2.
     """
-    text = _BLANKS.sub(_shortest_blank, plain_characters(text))
+    text = _LINE_START.sub("", _BLANKS.sub(_shortest_blank, plain_characters(text)))
     text = _DELIMITED.sub(lambda found: f" {_tight(next(filter(None, found.groups())))} ", text)
     if "\\" in text or "^" in text or "{,}" in text or "~" in text:
         text = _without_commands(text)
@@ -121,6 +122,7 @@ def _without_commands(text: str) -> str:
     text = re.sub(r"(?<=-) (?=\d+/)", "", text)
     text = re.sub(r"\\([a-zA-Z]+)[ ]?", lambda found: _COMMANDS.get(found[1], found[0]), text)
     text = re.sub(r"\\([%$&#_{}])", r"\1", text)
+    text = re.sub(r"\\f?box(?:ed)?\b\s*\{?", " ", text)  # not closed
     return re.sub(r"\s*\^\s*(?:\{\s*°\s*\}|°)", "°", text)
 
 

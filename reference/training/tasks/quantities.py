@@ -39,7 +39,7 @@ _OTHERS = {
     "°C": {"°C celsius ℃": 1},
     "°F": {"°F fahrenheit": 1},
     "K": {"K kelvin": 1},
-    "$": {"$ US$ dollar usd": 1, "cent ¢": "0.01"},
+    "$": {"$ US$ dollar usd buck": 1, "cent ¢": "0.01"},
     "€": {"€ euro eur": 1},
     "£": {"£ gbp pound": 1},
     "¥": {"¥ yen jpy yuan cny rmb 元 円": 1},
@@ -60,6 +60,16 @@ _UNITS |= {
 _COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "sqm": "m^2", "kWh": "kW*h"}
 _NO_UNITS = frozenset({"st", "nd", "rd", "th"})
 
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen""".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDS = {word: i for i, word in enumerate(_ONES)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
+_WORDS |= {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_SPELLED = re.compile(
+    rf"\b(?:{'|'.join([*_ONES, *_TENS])})\b"
+    rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{'|'.join(_WORDS)})\b)*",
+    re.IGNORECASE,
+)
 _DIGITS = (
     r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ '_]\d{3})+(?:[.,]\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|\d+(?:[.,]\d*)?|\.\d+)"
@@ -116,18 +126,53 @@ def parse_quantity(text: str, *, only_known_units: bool = False) -> Quantity | N
     text = text.strip()
     while text[:1] == "(" and text[-1:] == ")":
         text = text[1:-1].strip()
-    found = _QUANTITY.fullmatch(text.rstrip(".!;:, ") if text[-1:] in ".!;:," else text)
-    if found is None or len(text) > LONGEST or (found["sign"] and found["inner"]):
-        return None
+    text = text.rstrip(".;:, ") if text[-1:] in ".;:," else text
+    found = _QUANTITY.fullmatch(text) if len(text) <= LONGEST else None
+    if found is None or (found["sign"] and found["inner"]) or re.fullmatch(r"[12]\d\d0s", text):
+        return None  # nor are the 1990s a number
     number = _number(found)
     unit = found["unit"] or ""
     if found["currency"] and found["currency"] not in unit:
         unit = f"{unit} {found['currency'].removesuffix('.')}"
     parsed = parse_unit(unit, only_known=only_known_units)
     if number is None or parsed is None:
-        return None
+        return _sum_of_units(text)
     scale, factor, units = parsed
     return Quantity(number, scale, factor, units)
+
+
+def _sum_of_units(text: str) -> Quantity | None:
+    """Read "3 hours 20 minutes"."""
+    if len(text) > 60 or not re.fullmatch(r"(?:\d+ ?[^\W\d_]+\.?(?:$|,? (?:and )?)){2,4}", text):
+        return None
+    parts = re.findall(r"\d+ ?[^\W\d_]+", text)
+    terms = [parse_quantity(part, only_known_units=True) for part in parts]
+    first = terms[0]
+    if first is None or any(term is None or term.units != first.units for term in terms):
+        return None
+    total = sum(term.number * term.factor for term in terms if term is not None)
+    return first._replace(number=total / first.factor) if first.units else None
+
+
+def with_digits(text: str) -> str:
+    """Spell numbers with digits, in a text without any; "one" may be a pronoun and stays."""
+    text = re.sub(r"\b(?:minus|negative) (?=\d)", "-", text)
+    if re.search(r"\d", text):
+        return text
+
+    def digits(found: re.Match[str]) -> str:
+        total = part = 0
+        words = re.findall(r"[a-z]+", found[0].lower())
+        for word in words:
+            value = _WORDS.get(word, 0)
+            if value >= 1000:
+                total, part = total + part * value, 0
+            else:
+                part = part * 100 if value == 100 else part + value
+        return found[0] if words == ["one"] and found[0] != text else str(total + part)
+
+    text = _SPELLED.sub(digits, text)
+    return re.sub(r"\b(?:minus|negative) (?=\d)", "-", text)
 
 
 def _number(found: re.Match[str]) -> Fraction | None:
@@ -185,7 +230,7 @@ def parse_unit(
             continue
         stem = lower.removesuffix("s")
         known = next((_UNITS[x] for x in (name, lower, stem) if x in _UNITS), None)
-        if known is None and only_known:
+        if known is None and (only_known or (len(name) == 1 and name.isascii())):  # 2x
             return None
         size, base = known or (Fraction(1), fold(stem))
         power = int(power or 1) * (-1 if joint == "/" else 1)
