@@ -46,7 +46,6 @@ OTHER_NAMES = {
     "--print-every": "log-every log-interval logging-steps",
     "--prompts": "b batch batch-size bs generation-batch-size per-device-train-batch-size"
     " prompts-per-step questions rollout-batch-size train-batch-size",
-    "--question": "prompt",
     "--ratio-level": "importance-sampling-level",
     "--resume": "continue resume-from resume-from-checkpoint",
     "--reward": "reward-fn reward-func reward-funcs reward-function rewards",
@@ -89,6 +88,11 @@ def check_arguments(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
     flags |= {f"no-{name}": kind for name, kind in flags.items() if kind is bool}
     meant = {other: flag for flag, names in OTHER_NAMES.items() for other in names.split()}
     meant |= {name: f"--{name}" for name in flags}
+    by_value = {  # --dapo is --loss dapo
+        choice.replace("_", "-"): f"--{name} {choice}"
+        for name, kind in flags.items()
+        for choice in _choices(kind)
+    }
     for token, values in _group(arguments):
         name = token.lstrip("-").replace("_", "-")
         if token.startswith("--") and name in flags:
@@ -99,8 +103,9 @@ def check_arguments(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
             if name in others.split():
                 raise UserError(f"{said}: {reason}")
         long_names = [other for other in meant if len(other) > 3]  # bias is not bs
-        near = [name] if name in meant else nearest(name, long_names)
-        hint = f"did you mean {meant[near[0]]}?" if near else "--help all lists every flag"
+        near = [meant[other] for other in nearest(name, long_names)]
+        found = meant.get(name) or by_value.get(name) or next(iter(near), None)
+        hint = "--help all lists every flag" if found is None else f"did you mean {found}?"
         raise UserError(f"{said}; {hint}")
 
 
@@ -117,6 +122,12 @@ def _group(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
+def _choices(kind: Any) -> list[str]:
+    """List the values of a Literal, or of a Literal or None."""
+    options = (kind, *get_args(kind))
+    return [x for option in options if get_origin(option) is Literal for x in get_args(option)]
+
+
 def _check_values(flag: str, kind: Any, values: list[str]) -> None:
     """Raise a UserError unless the values of a flag are of its type."""
     if kind is bool:
@@ -125,12 +136,12 @@ def _check_values(flag: str, kind: Any, values: list[str]) -> None:
         return
     if get_origin(kind) is tuple:
         return
-    options = (kind, *get_args(kind))  # of Literal | None and int | None too
+    options = (kind, *get_args(kind))  # of int | None too
     is_text = {str, Path} & {*options}
     if not values:
         dash = f"; one that begins with - is written {flag}=-..." if is_text else ""
         raise UserError(f"{flag} needs a value{dash}")
-    choices = [x for option in options if get_origin(option) is Literal for x in get_args(option)]
+    choices = _choices(kind)
     if len(values) > 1:
         quoted = f": write {flag} {shlex.quote(' '.join(values))}" if is_text else ""
         raise UserError(f"{flag} takes one value; got {' '.join(values)}{quoted}")

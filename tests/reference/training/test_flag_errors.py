@@ -31,6 +31,10 @@ FLAGS = {"--" + name.replace("_", "-") for name in get_type_hints(TrainConfig)}
         ("--clip", "--epsilon-low and --epsilon-high"),
         ("--epsilon", "--epsilon-low and --epsilon-high"),
         ("--no-wanb", "--no-wandb"),
+        ("--prompt", "--prompts"),
+        ("--dr-grpo", "--loss dr_grpo"),
+        ("--fsdp", "--parallel fsdp"),
+        ("--tiny", "--preset tiny"),
         ("--help-all", "--help all"),
     ],
 )
