@@ -45,11 +45,10 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from reference.training.advantages import StepReward, compute_advantages
+from reference.training.advantages import StepReward, compute_advantages, load_step_reward
 from reference.training.collect import collect_rollouts, examples, rollout_metrics
 from reference.training.command_line import parse_command_line
 from reference.training.config import TrainConfig
@@ -78,7 +77,6 @@ from reference.training.run.resume import (
 from reference.training.run.run_directory import clear, lock_run_dir, save_json, save_policy
 from reference.training.run.run_log import RunLog, load_wandb, read_metrics, summary_table
 from reference.training.run.training_state import TrainingState
-from reference.training.tasks.rewards import load_function
 from reference.training.tasks.tasks import Task, load_task
 from reference.training.update.learner import Learner
 from reference.training.warm_start import warm_start
@@ -138,9 +136,10 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         policy = load_policy(config, device, sampler, config.system)
         chat(policy, config.temperature, CHAT_TOKENS, input)
         return {}
-    task = load_task(config)
+    with ranks.only_rank0_prints():
+        task = load_task(config)
+        step_reward = load_step_reward(config, task)
     questions = task.train + task.held_out
-    step_reward: Any = None if config.step_reward is None else load_function(config.step_reward)
     if config.wandb:
         load_wandb()  # imported now, so that a missing package stops the run here
     if config.eval_only:
@@ -266,7 +265,7 @@ def train(
             is_shown = (step - 1) % config.print_every == 0
             group = examples(rollouts, advantages) if is_shown else []
             log.step(row, group)
-            shown = {name: row[name] for name in ("reward", "accuracy/lenient")}
+            shown = {name: row[name] for name in ("reward", "accuracy/lenient") if name in row}
             bar.set_postfix(shown, refresh=False)
 
             # Show some completions.

@@ -5,7 +5,7 @@ Sizes: B questions, G completions per question, T tokens and S steps per complet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ import grpo_kernels
 from reference.training.collect import Rollouts, replace_missing
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
-from reference.training.tasks.rewards import WeightedReward, call
+from reference.training.tasks.questions import Question
+from reference.training.tasks.rewards import WeightedReward, call, load_function
+from reference.training.tasks.tasks import Task, example
 
 Steps = list[list[tuple[int, float]]]  # per completion: (end of the step, reward of the step)
 # Called like a reward; the ends of the steps that it returns are numbers of characters.
@@ -61,9 +63,11 @@ def process_advantages(
     rollouts: Rollouts, step_reward: StepReward, decode: Callable[[list[int]], str]
 ) -> Tensor:
     """Return the advantages [B·G, T] of the tokens, from rewards of their steps."""
-    completions = rollouts.samples.completions
+    completions, G = rollouts.samples.completions, rollouts.rewards.shape[1]
     steps = []
-    for row, row_steps in enumerate(call_step_reward(rollouts, step_reward)):
+    questions = [question for question in rollouts.questions for _ in range(G)]
+    found = call_step_reward(step_reward, questions, rollouts.samples.texts)
+    for row, row_steps in enumerate(found):
         # A step ends in the first token whose text, with that before it, reaches its character.
         ids = completions.tokens[row][completions.mask[row]].tolist()
         lengths = [len(decode(ids[: n + 1])) for n in range(len(ids))]
@@ -83,10 +87,19 @@ def process_advantages(
     return torch.where(mask, advantages.flatten(0, 1), 0.0)
 
 
-def call_step_reward(rollouts: Rollouts, step_reward: StepReward) -> Steps:
+def load_step_reward(config: TrainConfig, task: Task) -> StepReward | None:
+    """Load --step-reward, and call it once to find mistakes."""
+    if config.step_reward is None:
+        return None
+    step_reward = load_function(config.step_reward)
+    call_step_reward(step_reward, *example(task, config.group_size))
+    return step_reward
+
+
+def call_step_reward(
+    step_reward: StepReward, questions: Sequence[Question], texts: Sequence[str]
+) -> Steps:
     """Call --step-reward and check its result; the ends of steps are in characters."""
-    G, texts = rollouts.rewards.shape[1], rollouts.samples.texts
-    questions = [question for question in rollouts.questions for _ in range(G)]
     try:
         returned = call(step_reward, "--step-reward", questions, texts)
         steps = [[(int(end), float(reward)) for end, reward in row] for row in returned]

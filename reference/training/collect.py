@@ -6,9 +6,10 @@ Sizes: B questions, G completions per question, in rows b·G + g.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.samplers import Sampler
 from reference.training.tasks.questions import Question
-from reference.training.tasks.rewards import call, score, total_reward
+from reference.training.tasks.rewards import score, total_reward
 from reference.training.tasks.tasks import Task
 
 
@@ -33,7 +34,7 @@ class Rollouts:
     rewards_by_name: dict[str, Tensor]  # [B·G], unweighted, NaN where one does not apply
     rewards: Tensor  # [B, G], the weighted sum, NaN where no reward applies
     has_signal: Tensor  # [B], True if the rewards of the group differ
-    accuracy: dict[str, Tensor]  # [B·G], "strict" and "lenient", 0 or 1
+    accuracy: dict[str, Tensor]  # [B·G], "strict" and "lenient": 0, 1, or NaN without an answer
     num_sampled_tokens: int  # includes completions that dynamic sampling discarded
     num_tokens: int  # the same plus a prompt for each completion
 
@@ -118,6 +119,8 @@ def _sample_on_rank(
     repeated = [question for question in questions for _ in range(G)]
     rewards_by_name = score(task.rewards, repeated, samples.texts)
     total = total_reward(task.rewards, rewards_by_name)
+    if total.isnan().any():
+        _warn_of_missing_rewards()
     if config.overlong_buffer:
         rewards_by_name["overlong"] = overlong_penalty(completions.mask, config)
         total = total + rewards_by_name["overlong"]
@@ -128,10 +131,6 @@ def _sample_on_rank(
     has_signal = compared.ne(compared[:, :1]).any(dim=-1)
     if config.mask_truncated:
         has_signal &= completions.finished.view(-1, G).any(dim=-1).cpu()
-    accuracy = {
-        name: torch.tensor(call(function, name, repeated, samples.texts))
-        for name, function in (("strict", task.strict), ("lenient", task.lenient))
-    }
     num_sampled = int(completions.mask.sum())
     num_tokens = num_sampled + int(samples.prompts.mask.sum()) * G
     return Rollouts(
@@ -140,9 +139,17 @@ def _sample_on_rank(
         rewards_by_name,
         rewards,
         has_signal,
-        accuracy,
+        task.accuracy(repeated, samples.texts),
         num_sampled,
         num_tokens,
+    )
+
+
+@cache
+def _warn_of_missing_rewards() -> None:
+    print(
+        "no reward applies to some completions, since each returned None: they have no advantage",
+        file=sys.stderr,
     )
 
 
@@ -221,7 +228,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "reward_std": rewards.std(dim=-1).mean().item(),
         "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
         **{f"rewards/{name}/mean": x.nanmean().item() for name, x in by_name.items()},
-        **{f"accuracy/{name}": x.float().mean().item() for name, x in rollouts.accuracy.items()},
+        **{f"accuracy/{name}": x.nanmean().item() for name, x in rollouts.accuracy.items()},
         "completions/mean_length": completions.mask.sum(-1).float().mean().item(),
         "completions/clipped_ratio": 1.0 - completions.finished.float().mean().item(),
     }

@@ -41,10 +41,19 @@ class TaskSettings:
     """The questions and the rewards."""
 
     task: str = "arithmetic"
-    """arithmetic, reverse, gsm8k, jsonl, capital-of-brazil, question, or
+    """arithmetic, reverse, gsm8k, data (your own, with --data), capital-of-brazil, question, or
     reasoning-gym/<generator>."""
-    data: Path | None = None
-    """For gsm8k and jsonl: a local file, or a directory with train.jsonl and test.jsonl."""
+    data: str | None = None
+    """For data and gsm8k: a .jsonl, .json, .csv or .parquet file; a directory with train.* and
+    test.* of these types; or a data set of the hub, ORG/NAME, ORG/NAME:CONFIG or
+    ORG/NAME:CONFIG:SPLIT. Without a test split a fifth of the questions, at most 128, is held
+    out."""
+    prompt_column: str | None = None
+    """For --data: the column with the prompt, a text or a list of chat messages. None: prompt,
+    question, problem or messages."""
+    answer_column: str | None = None
+    """For --data: the column with the ground truth. None: answer, solution, ground_truth or
+    completion, if there is one; without ground truths only --reward counts."""
     task_option: tuple[str, ...] = ()
     """Settings of a reasoning-gym generator, name=value."""
     system: str | None = None

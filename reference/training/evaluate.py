@@ -1,36 +1,49 @@
-"""Accuracy and pass@k on held-out questions, and a chat with the model."""
+"""Accuracy, mean reward and pass@k on held-out questions, and a chat with the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import comb
 
 import torch
+from torch import Tensor
 
 from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.policy import Policy
 from reference.training.tasks.questions import Question
-from reference.training.tasks.rewards import call
+from reference.training.tasks.rewards import score, total_reward
 from reference.training.tasks.tasks import Task
 
 BATCH = 64  # completions sampled at once
 
 
 def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
-    """Measure greedy accuracy on the held-out questions, and pass@k with --pass-at."""
+    """Measure greedy accuracy on the held-out questions, and pass@k with --pass-at.
+
+    Questions without a ground truth are left out. If none has one, the mean reward is measured.
+    """
     questions = task.held_out[: config.eval_questions]
+    judged = [q for q in questions if q.answer is not None and task.lenient is not None]
     device = policy.device
     devices = [] if device.type == "cpu" else [device]
     # Training does not depend on how often it is evaluated.
     with torch.random.fork_rng(devices, device_type=device.type):
-        metrics = accuracy(policy, task, questions)
-        if config.pass_at is not None:
-            metrics |= pass_at(policy, task, questions, config.pass_at, config.temperature)
-    shown = ", ".join(f"{name} {value:.1%}" for name, value in metrics.items())
-    print(f"{len(questions)} held-out questions: {shown}")
+        if judged:
+            questions = judged
+            metrics = accuracy(policy, task, questions)
+            shown = {name: f"{value:.1%}" for name, value in metrics.items()}
+        else:
+            metrics = {"reward": mean_reward(policy, task, questions)}
+            shown = {"mean reward": f"{metrics['reward']:.3g}"}
+        if judged and config.pass_at is not None:
+            estimates = pass_at(policy, task, questions, config.pass_at, config.temperature)
+            metrics |= estimates
+            shown |= {name: f"{value:.1%}" for name, value in estimates.items()}
+    text = ", ".join(f"{name} {value}" for name, value in shown.items())
+    print(f"{len(questions)} held-out questions: {text}")
     return metrics | {"questions": len(questions)}
 
 
@@ -38,8 +51,18 @@ def accuracy(
     policy: Policy, task: Task, questions: Sequence[Question], temperature: float = 0.0
 ) -> dict[str, float]:
     """Return the share of right completions, "strict" and "lenient", from one per question."""
-    counts = count_right(policy, task, questions, 1, temperature)
-    return {name: sum(values) / len(questions) for name, values in counts.items()}
+    right = judge(policy, questions, 1, temperature, task.accuracy)
+    return {name: sum(values) / len(questions) for name, values in right.items()}
+
+
+def mean_reward(policy: Policy, task: Task, questions: Sequence[Question]) -> float:
+    """Return the mean reward of greedy completions, one per question; NaN if none applies."""
+
+    def total(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"reward": total_reward(task.rewards, score(task.rewards, questions, texts))}
+
+    values = judge(policy, questions, 1, 0.0, total)["reward"]
+    return torch.tensor(values).nanmean().item()
 
 
 def pass_at(
@@ -50,7 +73,8 @@ def pass_at(
     With c of n samples right, the unbiased estimate for a question is 1 - C(n - c, k) / C(n, k)
     (arXiv:2107.03374).
     """
-    counts = count_right(policy, task, questions, samples, temperature)["lenient"]
+    right = judge(policy, questions, samples, temperature, task.accuracy)["lenient"]
+    counts = [int(sum(right[i : i + samples])) for i in range(0, len(right), samples)]
     ks = [1 << i for i in range(samples.bit_length()) if 1 << i < samples] + [samples]
     return {
         f"pass@{k}": sum(1 - comb(samples - c, k) / comb(samples, k) for c in counts) / len(counts)
@@ -58,24 +82,32 @@ def pass_at(
     }
 
 
-def count_right(
-    policy: Policy, task: Task, questions: Sequence[Question], samples: int, temperature: float
-) -> dict[str, list[int]]:
-    """Count the right ones among the samples of each question; ranks share the questions."""
+def judge(
+    policy: Policy,
+    questions: Sequence[Question],
+    samples: int,
+    temperature: float,
+    measure: Callable[[Sequence[Question], Sequence[str]], Mapping[str, Tensor]],
+) -> dict[str, list[float]]:
+    """Measure `samples` completions of each question; ranks share the questions.
+
+    Args:
+        measure: takes the question and the text of each completion, returns values [n] by name.
+    """
     ranks = policy.ranks
     if ranks.size > 1:  # ranks sample independently of each other
         policy = replace(policy, ranks=SINGLE_PROCESS)
     own, size = ranks.shard(questions), max(1, BATCH // samples)
-    counts: dict[str, list[int]] = {"strict": [], "lenient": []}
+    values: dict[str, list[float]] = {}
     with ranks.unsharded(policy.model):
         for batch in (own[start : start + size] for start in range(0, len(own), size)):
             texts = policy.sample(batch, samples, temperature).texts
             repeated = [question for question in batch for _ in range(samples)]
-            for name, function in (("strict", task.strict), ("lenient", task.lenient)):
-                right = [int(value) for value in call(function, name, repeated, texts)]
-                counts[name] += [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
-        by_rank = ranks.all_gather(counts)
-    return {name: [n for rank in by_rank for n in rank[name]] for name in counts}
+            for name, measured in measure(repeated, texts).items():
+                values.setdefault(name, []).extend(measured.tolist())
+        by_rank = ranks.all_gather(values)
+    names = next(filter(None, by_rank), {})  # a rank without questions has none
+    return {name: [x for rank in by_rank for x in rank.get(name, [])] for name in names}
 
 
 def chat(

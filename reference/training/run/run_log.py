@@ -180,13 +180,18 @@ def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -
         low, high = wilson(metrics[name], metrics["questions"])
         return f"{metrics[name]:.1%} ({low:.0%} to {high:.0%})"
 
-    count = f"{after['questions']:,} questions (95% interval)"
-    rows = [(f"held-out, {count}", "before", "after")]
-    names = {"accuracy, strict": "strict", "accuracy, lenient": "lenient"}
-    if all(metrics["strict"] == metrics["lenient"] for metrics in (before, after)):
-        names = {"accuracy": "strict"}
-    for label, name in names.items():
-        rows.append((f"  {label}", accuracy(before, name), accuracy(after, name)))
+    count = f"{after['questions']:,} questions"
+    if "strict" in after:
+        rows = [(f"held-out, {count} (95% interval)", "before", "after")]
+        names = {"accuracy, strict": "strict", "accuracy, lenient": "lenient"}
+        if all(metrics["strict"] == metrics["lenient"] for metrics in (before, after)):
+            names = {"accuracy": "strict"}
+        for label, name in names.items():
+            rows.append((f"  {label}", accuracy(before, name), accuracy(after, name)))
+    else:  # no question has a ground truth
+        rows = [(f"held-out, {count}", "before", "after")]
+        first, last = (format_number(metrics["reward"]) for metrics in (before, after))
+        rows.append(("  mean reward", first, last))
     for name in (name for name in after if name.startswith("pass@") and name in before):
         rows.append((f"  {name}", f"{before[name]:.1%}", f"{after[name]:.1%}"))
 

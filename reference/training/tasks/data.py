@@ -1,25 +1,28 @@
-"""Sources of questions: JSONL files, GSM8K and reasoning-gym."""
+"""Questions to train on and held out: of --data, GSM8K and reasoning-gym."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from reference.training.errors import UserError, import_package, one_line
-from reference.training.tasks import answers
-from reference.training.tasks.questions import Question
+from reference.training.errors import UserError, did_you_mean, import_package, one_line
+from reference.training.tasks import answers as judge
+from reference.training.tasks import rows as sources
+from reference.training.tasks.questions import (
+    ANSWER_COLUMNS,
+    PROMPT_COLUMNS,
+    RESERVED,
+    Question,
+    make_question,
+)
 
 HELD_OUT = 128
-GSM8K = "openai/gsm8k"
-LAYOUT = (
-    "--data wants a directory with train.jsonl and test.jsonl, or one .jsonl file, which is split"
-)
+GSM8K = "openai/gsm8k:main"
 GYM_QUESTIONS = 1000
 # reasoning-gym makes item i from the seed plus i: seeds must differ by more than the sizes.
 GYM_SEED_STRIDE = 1_000_000
@@ -43,6 +46,21 @@ Split = tuple[list[Question], list[Question]]  # to train on, held out
 Verifier = Callable[[str, str], float]  # (question, answer) -> 0 to 1
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Questions to train on and held out.
+
+    Attributes:
+        files: the local files that were read.
+        summary: how many rows were read, dropped, kept and held out.
+    """
+
+    train: list[Question]
+    held_out: list[Question]
+    files: tuple[Path, ...] = ()
+    summary: str | None = None
+
+
 def split(questions: Iterable[Question], seed: int) -> Split:
     """Shuffle, and hold out the first 128 questions, at most a fifth of all."""
     shuffled = _distinct(questions)
@@ -60,85 +78,101 @@ def _distinct(questions: Iterable[Question], without: Iterable[Question] = ()) -
     return [question for key, question in by_key.items() if key not in excluded]
 
 
-def read(data: Path, seed: int, final: Callable[[str], str] = str.strip) -> Split:
-    """Read and split a JSONL file, or read train.jsonl and test.jsonl of a directory.
+def read(
+    data: str | Path,
+    seed: int,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    final: Callable[[str], str] = str.strip,
+) -> Questions:
+    """Read --data (see `rows.load`), and split it if it has no test split.
 
-    Questions of the test file are removed from the training file.
+    Questions of the test split are removed from those to train on.
 
     Args:
+        prompt_column: None: the first of PROMPT_COLUMNS that a row has.
+        answer_column: None: the first of ANSWER_COLUMNS that the data have, if any.
         final: extracts the final answer from an answer text, or raises a ValueError.
     """
-    if data.is_dir():
-        held_out = _distinct(read_jsonl(data / "test.jsonl", final))
-        train = _distinct(read_jsonl(data / "train.jsonl", final), without=held_out)
+    prompt_columns = PROMPT_COLUMNS if prompt_column is None else (prompt_column,)
+    answer_columns = ANSWER_COLUMNS if answer_column is None else (answer_column,)
+    source = sources.load(str(data), as_text={*prompt_columns, *answer_columns})
+    rows = [*source.train, *(source.held_out or [])]
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    _expect_column("--prompt-column", prompt_columns, names, data)
+    if answer_column is not None:
+        _expect_column("--answer-column", answer_columns, names, data)
+    answer_column = next((name for name in answer_columns if name in names), None)
+    questions = [make_question(row, names, prompt_columns, answer_column, final) for row in rows]
+
+    if source.held_out is None:
+        train, held_out = split(questions, seed)
+        in_both = 0
     else:
-        train, held_out = split(read_jsonl(data, final), seed)
+        count = len(source.train)
+        train, held_out = _distinct(questions[:count]), _distinct(questions[count:])
+        count = len(train)
+        train = _distinct(train, without=held_out)
+        in_both = count - len(train)
+    duplicates = len(rows) - len(train) - len(held_out) - in_both
+    parts = [f"{len(rows):,} rows read", f"{duplicates:,} dropped as duplicates"]
+    if in_both:
+        parts.append(f"{in_both:,} dropped because they are in the test split too")
+    parts.append(f"{len(train):,} kept to train on and {len(held_out):,} held out")
+    summary = f"{data}: {', '.join(parts)}"
     if not train or not held_out:
         raise UserError(
-            f"--data {data}: {len(train)} questions to train on and {len(held_out)} held out; "
-            "expected at least one of each, in one file at least five different questions"
+            f"--data {summary}; expected at least one of each, without a test split at least five "
+            "different questions"
         )
-    return train, held_out
+    unknown = sum(question.answer is None for question in (*train, *held_out))
+    if unknown:
+        summary += f"; {unknown:,} without a ground truth"
+    for name in RESERVED:
+        if name in names and name not in (*prompt_columns, answer_column):
+            summary += f"; rewards receive something else as {name}, not that column"
+    return Questions(train, held_out, source.files, summary)
 
 
-def read_jsonl(path: Path, final: Callable[[str], str] = str.strip) -> list[Question]:
-    """Read one question per line: {"prompt": ..., "answer": ...}, or "question" for "prompt"."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; {LAYOUT}") from None
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object; got {line.strip()[:80]}")
-        text, answer = row.get("prompt", row.get("question")), row.get("answer")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{place}: expected a text under "prompt" or "question"; got {text!r}')
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            answer = str(answer) if math.isfinite(answer) else answer
-        if not isinstance(answer, str) or not answer.strip():
-            raise UserError(f'{place}: expected a text or a number under "answer"; got {answer!r}')
-        try:
-            questions.append(Question(text, final(answer)))
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
-    return questions
-
-
-def gsm8k(data: Path | None, seed: int) -> Split:
-    """Load GSM8K from the hub, or from files with the same layout."""
-    if data is not None:
-        return read(data, seed, gsm8k_answer)
-    datasets = import_package(
-        "datasets",
-        '--task gsm8k needs the package datasets: pip install "grpo_kernels[tasks]"; '
-        f"or --data: {LAYOUT}",
-    )
-    try:
-        splits = datasets.load_dataset(GSM8K, "main")
-    except Exception as error:  # no connection, no such set, a broken cache: each its own type
+def _expect_column(flag: str, wanted: Sequence[str], names: Sequence[str], data: Any) -> None:
+    """Raise a UserError if there are columns, but none of those that are wanted."""
+    if names and not set(wanted) & set(names):
+        hint = next(filter(None, (did_you_mean(name, names) for name in wanted)), "; choose one")
         raise UserError(
-            f"--task gsm8k: {GSM8K} could not be had from the hub ({one_line(error)}); without "
-            f'it, {LAYOUT}; each line is {{"question": ..., "answer": "... #### 18"}}'
+            f"{flag}: {data} has no column {' or '.join(wanted)}, but {', '.join(names)}{hint}"
+        )
+
+
+def gsm8k(
+    data: str | Path | None,
+    seed: int,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+) -> Questions:
+    """Load GSM8K from the hub, or from files with the same layout."""
+    if data is None:
+        import_package(
+            "datasets",
+            '--task gsm8k needs the package datasets: pip install "grpo_kernels[tasks]"; '
+            f"or --data: {sources.LAYOUT}",
+        )
+    try:
+        questions = read(data or GSM8K, seed, prompt_column, answer_column, gsm8k_answer)
+        if all(question.answer is None for question in (*questions.train, *questions.held_out)):
+            raise UserError(f"{data or GSM8K} has no column {' or '.join(ANSWER_COLUMNS)}")
+        return questions
+    except UserError as error:
+        if data is not None:
+            raise
+        raise UserError(
+            f'--task gsm8k: {error}; each row is {{"question": ..., "answer": "... #### 18"}}'
         ) from None
-    train, held_out = (
-        [Question(row["question"], gsm8k_answer(row["answer"])) for row in splits[name]]
-        for name in ("train", "test")
-    )
-    return _distinct(train, without=held_out), _distinct(held_out)
 
 
 def gsm8k_answer(solution: str) -> str:
     """Extract the number after "####", without thousands separators; or take a bare number."""
     answer = solution.rpartition("####")[2].strip().removeprefix("$")
-    if not answers.is_number(answer):
+    if not judge.is_number(answer):
         raise ValueError(f'expected a number, after "####" in a solution; got {answer[-80:]!r}')
     return answer.replace(",", "")
 

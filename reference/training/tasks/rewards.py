@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -127,8 +126,7 @@ def call(
             is_required = parameter.default is parameter.empty
             if is_required and parameter.kind is not parameter.VAR_POSITIONAL:
                 if parameter.name not in inputs:
-                    near = difflib.get_close_matches(parameter.name, inputs, n=1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
+                    hint = did_you_mean(parameter.name, inputs)
                     known = ", ".join(name for name in inputs if name != "answers")
                     raise UserError(
                         f"{who} has the parameter {parameter.name!r}, but a reward receives "

@@ -5,20 +5,23 @@ To add a task, write a function that returns a Task, call it in `make_task` and 
 
 from __future__ import annotations
 
-import difflib
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from reference.training.config import TrainConfig
-from reference.training.errors import UserError
+from reference.training.errors import UserError, did_you_mean
 from reference.training.tasks import answers, data, rewards
 from reference.training.tasks.data import HELD_OUT
 from reference.training.tasks.questions import Question
-from reference.training.tasks.rewards import Reward, WeightedReward
+from reference.training.tasks.rewards import Reward, WeightedReward, call
 
 GYM = "reasoning-gym/"
 THINK_ANSWER = (
@@ -27,8 +30,8 @@ THINK_ANSWER = (
 )
 HASHES = "Reason step by step. Then end with a line of its own: #### and the number that answers."
 
-# The values of --task.
-TASKS = ("arithmetic", "reverse", "gsm8k", "jsonl", "capital-of-brazil", "question")
+# The values of --task; jsonl is another name of data.
+TASKS = ("arithmetic", "reverse", "gsm8k", "data", "jsonl", "capital-of-brazil", "question")
 TASKS += (GYM + "<generator>",)
 
 
@@ -36,56 +39,106 @@ TASKS += (GYM + "<generator>",)
 class Task:
     """Questions, rewards and measures of accuracy.
 
-    The prompts that rewards, `strict` and `lenient` receive are the texts of the questions.
-
     Attributes:
         train, held_out: they share no question, unless the task has only one.
-        strict, lenient: 1 for a correct completion, else 0. Strict also requires the right form: a
-            completion that is correct for strict is correct for lenient.
+        strict, lenient: called like rewards, 1 for a correct completion, else 0. Strict also
+            requires the right form: a completion that is correct for strict is correct for lenient.
+            None if no question has a ground truth.
         system: the system prompt.
+        files: the local files that were read.
+        summary: a line to print, on where the questions come from.
     """
 
     train: list[Question]
     held_out: list[Question]
     rewards: dict[str, WeightedReward]
-    strict: Reward
-    lenient: Reward
+    strict: Reward | None
+    lenient: Reward | None
     system: str | None = None
+    files: tuple[Path, ...] = ()
+    summary: str | None = None
+
+    def accuracy(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return "strict" and "lenient" of each completion, [n]; NaN without a ground truth.
+
+        Without any ground truth in the task there is no accuracy.
+        """
+        measures = {"strict": self.strict, "lenient": self.lenient}
+        return {
+            name: torch.tensor(
+                [math.nan if x is None else float(x) for x in call(measure, name, questions, texts)]
+            )
+            for name, measure in measures.items()
+            if measure is not None
+        }
 
 
 def load_task(config: TrainConfig) -> Task:
-    """Make --task, with the rewards and the weights of the command line."""
-    options = {"data": config.data, "question": config.question, "answer": config.answer}
+    """Make --task, with the rewards of the command line; each is called once, to find mistakes."""
+    options = {
+        "data": config.data,
+        "prompt_column": config.prompt_column,
+        "answer_column": config.answer_column,
+        "question": config.question,
+        "answer": config.answer,
+    }
     task = make_task(config.task, config.seed, settings=config.task_settings(), **options)
     system = task.system if config.system is None else config.system
     chosen = rewards.choose_rewards(task.rewards, config.reward, config.reward_weight)
+    if task.summary is not None:
+        print(task.summary)
+    if not chosen:
+        raise UserError(
+            f"--task {config.task}: no row has a ground truth to reward: name its column with "
+            "--answer-column, or a reward with --reward"
+        )
+    if config.pass_at is not None and task.lenient is None:
+        raise UserError(f"--pass-at {config.pass_at} needs ground truths: no row has one")
+    rewards.score(chosen, *example(task, config.group_size))
     return replace(task, rewards=chosen, system=system)
+
+
+def example(task: Task, count: int) -> tuple[list[Question], list[str]]:
+    """Return a question for `count` completions, and these: the ground truth if there is one."""
+    question = task.train[0]
+    return [question] * count, [question.answer or "This is a completion."] * count
 
 
 def make_task(
     name: str,
     seed: int,
     *,
-    data: Path | None = None,
+    data: str | Path | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
     question: str | None = None,
     answer: str | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Task:
     """Make the task of a name; a generator of reasoning-gym has settings."""
     if name not in TASKS and not name.startswith(GYM):
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--task {name}: expected one of {', '.join(TASKS)}{hint}")
-    required = {"jsonl": {"data"}, "question": {"question", "answer"}}.get(name, set())
-    allowed = required | ({"data"} if name == "gsm8k" else set())
-    given: dict[str, Any] = {"data": data, "question": question, "answer": answer}
+        known = ", ".join(TASKS)
+        raise UserError(f"--task {name}: expected one of {known}{did_you_mean(name, TASKS)}")
+    reads_data = name in ("data", "jsonl", "gsm8k")
+    required = {"data": {"data"}, "jsonl": {"data"}, "question": {"question", "answer"}}
+    allowed = {"data", "prompt_column", "answer_column"} if reads_data else required.get(name, ())
+    given: dict[str, Any] = {
+        "data": data,
+        "prompt_column": prompt_column,
+        "answer_column": answer_column,
+        "question": question,
+        "answer": answer,
+    }
     for option, value in given.items():
-        if value is None and option in required:
-            raise UserError(f"--task {name} needs --{option}")
+        flag = "--" + option.replace("_", "-")
+        if value is None and option in required.get(name, ()):
+            raise UserError(f"--task {name} needs {flag}")
         if value is not None and option not in allowed:
-            raise UserError(f"--task {name} has no use for --{option}; got {value}")
+            hint = "; did you mean --task data?" if option == "data" else ""
+            raise UserError(f"--task {name} has no use for {flag}; got {value}{hint}")
         if isinstance(value, str) and not value.strip():
-            raise UserError(f"--{option} is empty")
+            raise UserError(f"{flag} is empty")
+    columns = (prompt_column, answer_column)
     if name.startswith(GYM):
         return reasoning_gym(name.removeprefix(GYM), seed, settings)
     if settings:
@@ -93,8 +146,9 @@ def make_task(
     makers: dict[str, Callable[[], Task]] = {
         "arithmetic": lambda: arithmetic(seed),
         "reverse": lambda: reverse(seed),
-        "gsm8k": lambda: gsm8k(data, seed),
-        "jsonl": lambda: jsonl(given["data"], seed),
+        "gsm8k": lambda: gsm8k(data, seed, *columns),
+        "data": lambda: own_data(given["data"], seed, *columns),
+        "jsonl": lambda: own_data(given["data"], seed, *columns),
         "capital-of-brazil": lambda: one_question("What is the capital of Brazil?", "Brasília"),
         "question": lambda: one_question(given["question"], given["answer"]),
     }
@@ -132,10 +186,17 @@ def reverse(seed: int) -> Task:
     )
 
 
-def gsm8k(path: Path | None, seed: int) -> Task:
+def gsm8k(
+    path: str | Path | None,
+    seed: int,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+) -> Task:
     """Load word problems; the right number gives 1, and "####" before it on the last line 0.2."""
+    found = data.gsm8k(path, seed, prompt_column, answer_column)
     return Task(
-        *data.gsm8k(path, seed),
+        found.train,
+        found.held_out,
         rewards={
             "correct": WeightedReward(rewards.gsm8k_lenient),
             "format": WeightedReward(rewards.gsm8k_strict, 0.2),
@@ -143,16 +204,29 @@ def gsm8k(path: Path | None, seed: int) -> Task:
         strict=rewards.gsm8k_strict,
         lenient=rewards.gsm8k_lenient,
         system=HASHES,
+        files=found.files,
+        summary=found.summary,
     )
 
 
-def jsonl(path: Path, seed: int) -> Task:
-    """Load the user's questions; the final answer of the completion counts."""
+def own_data(
+    path: str | Path,
+    seed: int,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+) -> Task:
+    """Load the user's questions; the final answer of the completion counts, if it is known."""
+    found = data.read(path, seed, prompt_column, answer_column)
+    questions = (*found.train, *found.held_out)
+    has_answers = any(question.answer is not None for question in questions)
     return Task(
-        *data.read(path, seed),
-        rewards={"correct": WeightedReward(rewards.math_verify)},
-        strict=rewards.exact_match,
-        lenient=rewards.math_verify,
+        found.train,
+        found.held_out,
+        rewards={"correct": WeightedReward(rewards.math_verify)} if has_answers else {},
+        strict=rewards.exact_match if has_answers else None,
+        lenient=rewards.math_verify if has_answers else None,
+        files=found.files,
+        summary=found.summary,
     )
 
 

@@ -12,7 +12,9 @@ from reference.training.command_line import parse_command_line
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.policy import SampledCompletions
-from reference.training.tasks.tasks import Question, Task
+from reference.training.tasks.questions import Question
+from reference.training.tasks.rewards import WeightedReward
+from reference.training.tasks.tasks import Task
 
 
 class ScriptedPolicy:
@@ -67,6 +69,34 @@ def test_pass_at_k_matches_enumeration(right):
         assert found[f"pass@{k}"] == pytest.approx(expected)
 
 
+@pytest.fixture
+def scripted():
+    policy = ScriptedPolicy()
+    policy.device = torch.device("cpu")
+    return policy
+
+
+def test_evaluation_leaves_out_questions_without_a_ground_truth(scripted, capsys):
+    held_out = task([4, 0])
+    held_out.held_out.append(Question("4", None))
+    config = parse_command_line(["--preset", "tiny", "--pass-at", "2"])
+    found = evaluate.evaluate(scripted, held_out, config)
+    assert found == {"strict": 0.5, "lenient": 0.5, "pass@1": 0.5, "pass@2": 0.5, "questions": 2}
+    assert "2 held-out questions: strict 50.0%, lenient 50.0%, pass@1" in capsys.readouterr().out
+
+
+def test_evaluation_without_ground_truths_is_the_mean_reward(scripted, capsys):
+    def reward(prompts, completions):
+        pairs = zip(prompts, completions, strict=True)
+        return [None if p == "2" else float(c == "right") for p, c in pairs]
+
+    questions = [Question(str(n)) for n in (1, 0, 0, 3, 2)]
+    held_out = Task(questions, questions, {"mine": WeightedReward(reward, 3.0)}, None, None)
+    found = evaluate.evaluate(scripted, held_out, parse_command_line(["--preset", "tiny"]))
+    assert found == {"reward": 1.5, "questions": 5}
+    assert "5 held-out questions: mean reward 1.5" in capsys.readouterr().out
+
+
 def test_chat_keeps_its_history_and_ends_at_an_empty_line():
     said, lines = [], cycle(["hello", "again", ""])
     evaluate.chat(ScriptedPolicy(), 1.0, 5, lambda prompt: next(lines), said.append)
@@ -107,5 +137,5 @@ def test_evaluation_preserves_the_rng_of_its_device_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("walked through them"))
     config = parse_command_line(["--preset", "tiny"])
     policy, before = SimpleNamespace(device=torch.device("cpu")), torch.get_rng_state()
-    evaluate.evaluate(policy, SimpleNamespace(held_out=[]), config)
+    evaluate.evaluate(policy, task([1]), config)
     assert torch.equal(torch.get_rng_state(), before)

@@ -24,81 +24,102 @@ def texts(questions):
     return [question.text for question in questions]
 
 
-def test_lines_have_prompt_or_question_and_text_or_number_answers(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        {"prompt": "p", "answer": " x "},
-        "",
-        {"question": "q", "answer": 7},
-        {"question": "r", "answer": 0.5, "more": None},
-    )
-    expected = [Question("p", "x"), Question("q", "7"), Question("r", "0.5")]
-    assert data.read_jsonl(path) == expected
-
-
-def test_unicode_line_separator_does_not_end_a_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b", "answer": "c"}\r\n'.encode())
-    assert data.read_jsonl(path) == [Question("a\u2028b", "c")]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ('{"prompt": "p", "answer"', "not JSON"),
-        ("[1, 2]", "expected an object"),
-        ({"answer": "a"}, '"prompt" or "question"; got None'),
-        ({"prompt": [{"role": "user"}], "answer": "a"}, '"prompt" or "question"'),
-        ({"prompt": " ", "answer": "a"}, '"prompt" or "question"'),
-        ({"prompt": "p"}, '"answer"; got None'),
-        ({"prompt": "p", "answer": True}, '"answer"; got True'),
-        ({"prompt": "p", "answer": ""}, '"answer"'),
-        ('{"prompt": "p", "answer": NaN}', '"answer"; got nan'),
-        ("[" * 100_000, "not JSON"),
-    ],
-)
-def test_malformed_line_raises_user_error_with_its_number(tmp_path, line, says):
-    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "a"}, "", line)
-    with pytest.raises(UserError, match=f"a.jsonl:3: .*{says}"):
-        data.read_jsonl(path)
-
-
-def test_unreadable_file_raises_user_error_with_the_layout(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "a"}'.encode("latin-1"))
-    for path in (tmp_path / "none.jsonl", tmp_path / "latin.jsonl", tmp_path):
-        with pytest.raises(UserError, match=r"train.jsonl and test.jsonl, or one .jsonl file"):
-            data.read(path, 0)
+def answers(questions):
+    return {question.text: question.answer for question in questions}
 
 
 def test_directory_keeps_its_split_without_shared_questions(tmp_path):
     write(tmp_path / "train.jsonl", *({"prompt": str(n), "answer": n} for n in range(6)))
     write(tmp_path / "test.jsonl", {"prompt": "2", "answer": 2}, {"prompt": "9", "answer": 9})
-    train, held_out = data.read(tmp_path, seed=0)
-    assert texts(train) == ["0", "1", "3", "4", "5"]
-    assert texts(held_out) == ["2", "9"]
+    found = data.read(tmp_path, seed=0)
+    assert texts(found.train) == ["0", "1", "3", "4", "5"]
+    assert texts(found.held_out) == ["2", "9"]
+    assert found.files == (tmp_path / "train.jsonl", tmp_path / "test.jsonl")
+    assert found.summary == (
+        f"{tmp_path}: 8 rows read, 0 dropped as duplicates, 1 dropped because they are in the test "
+        "split too, 5 kept to train on and 2 held out"
+    )
 
 
 @pytest.mark.parametrize(("n", "count"), [(5, 1), (9, 1), (100, 20), (640, 128), (2000, 128)])
 def test_one_file_is_split_without_loss_or_overlap(tmp_path, n, count):
     rows = [{"prompt": str(i), "answer": i} for i in range(n)]
     path = write(tmp_path / "a.jsonl", *rows, *rows[:3])
-    train, held_out = data.read(path, seed=1)
-    assert sorted(texts(train) + texts(held_out)) == sorted(str(i) for i in range(n))
-    assert len(held_out) == count
-    assert data.read(path, seed=1) == (train, held_out)
-    assert n < 100 or data.read(path, seed=2) != (train, held_out)
+    found = data.read(path, seed=1)
+    assert sorted(texts(found.train) + texts(found.held_out)) == sorted(str(i) for i in range(n))
+    assert len(found.held_out) == count
+    assert data.read(path, seed=1) == found
+    assert n < 100 or data.read(path, seed=2).train != found.train
+    assert found.files == (path,)
+    assert found.summary == (
+        f"{path}: {n + 3:,} rows read, 3 dropped as duplicates, {n - count:,} kept to train on and "
+        f"{count} held out"
+    )
 
 
 def test_too_few_questions_raise(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"prompt": "p", "answer": "a"} for _ in range(9)))
-    with pytest.raises(UserError, match="1 questions to train on and 0 held out"):
+    message = "9 rows read, 8 dropped as duplicates, 1 kept to train on and 0 held out; expected"
+    with pytest.raises(UserError, match=message):
         data.read(path, 0)
+
+
+CONVERSATION = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+
+
+def test_conversations_with_another_example_are_not_duplicates(tmp_path):
+    last = [{"role": "user", "content": "7+5?"}]
+    rows = [{"prompt": p, "answer": 12} for p in (last, CONVERSATION + last, last, "7+5?")]
+    found = data.read(
+        write(tmp_path / "a.jsonl", *rows, *({"prompt": str(n)} for n in range(9))), 0
+    )
+    assert len(found.train) + len(found.held_out) == 12
+    assert "1 dropped as duplicates" in found.summary
+    assert found.summary.endswith("2 held out; 9 without a ground truth")
+
+
+def test_columns_are_found_by_name_or_chosen(tmp_path):
+    rows = [{"problem": f"p{n}", "solution": n, "level": n % 3, "id": None} for n in range(5)]
+    path = write(tmp_path / "a.jsonl", *rows, {"problem": "p5", "other": "x"})
+    found = data.read(path, 0)
+    by_text = {q.text: q for q in (*found.train, *found.held_out)}
+    columns = {"problem": "p4", "solution": "4", "level": 1, "id": None, "other": None}
+    assert by_text["p4"] == Question("p4", "4", columns)
+    assert by_text["p5"].answer is None and by_text["p5"].columns["other"] == "x"
+    found = data.read(path, 0, answer_column="level")
+    assert {q.text: q for q in (*found.train, *found.held_out)}["p4"].answer == "1"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"prompt_column": "Problems"}, "--prompt-column: .* has no column Problems, but Problem, "
+         "solution; did you mean Problem\\?"),
+        ({"prompt_column": "x"}, "no column x, but Problem, solution; choose one"),
+        ({}, "no column prompt or question or problem or messages, .*did you mean Problem\\?"),
+        ({"prompt_column": "Problem", "answer_column": "solutions"},
+         "--answer-column: .* did you mean solution\\?"),
+    ],
+)  # fmt: skip
+def test_unknown_column_raises_with_those_that_exist(tmp_path, columns, says):
+    path = write(tmp_path / "a.jsonl", {"Problem": "p", "solution": "a"})
+    with pytest.raises(UserError, match=says):
+        data.read(path, 0, **columns)
+
+
+def test_column_under_the_name_of_another_input_is_reported(tmp_path):
+    rows = [{"prompt": f"p{n}", "answer": "long", "short": "a", "completions": 1} for n in range(5)]
+    found = data.read(write(tmp_path / "a.jsonl", *rows), 0, answer_column="short")
+    assert found.train[0].columns == {"short": "a"} and found.train[0].answer == "a"
+    assert "rewards receive something else as completions, not that column" in found.summary
+    assert "as answer, not that column" in found.summary
 
 
 def test_gsm8k_answer_is_extracted_from_the_solution(tmp_path):
     write(tmp_path / "train.jsonl", {"question": "q", "answer": "6*3=<<6*3=18>>18\n#### 1,018"})
     write(tmp_path / "test.jsonl", {"question": "r", "answer": "-5"})
-    assert data.gsm8k(tmp_path, 0) == ([Question("q", "1018")], [Question("r", "-5")])
+    found = data.gsm8k(tmp_path, 0)
+    assert answers(found.train) == {"q": "1018"} and answers(found.held_out) == {"r": "-5"}
 
 
 def test_gsm8k_solution_without_a_number_raises_with_its_line(tmp_path):
@@ -113,7 +134,14 @@ def test_gsm8k_from_the_hub_keeps_its_split(monkeypatch):
         "test": [{"question": "r", "answer": "#### 2"}],
     }
     monkeypatch.setattr("datasets.load_dataset", lambda *names: parts)
-    assert data.gsm8k(None, 0) == ([Question("q", "1")], [Question("r", "2")])
+    found = data.gsm8k(None, 0)
+    assert answers(found.train) == {"q": "1"} and answers(found.held_out) == {"r": "2"}
+
+
+def test_gsm8k_without_answers_raises(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"question": str(n)} for n in range(9)))
+    with pytest.raises(UserError, match=r"a\.jsonl has no column answer"):
+        data.gsm8k(path, 0)
 
 
 def test_unreachable_hub_raises_user_error_with_the_file_layout(monkeypatch):
@@ -121,7 +149,9 @@ def test_unreachable_hub_raises_user_error_with_the_file_layout(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"reach the Hub\).*train.jsonl and test.jsonl") as error:
+    with pytest.raises(
+        UserError, match=r"reach the Hub second line\).*train\.\* and test\.\*.*#### 18"
+    ) as error:
         data.gsm8k(None, 0)
     assert "\n" not in str(error.value)
 
