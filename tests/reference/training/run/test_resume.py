@@ -211,9 +211,11 @@ def test_signal_that_a_reward_catches_stops_after_sampling(tmp_path, tiny_model,
     source = tmp_path / "catches.py"
     source.write_text(
         "import os, signal\n"
+        "calls = []\n"
         "def zero(completions, **_):\n"
+        "    calls.append(completions)  # the first call is the trial before the model is loaded\n"
         "    try:\n"
-        f"        if os.path.exists({str(tmp_path / 'now')!r}):\n"
+        f"        if len(calls) == 2 and os.path.exists({str(tmp_path / 'now')!r}):\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "    except:\n"
         "        pass\n"
