@@ -15,6 +15,7 @@ from reference.training.errors import UserError, did_you_mean
 # Flags, and their names in TRL, verl, OpenRLHF and other trainers.
 OTHER_NAMES = {
     "--advantage": "adv-estimator advantage-estimator scale-rewards",
+    "--answer-column": "answer-field answer-key label-key",
     "--autocast": "bf16 dtype fp16 mixed-precision precision torch-dtype",
     "--beta": "init-kl-coef kl kl-coef kl-coeff kl-loss-coef",
     "--cache-dir": "hf-home",
@@ -44,6 +45,7 @@ OTHER_NAMES = {
     "--model": "base-model checkpoint model-id model-name model-name-or-path model-path pretrain",
     "--output-dir": "o out output output-path run-dir save-dir save-path",
     "--print-every": "log-every log-interval logging-steps",
+    "--prompt-column": "input-key prompt-field prompt-key",
     "--prompts": "b batch batch-size bs generation-batch-size per-device-train-batch-size"
     " prompts-per-step questions rollout-batch-size train-batch-size",
     "--ratio-level": "importance-sampling-level",
@@ -98,6 +100,7 @@ def check_arguments(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
         if token.startswith("--") and name in flags:
             _check_values(token, flags[name], values)
             continue
+        name = name.rpartition(".")[2]  # verl's actor_rollout_ref.actor.optim.lr=1e-6
         said = f"there is no flag {token}" if token.startswith("-") else f"{token!r} is no flag"
         for others, reason in ABSENT.items():
             if name in others.split():

@@ -32,6 +32,8 @@ FLAGS = {"--" + name.replace("_", "-") for name in get_type_hints(TrainConfig)}
         ("--epsilon", "--epsilon-low and --epsilon-high"),
         ("--no-wanb", "--no-wandb"),
         ("--prompt", "--prompts"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", "--learning-rate"),
+        ("data.train_files=x", "--data"),
         ("--dr-grpo", "--loss dr_grpo"),
         ("--fsdp", "--parallel fsdp"),
         ("--tiny", "--preset tiny"),
