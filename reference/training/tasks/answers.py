@@ -2,9 +2,9 @@
 
 The ground truth decides how it is compared:
 
-* Numbers by value, in any notation: 1,234, 1/2, 1e5, 1.5 million. Units that both name must be the
-  same (5 km is 5000 m); a bare number is right for any unit. 50% is right for 50% and 0.5, and the
-  bare 50 is right for 50%. A number may differ in the seventh decimal place where one is endless.
+* Numbers by value, in any notation: 1,234, 1/2, 1e5, 1.5 million, forty-two. Units that both name
+  must be the same (5 km is 5000 m); a bare number is right for any unit. 50% is right for 50% and
+  0.5, and the bare 50 for 50%. Where one number is endless, six decimal places count.
 * Yes and no by their meaning, in several languages; one letter as a choice: "(B) Paris" for B.
 * Dates and times in any notation; all other codes as text.
 * Lists by their items: (1, 2) and [1, 2] in order, {1, 2} and the bare 1, 2 in any order.
@@ -14,6 +14,7 @@ The ground truth decides how it is compared:
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 from datetime import datetime
@@ -49,7 +50,7 @@ _POLARITY |= dict.fromkeys(
 _APPROXIMATION = re.compile(r"(?:≈|\\approx\b)\s*-?[\d.,]*\d")
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct |right |final )?(?:(?:answer|option|choice|letter)\b(?: is)?:? ?)?)"
-    r"(?P<open>[(\[]?)(?P<letter>[A-Za-z])(?:[)\]]+|[.:](?=\s|$)|,(?=\s)|(?=\s-\s)|$"
+    r"(?P<open>[({\[]?)(?P<letter>[A-Za-z])(?:[)}\]]+|[.:](?=\s|$)|,(?=\s)|(?=\s-\s)|$"
     r"|(?=\s(?:because|since|as|is (?:the )?(?:correct|right))\b))\s*(?P<text>.*)",
     re.DOTALL,
 )
@@ -80,7 +81,7 @@ def answer_is(completion: str, answer: str) -> bool:
             return answer_is(_APPROXIMATION.sub("", completion), answer)
         # "3,5" may be a list, and "Seven" a word.
         if re.search(r"\d", truth) and ("," not in truth or is_number(truth)):
-            is_formula = isinstance(number, str) and re.search(r"[\\^√*!]", number) is not None
+            is_formula = isinstance(number, str) and re.search(r"[\\^√*!|]", number) is not None
             return is_formula and _has_math_verify() and _mathematics_is([str(number)], answer)
     texts = list(dict.fromkeys(text for text in readings(completion) if text.strip()))
     if (polarity := _POLARITY.get(fold(truth).rstrip("."))) is not None:
@@ -142,6 +143,8 @@ def _same(text: str, truth: str) -> bool:
     """Test if two plain texts are the same number, date, list or words."""
     if _key(text) == _key(truth):
         return True
+    if any(_key(text.replace(" to ", sign)) == _key(truth) for sign in ":-"):
+        return True
     numbers = parse_quantity(text), parse_quantity(truth)
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0].equals(numbers[1])
@@ -175,22 +178,22 @@ def _items(text: str) -> tuple[str, list[str]]:
     if kind:
         return kind, [item.strip() for item in text[1:-1].split(",")]
     items = re.split(r",\s+(?:and|or|und|et|y)\s+|\s+(?:and|or|und|et|y)\s+|[,;]", text)
-    if len({item.partition("=")[0].strip() for item in items if "=" in item}) == 1:
+    names = {re.sub(r"[\d_{} ]", "", item.partition("=")[0]) for item in items if "=" in item}
+    if len(names) == 1:
         items = [item.rpartition("=")[2] for item in items]
-    return kind, [item.strip() for item in items]
+    return kind, [re.sub(r"^\(([^()]*)\)$", r"\1", item.strip()) for item in items]
 
 
-def _moment(text: str) -> datetime | None:
-    """Read a date or a time of the day."""
+def _moment(text: str) -> tuple[datetime, bool] | None:
+    """Read a date or a time of the day, and whether its year is missing."""
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|,|\bof\b|\.$", "", text.strip())
-    text = re.sub(r"\b([ap])\.?m\b\.?", r"\1m", text, flags=re.IGNORECASE)
+    text = " ".join(re.sub(r"\b([ap])\.?m\b\.?", r"\1m", text, flags=re.IGNORECASE).split())
     if len(text) > 30 or not re.search(r"\d", text):
         return None
     for layout in _FORMATS:
-        try:
-            return datetime.strptime(" ".join(text.split()), layout)
-        except ValueError:
-            continue
+        for year in ("", " 2000"):
+            with contextlib.suppress(ValueError):
+                return datetime.strptime(text + year, layout), bool(year)
     return None
 
 

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator
 
 from reference.training.tasks.plain_text import plain
-from reference.training.tasks.quantities import Quantity, parse_quantity, parse_unit, with_digits
+from reference.training.tasks.quantities import (
+    SUM_OF_UNITS,
+    Quantity,
+    parse_quantity,
+    parse_unit,
+    with_digits,
+)
 
 # Characters that are read, from the end of a completion: for marks, and for the rest.
 LONGEST = 20_000
@@ -26,22 +32,29 @@ _BETWEEN_BOXES = re.compile(r"\}?\$?\s*(?:,|,?\s*\b(?:and|or)\b)\s*\$?\\f?box(?:
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _PHRASE = re.compile(
     r"(?:\b(?:answer|ans|antwort|respuesta|réponse|resposta|risposta|ответ)\b[^.:=\n]{0,60}?"
-    r"(?:\b(?:is|are|ist|es|est|é|è)\b(?: therefore| thus)?:?|[:=])|答案(?:是|为|為|:)|答えは|답은)"
-    r"\s*(?P<answer>\S.*)",
+    r"(?:\b(?:is|are|ist|es|est|é|è)\b(?: therefore| thus)?:?|[:=])"
+    r"|答案(?:是|为|為|(?=:)):?|答えは:?|답은:?)\s*(?P<answer>\S.*)",
     re.IGNORECASE,
 )
 _RETRACTION = re.compile(r"\b(?:wait|actually|correction|sorry|no,)", re.IGNORECASE)
+# What ends an answer that more words follow; a bare comma may also go on with a list.
 _REASON = re.compile(
-    r"[.!?;](?:\s|$)|,? \(|,? (?:because|since|as|for|and not|not|denn|weil|porque|car)\s|,(?=\s\D)"
+    r"[.!?;](?:\s|$)|,? \(|,? (?:because|since|as|for|and not|not|denn|weil|porque|car)\s"
+    r"|, (?=(?:which|who|the|an?|with|so)\s)"
 )
+_LIST_LINE = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+(\S.*)")
 # What stands before the answer in a sentence; without spaces in Chinese, Japanese and Korean.
 _COPULA = re.compile(
-    r"\b(?:is|are|was|were|be|equals|called|by|in|at|on|from|ist|sind|es|son|est|é|è|это)\b"
-    r"|:(?=\s)|\s-\s|→|是|为|は|는|은"
+    r"\b(?:is|are|was|were|be|equals|called|by|in|at|on|from|ist|sind|es|son|est|é|è|это"
+    r"|(?:it|that|this)'s|probably|maybe|perhaps|think|believe|guess)\b"
+    r"|:(?=\s)|\s-\s|→|是|为|は|는|은",
+    re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|nor|neither)\b|n't\b")
 _SUBJECT = re.compile(r"(.{1,100}?) (?:is|are|was|were) the ")
-_JOINERS = frozenset("or and to through - & x oder und bis ou et o y или и 或 和 至 到 ~".split())
+_JOINERS = frozenset(
+    "or and of to through - & x oder und bis ou et o y или и 或 和 至 到 ~".split()
+)
 _OR = frozenset("or oder ou o или 或".split())
 _NEGATIONS = frozenset("not nicht pas than isn't не no".split())
 _CODE = re.compile(
@@ -160,7 +173,8 @@ def _find_number(text: str, *, first: bool = False) -> Quantity | str | None:
     """Find the last number of a plain text, or the first; a str is a formula in its place."""
     tokens = _tokens(text)
     for i in range(len(tokens)) if first else reversed(range(len(tokens))):
-        token = strip_token(re.split("[=≈→]", tokens[i])[-1])
+        sides = re.split("[=≈→]", re.sub(r"=[^\W\d_][.,;!]?$", "", tokens[i]))  # 7=x
+        token = strip_token(sides[-1])
         token = re.sub(r"(?<=\d)-[^\W\d_]{2,}.*", "", token)  # 12-year-old
         if not re.search(r"\d", token):
             continue
@@ -193,17 +207,23 @@ def final_number(completion: str) -> Quantity | str | None:
         return text  # a factorial
     if (number := parse_quantity(text.rstrip("! "))) is not None:
         return number
+    *_, last_sum = [None, *SUM_OF_UNITS.finditer(text)]
+    if last_sum is not None and not re.search(r"\d", text[last_sum.end() :]):
+        if (number := parse_quantity(last_sum[0])) is not None:
+            return number
     if (phrase := _phrase(text)) is not None:
         if retraction := list(_RETRACTION.finditer(phrase)):
             return _find_number(phrase[retraction[-1].end() :])
-        near = " ".join(_REASON.split(phrase, maxsplit=1)[0].split()[:8])
+        near = " ".join(re.split(r",(?=\s\D)", _REASON.split(phrase, maxsplit=1)[0])[0].split()[:8])
         if re.search(r"\d", near):
             return _find_number(near if re.search(r"\d=", near) else phrase, first=True)
     for bold in reversed(_BOLD.findall(last_line(raw))):
         if (number := parse_quantity(plain(bold))) is not None:
             return number
     without_asides = re.sub(r"(?<=\w) \([^()]{0,200}\)", "", text)
-    return _find_number(without_asides if re.search(r"\d", without_asides) else text)
+    number = _find_number(without_asides if re.search(r"\d", without_asides) else text)
+    is_formula = isinstance(number, str) and marked and not re.search(r"(?<!\\)\b[a-z]{3,}", text)
+    return text if is_formula else number
 
 
 def readings(completion: str) -> Iterator[str]:
@@ -213,9 +233,14 @@ def readings(completion: str) -> Iterator[str]:
     text, line = plain(raw), plain(last_line(raw))
     if (phrase := _phrase(text)) is not None:
         yield from (phrase, _REASON.split(phrase, maxsplit=1)[0])
-    yield from (text, line, re.sub(r"\s*\([^()]*\)[.\s]*$", "", line))
+    yield from (text, line)
+    start = _REASON.split(line, maxsplit=1)[0] if _RETRACTION.search(line) is None else line
+    yield start
+    lines = [_LIST_LINE.fullmatch(part) for part in raw.strip().split("\n")]
+    if all(lines):
+        yield plain(", ".join(part[1] for part in lines if part is not None))
     head = plain(completion[:TAIL].partition("\n")[0]) if marked is None else ""
-    for part in (line, head) if text.count("\n") <= 3 else (line,):
+    for part in (line, start, head) if text.count("\n") <= 3 else (line, start):
         sentence = re.split(r"(?<=[^\W\d_]{2}[.!?]) +", part.strip())[-1]
         if _NEGATED.search(sentence) is None:
             yield _COPULA.split(sentence)[-1]

@@ -8,11 +8,13 @@ import unicodedata
 # Signs that NFKC leaves alone. LaTeX commands become signs, so that both are compared as one.
 _SIGNS = {"−": "-", "—": " - ", "―": " - ", "。": ". ", "、": ", ", "⁄": "/", "÷": "/", "·": "*"}
 _SIGNS |= {"×": "*", "⋅": "*", "∗": "*", "٫": ".", "٬": ",", "º": "°", "’": "'", "‘": "'", "⇒": "→"}
+_SIGNS |= dict.fromkeys("「」『』", '"')
 _COMMANDS = {"infty": "∞", "pi": "π", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥"}
 _COMMANDS |= {"neq": "≠", "ne": "≠", "approx": "≈", "times": "*", "cdot": "*", "div": "/"}
 _COMMANDS |= {"to": "→", "rightarrow": "→", "implies": "→", "circ": "°", "degree": "°", "in": "∈"}
 _COMMANDS |= {"langle": "(", "rangle": ")", "euro": "€", "pounds": "£", "lbrace": "{"}
 _COMMANDS |= {"rbrace": "}", "cup": "∪", "cap": "∩", "left": "", "right": "", "displaystyle": ""}
+_COMMANDS |= dict.fromkeys(("bf", "it", "rm", "tt", "sf", "em"), "")
 _COMMANDS |= {"quad": " ", "qquad": " ", "big": "", "Big": "", "bigl": "", "bigr": ""}
 
 _TEXT = re.compile(

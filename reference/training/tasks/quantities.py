@@ -83,6 +83,7 @@ _QUANTITY = re.compile(
     r"\s*(?P<unit>[^\d\s.,;:!?=<>][^,;:!?=<>]{0,60}?)?",
     re.DOTALL,
 )
+SUM_OF_UNITS = re.compile(r"\d+ ?[^\W\d_]+\.?(?:,? (?:and )?\d+ ?[^\W\d_]+\.?){1,3}")
 _UNIT_PART = re.compile(
     r"([*/ ]?)\s*([^\W\d_]+\$|[^\W\d_]+|°[CF]?|[$€£¥₹¢%])(?:\^?\{?(-?\d)\}?)?\s*"
 )
@@ -143,7 +144,7 @@ def parse_quantity(text: str, *, only_known_units: bool = False) -> Quantity | N
 
 def _sum_of_units(text: str) -> Quantity | None:
     """Read "3 hours 20 minutes"."""
-    if len(text) > 60 or not re.fullmatch(r"(?:\d+ ?[^\W\d_]+\.?(?:$|,? (?:and )?)){2,4}", text):
+    if len(text) > 60 or not SUM_OF_UNITS.fullmatch(text):
         return None
     parts = re.findall(r"\d+ ?[^\W\d_]+", text)
     terms = [parse_quantity(part, only_known_units=True) for part in parts]
@@ -230,8 +231,8 @@ def parse_unit(
             continue
         stem = lower.removesuffix("s")
         known = next((_UNITS[x] for x in (name, lower, stem) if x in _UNITS), None)
-        if known is None and (only_known or (len(name) == 1 and name.isascii())):  # 2x
-            return None
+        if known is None and (only_known or (len(name) == 1 and name < "\u0e00")):
+            return None  # 2x and 3π
         size, base = known or (Fraction(1), fold(stem))
         power = int(power or 1) * (-1 if joint == "/" else 1)
         factor *= size**power
