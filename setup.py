@@ -15,7 +15,8 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=1.0",
 ]
-# For --task gsm8k from the hub, reasoning-gym/<generator>, and answers that are mathematics.
+# For data sets of the hub, Parquet (pyarrow comes with datasets), reasoning-gym/<generator>, and
+# answers that are mathematics.
 TASKS = ["datasets>=4", "math-verify>=0.8", "reasoning-gym>=0.1.20"]
 MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 # The tests compare the losses with TRL's own. The other peers run beside us in the benchmarks only;

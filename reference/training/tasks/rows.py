@@ -179,18 +179,21 @@ def _expect_object(value: Any, place: str) -> dict[str, Any]:
 
 def _find_flaw(value: Any) -> str | None:
     """Find a `Flaw`, or a text that has half of a surrogate pair and is therefore not Unicode."""
-    if isinstance(value, Flaw):
-        return value.says
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(value[error.start])[1:-1]
-            return f"half a surrogate pair, {half}, in the text {value[:80]!a}"
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        return next((flaw for flaw in map(_find_flaw, value) if flaw is not None), None)
+    found = [value]
+    for item in found:  # grows in the loop
+        if isinstance(item, str):
+            if not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError as error:
+                    half = ascii(item[error.start])[1:-1]
+                    return f"half a surrogate pair, {half}, in the text {item[:80]!a}"
+        elif isinstance(item, dict):
+            found += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            found += item
+        elif isinstance(item, Flaw):
+            return item.says
     return None
 
 
