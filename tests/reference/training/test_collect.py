@@ -91,6 +91,13 @@ def test_reward_that_applies_to_no_completion_is_missing():
     assert sorted(rewards, key=str) == [1.0, 3.0, *[None] * 6]
 
 
+def test_completions_without_any_reward_are_reported_once(capsys):
+    collect._warn_of_missing_rewards.cache_clear()
+    for _ in range(2):
+        collect_from([1, 2, 3, 4], lambda completions: [None] * len(completions))
+    assert capsys.readouterr().err.count("no reward applies to some completions") == 1
+
+
 def test_missing_rewards_become_the_mean_of_their_group():
     nan = torch.nan
     rewards = torch.tensor([[0.1, nan, 0.1, 0.1], [1.0, nan, 4.0, nan], [nan, nan, nan, nan]])

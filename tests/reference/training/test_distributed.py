@@ -80,7 +80,8 @@ DIES = """
     def dies(prompts, completions, answers):
         calls.append(None)
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-        if first and os.environ["RANK"] == "1" and len(calls) == 3:
+        # The first call is the trial before the model is loaded.
+        if first and os.environ["RANK"] == "1" and len(calls) == 4:
             {how}
         return [0.0] * len(completions)
 """
