@@ -134,6 +134,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
     ranks.check_settings(config.prompts, config.sampler)
     if config.chat:
         policy = load_policy(config, device, sampler, config.system)
+        shutdown.release()
         chat(policy, config.temperature, CHAT_TOKENS, input)
         return {}
     with ranks.only_rank0_prints():

@@ -1,6 +1,7 @@
 """The training script with models of many families, from directories."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -78,11 +79,12 @@ def test_chat_goes_on_from_the_prompt_of_the_run(tmp_path, monkeypatch):
     assert run(tmp_path, "--system", "Add.") == 0
 
     chats = []
-    monkeypatch.setattr(
-        train,
-        "chat",
-        lambda policy, temperature, *_: chats.append((policy.system, policy.opening, temperature)),
-    )
+
+    def chat(policy, temperature, *_):
+        chats.append((policy.system, policy.opening, temperature))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    monkeypatch.setattr(train, "chat", chat)
     start = ["--model", str(tmp_path / "run" / "model"), "--threads", "1", "--chat"]
     assert train.main(start) == 0
     assert train.main([*start, "--system", "Be brief.", "--temperature", "0.2"]) == 0

@@ -81,6 +81,10 @@ class GracefulShutdown:
         return self
 
     def __exit__(self, *_) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Leave signals to the handlers from before: there is nothing to save."""
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
@@ -88,6 +92,7 @@ class GracefulShutdown:
             self._writer.close()  # ends the thread
             self._thread.join()
             self._reader.close()
+            self._previous = {}
 
     @property
     def is_first_rank(self) -> bool:
