@@ -13,6 +13,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.policy import Policy
+from reference.training.run.graceful_shutdown import Stopped
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import score, total_reward
 from reference.training.tasks.tasks import Task
@@ -129,7 +130,7 @@ def chat(
             reply = policy.chat_reply(messages, temperature, max_new_tokens)
             messages.append({"role": "assistant", "content": reply})
             write(f"model> {reply}")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, Stopped):
         write("")  # the line after the prompt
     except UnicodeError as error:
         raise UserError(f"--chat cannot read its input: {error}") from None

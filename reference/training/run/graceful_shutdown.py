@@ -9,6 +9,7 @@ Several ranks stop together, after a step, since the signal reaches them at diff
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import socket
@@ -53,7 +54,8 @@ class GracefulShutdown:
 
     Python calls a signal handler only between two bytecodes, of which a backward pass is one. A
     thread therefore reads the signals too: it prints at once that the run stops, and ends the
-    process at the second Ctrl-C.
+    process at the second Ctrl-C. Python drops what a handler raises while an object is deleted: the
+    signal is then sent again.
 
     Attributes:
         requested: the number of the signal that was received, or None.
@@ -65,11 +67,13 @@ class GracefulShutdown:
         self.next_step: Callable[[], str] = lambda: NOTHING_TRAINED
         self._ranks: Ranks | None = None
         self._deferred_to: str | None = None
+        self._is_dropped, self._resent = False, 0
 
     def __enter__(self) -> GracefulShutdown:
         self._previous = {}
         # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
+            self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._see_dropped
             self._previous = {number: signal.signal(number, self._receive) for number in NAMES}
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
@@ -86,6 +90,7 @@ class GracefulShutdown:
     def release(self) -> None:
         """Leave signals to the handlers from before: there is nothing to save."""
         if self._previous:
+            sys.unraisablehook = self._previous_hook
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._previous_fd)
@@ -105,15 +110,15 @@ class GracefulShutdown:
 
     def defer(self, to: str = "this step") -> None:
         """Complete what follows, up to `raise_if_requested`, before a signal has an effect."""
-        self._deferred_to = to
-        # Stopped may have been lost: Python ignores what is raised in a destructor, and a reward
-        # may catch everything.
+        self._deferred_to, self._is_dropped = to, False
+        # Stopped may have been lost in a reward that catches everything.
         if self.requested is not None and (self._ranks is None or self._ranks.size == 1):
             raise Stopped(self.requested)
 
     def raise_if_requested(self) -> None:
         """Raise Stopped if any rank received a signal in the meantime."""
         self._allow()
+        self._is_dropped = False
         requested = (
             [self.requested] if self._ranks is None else self._ranks.all_gather(self.requested)
         )
@@ -127,10 +132,23 @@ class GracefulShutdown:
         self._deferred_to = "this step" if several else None
 
     def _receive(self, number: int, _) -> None:
-        if self.requested is None:  # a second SIGTERM must not interrupt the shutdown
-            self.requested = number
+        if self.requested is None or self._is_dropped:  # not a second SIGTERM during the shutdown
+            self.requested, self._is_dropped = number, False
             if self._deferred_to is None:
                 raise Stopped(number)
+
+    def _see_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Send a signal again if its exception was dropped; pass on other exceptions."""
+        if isinstance(dropped.exc_value, Stopped):
+            self._is_dropped = True
+            threading.Timer(0.01, self._resend).start()
+        else:
+            self._previous_hook(dropped)
+
+    def _resend(self) -> None:
+        if self._is_dropped and self.requested is not None:  # nothing else has raised it since
+            self._resent += 1
+            _thread.interrupt_main(signal.Signals(self.requested))
 
     def _watch(self) -> None:
         """Print how the run stops; end the process at the second Ctrl-C."""
@@ -139,10 +157,14 @@ class GracefulShutdown:
             number = data[0]
             if number not in NAMES:  # of another handler
                 continue
+            if self._resent:
+                self._resent -= 1
+                continue
             received.append(number)
             if received.count(signal.SIGINT) == 2:
                 _exit(f"stopped at once; {self.next_step()}", EXIT_CODES[signal.SIGINT])
-            if self.is_first_rank and (len(received) == 1 or number == signal.SIGINT):
+            in_training = self._ranks is not None and self._ranks.is_first  # else it ends at once
+            if in_training and (len(received) == 1 or number == signal.SIGINT):
                 when = f" after {self._deferred_to}" if self._deferred_to else ""
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
                 print(f"\nstopping{when}{again}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Accuracy, pass@k and the chat."""
 
 import io
+import signal
 from itertools import combinations, cycle
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from reference.training.command_line import parse_command_line
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.policy import SampledCompletions
+from reference.training.run.graceful_shutdown import Stopped
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import WeightedReward
 from reference.training.tasks.tasks import Task
@@ -111,7 +113,7 @@ def test_chat_starts_with_the_opening_of_the_policy():
     assert len(policy.opening) == 2
 
 
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+@pytest.mark.parametrize("end", [EOFError(), Stopped(signal.SIGINT)])
 @pytest.mark.parametrize("moment", ["input", "reply"])
 def test_chat_ends_with_its_input_and_at_ctrl_c(end, moment, monkeypatch):
     def stop(*_):
