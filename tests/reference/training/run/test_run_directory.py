@@ -194,6 +194,16 @@ def test_overwrite_happens_after_the_model_is_loaded(tmp_path, monkeypatch):
     assert config.preset == "tiny" and not config.overwrite
 
 
+def test_files_of_a_saved_model_have_the_mode_of_new_files(tmp_path, scratch):
+    previous = os.umask(0o027)
+    try:
+        saved = run_directory.save_model(tmp_path, *scratch)
+    finally:
+        os.umask(previous)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in saved.iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {0o640}
+
+
 def test_full_disk_names_the_log_file(tmp_path):
     log = runlog.RunLog(tmp_path, {}, tensorboard=False)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
