@@ -62,8 +62,8 @@ def choose_sampler(policy) -> Sampler:
         else:
             raise UserError(f"{name} cannot be sampled here: {problems[-1]}")
     if problems:
-        ranks.check_settings(ranks.size, "generate")
         print(f"--sampler generate: {name} cannot share the prompt of a group: {problems[0]}")
+        ranks.check_settings(ranks.size, "generate")
     return sampler
 
 

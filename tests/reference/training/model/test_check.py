@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reference.training.distributed import Ranks
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model.check import check_questions, choose_sampler, learned_positions
@@ -48,6 +49,12 @@ def test_change_of_the_sampler_is_printed_in_one_line(capsys):
     )
     choose_sampler(make_policy("Mamba", sampler=hf_generate))
     assert capsys.readouterr().out == ""
+
+
+def test_several_ranks_cannot_sample_with_generate(capsys):
+    with pytest.raises(UserError, match="--sampler generate draws on each rank alike"):
+        choose_sampler(make_policy("Mamba", ranks=Ranks(0, 2)))
+    assert "MambaForCausalLM cannot share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["RecurrentGemma", "Rwkv"])
