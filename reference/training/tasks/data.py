@@ -51,13 +51,11 @@ class Questions:
     """Questions to train on and held out.
 
     Attributes:
-        files: the local files that were read.
         summary: how many rows were read, dropped, kept and held out.
     """
 
     train: list[Question]
     held_out: list[Question]
-    files: tuple[Path, ...] = ()
     summary: str | None = None
 
 
@@ -131,7 +129,7 @@ def read(
     for name in RESERVED:
         if name in names and name not in (*prompt_columns, answer_column):
             summary += f"; rewards receive something else as {name}, not that column"
-    return Questions(train, held_out, source.files, summary)
+    return Questions(train, held_out, summary)
 
 
 def _expect_column(flag: str, wanted: Sequence[str], names: Sequence[str], data: Any) -> None:

@@ -41,12 +41,10 @@ class Source:
     Attributes:
         train: the rows to train on, or all rows if `held_out` is None.
         held_out: the rows of the test split; None if there is none.
-        files: the local files that were read.
     """
 
     train: list[Row]
     held_out: list[Row] | None = None
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def load(data: str, as_text: Collection[str] = ()) -> Source:
     if path.is_dir():
         return load_directory(path, as_text)
     if path.exists():
-        return Source(read_file(path, as_text), files=(path,))
+        return Source(read_file(path, as_text))
     hub_id = HUB_ID.fullmatch(data)
     if hub_id is None or path.suffix.lower() in READERS:
         raise UserError(f"cannot read {data}: there is no such file{near_path(path)}; {LAYOUT}")
@@ -85,13 +83,11 @@ def load_directory(directory: Path, as_text: Collection[str] = ()) -> Source:
                 raise UserError(f"--data {directory}: {other.name} and {path.name}: keep one")
     held_out = next((by_stem[name] for name in HELD_OUT_NAMES if name in by_stem), None)
     if "train" not in by_stem:
-        source = load_with_datasets(str(directory))
-        files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-        return Source(source.train, source.held_out, tuple(files))
+        return load_with_datasets(str(directory))
     train = by_stem["train"]
     if held_out is None:
-        return Source(read_file(train, as_text), files=(train,))
-    return Source(read_file(train, as_text), read_file(held_out, as_text), (train, held_out))
+        return Source(read_file(train, as_text))
+    return Source(read_file(train, as_text), read_file(held_out, as_text))
 
 
 def load_with_datasets(name: str, config: str | None = None, split: str | None = None) -> Source:

@@ -45,7 +45,6 @@ class Task:
             requires the right form: a completion that is correct for strict is correct for lenient.
             None if no question has a ground truth.
         system: the system prompt.
-        files: the local files that were read.
         summary: a line to print, on where the questions come from.
     """
 
@@ -55,7 +54,6 @@ class Task:
     strict: Reward | None
     lenient: Reward | None
     system: str | None = None
-    files: tuple[Path, ...] = ()
     summary: str | None = None
 
     def accuracy(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
@@ -204,7 +202,6 @@ def gsm8k(
         strict=rewards.gsm8k_strict,
         lenient=rewards.gsm8k_lenient,
         system=HASHES,
-        files=found.files,
         summary=found.summary,
     )
 
@@ -225,7 +222,6 @@ def own_data(
         rewards={"correct": WeightedReward(rewards.math_verify)} if has_answers else {},
         strict=rewards.exact_match if has_answers else None,
         lenient=rewards.math_verify if has_answers else None,
-        files=found.files,
         summary=found.summary,
     )
 

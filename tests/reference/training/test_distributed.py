@@ -114,9 +114,13 @@ def test_killed_rank_restarts_from_the_last_checkpoint(single, tmp_path, paralle
 def test_failing_rank_stops_all_ranks_with_its_error(tmp_path):
     reward = dying_reward(tmp_path, "raise ValueError('the reward fell over')")
     began = time.monotonic()
-    done = run(tmp_path / "run", "--reward", reward, launcher=TORCHRUN)
+    flags = ("--reward", reward, "--checkpoint-every", "None")
+    done = run(tmp_path / "run", *flags, launcher=TORCHRUN)
     assert done.returncode != 0 and "the reward fell over" in done.stderr
     assert time.monotonic() - began < 60
+    # With DDP the first rank has all that a checkpoint needs.
+    steps = max(row["step"] for row in metrics(tmp_path / "run"))
+    assert steps > 0 and (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
 @pytest.mark.slow

@@ -186,7 +186,6 @@ def test_directory_has_a_file_per_split(tmp_path, held_out):
     write(tmp_path / "notes.txt", "")
     source = rows.load(str(tmp_path))
     assert columns(source.train) == [{"a": 1}] and columns(source.held_out) == [{"a": 2}]
-    assert source.files == (tmp_path / "train.jsonl", tmp_path / held_out)
 
 
 def test_directory_with_two_files_of_a_split_raises(tmp_path):
@@ -213,7 +212,6 @@ def test_directory_in_the_layout_of_the_hub(hub_cache, tmp_path):
     source = rows.load(str(tmp_path / "set"))
     assert columns(source.train) == [{"a": 1}, {"a": 2}]
     assert source.held_out == [Row(f"{tmp_path / 'set'}, test row 1", {"a": 3})]
-    assert len(source.files) == 2
 
 
 def test_directory_of_save_to_disk(hub_cache, tmp_path):
