@@ -3,13 +3,15 @@
     python -m tests.helpers.interrupt_run DIRECTORY COUNT SEED
 
 For `--preset tiny` and for a run on a JSONL file it makes an uninterrupted run, COUNT runs that get
-Ctrl-C and COUNT that get SIGTERM, half of them twice. Each goes on with the command that it printed
-and has to leave the files of the uninterrupted run. A line is printed for each run.
+Ctrl-C and COUNT that get SIGTERM, half of them twice. Half of the signals come at any moment, the
+others in the training loop. Each run goes on with the command that it printed and has to leave the
+files of the uninterrupted run. A line is printed for each run.
 
 Each run is a forked child, since importing takes longer than training.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -33,6 +35,7 @@ TINY = ["--preset", "tiny", "--minibatches", "2", "--beta", "0.05", "--entropy-t
 JSONL = ["--task", "jsonl", "--prompts", "4", "--max-new-tokens", "6", "--learning-rate", "1e-3"]
 COMMON = ["--steps", "12", "--loss-impl", "reference", "--eval-questions", "16", "--threads", "1"]
 COMMON += ["--eval-every", "3", "--print-every", "2", "--dashboard-every", "5"]
+STARTS = ("", "A note on the loss")  # of the process, and of the training loop
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
 GO_ON = r"(to go on after step \d+|no step is saved; to start it again): (python .*)"
 REWARD = """
@@ -46,18 +49,18 @@ def main(directory: Path, count: int, seed: int) -> None:
     for name, flags in (("tiny", TINY), ("jsonl", [*JSONL, *write_inputs(directory)])):
         rng, command = random.Random(f"{name} {seed}"), [*flags, *COMMON, "--output-dir"]
         whole, all_moments = directory / f"{name}-whole", []
-        code, said, seconds = run([*command, str(whole)])
+        code, said, times = run([*command, str(whole)])
         assert code == 0, said
         for number in range(2 * count):
             signals = [(signal.SIGINT, signal.SIGTERM)[number % 2]] * rng.randint(1, 2)
             stopped = directory / f"{name}-{number}"
-            moments = interrupt([*command, str(stopped)], signals, rng, seconds)
+            moments = interrupt([*command, str(stopped)], signals, rng, times)
             assert left_by(stopped) == left_by(whole), stopped
             print(name, number, signals[0].name, ", ".join(moments), flush=True)
             all_moments += moments
         saved = sum("go on after" in moment for moment in all_moments)
         print(
-            f"{name}: {2 * count} runs equal the uninterrupted one of {seconds:.1f} s; "
+            f"{name}: {2 * count} runs equal the uninterrupted one of {times['']:.0f} s; "
             f"{saved} of {len(all_moments)} signals left a checkpoint",
             flush=True,
         )
@@ -80,15 +83,16 @@ def write_inputs(directory: Path) -> list[str]:
 
 
 def interrupt(
-    command: list[str], signals: list[signal.Signals], rng: random.Random, seconds: float
+    command: list[str], signals: list[signal.Signals], rng: random.Random, times: dict[str, float]
 ) -> list[str]:
-    """Run a command until it ends, and interrupt it with each signal after at most `seconds`.
+    """Run a command until it ends, and interrupt it with each signal at a moment of `times`.
 
     After a signal it goes on as it said. Return what the interrupted runs said about that.
     """
     moments = []
     for number in [*signals, None]:
-        code, said, _ = run(command, number, rng.uniform(0, seconds))
+        after = rng.choice(list(times))
+        code, said, _ = run(command, number, after, rng.uniform(0, times[after]))
         assert "Traceback" not in said and "Exception ignored" not in said, said
         if "stopped by" not in said or "the run is complete" in said:
             assert code == (EXIT_CODES[number] if number and "stopped by" in said else 0), said
@@ -104,14 +108,17 @@ def interrupt(
 
 
 def run(
-    arguments: list[str], number: signal.Signals | None = None, moment: float = 0.0
-) -> tuple[int, str, float]:
-    """Run the script in a child, which gets the signal after `moment` seconds.
+    arguments: list[str],
+    number: signal.Signals | None = None,
+    after: str = "",
+    seconds: float = 0.0,
+) -> tuple[int, str, dict[str, float]]:
+    """Run the script in a child, which gets the signal so many seconds after it has printed a text.
 
-    Return its exit code, what it printed and its seconds.
+    Return its exit code, what it printed and how long it ran after having printed each of STARTS.
     """
     read, write = os.pipe()
-    started = time.monotonic()
+    starts = {"": time.monotonic()}
     child = os.fork()
     if child == 0:
         exit_on_signals()
@@ -127,7 +134,10 @@ def run(
     said = b""
     os.set_blocking(read, False)
     while True:
-        if number is not None and time.monotonic() >= started + moment:
+        for text in STARTS:
+            if text.encode() in said:
+                starts.setdefault(text, time.monotonic())
+        if number is not None and time.monotonic() >= starts.get(after, math.inf) + seconds:
             os.kill(child, number)
             number = None
         try:
@@ -140,7 +150,8 @@ def run(
         said += data
     os.close(read)
     status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status), said.decode(), time.monotonic() - started
+    times = {text: time.monotonic() - start for text, start in starts.items()}
+    return os.waitstatus_to_exitcode(status), said.decode(), times
 
 
 if __name__ == "__main__":
