@@ -41,12 +41,11 @@ __all__ += ["mentions", "number_is", "tagged"]
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _PLAIN_NUMBER = re.compile(rf"[-+−]?{_DIGITS}")
 _SIGNED = re.compile(rf"(?:(?<![\w)])-)?{_DIGITS}")
-_POLARITY: dict[str, bool] = dict.fromkeys(
-    "yes yeah yep true correct sí si oui ja sim да はい 是 네 예".split(), True
-)
-_POLARITY |= dict.fromkeys(
-    "no nope nah false incorrect non nein não нет いいえ 不是 否 아니요".split(), False
-)
+_YES = "yes yeah yep true correct sí oui vrai ja wahr sim verdadero verdadeiro vero tak evet да"
+_YES += " はい 是 是的 对 对的 對 正确 네 예 نعم"
+_NO = "no nope nah false incorrect wrong non faux nein falsch não falso nie hayır нет"
+_NO += " いいえ 不 不是 不对 不對 否 错误 아니요 لا"
+_POLARITY = {fold(word): words is _YES for words in (_YES, _NO) for word in words.split()}
 _APPROXIMATION = re.compile(r"(?:≈|\\approx\b)\s*-?[\d.,]*\d")
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct |right |final )?(?:(?:answer|option|choice|letter)\b(?: is)?:? ?)?)"
@@ -58,13 +57,14 @@ _CHOSEN = re.compile(
     r"(?i:\b(?:option|choice|answer|letter))\s+\(?([A-Z])\b|\(([A-Z])\)"
     r"|(?i:\b(?:is|be|so|pick|choose|select|chose|with|say|it's))\s+([A-Z])[.)]?\s*$"
 )
+_OPTION = re.compile(r"\(?[A-E][).] +(?=\S)")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\b)[^\W\d_]{3,}")
 _FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y")
 _FORMATS += ("%d.%m.%Y",)
 _FORMATS += ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M%p", "%I %p", "%I%p")
 _LATEX = {"π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm "}
 _LATEX |= {"∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "×": "\\times ", "·": "\\cdot ", "**": "^"}
-_LATEX |= {">=": "\\ge ", "<=": "\\le "}
+_LATEX |= {"∅": "\\emptyset ", ">=": "\\ge ", "<=": "\\le "}
 
 
 def answer_is(completion: str, answer: str) -> bool:
@@ -89,6 +89,7 @@ def answer_is(completion: str, answer: str) -> bool:
         return next((value for value in said if value is not None), None) is polarity
     if choice := re.fullmatch(r"[(\[]?([A-Z])[)\].:]*(?:(?<=[).:])\s+(\S.*))?", truth):
         return _choice_is(texts, choice[1], choice[2])
+    texts += [text[found.end() :] for text in texts if (found := _OPTION.match(text))]
     if any(_same(text, truth) for text in texts):
         return True
     if re.search(r"\d", truth) and " " not in truth:
@@ -202,6 +203,7 @@ def _key(text: str) -> str:
     text = fold(plain(text)).replace('"', "").replace("&", " and ").strip().strip("'*")
     text = text.rstrip(".!? \n").removesuffix("です").removesuffix("입니다")
     text = re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", " ", text)
+    text = re.sub(r"\b(?:between|from) (\S*\d\S*) (?:and|to) (?=\S*\d)", r"\1-", text)
     # U.S.A. and Dr., but not README.md
     text = re.sub(r"(?<=[^\W\d_])\.(?=\s|[^\W\d_]\b)", "", text)
     text = re.sub(r"\binf(?:inity)?\b", "∞", text)
@@ -212,7 +214,7 @@ def _key(text: str) -> str:
 
 def _is_mathematics(text: str) -> bool:
     """Test if a plain text is a formula: it has operators and no words, nor letters like H2O."""
-    if re.search(r"[\\√π∞≤≥≠±∪∩∈]", text):
+    if re.search(r"[\\√π∞∅≤≥≠±∪∩∈]", text):
         return True
     if _WORD.search(text) or re.search(r"[A-Z][a-z]|[A-Z]_?\{?\d|[a-z]\d|\d[A-Z]|:", text):
         return False

@@ -33,7 +33,7 @@ _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _PHRASE = re.compile(
     r"(?:\b(?:answer|ans|antwort|respuesta|réponse|resposta|risposta|ответ)\b[^.:=\n]{0,60}?"
     r"(?:\b(?:is|are|ist|es|est|é|è)\b(?: therefore| thus)?:?|[:=])"
-    r"|答案(?:是|为|為|(?=:)):?|答えは:?|답은:?)\s*(?P<answer>\S.*)",
+    r"|答案(?:是|为|為|(?=:)):?|答え(?:は:?|:)|답은:?)\s*(?P<answer>\S.*)",
     re.IGNORECASE,
 )
 _RETRACTION = re.compile(r"\b(?:wait|actually|correction|sorry|no,)", re.IGNORECASE)
@@ -47,7 +47,7 @@ _LIST_LINE = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+(\S.*)")
 _COPULA = re.compile(
     r"\b(?:is|are|was|were|be|equals|called|by|in|at|on|from|ist|sind|es|son|est|é|è|это"
     r"|(?:it|that|this)'s|probably|maybe|perhaps|think|believe|guess)\b"
-    r"|:(?=\s)|\s-\s|→|是|为|は|는|은",
+    r"|:(?=[\s\u2e80-\uffff])|\s-\s|→|是|为|は|는|은",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|nor|neither)\b|n't\b")
@@ -173,7 +173,9 @@ def _find_number(text: str, *, first: bool = False) -> Quantity | str | None:
     """Find the last number of a plain text, or the first; a str is a formula in its place."""
     tokens = _tokens(text)
     for i in range(len(tokens)) if first else reversed(range(len(tokens))):
-        sides = re.split("[=≈→]", re.sub(r"=[^\W\d_][.,;!]?$", "", tokens[i]))  # 7=x
+        sides = re.split(
+            r"[=≈→]|(?<=[^\W\d_]):", re.sub(r"=[^\W\d_][.,;!]?$", "", tokens[i])
+        )  # 7=x
         token = strip_token(sides[-1])
         token = re.sub(r"(?<=\d)-[^\W\d_]{2,}.*", "", token)  # 12-year-old
         if not re.search(r"\d", token):

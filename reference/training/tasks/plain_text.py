@@ -11,8 +11,9 @@ _SIGNS |= {"×": "*", "⋅": "*", "∗": "*", "٫": ".", "٬": ",", "º": "°", 
 _SIGNS |= dict.fromkeys("「」『』", '"')
 _COMMANDS = {"infty": "∞", "pi": "π", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥"}
 _COMMANDS |= {"neq": "≠", "ne": "≠", "approx": "≈", "times": "*", "cdot": "*", "div": "/"}
-_COMMANDS |= {"to": "→", "rightarrow": "→", "implies": "→", "circ": "°", "degree": "°", "in": "∈"}
+_COMMANDS |= {"to": "→", "rightarrow": "→", "implies": "→", "degree": "°", "in": "∈"}
 _COMMANDS |= {"langle": "(", "rangle": ")", "euro": "€", "pounds": "£", "lbrace": "{"}
+_COMMANDS |= {"emptyset": "∅", "varnothing": "∅"}
 _COMMANDS |= {"rbrace": "}", "cup": "∪", "cap": "∩", "left": "", "right": "", "displaystyle": ""}
 _COMMANDS |= dict.fromkeys(("bf", "it", "rm", "tt", "sf", "em"), "")
 _COMMANDS |= {"quad": " ", "qquad": " ", "big": "", "Big": "", "bigl": "", "bigr": ""}
@@ -92,7 +93,7 @@ def plain(text: str) -> str:
     text = _DELIMITED.sub(lambda found: f" {_tight(next(filter(None, found.groups())))} ", text)
     if "\\" in text or "^" in text or "{,}" in text or "~" in text:
         text = _without_commands(text)
-    text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)|`|</?\w+>", " ", text.replace("**:", ":** "))
+    text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)|`|<[|/]?\w+\|?>", " ", text.replace("**:", ":** "))
     text = _BLANKS.sub(_shortest_blank, text)
     text = re.sub(r"[=-]{1,3}>", "→", text.replace(">=", "≥").replace("<=", "≤"))
     text = _MINUS.sub("-", _OPERATOR.sub(r"\1", text))
@@ -114,6 +115,7 @@ def _tight(latex: str) -> str:
 def _without_commands(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3})", ",", text)
     text = re.sub(r"\\[,;: ]|~|\\\\", " ", text.replace("\\!", ""))
+    text = re.sub(r"\\circ(?=[CF]\b|[^a-zA-Z]|$)", "°", text)  # of ^\circ\text{C} too
     for _ in range(5):  # as deep as anyone nests them
         text, count = _TEXT.subn(r"\1", text)
         if not count:

@@ -125,7 +125,7 @@ def _close(x: Fraction, y: Fraction) -> bool:
 def parse_quantity(text: str, *, only_known_units: bool = False) -> Quantity | None:
     """Read a whole plain text as one number with its unit, or return None."""
     text = text.strip()
-    while text[:1] == "(" and text[-1:] == ")":
+    while text[:1] + text[-1:] in ("()", "[]", "{}"):
         text = text[1:-1].strip()
     text = text.rstrip(".;:, ") if text[-1:] in ".;:," else text
     found = _QUANTITY.fullmatch(text) if len(text) <= LONGEST else None
@@ -214,6 +214,11 @@ def parse_unit(
     """
     text = re.sub(r"\bper ?cent(?:age)?\b|\bpct\b", "%", text.strip())
     text = re.sub(r"\s+per\s+", "/", text)
+    text = re.sub(
+        r"(?i:(?:°|\bdegrees?) ?([cf])(?:elsius|ahrenheit)?)(?![^\W\d_])",
+        lambda found: f"°{found[1].upper()}",
+        text,
+    )
     text = re.sub(r"\b(?:square|sq\.?) ([^\W\d_]+)", r"\1^2", text)
     text = re.sub(r"\b(?:cubic|cu\.?) ([^\W\d_]+)", r"\1^3", text)
     text = re.sub(r"[^\W\d_]+", lambda word: _COMPOUND.get(word[0], word[0]), text)
