@@ -141,6 +141,8 @@ def fold(text: str) -> str:
         return text
     folded = []
     for letter in unicodedata.normalize("NFC", text):
+        if unicodedata.combining(letter) and folded and folded[-1] < "\u0530":
+            continue
         name = unicodedata.name(letter, "")
         script = name.partition(" ")[0]
         if latin := _LETTER.fullmatch(name):
@@ -149,7 +151,5 @@ def fold(text: str) -> str:
             letter = unicodedata.normalize("NFD", letter)[0]
         elif letter == "ё":
             letter = "е"
-        if unicodedata.combining(letter) and folded and folded[-1] < "\u0530":
-            continue
         folded.append(letter)
     return "".join(folded)

@@ -4,11 +4,12 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reference.training.errors import UserError
 from reference.training.tasks import answers, math_judge
+from reference.training.tasks.plain_text import fold, plain
 
 # Repeated up to a million characters.
 ODD = [
@@ -327,6 +328,8 @@ JUDGED = {
         ("The roots are 3 and 5.", "3, 5", True),
     ],
     "words": [
+        ("Œuvre", "oeuvre", True),
+        ("Ærø", "Aero", True),
         ("答え：東京", "東京", True),
         ("Paris<|im_end|>", "Paris", True),
         ("The answer is (C) Jupiter.", "Jupiter", True),
@@ -1059,6 +1062,18 @@ def test_every_completion_is_judged(unit, answer):
             assert answers.answer_is(completion, answer) in (True, False)
     assert answers.number_is(text, "42") is answers.last_line_is(text, "42") is False
     assert answers.mentions(text, "Rome") is False
+
+
+@given(st.text(), st.sampled_from(["42", "5 km", "Paris", "yes", "B", "2024-05-01", "1, 2"]))
+@example("c\u0153ur", "Paris")  # a letter that is two without its ligature
+def test_every_text_is_judged(text, answer):
+    assert answers.answer_is(text, answer) in (True, False)
+    assert answers.mentions(text, answer) in (True, False)
+
+
+def test_every_character_has_a_plain_form():
+    text = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert plain(text) and fold(text) == fold(fold(text))
 
 
 @pytest.mark.clock
