@@ -102,22 +102,23 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # So that `| tee` shows progress, and characters beyond the encoding are escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    with GracefulShutdown() as shutdown:
-        try:
+    shutdown = GracefulShutdown()
+    try:
+        with shutdown:
             run(parse_command_line(arguments), shutdown)
             finish_distributed()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except Stopped as stop:
-            if shutdown.is_first_rank:
-                print(f"\n{shutdown.next_step()}\nstopped by {stop}", file=sys.stderr)
-            return stop.exit_code
-        except RuntimeError as error:
-            if not is_peer_lost(error):
-                raise
-            print("stopped because another rank has", file=sys.stderr)
-            return 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        if shutdown.is_first_rank:
+            print(f"\n{shutdown.next_step()}\nstopped by {stop}", file=sys.stderr)
+        return stop.exit_code
+    except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
+        print("stopped because another rank has", file=sys.stderr)
+        return 1
     return 0
 
 

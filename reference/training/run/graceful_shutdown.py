@@ -9,14 +9,13 @@ Several ranks stop together, after a step, since the signal reaches them at diff
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is not imported here: `exit_on_signals` comes before that
     from reference.training.distributed import Ranks
@@ -50,12 +49,12 @@ def exit_on_signals() -> None:
 class GracefulShutdown:
     """A context manager in which Ctrl-C and SIGTERM raise Stopped.
 
-    They raise at once, or in `raise_if_requested` if they came after `defer`.
+    They raise at once, or in `raise_if_requested` if they came after `defer`. Stopped may be lost,
+    in a reward that catches everything or in a destructor. The next `defer` then raises it.
 
     Python calls a signal handler only between two bytecodes, of which a backward pass is one. A
     thread therefore reads the signals too: it prints at once that the run stops, and ends the
-    process at the second Ctrl-C. Python drops what a handler raises while an object is deleted: the
-    signal is then sent again.
+    process at the second Ctrl-C.
 
     Attributes:
         requested: the number of the signal that was received, or None.
@@ -67,14 +66,11 @@ class GracefulShutdown:
         self.next_step: Callable[[], str] = lambda: NOTHING_TRAINED
         self._ranks: Ranks | None = None
         self._deferred_to: str | None = None
-        self._is_dropped, self._resent = False, 0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulShutdown:
-        self._previous = {}
         # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._see_dropped
-            self._previous = {number: signal.signal(number, self._receive) for number in NAMES}
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             self._previous_fd = signal.set_wakeup_fd(
@@ -82,6 +78,10 @@ class GracefulShutdown:
             )
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
+            self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._hide_stopped
+            self._previous = {number: signal.getsignal(number) for number in NAMES}
+            for number in NAMES:
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
@@ -110,15 +110,13 @@ class GracefulShutdown:
 
     def defer(self, to: str = "this step") -> None:
         """Complete what follows, up to `raise_if_requested`, before a signal has an effect."""
-        self._deferred_to, self._is_dropped = to, False
-        # Stopped may have been lost in a reward that catches everything.
+        self._deferred_to = to
         if self.requested is not None and (self._ranks is None or self._ranks.size == 1):
             raise Stopped(self.requested)
 
     def raise_if_requested(self) -> None:
         """Raise Stopped if any rank received a signal in the meantime."""
         self._allow()
-        self._is_dropped = False
         requested = (
             [self.requested] if self._ranks is None else self._ranks.all_gather(self.requested)
         )
@@ -132,23 +130,15 @@ class GracefulShutdown:
         self._deferred_to = "this step" if several else None
 
     def _receive(self, number: int, _) -> None:
-        if self.requested is None or self._is_dropped:  # not a second SIGTERM during the shutdown
-            self.requested, self._is_dropped = number, False
+        if self.requested is None:  # not a second SIGTERM during the shutdown
+            self.requested = number
             if self._deferred_to is None:
                 raise Stopped(number)
 
-    def _see_dropped(self, dropped: sys.UnraisableHookArgs) -> None:
-        """Send a signal again if its exception was dropped; pass on other exceptions."""
-        if isinstance(dropped.exc_value, Stopped):
-            self._is_dropped = True
-            threading.Timer(0.01, self._resend).start()
-        else:
+    def _hide_stopped(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Do not show a Stopped that was lost in a destructor."""
+        if not isinstance(dropped.exc_value, Stopped):
             self._previous_hook(dropped)
-
-    def _resend(self) -> None:
-        if self._is_dropped and self.requested is not None:  # nothing else has raised it since
-            self._resent += 1
-            _thread.interrupt_main(signal.Signals(self.requested))
 
     def _watch(self) -> None:
         """Print how the run stops; end the process at the second Ctrl-C."""
@@ -156,9 +146,6 @@ class GracefulShutdown:
         while data := self._reader.recv(1):
             number = data[0]
             if number not in NAMES:  # of another handler
-                continue
-            if self._resent:
-                self._resent -= 1
                 continue
             received.append(number)
             if received.count(signal.SIGINT) == 2:
