@@ -223,7 +223,9 @@ def train(
         is_due = state.step == 0 or (every and state.step % every == 0)
         if is_due and state.step not in (last, config.steps):
             evaluations.append({"step": state.step, **evaluate(policy, task, config)})
+            shutdown.defer("the evaluation")  # otherwise a resumed run might log it again
             log.evaluation(state.step, evaluations[-1])
+            shutdown.raise_if_requested()
 
     try:
         evaluate_if_due()

@@ -122,12 +122,15 @@ def load_wandb() -> ModuleType:
 
 
 def read_metrics(directory: Path) -> tuple[list[dict], list[dict]]:
-    """Read metrics.jsonl: the rows of the steps, and those of the evaluations, as logged."""
+    """Read metrics.jsonl: the rows of the steps, and those of the evaluations; null is NaN."""
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     steps, evaluations = [], []
     for row in map(json.loads, lines):
-        named = {name.removeprefix("eval/"): value for name, value in row.items()}
+        named = {
+            name.removeprefix("eval/"): math.nan if value is None else value
+            for name, value in row.items()
+        }
         (steps if named.keys() == row.keys() else evaluations).append(named)
     return steps, evaluations
 

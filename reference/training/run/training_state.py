@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ from reference.training.update.learner import Learner
 # checkpoints to the time that one takes.
 MAX_LOSS = 120.0
 MIN_RATIO = 10.0
+
+
+class Recorded(NamedTuple):
+    """What a step changes before the weights."""
+
+    learner: dict[str, Any]
+    random: dict[str, Any]  # Python's generators and NumPy's
+    rng: dict[str, Tensor]  # PyTorch's, by device
 
 
 class TrainingState:
@@ -72,18 +80,19 @@ class TrainingState:
 
     def record(self) -> None:
         """Record what a step changes before the weights, for a checkpoint if it is abandoned."""
-        self._learner = self.learner.state_dict()
         device = self.learner.policy.device
-        self._rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": torch.get_rng_state()}
         if device.type != "cpu":
-            self._rng[device.type] = torch.get_device_module(device).get_rng_state()
+            rng[device.type] = torch.get_device_module(device).get_rng_state()
         numpy: Any = np.random.get_state(legacy=False)
         numpy["state"]["key"] = numpy["state"]["key"].tolist()
-        self._random = {
+        generators = {
             "order": self.order.getstate(),
             "python": random.getstate(),
             "numpy": numpy,
         }
+        # At once, since a signal may come in between.
+        self._recorded = Recorded(self.learner.state_dict(), generators, rng)
 
     def advance(self, tokens: int) -> None:
         """Count a complete step."""
@@ -157,14 +166,14 @@ class TrainingState:
         A signal stops all ranks, which then save together. An error may have stopped this rank
         alone: then the first rank saves what needs no other rank.
         """
+        if shutdown.requested is None:
+            shutdown.defer("saving")
         config, ranks = self.learner.config, self.learner.policy.ranks
         stopped = isinstance(error, Stopped)
         together = stopped or ranks.size == 1
         # A reference policy is missing if memory ran out when it was refreshed.
         is_complete = self._has_reference == (self.learner.reference_policy is not None)
         is_newer = self.step > (self.saved_step or 0)
-        if shutdown.requested is None:
-            shutdown.defer("saving")
         try:
             try:
                 if is_newer and is_complete and self.is_between_steps:
@@ -184,8 +193,8 @@ class TrainingState:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self.elapsed,
-            "learner": self._learner,
-            "random": self._random,
+            "learner": self._recorded.learner,
+            "random": self._recorded.random,
             "settings": self.settings,
             "inputs": self.inputs,
             "frozen": self._frozen_digest,
@@ -210,7 +219,7 @@ class TrainingState:
                 whole = full_tensor(shard.detach())
                 if learner.policy.ranks.is_first:
                     gathered[kind][name] = whole.cpu().contiguous()
-        return gathered | {"rng": self._rng}
+        return gathered | {"rng": self._recorded.rng}
 
     def _reference_weights(self) -> dict[str, Tensor]:
         """Return the weights of a reference policy that is a copy, by name; {} without one."""

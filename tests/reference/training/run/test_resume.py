@@ -27,6 +27,7 @@ from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.run import checkpoint, resume, run_log, training_state
+from reference.training.run.graceful_shutdown import Stopped
 from reference.training.run.resume import load_settings
 from reference.training.run.training_state import digest_frozen_weights
 from reference.training.update.learner import Learner
@@ -278,6 +279,42 @@ def test_evaluation_that_was_dropped_is_made_up_for(tmp_path, tiny_model, monkey
     assert steps(tmp_path / "run") == [2]
     assert again(tmp_path / "run") == 0
     assert left_by(tmp_path / "run") == left_by(tmp_path / "whole")
+
+
+def test_signal_after_an_evaluation_was_written_logs_it_once(tmp_path, tiny_model, monkeypatch):
+    flags = ["--model", tiny_model, "--steps", "3", "--eval-every", "2"]
+    flags += ["--checkpoint-every", "None"]
+    assert tiny(tmp_path / "whole", *flags) == 0
+    original = run_log._append
+
+    def stopped(path, text):
+        original(path, text)
+        if '"step": 2, "eval/' in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "_append", stopped)
+        assert tiny(tmp_path / "run", *flags) == 0
+    assert steps(tmp_path / "run") == [2]
+    assert again(tmp_path / "run") == 0
+    assert left_by(tmp_path / "run") == left_by(tmp_path / "whole")
+
+
+def test_record_that_a_signal_interrupts_changes_nothing(monkeypatch):
+    learner, _ = make_learner()
+    state = training_state.TrainingState(learner, random.Random(0), {}, {})
+    before = json.dumps([state.state_dict()[name] for name in ("learner", "random")])
+    torch_rng = state.tensors()["rng"]["cpu"].clone()
+    torch.rand(1), state.order.random(), random.random()
+
+    def stopped(**_):
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(np.random, "get_state", stopped)
+    with pytest.raises(Stopped):
+        state.record()
+    assert json.dumps([state.state_dict()[name] for name in ("learner", "random")]) == before
+    assert torch.equal(state.tensors()["rng"]["cpu"], torch_rng)
 
 
 def test_damaged_checkpoint_is_skipped_and_replaced(

@@ -18,6 +18,7 @@ from reference.training.run.run_log import (
     finite_values,
     format_number,
     load_wandb,
+    read_metrics,
     summary_table,
     tenths,
     wilson,
@@ -63,6 +64,15 @@ def test_evaluation_is_a_separate_line_with_names_under_eval(tmp_path):
         {"step": 0, "eval/strict": 0.25, "eval/lenient": 0.5},
         {"step": 8, "eval/strict": 0.75, "eval/pass@4": 1.0},
     ]
+
+
+def test_read_metrics_returns_the_rows_of_an_uninterrupted_run(tmp_path):
+    """A mean reward is NaN where no reward applies."""
+    rows, evaluations = [{"step": 1, "reward": NAN}], [{"step": 0, "reward": NAN, "questions": 3}]
+    log = RunLog(tmp_path, {}, tensorboard=False)
+    log.evaluation(0, evaluations[0])
+    log.step(rows[0])
+    assert str(read_metrics(tmp_path)) == str((rows, evaluations))
 
 
 def test_later_log_appends_to_the_same_files(tmp_path):
