@@ -105,7 +105,7 @@ def call_step_reward(
         steps = [[(int(end), float(reward)) for end, reward in row] for row in returned]
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"--step-reward raised {type(error).__name__}, or gave no lists of (end, reward): "
             f"{error}"

@@ -37,7 +37,9 @@ def did_you_mean(given: str, choices: Collection[str]) -> str:
 
 def near_path(path: Path) -> str:
     """Return "; did you mean ...?" with a path that exists and is near to a missing one."""
-    existing = next(parent for parent in path.parents if parent.exists())
+    existing = next((parent for parent in path.parents if parent.exists()), None)
+    if existing is None:  # the root of the file system
+        return ""
     missing, *rest = path.relative_to(existing).parts
     try:
         near = nearest(missing, [entry.name for entry in existing.iterdir()])

@@ -15,6 +15,7 @@ pass --reward file.py:function.
 from __future__ import annotations
 
 import ast
+import asyncio
 import copy
 import importlib
 import importlib.util
@@ -61,13 +62,13 @@ def score(
             values = call(reward.function, who, questions, texts)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() in a completion that is run as code
             # Name the first sample on which the function raises alone.
             failed, cause = samples[0], error
             for question, text in samples:
                 try:
                     call(reward.function, who, [question], [text])
-                except Exception as error_alone:
+                except (Exception, SystemExit) as error_alone:
                     failed, cause = (question, text), error_alone
                     break
             message = " ".join(str(cause).split())
@@ -75,18 +76,22 @@ def score(
                 f"{who} raised {type(cause).__name__}: {message}, {_describe(*failed)}"
             ) from cause
         if not isinstance(values, list) or len(values) != len(samples):
-            got = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            got = f"{len(values)} values" if isinstance(values, list) else _short(values)
             raise UserError(
                 f"{who} returned {got}, not one for each of {len(samples)} completions, "
                 f"called {_describe(*samples[0])}"
             )
+        # A float of a tensor that requires gradients would be a warning.
+        values = [x.detach() if isinstance(x, Tensor) else x for x in values]
         for value, sample in zip(values, samples, strict=True):
             try:
                 is_finite = value is None or abs(float(value)) <= torch.finfo(torch.float32).max
             except (TypeError, ValueError, ArithmeticError, RuntimeError):
                 is_finite = False
             if not is_finite:
-                raise UserError(f"{who} gave {value!r}, not a finite number, {_describe(*sample)}")
+                raise UserError(
+                    f"{who} gave {_short(value)}, not a finite number, {_describe(*sample)}"
+                )
         numbers = [math.nan if value is None else float(value) for value in values]
         scores[name] = torch.tensor(numbers, dtype=torch.float32)
     return scores
@@ -102,6 +107,8 @@ def call(
     function: Callable[..., Any], who: str, questions: Sequence[Question], texts: Sequence[str]
 ) -> Any:
     """Call a reward with the lists that its signature names; turn tensor or tuple into a list.
+
+    A coroutine is run to its end.
 
     The lists are copies: a function that changes them changes no question.
 
@@ -135,15 +142,19 @@ def call(
         wanted = {parameter.name for parameter in parameters}
         inputs = {name: values for name, values in inputs.items() if name in wanted}
     values: Any = function(**copy.deepcopy(inputs))
+    if inspect.iscoroutine(values):
+        values = asyncio.run(values)
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, tuple) else values
 
 
 def _describe(question: Question, text: str) -> str:
-    shown, completion = (
-        repr(text if len(text) <= 200 else text[:200] + "…") for text in (question.text, text)
-    )
-    return f"for the completion {completion} to the question {shown}"
+    return f"for the completion {_short(text)} to the question {_short(question.text)}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else shown[:200] + "…"
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -177,7 +188,7 @@ def load_function(path: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"reward {path!r}: importing {source} raised {type(error).__name__}: {error}"
         ) from error

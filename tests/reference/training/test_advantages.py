@@ -123,6 +123,12 @@ def test_step_reward_is_called_like_a_reward():
     assert (advantages(found, lambda prompts, answer: [[] for _ in answer]) == 0).all()
 
 
+def test_step_reward_that_exits_is_an_error():
+    found = make_rollouts([[1.0, 1.0]], [[1], [4]])
+    with pytest.raises(UserError, match="--step-reward raised SystemExit"):
+        advantages(found, lambda completions: exit(3))
+
+
 def test_step_advantages_are_added_to_the_outcome():
     found = make_rollouts([[1.0, 0.0, 0.0]], [[1, 2], [1, 2, 3], [4]])
     steps = [[(1, 1.0)], [(1, 0.0), (5, 2.0)], []]

@@ -1,5 +1,6 @@
 """Rewards: values, scoring of several, and loading."""
 
+import asyncio
 import inspect
 import math
 
@@ -127,7 +128,7 @@ def test_error_of_a_whole_batch_names_the_first_sample():
 
 @pytest.mark.parametrize(
     ("returned", "got"),
-    [([1.0], "1 values"), ([1.0] * 4, "4 values"), ([], "0 values"), (None, "None"), (1.5, "1.5")],
+    [([1.0], "1 values"), ({"a" * 1000: 1.0}, "{'a{198}…"), ([1.0] * 4, "4 values"), ([], "0 values"), (None, "None"), (1.5, "1.5")],
 )
 def test_wrong_number_of_values_raises(returned, got):
     message = f"'mine' returned {got}, not one for each of 3.*'a' to the question 'question 0'"
@@ -139,13 +140,35 @@ def test_wrong_number_of_values_raises(returned, got):
 def test_non_finite_value_raises_with_its_sample(bad):
     with pytest.raises(UserError, match=r"'mine' gave .*'b' to the question 'question 1'") as error:
         scored(lambda **columns: [1.0, bad, 1.0])
-    assert repr(bad) in str(error.value)
+    assert repr(bad)[:100] in str(error.value) and len(str(error.value)) < 300
 
 
 def test_long_completions_are_shortened_in_the_message():
     with pytest.raises(UserError) as error:
         scored(lambda **columns: [math.nan], completions=["line\n" * 1000])
     assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_reward_that_exits_is_named_with_the_sample():
+    def runs_the_completion(prompts, completions, answers):
+        exec(completions[0])
+
+    message = "'mine' raised SystemExit: 3, for the completion 'exit\\(3\\)'"
+    with pytest.raises(UserError, match=message):
+        scored(runs_the_completion, ["exit(3)"])
+
+
+def test_reward_may_be_async():
+    async def judge(completions):
+        await asyncio.sleep(0)
+        return [float(len(completion)) for completion in completions]
+
+    assert scored(judge, ["a", "bcd"])["mine"].tolist() == [1.0, 3.0]
+
+
+def test_reward_may_return_tensors_that_require_gradients(recwarn):
+    values = scored(lambda **columns: [torch.ones((), requires_grad=True)] * 3)["mine"]
+    assert values.tolist() == [1.0, 1.0, 1.0] and not recwarn.list
 
 
 def test_user_error_of_a_reward_is_not_wrapped():
@@ -312,6 +335,7 @@ def test_load_function_errors(path, says):
     [
         ("mine.py", "reward 'mine.py': name a function of the file, mine.py:short or mine.py:long"),
         ("broken.py", "reward 'broken.py': name a function of the file, broken.py:function"),
+        ("/:f", "reward '/:f': there is no file /"),
         ("mime.py", "reward 'mime.py': there is no file mime.py; did you mean mine.py?"),
         ("mime.py:short", "'mime.py:short': there is no file mime.py; did you mean mine.py?"),
         (
@@ -331,9 +355,12 @@ def test_functions_and_files_nearby_are_suggested(path, says, tmp_path, monkeypa
     assert str(error.value).endswith(says)
 
 
-def test_file_that_raises_on_import_is_named(tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0")
-    with pytest.raises(UserError, match=r"importing .*broken.py raised ZeroDivisionError"):
+@pytest.mark.parametrize(
+    ("code", "says"), [("1 / 0", "ZeroDivisionError"), ("exit('usage')", "SystemExit: usage")]
+)
+def test_file_that_raises_on_import_is_named(code, says, tmp_path):
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(UserError, match=rf"importing .*broken.py raised {says}"):
         load_function(f"{tmp_path}/broken.py:f")
 
 
