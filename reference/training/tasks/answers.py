@@ -55,7 +55,8 @@ _CHOICE = re.compile(
 )
 _CHOSEN = re.compile(
     r"(?i:\b(?:option|choice|answer|letter))\s+\(?([A-Z])\b|\(([A-Z])\)"
-    r"|(?i:\b(?:is|be|so|pick|choose|select|chose|with|say|it's))\s+([A-Z])[.)]?\s*$"
+    r"|(?i:\b(?:is|be|so|pick|choose|select|chose|with|say|it's"
+    r"|ist|est|es|è|é|la))\s+([A-Z])[.)]?\s*$|[选選]\s*([A-Z])"
 )
 _OPTION = re.compile(r"\(?[A-E][).] +(?=\S)")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\b)[^\W\d_]{3,}")
@@ -178,7 +179,7 @@ def _items(text: str) -> tuple[str, list[str]]:
     kind = text[:1] + text[-1:] if re.fullmatch(r"[(\[{][^()\[\]{}]*[)\]}]", text) else ""
     if kind:
         return kind, [item.strip() for item in text[1:-1].split(",")]
-    items = re.split(r",\s+(?:and|or|und|et|y)\s+|\s+(?:and|or|und|et|y)\s+|[,;]", text)
+    items = re.split(r",\s+(?:and|or|und|et|y)\s+|\s+(?:and|or|und|et|y)\s+|[,;&]", text)
     names = {re.sub(r"[\d_{} ]", "", item.partition("=")[0]) for item in items if "=" in item}
     if len(names) == 1:
         items = [item.rpartition("=")[2] for item in items]

@@ -42,12 +42,18 @@ _REASON = re.compile(
     r"[.!?;](?:\s|$)|,? \(|,? (?:because|since|as|for|and not|not|denn|weil|porque|car)\s"
     r"|, (?=(?:which|who|the|an?|with|so)\s)"
 )
-_LIST_LINE = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+(\S.*)")
+# "(in 2020)", and at the end ", after a discount of 10%."
+_ASIDE = re.compile(
+    r"(?<=\w)(?: \([^()]{0,200}\)"
+    r"|,? (?:after|because|since|given|denn|weil|car|porque) (?:[^,=\n.]|\.(?=\d|\s*$))*$)"
+)
+_LIST_LINE = re.compile(r"\s*(?:(?:[-*+•]|\d+[.)])\s+)?(\S.*)")
 # What stands before the answer in a sentence; without spaces in Chinese, Japanese and Korean.
 _COPULA = re.compile(
     r"\b(?:is|are|was|were|be|equals|called|by|in|at|on|from|ist|sind|es|son|est|é|è|это"
+    r"|är|jest|là|είναι|هو|هي"
     r"|(?:it|that|this)'s|probably|maybe|perhaps|think|believe|guess)\b"
-    r"|:(?=[\s\u2e80-\uffff])|\s-\s|→|是|为|は|는|은",
+    r"|:(?=[\s\u2e80-\uffff])|\s-\s|→|是|为|は|는|은|คือ",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|nor|neither)\b|n't\b")
@@ -222,7 +228,7 @@ def final_number(completion: str) -> Quantity | str | None:
     for bold in reversed(_BOLD.findall(last_line(raw))):
         if (number := parse_quantity(plain(bold))) is not None:
             return number
-    without_asides = re.sub(r"(?<=\w) \([^()]{0,200}\)", "", text)
+    without_asides = _ASIDE.sub("", text)
     number = _find_number(without_asides if re.search(r"\d", without_asides) else text)
     is_formula = isinstance(number, str) and marked and not re.search(r"(?<!\\)\b[a-z]{3,}", text)
     return text if is_formula else number

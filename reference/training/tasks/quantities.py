@@ -66,9 +66,14 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORDS = {word: i for i, word in enumerate(_ONES)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
 _WORDS |= {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _SPELLED = re.compile(
-    rf"\b(?:{'|'.join([*_ONES, *_TENS])})\b"
+    rf"\b(?:{'|'.join([*_ONES, *_TENS])}|an?(?= (?:hundred|thousand|million|billion)\b))\b"
     rf"(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{'|'.join(_WORDS)})\b)*",
     re.IGNORECASE,
+)
+_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6}
+_PARTS |= {"eighth": 8, "tenth": 10}
+_PART = re.compile(
+    rf"\b(?:(?P<count>an?|one|\d+)[ -](?P<part>{'|'.join(_PARTS)})s?|half)\b", re.IGNORECASE
 )
 _DIGITS = (
     r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ '_]\d{3})+(?:[.,]\d+)?"
@@ -156,23 +161,33 @@ def _sum_of_units(text: str) -> Quantity | None:
 
 
 def with_digits(text: str) -> str:
-    """Spell numbers with digits, in a text without any; "one" may be a pronoun and stays."""
+    """Spell numbers with digits, in a text without any; "one" may be a pronoun: 1 only after "is".
+
+    Half and two thirds are 1/2 and 2/3.
+    """
     text = re.sub(r"\b(?:minus|negative) (?=\d)", "-", text)
     if re.search(r"\d", text):
         return text
 
     def digits(found: re.Match[str]) -> str:
         total = part = 0
-        words = re.findall(r"[a-z]+", found[0].lower())
+        words = re.findall(r"(?!and\b)\b[a-z]+", found[0].lower())
         for word in words:
-            value = _WORDS.get(word, 0)
+            value = _WORDS.get(word, 1)  # a hundred
             if value >= 1000:
                 total, part = total + part * value, 0
             else:
                 part = part * 100 if value == 100 else part + value
-        return found[0] if words == ["one"] and found[0] != text else str(total + part)
+        before, after = text[: found.start()], text[found.end() :]
+        is_number = re.search(r"(?:^|\b(?:is|be|equals) )$", before) and not re.search(r"\w", after)
+        return found[0] if words == ["one"] and not is_number else str(total + part)
 
-    text = _SPELLED.sub(digits, text)
+    def fraction(found: re.Match[str]) -> str:
+        count, part = found["count"] or "a", found["part"] or "half"
+        return f"{count if count.isdigit() else 1}/{_PARTS[part.lower()]}"
+
+    text = _PART.sub(fraction, _SPELLED.sub(digits, text))
+    text = re.sub(r"(?<=\d) and (?=1/)", " ", text)  # two and a half
     return re.sub(r"\b(?:minus|negative) (?=\d)", "-", text)
 
 

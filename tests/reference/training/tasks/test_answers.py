@@ -44,6 +44,11 @@ ODD += [
 # What a person would say: completion, ground truth, whether it is right.
 JUDGED = {
     "last number of prose": [
+        ("It costs $45.00, after a 10% discount.", "45", True),
+        ("It costs $45.00, after a 10% discount.", "10%", False),
+        ("She has 8 left after giving away 3.", "8", True),
+        ("After 3 hours, 8 are left.", "8", True),
+        ("Since there were 8, after 3 left, 5 remain.", "5", True),
         ("The sum is 1,024", "1024", True),
         ("So the total is 42.", "42", True),
         ("She has 42 apples left.", "42", True),
@@ -92,6 +97,9 @@ JUDGED = {
         ("3:4", "4", False),
     ],
     "forms of a number": [
+        ("The answer is one.", "1", True),
+        ("This is one of many.", "1", False),
+        ("a hundred", "100", True),
         ("[42]", "42", True),
         ("{42}", "42", True),
         (r"\boxed{1{,}234}", "1234", True),
@@ -134,6 +142,16 @@ JUDGED = {
         ("33", "033", True),
     ],
     "fractions": [
+        ("half", "1/2", True),
+        ("Half of them.", "50%", True),
+        ("one half", "0.5", True),
+        ("three quarters", "3/4", True),
+        ("It is two-thirds.", "2/3", True),
+        ("one third", "1/3", True),
+        ("a third", "1/4", False),
+        ("two and a half", "2.5", True),
+        ("two and a half", "2", False),
+        ("the third", "1/3", False),
         (r"\boxed{\frac{84}{2}}", "42", True),
         (r"\boxed{\dfrac{1}{2}}", "0.5", True),
         (r"\boxed{\frac12}", "0.5", True),
@@ -304,6 +322,10 @@ JUDGED = {
         ("Ca³⁺", "Ca^{2+}", False),
     ],
     "lists, tuples, sets and intervals": [
+        ("apples & oranges", "oranges, apples", True),
+        ("apples\noranges", "apples, oranges", True),
+        ("3\n5", "3, 5", True),
+        ("3\n5\n7", "3, 5", False),
         ("\\boxed{\\varnothing}", "\\emptyset", True),
         ("∅", "\\emptyset", True),
         ("(1, 2)", "(1, 2)", True),
@@ -328,6 +350,12 @@ JUDGED = {
         ("The roots are 3 and 5.", "3, 5", True),
     ],
     "words": [
+        ("Svaret är Stockholm.", "Stockholm", True),
+        ("คำตอบคือ กรุงเทพ", "กรุงเทพ", True),
+        ("الجواب هو باريس", "باريس", True),
+        ("Η απάντηση είναι Αθήνα", "Αθήνα", True),
+        ("Odpowiedzią jest Warszawa.", "Warszawa", True),
+        ("Thủ đô là Hà Nội.", "Hà Nội", True),
         ("Œuvre", "oeuvre", True),
         ("Ærø", "Aero", True),
         ("答え：東京", "東京", True),
@@ -424,6 +452,10 @@ JUDGED = {
         ("Yes, it seems so, but it is even. The answer is no.", "Yes", False),
     ],
     "multiple choice": [
+        ("答案选B", "B", True),
+        ("选 B", "B", True),
+        ("La respuesta correcta es la B.", "B", True),
+        ("Die Antwort ist B", "C", False),
         ("Option (C): 15", "C", True),
         ("Answer is option B.", "B", True),
         ("The right answer is therefore C.", "C", True),
