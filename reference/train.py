@@ -64,7 +64,7 @@ from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
-from reference.training.run.disk_use import describe_disk_use, format_size, size_of
+from reference.training.run.disk_use import describe_disk_use, describe_files
 from reference.training.run.inputs import digest_inputs
 from reference.training.run.plots import load_matplotlib, plot_dashboard
 from reference.training.run.progress import memory_gib, progress_bar
@@ -88,7 +88,6 @@ is then about 0, up to a remainder from completions of unequal length. Its gradi
 the reward.
 """
 CHAT_TOKENS = 256
-TRACKERS = ("tensorboard", "wandb")
 SCORERS = {"fused": FusedScorer(), "reference": PlainScorer()}  # --loss-impl
 
 
@@ -182,9 +181,13 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         if config.resume is not None and ranks.is_first:
             checkpoints.restore_logs(checkpoint)
         record_torchrun_run(directory)
-        trackers = {name: getattr(config, name) and ranks.is_first for name in TRACKERS}
-        resumed_step = None if config.resume is None else state.step
-        log = RunLog(directory, config.as_json(), **trackers, after=resumed_step)
+        log = RunLog(
+            directory,
+            config.as_json(),
+            tensorboard=config.tensorboard and ranks.is_first,
+            wandb=config.wandb and ranks.is_first,
+            after=None if config.resume is None else state.step,
+        )
         shutdown.next_step = partial(how_to_go_on, config, checkpoints)
         try:
             with closing(log):
@@ -304,11 +307,7 @@ def train(
     if policy.ranks.is_first:
         checkpoints.prune(state.step, keep=1)
     print(summary_table(before, after, history))
-    written = ", ".join(sorted(path.name for path in directory.iterdir()))
-    print(f"{seconds:.0f} s; in {directory}: {written}")
-    if checkpoints.directory.exists():
-        kept = format_size(size_of(checkpoints.directory))
-        print(f"{kept} of it in checkpoints: only --resume {directory} --steps MORE needs them")
+    print(f"{seconds:.0f} s; {describe_files(directory)}")
     shutdown.next_step = lambda: "the run is complete"
     shutdown.raise_if_requested()
     return summary

@@ -35,8 +35,9 @@ def compute_advantages(
 ) -> Tensor:
     """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
 
-    A completion to which no reward applies has an advantage of 0, and the others are compared
-    without it. Process supervision adds the advantages of steps to that of the completion.
+    A completion to which no reward applies has an advantage of 0. The others are compared as if its
+    reward were their mean, which leaves the mean of the group as it is. Process supervision adds
+    the advantages of steps to that of the completion.
     """
     group_rewards = replace_missing(rollouts.rewards)
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")

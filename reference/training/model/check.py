@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from grpo_kernels.integrations.transformers import unwrap
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError, one_line
-from reference.training.guards import is_out_of_memory
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.packing import pack_completions
 from reference.training.rollout.samplers import Sampler, hf_generate, shared_prompt
@@ -50,8 +49,6 @@ def choose_sampler(policy) -> Sampler:
             try:
                 completions = sampler(policy, prompts, G, 1.0)
             except Exception as error:  # each model and cache raises its own type
-                if is_out_of_memory(error):
-                    raise
                 problems.append(f"{type(error).__name__}: {one_line(error)}")
                 continue
             expected, scale = _trainer_logprobs(policy, prompts, completions)
@@ -90,8 +87,6 @@ def _trainer_logprobs(policy, prompts: Prompts, completions: Completions) -> tup
         trained = packed.select_predictions(policy.model(**packed.model_inputs()).logits)
         alone = policy.model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{name} cannot be trained here: {reason}") from None
     alone = alone[:, -1 - tokens.shape[1] : -1]

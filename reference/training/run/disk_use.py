@@ -34,8 +34,18 @@ def describe_disk_use(directory: Path, learner: Learner) -> str:
     return line
 
 
+def describe_files(directory: Path) -> str:
+    """List what a complete run has written, and say which part of it may be removed."""
+    written = ", ".join(sorted(path.name for path in directory.iterdir()))
+    line = f"in {directory}: {written}"
+    if size := size_of(directory / "checkpoints"):
+        more = f"only --resume {directory} --steps MORE needs them"
+        line += f"\n{format_size(size)} of it in checkpoints: {more}"
+    return line
+
+
 def size_of(directory: Path) -> int:
-    """Return the bytes of all files below a directory."""
+    """Return the bytes of all files below a directory; 0 if it does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 

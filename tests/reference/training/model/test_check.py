@@ -83,6 +83,25 @@ def test_choice_does_not_draw_from_the_rng_of_the_run():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_token_that_a_model_never_writes_is_no_difference():
+    def forbid(_, __, logits):
+        return logits.index_fill(-1, torch.tensor([5]), -torch.inf)
+
+    policy = make_policy("Llama")
+    policy.model.lm_head.register_forward_hook(forbid)
+    assert choose_sampler(policy) is shared_prompt
+
+
+def test_lack_of_memory_is_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError("out of memory")
+
+    policy = make_policy("Llama")
+    monkeypatch.setattr(type(policy.model), "forward", fails)
+    with pytest.raises(UserError, match=r"cannot be sampled here: MemoryError: out of memory$"):
+        choose_sampler(policy)
+
+
 def test_nan_in_the_weights_is_refused():
     policy = make_policy("Llama")
     torch.nn.init.constant_(policy.model.lm_head.weight, float("nan"))

@@ -37,6 +37,17 @@ def test_full_disk_warns(tmp_path, tiny_model, monkeypatch, capsys):
     assert "; 10 kB free\nWARNING: the disk is too small for this run" in said
 
 
+def test_files_of_a_complete_run(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    assert disk_use.describe_files(tmp_path) == f"in {tmp_path}: summary.json"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state").write_bytes(b"1" * 2000)
+    assert disk_use.describe_files(tmp_path) == (
+        f"in {tmp_path}: checkpoints, summary.json\n"
+        f"2 kB of it in checkpoints: only --resume {tmp_path} --steps MORE needs them"
+    )
+
+
 def test_size_of_counts_the_files_below(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"123")
