@@ -73,7 +73,7 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first.add_argument("-h", "--help", nargs="?", const="first")
     first.add_argument("--preset", nargs="?", default="smollm2-135m")
     first.add_argument("--resume", nargs="?", type=Path)
-    first.add_argument("--chat", action="store_true")
+    first.add_argument("--chat", nargs="?", const=True)
     early = first.parse_known_args(arguments)[0]
     if early.help is None:
         check_arguments(arguments, get_type_hints(TrainConfig))

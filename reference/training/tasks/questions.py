@@ -129,11 +129,11 @@ def _content(content: Any, what: str) -> str:
 
 
 def _ground_truth(value: Any, column: str) -> str:
-    """Return a text or a number as text; a conversation is the assistant's one message."""
+    """Return a text, a number or a truth value as text; a conversation is the assistant's one message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         if value[0].get("role") == "assistant":
             value = _content(value[0].get("content"), f'the message under "{column}"')
-    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)):  # True is an int
         value = str(value) if math.isfinite(value) else value
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'expected a text or a number under "{column}"; got {_short(value)}')

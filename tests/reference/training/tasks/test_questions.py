@@ -62,6 +62,10 @@ def test_conversation_keeps_roles_and_text():
     assert answered.columns == {"messages": EXAMPLE, "completion": "12"}
 
 
+def test_truth_values_are_ground_truths():
+    assert [of(prompt="p", answer=value).answer for value in (True, False)] == ["True", "False"]
+
+
 USER = {"role": "user", "content": "7+5?"}
 BAD = [
     ({"answer": "a"}, 'under "prompt" or "question" or "problem" or "messages"; got None'),
@@ -81,7 +85,6 @@ BAD = [
         'last message under "messages" must be the user\'s; got assistant',
     ),
     ({"prompt": [{"role": "system", "content": "x"}]}, "must be the user's; got system"),
-    ({"prompt": "p", "answer": True}, 'a text or a number under "answer"; got True'),
     ({"prompt": "p", "answer": " "}, "under \"answer\"; got ' '"),
     ({"prompt": "p", "answer": float("nan")}, 'under "answer"; got nan'),
     ({"prompt": "p", "answer": float("inf")}, 'under "answer"; got inf'),
