@@ -99,7 +99,8 @@ def check_arguments(arguments: Sequence[str], types: Mapping[str, Any]) -> None:
         if token[:2] == "--" and (name := token[2:].replace("_", "-")) in flags:
             _check_values(token, flags[name], values)
             continue
-        name = token.lstrip("-").replace("_", "-").rpartition(".")[2]  # verl's actor_rollout_ref.actor.optim.lr=1e-6
+        # verl's actor_rollout_ref.actor.optim.lr=1e-6
+        name = token.lstrip("-").replace("_", "-").rpartition(".")[2]
         said = f"there is no flag {token}" if token.startswith("-") else f"{token!r} is no flag"
         for others, reason in ABSENT.items():
             if name in others.split():

@@ -129,7 +129,7 @@ def _content(content: Any, what: str) -> str:
 
 
 def _ground_truth(value: Any, column: str) -> str:
-    """Return a text, a number or a truth value as text; a conversation is the assistant's one message."""
+    """Return a text, a number or a truth value as text; of a conversation its one message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         if value[0].get("role") == "assistant":
             value = _content(value[0].get("content"), f'the message under "{column}"')

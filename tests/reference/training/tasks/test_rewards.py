@@ -128,7 +128,14 @@ def test_error_of_a_whole_batch_names_the_first_sample():
 
 @pytest.mark.parametrize(
     ("returned", "got"),
-    [([1.0], "1 values"), ({"a" * 1000: 1.0}, "{'a{198}…"), ([1.0] * 4, "4 values"), ([], "0 values"), (None, "None"), (1.5, "1.5")],
+    [
+        ([1.0], "1 values"),
+        ({"a" * 1000: 1.0}, "{'a{198}…"),
+        ([1.0] * 4, "4 values"),
+        ([], "0 values"),
+        (None, "None"),
+        (1.5, "1.5"),
+    ],
 )
 def test_wrong_number_of_values_raises(returned, got):
     message = f"'mine' returned {got}, not one for each of 3.*'a' to the question 'question 0'"
