@@ -58,7 +58,7 @@ from reference.training.distributed import (
     init_distributed,
     is_peer_lost,
 )
-from reference.training.errors import UserError
+from reference.training.errors import UserError, discard_stdout
 from reference.training.evaluate import chat, evaluate
 from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, also after SIGTERM; 1 if another rank has stopped; 2 after an error of
-        the user; 130 after Ctrl-C.
+        the user; 130 after Ctrl-C; 141 if the reader of its output has gone.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # So that `| tee` shows progress, and characters beyond the encoding are escaped.
@@ -113,6 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
         if shutdown.is_first_rank:
             print(f"\n{shutdown.next_step()}\nstopped by {stop}", file=sys.stderr)
         return stop.exit_code
+    except BrokenPipeError:  # `| head` has read enough, or `| tee` has died
+        discard_stdout()
+        print("stopped: the reader of the output has gone", file=sys.stderr)
+        return 141
     except RuntimeError as error:
         if not is_peer_lost(error):
             raise

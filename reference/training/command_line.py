@@ -108,6 +108,7 @@ def _first_help(defaults: TrainConfig) -> str:
     rows = {"preset": {"preset": ", ".join(PRESETS) + ": the defaults of the other flags."}}
     for section, kind in SECTIONS.items():
         rows[section] = {name: x for name, x in _help_texts(kind).items() if name in FIRST}
+    rows["loss"].pop("loss")
     rows["loss"] = {"loss": ", ".join(LossConfig.objectives())} | rows["loss"]
     width = min(shutil.get_terminal_size().columns, 100)
     for section, texts in rows.items():

@@ -63,8 +63,8 @@ class TaskSettings:
     answer: str | None = None
     """For --task question: its ground truth."""
     reward: tuple[str, ...] = ()
-    """Additional rewards: package.module.function or file.py:function, with =weight appended unless
-    the weight is 1. Installed packages can be imported, and modules of this directory under
+    """Additional rewards: package.module.function or file.py:function, with =weight unless that is
+    1. Installed packages can be imported, and modules of this directory under
     `python -m reference.train`."""
     reward_weight: tuple[str, ...] = ()
     """Weights of the task's own rewards, name=weight. A reward of weight 0 is only logged."""
@@ -164,7 +164,7 @@ class EvaluationSettings:
     eval_only: bool = False
     """Evaluate and stop. --seed decides which questions are held out."""
     chat: bool = False
-    """Chat with the model and stop; --model runs/.../model takes a trained one, with the system
+    """Chat with a model, such as --model runs/.../model. A trained one starts from the system
     prompt and worked examples of its run. --temperature is then 0.7 by default."""
 
 

@@ -6,6 +6,8 @@ Each message says when it is raised, so docstrings do not list them.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,16 @@ def import_package(name: str, message: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(message) from None
+
+
+def discard_stdout() -> None:
+    """Discard what is still printed: the reader of the output has gone.
+
+    Otherwise Python complains when it flushes stdout at its end.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def one_line(error: Exception) -> str:

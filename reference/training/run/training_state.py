@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.training.distributed import full_tensor, shard_like
-from reference.training.errors import UserError, one_line
+from reference.training.errors import UserError, discard_stdout, one_line
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 from reference.training.run.run_directory import save_policy
@@ -168,6 +168,8 @@ class TrainingState:
         """
         if shutdown.requested is None:
             shutdown.defer("saving")
+        if isinstance(error, BrokenPipeError):
+            discard_stdout()
         config, ranks = self.learner.config, self.learner.policy.ranks
         stopped = isinstance(error, Stopped)
         together = stopped or ranks.size == 1

@@ -75,6 +75,7 @@ def test_help_shows_the_main_flags_with_the_defaults_of_the_preset(preset, capsy
     assert len(lines) <= 60 and max(map(len, lines)) <= 80
     shown = re.findall(r"^  --(\S+)(?: (\S+))?", "\n".join(lines), re.M)
     assert len(shown) == len(FIRST) + 1
+    assert "  --loss" in "\n".join(lines) and "dapo, " in "\n".join(lines)
     for flag, value in shown:
         default = getattr(PRESETS[preset], flag.replace("-", "_"))
         assert default in (False, ()) or value == str(default)
@@ -151,6 +152,20 @@ def test_output_beyond_the_encoding_of_stdout_is_escaped():
     result = subprocess.run(command, capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [rb"\u05e9\u05dc\u05d5\u05dd", rb"Bras\xedlia \ud800"]
+
+
+@pytest.mark.parametrize("run", ["train.parse_command_line(['--help'])", "print('trained')"])
+def test_a_reader_that_has_gone_ends_the_run_with_one_line(run):
+    code = (
+        "import sys; from reference import train\n"
+        f"train.run = lambda *_: {run}\n"
+        "sys.exit(train.main([]))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"stopped: the reader of the output has gone\n"
+    assert process.returncode == 141
 
 
 def test_user_error_exits_with_2_without_traceback(tmp_path):
