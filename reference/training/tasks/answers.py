@@ -63,9 +63,7 @@ _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\
 _FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y")
 _FORMATS += ("%d.%m.%Y",)
 _FORMATS += ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M%p", "%I %p", "%I%p")
-_LATEX = {"π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm "}
-_LATEX |= {"∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "×": "\\times ", "·": "\\cdot ", "**": "^"}
-_LATEX |= {"∅": "\\emptyset ", ">=": "\\ge ", "<=": "\\le "}
+_LATEX = {"∪": "\\cup ", "∩": "\\cap ", "·": "\\cdot ", "**": "^", ">=": "\\ge ", "<=": "\\le "}
 
 
 def answer_is(completion: str, answer: str) -> bool:
@@ -224,8 +222,6 @@ def _is_mathematics(text: str) -> bool:
 
 def _mathematics_is(candidates: list[str], answer: str) -> bool:
     formulas = [part for text in candidates for part in (*_formulas(text), text)]
-    if "=" not in answer:
-        formulas = [part for text in formulas for part in (text, text.rpartition("=")[2])]
     formulas = [_latex(text) for text in formulas if not _WORD.search(re.sub(r"\\\w+", "", text))]
     try:
         return math_judge.is_equal(list(dict.fromkeys(filter(None, formulas))), _latex(answer))

@@ -243,7 +243,6 @@ def readings(completion: str) -> Iterator[str]:
         yield from (phrase, _REASON.split(phrase, maxsplit=1)[0])
     yield from (text, line)
     start = _REASON.split(line, maxsplit=1)[0] if _RETRACTION.search(line) is None else line
-    yield start
     lines = [_LIST_LINE.fullmatch(part) for part in raw.strip().split("\n")]
     if all(lines):
         yield plain(", ".join(part[1] for part in lines if part is not None))

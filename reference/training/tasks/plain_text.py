@@ -117,13 +117,10 @@ def _without_commands(text: str) -> str:
     text = re.sub(r"\\[,;: ]|~|\\\\", " ", text.replace("\\!", ""))
     text = re.sub(r"\\circ(?=[CF]\b|[^a-zA-Z]|$)", "°", text)  # of ^\circ\text{C} too
     for _ in range(5):  # as deep as anyone nests them
-        text, count = _TEXT.subn(r"\1", text)
-        if not count:
-            break
+        text = _TEXT.sub(r"\1", text)
     text = _FRACTION.sub(
         lambda found: " {}/{}".format(*filter(None, found.groups())).replace(" -", "-"), text
     )
-    text = re.sub(r"(?<=-) (?=\d+/)", "", text)
     text = re.sub(r"\\([a-zA-Z]+)[ ]?", lambda found: _COMMANDS.get(found[1], found[0]), text)
     text = re.sub(r"\\([%$&#_{}])", r"\1", text)
     text = re.sub(r"\\f?box(?:ed)?\b\s*\{?", " ", text)  # not closed

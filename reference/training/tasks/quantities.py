@@ -58,7 +58,7 @@ _UNITS |= {
     for name in names.split()
 }
 _COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "sqm": "m^2", "kWh": "kW*h"}
-_NO_UNITS = frozenset({"st", "nd", "rd", "th"})
+_NO_UNITS = frozenset({"st", "nd", "rd", "th", "of"})
 
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
@@ -132,7 +132,7 @@ def parse_quantity(text: str, *, only_known_units: bool = False) -> Quantity | N
     text = text.strip()
     while text[:1] + text[-1:] in ("()", "[]", "{}"):
         text = text[1:-1].strip()
-    text = text.rstrip(".;:, ") if text[-1:] in ".;:," else text
+    text = text.rstrip(".;:, ")
     found = _QUANTITY.fullmatch(text) if len(text) <= LONGEST else None
     if found is None or (found["sign"] and found["inner"]) or re.fullmatch(r"[12]\d\d0s", text):
         return None  # nor are the 1990s a number
@@ -244,7 +244,7 @@ def parse_unit(
             return None
         end = part.end()
         joint, name, power = part.groups()
-        if name in _NO_UNITS or name == "of":
+        if name in _NO_UNITS:
             continue
         if (lower := name.lower()) in _SCALES:
             scale *= _SCALES[lower]

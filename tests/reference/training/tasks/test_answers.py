@@ -65,6 +65,8 @@ JUDGED = {
         ("18 of 20", "18", False),
     ],
     "parts of something else": [
+        ("42 apples or 43 apples", "43", False),
+        ("42 apples or 43 apples", "42", False),
         (r"\boxed{\frac{1}{2}}", "2", False),
         (r"\boxed{1/2}", "2", False),
         (r"\boxed{3\sqrt{2}}", "2", False),
@@ -936,6 +938,14 @@ JUDGED = {
         ("inf", "∞", True),
     ],
     "mathematics": [
+        ("π+π", "2\\pi", True),
+        ("3 ≤ x", "x \\ge 3", True),
+        ("x >= 3", "3 \\le x", True),
+        ("x**2+x", "x(x+1)", True),
+        ("(-∞,2)∪(3,4)", "(3,4)\\cup(-\\infty,2)", True),
+        ("f(x) = 1+2x", "2x+1", True),
+        ("x^(n+1)+1", "1+x^{n+1}", True),
+        ("\\[ 1+x \\]", "x+1", True),
         ("\\boxed{\\frac{\\sqrt{2}}{2}}", "\\frac{1}{\\sqrt{2}}", True),
         ("\\boxed{0.7071}", "\\frac{1}{\\sqrt{2}}", False),
         ("\\boxed{\\cos x}", "\\sin x", False),
