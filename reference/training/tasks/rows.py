@@ -128,7 +128,13 @@ def read_file(path: Path, as_text: Collection[str] = ()) -> list[Row]:
         raise UserError(f"cannot read {path}: {LAYOUT}")
     try:
         return reader(path, as_text)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"cannot read {path}: it is not UTF-8, but has the byte {byte:#x}; convert it, for "
+            "example by iconv"
+        ) from None
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}; {LAYOUT}") from None
 
 
@@ -148,8 +154,9 @@ def read_jsonl(path: Path, as_text: Collection[str] = ()) -> list[Row]:
 
 def read_json(path: Path, as_text: Collection[str] = ()) -> list[Row]:
     """Read a list of objects, {"data": [...]} with such a list, or one object per line."""
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = DECODER.decode(path.read_text(encoding="utf-8-sig"))
+        value = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             return read_jsonl(path)
@@ -221,7 +228,8 @@ def read_csv(path: Path, as_text: Collection[str] = ()) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         file.seek(0)
-        reader = csv.reader(file, strict=True, delimiter=max(",;\t", key=first.count))
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             lines = [cells for cells in reader if cells]
         except csv.Error as error:
@@ -231,11 +239,12 @@ def read_csv(path: Path, as_text: Collection[str] = ()) -> list[Row]:
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise UserError(f"{path}: the column {twice[0]!r} occurs twice in the first line")
+    hint = f': a text with "{delimiter}" needs quotes'
     for number, cells in enumerate(table, start=1):
         if len(cells) != len(header):
             raise UserError(
                 f"{path}, row {number}: expected {len(header)} cells ({', '.join(header)}); "
-                f"got {len(cells)}"
+                f"got {len(cells)}{hint * (len(cells) > len(header))}"
             )
     columns = [
         [cell if cell.strip() else None for cell in cells] for cells in zip(*table, strict=True)

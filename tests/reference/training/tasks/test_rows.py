@@ -124,7 +124,7 @@ def test_csv_cell_may_be_long(tmp_path):
         ("a,b\n1,2,3\n", r"a.csv, row 1: expected 2 cells"),
         ('a,b\n1,"2\n', r"a.csv:2: not CSV: unexpected end of data"),
         ("a,b,a\n1,2,3\n", "the column 'a' occurs twice in the first line"),
-        (b"a,b\n\xe9,1\n", "cannot read .*a.csv: 'utf-8' codec"),
+        (b"a,b\n\xe9,1\n", "cannot read .*a.csv: it is not UTF-8, but has the byte 0xe9"),
     ],
 )
 def test_malformed_csv_raises_with_its_row(tmp_path, text, says):
@@ -225,17 +225,31 @@ def test_directory_of_save_to_disk(hub_cache, tmp_path):
 
 
 def test_unusable_paths_raise_with_the_layout(tmp_path):
-    write(tmp_path / "latin.jsonl", '{"prompt": "é"}'.encode("latin-1"))
     write(tmp_path / "a.xlsx", b"")
     (tmp_path / "empty").mkdir()
-    for name in ("none.jsonl", "latin.jsonl", "a.xlsx", "empty", "set/"):
+    for name in ("none.jsonl", "a.xlsx", "empty", "set/"):
         with pytest.raises(UserError, match=r"train\.\* and test\.\* of these types") as error:
             rows.load(f"{tmp_path}/{name}")
         assert "\n" not in str(error.value)
-    with pytest.raises(
-        UserError, match=r"latin.json: there is no such file; did you mean .*latin.jsonl\?"
-    ):
-        rows.load(str(tmp_path / "latin.json"))
+    with pytest.raises(UserError, match=r"a.xls: there is no such file; did you mean .*a.xlsx\?"):
+        rows.load(str(tmp_path / "a.xls"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_other_encodings_are_named(suffix, tmp_path):
+    write(tmp_path / f"latin.{suffix}", 'prompt\n{"prompt": "é"}'.encode("latin-1"))
+    says = (
+        f"latin.{suffix}: it is not UTF-8, but has the byte 0xe9; convert it, for example by iconv"
+    )
+    with pytest.raises(UserError) as error:
+        rows.load(str(tmp_path / f"latin.{suffix}"))
+    assert str(error.value).endswith(says)
+
+
+def test_cells_beyond_the_first_line_of_a_csv_file_need_quotes(tmp_path):
+    write(tmp_path / "a.csv", b"question\nAdd 1, 2\n")
+    with pytest.raises(UserError, match=r'got 2: a text with "," needs quotes'):
+        rows.load(str(tmp_path / "a.csv"))
 
 
 @pytest.fixture
