@@ -63,7 +63,8 @@ _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod)\
 _FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y")
 _FORMATS += ("%d.%m.%Y",)
 _FORMATS += ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M%p", "%I %p", "%I%p")
-_LATEX = {"∪": "\\cup ", "∩": "\\cap ", "·": "\\cdot ", "**": "^", ">=": "\\ge ", "<=": "\\le "}
+_LATEX = {"∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "·": "\\cdot ", "**": "^"}
+_LATEX |= {">=": "\\ge ", "<=": "\\le "}
 
 
 def answer_is(completion: str, answer: str) -> bool:
