@@ -117,8 +117,9 @@ def _serve() -> None:
         if child == 0:
             is_right = False
             try:
-                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                with contextlib.suppress(ValueError, OSError):  # macOS may refuse
+                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 # The default action of SIGALRM ends the process, whatever it computes.
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)
                 is_right = verify(**json.loads(line))

@@ -1073,6 +1073,12 @@ def test_only_mathematics_needs_math_verify(monkeypatch):
             assert answers.answer_is(completion, answer) is right, (completion, answer)
 
 
+def test_formula_for_a_number_is_wrong_where_processes_cannot_fork(monkeypatch):
+    monkeypatch.delattr("os.fork")
+    monkeypatch.setattr(math_judge, "is_equal", None)
+    assert answers.answer_is(r"\boxed{\sqrt{16}}", "4") is False
+
+
 def test_missing_math_verify_raises_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match=r"math-verify: pip install \"grpo_kernels\[tasks\]\""):

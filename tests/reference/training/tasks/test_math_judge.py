@@ -99,3 +99,14 @@ def test_missing_math_verify_raises_os_error(monkeypatch, tmp_path):
     math_judge._stop()
     with pytest.raises(OSError, match="cannot import math_verify"):
         math_judge.is_equal(["x"], "x+1")
+
+
+def test_a_system_that_refuses_the_memory_limit_compares_without(monkeypatch, tmp_path):
+    (tmp_path / "resource.py").write_text(
+        "RLIMIT_AS, RLIMIT_CORE = 5, 4\n\n"
+        "def setrlimit(*_):\n    raise ValueError('current limit exceeds maximum limit')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    math_judge._stop()
+    assert math_judge.is_equal(["1+x"], "x+1")
+    math_judge._stop()
