@@ -18,6 +18,7 @@ import torch
 
 from grpo_kernels.validation import nearest
 from reference.training.errors import UserError, near_path, one_line
+from reference.training.guards import is_out_of_memory
 from reference.training.model import download
 from reference.training.rollout.chat_template import Messages
 
@@ -131,7 +132,6 @@ def load(directory: Path | None):
     checked before the weights are read. If FORWARD_FLAGS change the model's config, the model has
     the config of the file as `config_of_file`, with which it is saved.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if directory is None:
@@ -153,15 +153,27 @@ def load(directory: Path | None):
             )
         config_of_file = copy.deepcopy(config)
         changed = set_forward_flags(config)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each config class and each kind of damage raises its own type
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:  # Transformers would draw them at random
+        raise UserError(
+            f"{directory} has no weights for {len(missing)} parameters, such as {missing[0]}: its "
+            "config.json does not fit its weights"
+        )
     if changed:
         is_whole = type(model.config) is type(config)
         model.config_of_file = config_of_file if is_whole else config_of_file.get_text_config()

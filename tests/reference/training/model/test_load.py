@@ -171,6 +171,29 @@ def test_damaged_weights_raise_user_error(tmp_path):
         models.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[]", "cannot load the model in"),
+        ({"num_attention_heads": 3}, "cannot load the model in"),
+        ({"vocab_size": 1000}, "cannot load the model in"),
+        ({"num_hidden_layers": 3}, "has no weights for 9 parameters, such as model.layers.2"),
+    ],
+)
+def test_config_that_does_not_fit_the_weights_is_one_line(config, says, tmp_path):
+    save_family(
+        tmp_path,
+        "Llama",
+        chat_template="{{ messages }}",
+        file=config if isinstance(config, dict) else {},
+    )
+    if isinstance(config, str):
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=says) as error:
+        models.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_download_error_lists_each_source_and_a_remedy(offline, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         models.locate("smollm2-135m", tmp_path)
