@@ -3,7 +3,7 @@
     python reference/train.py                             SmolLM2-135M learns to add, on a laptop
     python reference/train.py --preset tiny               75k parameters learn to reverse digits
     python reference/train.py --preset llama-3.2-1b       Llama 3.2 1B Instruct on GSM8K, on a GPU
-    python reference/train.py --task capital-of-brazil --prompts 1 --max-new-tokens 64
+    python reference/train.py --task capital-of-brazil    it learns to think and answer in tags
     python reference/train.py --resume runs/...           continues a run that was stopped
     torchrun --nproc-per-node=8 reference/train.py ...    the same run on eight GPUs
     python reference/train.py --help                      the main settings; --help all: every one
@@ -222,7 +222,9 @@ def train(
     history, evaluations = policy.ranks.broadcast(so_far)
     # The two lists grow, and each drawing shows what they then hold.
     title = f"{Path(config.model).name} on {config.task}"
-    draw_curves = partial(plot_dashboard, directory / "curves.png", history, evaluations, title)
+    draw_curves = partial(
+        plot_dashboard, directory / "curves.png", history, evaluations, title, task.reward_max
+    )
 
     def evaluate_if_due() -> None:
         """Evaluate before the first step and every --eval-every steps, but not twice."""
@@ -282,7 +284,8 @@ def train(
             # Show some completions.
             if is_shown:
                 first = f"{group[0]['question']!r} -> {group[0]['completion']!r}"
-                tqdm.write(f"step {step}: {first}, reward {group[0]['reward']:.1f}", sys.stdout)
+                earned = f"{group[0]['reward']:.1f}{task.of_reward_max}"
+                tqdm.write(f"step {step}: {first}, reward {earned}", sys.stdout)
 
             # Save a checkpoint; stop here if a signal came during the step.
             state.save_if_due(checkpoints, step_time)
@@ -310,7 +313,7 @@ def train(
     save_json(directory / "summary.json", summary)
     if policy.ranks.is_first:
         checkpoints.prune(state.step, keep=1)
-    print(summary_table(before, after, history))
+    print(summary_table(before, after, history, task.of_reward_max))
     print(f"{seconds:.0f} s; {describe_files(directory)}")
     shutdown.next_step = lambda: "the run is complete"
     shutdown.raise_if_requested()

@@ -50,6 +50,10 @@ PRESETS = {
 }
 
 
+# Defaults that a task changes, whatever the preset: with one question there is one group per step.
+ONE_QUESTION = {"prompts": 1, "group_size": 32, "max_new_tokens": 48, "steps": 24}
+TASK_DEFAULTS = {"capital-of-brazil": ONE_QUESTION, "question": ONE_QUESTION}
+
 CHAT_TEMPERATURE = 0.7  # the default of --temperature under --chat
 
 # The flags of --help, those that most people change first.
@@ -72,12 +76,15 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", nargs="?", const="first")
     first.add_argument("--preset", nargs="?", default="smollm2-135m")
+    first.add_argument("--task", nargs="?")
     first.add_argument("--resume", nargs="?", type=Path)
     first.add_argument("--chat", nargs="?", const=True)
     early = first.parse_known_args(arguments)[0]
     if early.help is None:
         check_arguments(arguments, get_type_hints(TrainConfig))
     defaults = PRESETS.get(early.preset, TrainConfig())
+    if early.task in TASK_DEFAULTS:
+        defaults = replace(defaults, task=early.task, **TASK_DEFAULTS[early.task])
     if early.help is not None and early.help != "all":
         print(_first_help(defaults))
         raise SystemExit(0)

@@ -22,48 +22,57 @@ BATCH = 64  # completions sampled at once
 
 
 def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float]:
-    """Measure greedy accuracy on the held-out questions, and pass@k with --pass-at.
+    """Measure accuracy on the held-out questions, and pass@k with --pass-at.
 
-    Questions without a ground truth are left out. If none has one, the mean reward is measured.
+    Each question gets one greedy completion, or as many sampled ones as the task says. Questions
+    without a ground truth are left out. The mean reward is measured if none has one, and of a
+    graded reward.
     """
     questions = task.held_out[: config.eval_questions]
     judged = [q for q in questions if q.answer is not None and task.lenient is not None]
+    questions = judged or questions
+    is_sampled = task.eval_samples is not None
+    samples, temperature = task.eval_samples or 1, config.temperature if is_sampled else 0.0
+
+    def measure(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
+        values = {}
+        if not judged or task.reward_max is not None:
+            by_name = score(task.rewards, questions, texts)
+            values["reward"] = total_reward(task.rewards, by_name)
+        return values | (task.accuracy(questions, texts) if judged else {})
+
     device = policy.device
     devices = [] if device.type == "cpu" else [device]
     # Training does not depend on how often it is evaluated.
     with torch.random.fork_rng(devices, device_type=device.type):
-        if judged:
-            questions = judged
-            metrics = accuracy(policy, task, questions)
-            shown = {name: f"{value:.1%}" for name, value in metrics.items()}
-        else:
-            metrics = {"reward": mean_reward(policy, task, questions)}
-            shown = {"mean reward": f"{metrics['reward']:.3g}"}
+        metrics = mean_values(policy, questions, samples, temperature, measure)
         if judged and config.pass_at is not None:
-            estimates = pass_at(policy, task, questions, config.pass_at, config.temperature)
-            metrics |= estimates
-            shown |= {name: f"{value:.1%}" for name, value in estimates.items()}
+            metrics |= pass_at(policy, task, questions, config.pass_at, config.temperature)
+    shown = {name: f"{value:.1%}" for name, value in metrics.items() if name != "reward"}
+    if "reward" in metrics:
+        shown = {"mean reward": f"{metrics['reward']:.3g}{task.of_reward_max}"} | shown
     text = ", ".join(f"{name} {value}" for name, value in shown.items())
-    print(f"{len(questions)} held-out questions: {text}")
-    return metrics | {"questions": len(questions)}
+    metrics["questions"] = len(questions)
+    what = f"{len(questions)} held-out questions"
+    if is_sampled:
+        metrics["completions"] = samples * len(questions)
+        what = f"{metrics['completions']} sampled completions"
+    print(f"{what}: {text}")
+    return metrics
 
 
-def accuracy(
-    policy: Policy, task: Task, questions: Sequence[Question], temperature: float = 0.0
+def mean_values(
+    policy: Policy,
+    questions: Sequence[Question],
+    samples: int,
+    temperature: float,
+    measure: Callable[[Sequence[Question], Sequence[str]], Mapping[str, Tensor]],
 ) -> dict[str, float]:
-    """Return the share of right completions, "strict" and "lenient", from one per question."""
-    right = judge(policy, questions, 1, temperature, task.accuracy)
-    return {name: sum(values) / len(questions) for name, values in right.items()}
-
-
-def mean_reward(policy: Policy, task: Task, questions: Sequence[Question]) -> float:
-    """Return the mean reward of greedy completions, one per question; NaN if none applies."""
-
-    def total(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"reward": total_reward(task.rewards, score(task.rewards, questions, texts))}
-
-    values = judge(policy, questions, 1, 0.0, total)["reward"]
-    return torch.tensor(values).nanmean().item()
+    """Average what `judge` returns, without NaN."""
+    values = judge(policy, questions, samples, temperature, measure)
+    return {
+        name: torch.tensor(x, dtype=torch.float64).nanmean().item() for name, x in values.items()
+    }
 
 
 def pass_at(

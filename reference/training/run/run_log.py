@@ -176,25 +176,28 @@ def _append(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def summary_table(before: Mapping, after: Mapping, history: Sequence[Mapping]) -> str:
+def summary_table(
+    before: Mapping, after: Mapping, history: Sequence[Mapping], of_reward_max: str = ""
+) -> str:
     """Summarise a run, from its first and last evaluation and its steps, in aligned lines."""
 
     def accuracy(metrics: Mapping, name: str) -> str:
-        low, high = wilson(metrics[name], metrics["questions"])
+        low, high = wilson(metrics[name], metrics.get("completions", metrics["questions"]))
         return f"{metrics[name]:.1%} ({low:.0%} to {high:.0%})"
 
-    count = f"{after['questions']:,} questions"
+    heading = f"held-out, {after['questions']:,} questions"
+    if "completions" in after:
+        heading = f"{after['completions']:,} sampled completions"
+    rows = [(heading + " (95% interval)" * ("strict" in after), "before", "after")]
+    if "reward" in after:
+        first, last = (format_number(metrics["reward"]) for metrics in (before, after))
+        rows.append((f"  mean reward{of_reward_max}", first, last))
     if "strict" in after:
-        rows = [(f"held-out, {count} (95% interval)", "before", "after")]
         names = {"accuracy, strict": "strict", "accuracy, lenient": "lenient"}
         if all(metrics["strict"] == metrics["lenient"] for metrics in (before, after)):
             names = {"accuracy": "strict"}
         for label, name in names.items():
             rows.append((f"  {label}", accuracy(before, name), accuracy(after, name)))
-    else:  # no question has a ground truth
-        rows = [(f"held-out, {count}", "before", "after")]
-        first, last = (format_number(metrics["reward"]) for metrics in (before, after))
-        rows.append(("  mean reward", first, last))
     for name in (name for name in after if name.startswith("pass@") and name in before):
         rows.append((f"  {name}", f"{before[name]:.1%}", f"{after[name]:.1%}"))
 

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ from reference.training.tasks import answers as judge
 from reference.training.tasks.questions import Question
 
 Reward = Callable[..., Sequence[float | None]]
+_SUM = re.compile(r"(?:([0-9]{1,9}) ?\+ ?([0-9]{1,9}) ?= ?)?([0-9]{1,9})\.?")
 Completion = str | list[dict[str, str]]
 
 
@@ -273,13 +275,17 @@ def exact_match(completion: str, answer: str) -> float:
 
 
 @per_sample
-def bare_number_bonus(completion: str, answer: str) -> float:
-    """0.2 if the completion is the right number and nothing else.
+def bare_sum(completion: str, answer: str) -> float:
+    """1 if the completion is the right number, or a sum that has this result, and nothing else.
 
     A wrong number gets nothing: a small model that is rewarded for the form alone soon writes "1"
     for every question.
     """
-    return 0.2 * (completion.strip() == answer)
+    found = _SUM.fullmatch(completion.strip())
+    if found is None:
+        return 0.0
+    first, second, result = found.groups()
+    return float(result == answer and (first is None or int(first) + int(second) == int(result)))
 
 
 gsm8k_strict = per_sample(judge.last_line_is)

@@ -28,6 +28,13 @@ THINK_ANSWER = (
     "Think about the question first, between <think> and </think>. "
     "Then give the answer and nothing else between <answer> and </answer>."
 )
+WORKED_EXAMPLE = [
+    {"role": "user", "content": "What is the colour of the sky?"},
+    {
+        "role": "assistant",
+        "content": "<think>On a clear day the sky is blue.</think>\n<answer>blue</answer>",
+    },
+]
 HASHES = "Reason step by step. Then end with a line of its own: #### and the number that answers."
 
 # The values of --task; jsonl is another name of data.
@@ -45,6 +52,9 @@ class Task:
             requires the right form: a completion that is correct for strict is correct for lenient.
             None if no question has a ground truth.
         system: the system prompt.
+        reward_max: the largest sum of the rewards, if they are graded: then it is evaluated too.
+        eval_samples: completions that are sampled of each held-out question to evaluate. None: one
+            greedy completion.
         summary: a line to print, on where the questions come from.
     """
 
@@ -54,7 +64,14 @@ class Task:
     strict: Reward | None
     lenient: Reward | None
     system: str | None = None
+    reward_max: float | None = None
+    eval_samples: int | None = None
     summary: str | None = None
+
+    @property
+    def of_reward_max(self) -> str:
+        """What to print after a reward: " of 4", or nothing."""
+        return "" if self.reward_max is None else f" of {self.reward_max:g}"
 
     def accuracy(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
         """Return "strict" and "lenient" of each completion, [n]; NaN without a ground truth.
@@ -93,7 +110,9 @@ def load_task(config: TrainConfig) -> Task:
     if config.pass_at is not None and task.lenient is None:
         raise UserError(f"--pass-at {config.pass_at} needs ground truths: no row has one")
     rewards.score(chosen, *example(task, config.group_size))
-    return replace(task, rewards=chosen, system=system)
+    is_changed = config.reward or config.reward_weight or config.overlong_buffer
+    reward_max = None if is_changed else task.reward_max
+    return replace(task, rewards=chosen, system=system, reward_max=reward_max)
 
 
 def example(task: Task, count: int) -> tuple[list[Question], list[str]]:
@@ -154,9 +173,13 @@ def make_task(
 
 
 def arithmetic(seed: int) -> Task:
-    """Make sums of two numbers from 1 to 30; the last number of the completion counts."""
+    """Make sums of two numbers from 1 to 30; the last number of the completion counts.
+
+    Strict is "7 + 5 = 12" or "12" and nothing else. Of 64 samples of the untrained SmolLM2-135M 4
+    were right, and none of these was the bare number.
+    """
     questions = [
-        Question(f"What is {a} + {b}? Answer with just the number.", str(a + b))
+        Question(f"What is {a} + {b}? Write the calculation in one line.", str(a + b))
         for a in range(1, 31)
         for b in range(1, 31)
     ]
@@ -164,15 +187,19 @@ def arithmetic(seed: int) -> Task:
         *data.split(questions, seed),
         rewards={
             "correct": WeightedReward(rewards.last_number_is),
-            "bare_number": WeightedReward(rewards.bare_number_bonus),
+            "bare_sum": WeightedReward(rewards.bare_sum, 0.2),
         },
-        strict=rewards.exact_match,
+        strict=rewards.bare_sum,
         lenient=rewards.last_number_is,
     )
 
 
 def reverse(seed: int) -> Task:
-    """Make six digits to write backwards; the whole completion counts."""
+    """Make six digits to write backwards; the whole completion counts.
+
+    It is evaluated on samples: greedy completions are right long before sampled ones, and GRPO
+    trains the policy that samples.
+    """
     numbers = random.Random(seed).sample(range(10**6), HELD_OUT + 50_000)
     questions = [Question(f"{n:06d}=", f"{n:06d}"[::-1]) for n in numbers]
     return Task(
@@ -181,6 +208,7 @@ def reverse(seed: int) -> Task:
         rewards={"exact": WeightedReward(rewards.exact_match)},
         strict=rewards.exact_match,
         lenient=rewards.exact_match,
+        eval_samples=1,
     )
 
 
@@ -227,8 +255,13 @@ def own_data(
 
 
 def one_question(question: str, answer: str) -> Task:
-    """Make a task of one question with mini-GRPO's reward, for <think> and <answer> tags too."""
-    only = [Question(question.strip(), answer.strip())]
+    """Make a task of one question with mini-GRPO's reward, for <think> and <answer> tags too.
+
+    A worked example comes before the question: without one, SmolLM2-135M never writes a tag. The
+    held-out question is the trained one, so samples of it show what was learned.
+    """
+    prompt = [*WORKED_EXAMPLE, {"role": "user", "content": question.strip()}]
+    only = [Question(prompt, answer.strip())]
     return Task(
         train=only,
         held_out=only,
@@ -236,6 +269,8 @@ def one_question(question: str, answer: str) -> Task:
         strict=rewards.full_marks,
         lenient=rewards.mentioned,
         system=THINK_ANSWER,
+        reward_max=4.0,
+        eval_samples=64,
     )
 
 

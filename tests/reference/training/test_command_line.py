@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from grpo_kernels import LossConfig
 from reference import train
-from reference.training.command_line import FIRST, PRESETS, parse_command_line
+from reference.training.command_line import FIRST, PRESETS, TASK_DEFAULTS, parse_command_line
 from reference.training.config import SECTIONS, TrainConfig
 from reference.training.errors import UserError
 from reference.training.model import load as models
@@ -25,6 +26,15 @@ def test_flags_override_the_preset():
     assert (config.steps, config.epsilon_high, config.model) == (7, 0.3, "scratch")
     assert config.loss_config().epsilon_high == 0.3
     assert parse_command_line([]) == PRESETS["smollm2-135m"]
+
+
+@pytest.mark.parametrize("preset", ["smollm2-135m", "llama-3.2-1b"])
+def test_one_question_has_defaults_of_its_own(preset):
+    start = ["--preset", preset, "--task", "capital-of-brazil"]
+    assert parse_command_line(start) == replace(
+        PRESETS[preset], task="capital-of-brazil", **TASK_DEFAULTS["capital-of-brazil"]
+    )
+    assert parse_command_line([*start, "--group-size", "4"]).group_size == 4
 
 
 def test_task_options_are_json_or_text():

@@ -2,6 +2,7 @@
 
 import io
 import signal
+from dataclasses import replace
 from itertools import combinations, cycle
 from types import SimpleNamespace
 
@@ -53,10 +54,8 @@ def task(numbers):
 
 def test_accuracy_is_computed_in_batches():
     policy, held_out = ScriptedPolicy(), task([0, 1, 4, 0] * 40)
-    assert evaluate.accuracy(policy, held_out, held_out.held_out) == {
-        "strict": 0.25,
-        "lenient": 0.5,
-    }
+    found = evaluate.mean_values(policy, held_out.held_out, 1, 0.0, held_out.accuracy)
+    assert found == {"strict": 0.25, "lenient": 0.5}
     assert policy.batches == [64, 64, 32]
 
 
@@ -99,6 +98,18 @@ def test_evaluation_without_ground_truths_is_the_mean_reward(scripted, capsys):
     assert "5 held-out questions: mean reward 1.5" in capsys.readouterr().out
 
 
+def test_graded_reward_is_measured_on_samples_if_the_task_says_so(scripted, capsys):
+    graded = {
+        "marks": WeightedReward(lambda completions: [4.0 * (c == "right") for c in completions])
+    }
+    one = replace(task([16]), rewards=graded, reward_max=4.0, eval_samples=64)
+    found = evaluate.evaluate(scripted, one, parse_command_line(["--preset", "tiny"]))
+    share = {"strict": 0.0, "lenient": 0.25}
+    assert found == {"reward": 1.0, **share, "questions": 1, "completions": 64}
+    shown = "64 sampled completions: mean reward 1 of 4, strict 0.0%, lenient 25.0%"
+    assert shown in capsys.readouterr().out
+
+
 def test_chat_keeps_its_history_and_ends_at_an_empty_line():
     said, lines = [], cycle(["hello", "again", ""])
     evaluate.chat(ScriptedPolicy(), 1.0, 5, lambda prompt: next(lines), said.append)
@@ -135,7 +146,7 @@ def test_chat_refuses_input_that_is_no_text(encoding, errors):
 
 
 def test_evaluation_preserves_the_rng_of_its_device_only(monkeypatch):
-    monkeypatch.setattr(evaluate, "accuracy", lambda *_: {"strict": torch.rand(1).item()})
+    monkeypatch.setattr(evaluate, "mean_values", lambda *_: {"strict": torch.rand(1).item()})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("walked through them"))
     config = parse_command_line(["--preset", "tiny"])
     policy, before = SimpleNamespace(device=torch.device("cpu")), torch.get_rng_state()

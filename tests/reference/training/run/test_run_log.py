@@ -292,6 +292,18 @@ def test_summary_shows_before_and_after_with_intervals():
     )
 
 
+def test_summary_of_sampled_completions_starts_with_their_reward():
+    counts = {"questions": 1, "completions": 64}
+    before = {"reward": 0.25, "strict": 0.0, "lenient": 0.125, **counts}
+    after = {"reward": 3.5, "strict": 0.75, "lenient": 1.0, **counts}
+    assert summary_table(before, after, [], " of 4").splitlines()[:4] == [
+        "64 sampled completions (95% interval)   before              after",
+        "  mean reward of 4                      0.25                3.5",
+        "  accuracy, strict                      0.0% (0% to 6%)     75.0% (63% to 84%)",
+        "  accuracy, lenient                     12.5% (6% to 23%)   100.0% (94% to 100%)",
+    ]
+
+
 def test_summary_merges_equal_accuracies():
     before = {"strict": 0.25, "lenient": 0.25, "questions": 128}
     after = {"strict": 0.5, "lenient": 0.5, "questions": 128}

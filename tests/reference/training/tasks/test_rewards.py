@@ -60,10 +60,12 @@ def test_exact_match():
     assert of(rewards.exact_match, "6543210", "654321") == 0.0
 
 
-def test_bare_number_bonus_requires_the_right_answer():
-    assert all(of(rewards.bare_number_bonus, str(wrong), "12") == 0 for wrong in range(12))
-    assert of(rewards.bare_number_bonus, "12", "12") == 0.2
-    assert of(rewards.bare_number_bonus, "It is 12", "12") == 0
+def test_bare_sum_requires_the_right_answer():
+    assert all(of(rewards.bare_sum, str(wrong), "12") == 0 for wrong in range(12))
+    for right in ("12", "12.", "7 + 5 = 12", "7+5=12"):
+        assert of(rewards.bare_sum, right, "12") == 1
+    for wrong in ("It is 12", "7 + 6 = 12", "7 + 5 = 12\n\n7", "1 + 12", "0012"):
+        assert of(rewards.bare_sum, wrong, "12") == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reference.training.errors import UserError
 from reference.training.tasks.data import HELD_OUT
-from reference.training.tasks.rewards import call, score
+from reference.training.tasks.rewards import call, score, think_answer
 from reference.training.tasks.tasks import TASKS, make_task
 
 GYM = "reasoning-gym/"
@@ -73,7 +73,7 @@ def test_split_follows_the_seed(name):
 def test_split_of_seed_0_is_pinned():
     task = make_task("arithmetic", 0)
     assert len(task.train) == 772
-    assert task.held_out[0].text == "What is 11 + 17? Answer with just the number."
+    assert task.held_out[0].text == "What is 11 + 17? Write the calculation in one line."
     assert make_task("reverse", 0).held_out[0].text == "885440="
 
 
@@ -86,7 +86,15 @@ def test_answers_are_right():
 
 @pytest.mark.parametrize(
     ("completion", "reward"),
-    [("12", 1.2), (" 12\n", 1.2), ("7 + 5 = 12", 1.0), ("12.", 1.0), ("13", 0.0), ("", 0.0)],
+    [
+        ("12", 1.2),
+        (" 7 + 5 = 12.\n", 1.2),
+        ("7 + 4 = 12", 1.0),
+        ("It is 12", 1.0),
+        ("13", 0.0),
+        ("7 + 5 = 13", 0.0),
+        ("", 0.0),
+    ],
 )
 def test_arithmetic_rewards(tasks, completion, reward):
     question = next(q for q in tasks["arithmetic"].train if q.answer == "12")
@@ -107,6 +115,9 @@ def test_one_question_is_both_trained_on_and_held_out(tasks):
         reply = f"<think>hm</think><answer>{answer}</answer>"
         assert total(task, reply, task.train[0]) == 4.0
         assert "<think>" in task.system and "<answer>" in task.system
+        worked = task.train[0].messages[1]["content"]
+        assert think_answer([""], [worked], ["blue"]) == [4.0]
+        assert (task.reward_max, task.eval_samples) == (4.0, 64)
 
 
 def test_generator_rewards_the_tagged_text_or_the_whole_completion(tasks):
