@@ -120,6 +120,6 @@ def tiny_model(tmp_path_factory) -> str:
 
     directory = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_start, "TARGET", 0.02)
+        patch.setattr(warm_start, "TARGET", 0.1)
         assert tiny(directory, "--steps", "1") == 0
     return str(directory / "model")

@@ -43,8 +43,9 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float
 
     device = policy.device
     devices = [] if device.type == "cpu" else [device]
-    # Training does not depend on how often it is evaluated.
+    # Training does not depend on how often it is evaluated, nor evaluation on the training before.
     with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(config.seed)
         metrics = mean_values(policy, questions, samples, temperature, measure)
         if judged and config.pass_at is not None:
             metrics |= pass_at(policy, task, questions, config.pass_at, config.temperature)
