@@ -79,7 +79,7 @@ def test_run_writes_its_files(tmp_path, weak_start, capsys):
         assert row["reward"] == pytest.approx(row["accuracy/strict"])
         assert 0 <= row["completions/clipped_ratio"] <= 1
         assert 1 <= row["completions/mean_length"] <= 7
-        assert row["learning_rate"] == pytest.approx(6e-4 * row["step"] / 20)
+        assert row["learning_rate"] == pytest.approx(4e-4 * row["step"] / 20)
     assert rows[2]["num_tokens"] > rows[0]["num_tokens"] >= 256 * (7 + 1)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
