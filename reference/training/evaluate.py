@@ -46,7 +46,12 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float
     # Training does not depend on how often it is evaluated, nor evaluation on the training before.
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(config.seed)
-        metrics = mean_values(policy, questions, samples, temperature, measure)
+        if is_sampled:  # every rank draws all samples: they are those of a single process
+            alone = replace(policy, ranks=SINGLE_PROCESS)
+            with policy.ranks.unsharded(policy.model):
+                metrics = mean_values(alone, questions, samples, temperature, measure)
+        else:
+            metrics = mean_values(policy, questions, samples, temperature, measure)
         if judged and config.pass_at is not None:
             metrics |= pass_at(policy, task, questions, config.pass_at, config.temperature)
     shown = {name: f"{value:.1%}" for name, value in metrics.items() if name != "reward"}

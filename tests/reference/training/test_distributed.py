@@ -68,7 +68,7 @@ def single(tmp_path_factory):
 def test_two_ranks_match_one_process(single, tmp_path, parallel):
     done = run(tmp_path / "run", "--parallel", parallel, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out questions:") == 3, "only the first rank prints"
+    assert done.stdout.count("sampled completions:") == 3, "only the first rank prints"
     assert_same_run(tmp_path / "run", single)
 
 
