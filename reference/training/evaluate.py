@@ -46,7 +46,7 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float
     # Training does not depend on how often it is evaluated, nor evaluation on the training before.
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(config.seed)
-        if is_sampled:  # every rank draws all samples: they are those of a single process
+        if is_sampled and policy.ranks.size > 1:  # every rank draws what a single process would
             alone = replace(policy, ranks=SINGLE_PROCESS)
             with policy.ranks.unsharded(policy.model):
                 metrics = mean_values(alone, questions, samples, temperature, measure)

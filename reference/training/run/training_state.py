@@ -34,7 +34,7 @@ MIN_RATIO = 10.0
 
 
 class Recorded(NamedTuple):
-    """What a step changes before the weights."""
+    """State that a step changes before the weights."""
 
     learner: dict[str, Any]
     random: dict[str, Any]  # Python's generators and NumPy's

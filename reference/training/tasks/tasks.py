@@ -70,7 +70,7 @@ class Task:
 
     @property
     def of_reward_max(self) -> str:
-        """What to print after a reward: " of 4", or nothing."""
+        """Text to print after a reward: " of 4", or nothing."""
         return "" if self.reward_max is None else f" of {self.reward_max:g}"
 
     def accuracy(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def test_help_does_not_wait_for_transformers():
         (["--steps", "0"], "--steps must be at least 1; got 0"),
         (["--temperature", "0"], "--temperature must be a positive number; got 0"),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number; got nan"),
-        (["--minibatches", "17"], "--minibatches must be at most --prompts; got 17"),
+        (["--minibatches", "33"], "--minibatches must be at most --prompts; got 33"),
         (["--overlong-buffer", "7"], "--overlong-buffer must be below --max-new-tokens; got 7"),
         (["--reference-refresh", "5"], "--reference-refresh needs a reference"),
         (["--kl-estimator", "k3+"], "--kl-estimator estimates a KL that counts nothing"),

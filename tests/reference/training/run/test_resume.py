@@ -483,8 +483,8 @@ def test_sigterm_on_a_full_disk_exits_2(tmp_path, tiny_model, monkeypatch, capsy
 
 
 WRONG = {
-    "--learning-rate 1": "--learning-rate was 0.0003, not 1.0: these would make another run",
-    "--prompts 4 --seed 1": "--prompts was 16, not 4, --seed was 0, not 1: these would make",
+    "--learning-rate 1": "--learning-rate was 0.0004, not 1.0: these would make another run",
+    "--prompts 4 --seed 1": "--prompts was 32, not 4, --seed was 0, not 1: these would make",
     "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
     "--steps 1": "has 2 steps behind it; got --steps 1",
     "--chat": "--resume goes on with training: for --chat and --eval-only name --model",
