@@ -115,15 +115,15 @@ def plot_dashboard(
     if len(seconds):
         totals.append(f"{format_number(seconds.sum() / 60)} min")
     measured = "sampled" if evaluations and "completions" in evaluations[0] else "held-out"
-    for name in ("strict", "lenient"):
-        _, shares = finite_values(evaluations, name)
-        if len(shares):
-            totals.append(f"{measured} {name} {shares[0]:.1%} → {shares[-1]:.1%}")
     best = "" if reward_max is None else f" of {format_number(reward_max)}"
     _, rewards = finite_values(evaluations, "reward")
     if len(rewards):
         first, last = map(format_number, (rewards[0], rewards[-1]))
         totals.append(f"{measured} reward {first} → {last}{best}")
+    for name in ("strict",) if len(rewards) else ("strict", "lenient"):  # what fits on a line
+        _, shares = finite_values(evaluations, name)
+        if len(shares):
+            totals.append(f"{measured} {name} {shares[0]:.1%} → {shares[-1]:.1%}")
     subtitle = "   ·   ".join(totals)
 
     panels = [panel for panel in PANELS if _has_data(panel, history, evaluations)]
