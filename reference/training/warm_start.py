@@ -21,7 +21,7 @@ from reference.training.update.micro_batches import MicroBatch
 BATCH = 128
 LEARNING_RATE = 3e-3
 # Sampled accuracy at which GRPO takes over. A fixed number of steps overshoots, or fails for one
-# seed in four. The check is frequent because the accuracy rises by up to 2 points a step.
+# seed in four. The check is frequent because the accuracy rises by about 2 points a step.
 TARGET = 0.45
 CHECK_EVERY = 4
 MAX_STEPS = 3000

@@ -175,8 +175,8 @@ def make_task(
 def arithmetic(seed: int) -> Task:
     """Make sums of two numbers from 1 to 30; the last number of the completion counts.
 
-    Strict is "7 + 5 = 12" or "12" and nothing else. Of 64 samples of the untrained SmolLM2-135M 4
-    were right, and none of these was the bare number.
+    Strict is "7 + 5 = 12" or "12" and nothing else. The untrained SmolLM2-135M, asked for just the
+    number, was right in 4 of 64 samples, and in none of them by the number alone.
     """
     questions = [
         Question(f"What is {a} + {b}? Write the calculation in one line.", str(a + b))
