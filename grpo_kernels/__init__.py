@@ -13,6 +13,7 @@ from .advantages import (
     weighted_reward,
 )
 from .entropy_controller import AdaptiveEntropy
+from .lm_head.inputs import HeadAdapter
 from .lm_head.token_order import TokenPacking, pack_tokens
 from .mini_grpo import (
     approximate_kl_divergence,
@@ -29,6 +30,7 @@ from .ops.token_stats import TokenStats, token_stats
 __all__ = [
     "ADVANTAGES",
     "AdaptiveEntropy",
+    "HeadAdapter",
     "LossConfig",
     "LossOutput",
     "TokenPacking",

@@ -21,7 +21,7 @@ from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
 from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
-from .inputs import LMHeadInputs
+from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
 from .vocab_parallel import all_reduce_min, all_reduce_sum, merge_over_ranks
 
@@ -32,6 +32,7 @@ class Chunk(NamedTuple):
     inputs: LMHeadInputs
     token_idx: Tensor  # [n], int64
     hidden: Tensor  # [m, H]: operands of the products; m = n, or the fixed size of a padded chunk
+    adapter_states: Tensor | None  # [m, r]: scale · hidden aᵀ of an adapter
     rows: RowInputs  # [1, n, V]
     d_logits: Tensor | None  # [m, V], 0 past n; may be the memory of the logits
 
@@ -105,6 +106,11 @@ class ChunkedLMHead:
         inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
         if inputs.ref_weight is not None:
             inputs = inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_matmul_dtype))
+        if inputs.adapter_a is not None and inputs.adapter_b is not None:
+            dtype = inputs.temperature.dtype
+            inputs = inputs._replace(
+                adapter_a=inputs.adapter_a.to(dtype), adapter_b=inputs.adapter_b.to(dtype)
+            )
         self.inputs = inputs
         self.workspace = Workspace(device)
         # Without tokens there is no chunk, and no workspace.
@@ -126,6 +132,11 @@ class ChunkedLMHead:
             m = self.size if self.pad_last_chunk else n
             hidden = self._gather("states", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
             write_logits(self._logits[:m], hidden, inputs.weight, inputs.bias, workspace)
+            adapter_states = None
+            if inputs.adapter_a is not None and inputs.adapter_b is not None:
+                adapter_states = self._adapt(hidden, inputs.adapter_a)
+                logits = self._logits[:m]
+                torch.addmm(logits, adapter_states, inputs.adapter_b.t(), out=logits)
             ref_logits = None
             if self._ref_logits is not None:
                 assert inputs.ref_hidden is not None and inputs.ref_weight is not None
@@ -148,7 +159,13 @@ class ChunkedLMHead:
             if self._d_logits is not None:
                 d_logits = self._d_logits[:m]
                 d_logits[n:].zero_()
-            yield Chunk(inputs, chunk_idx, hidden, rows, d_logits)
+            yield Chunk(inputs, chunk_idx, hidden, adapter_states, rows, d_logits)
+
+    def _adapt(self, hidden: Tensor, a: Tensor) -> Tensor:
+        """Compute scale · hidden [m, H] @ a [r, H].T in the dtype of a."""
+        hidden = self.workspace.cast("unrounded_states", hidden, a.dtype)
+        states = self.workspace("adapter_states", len(hidden), len(a), dtype=a.dtype)
+        return torch.mm(hidden, a.t(), out=states).mul_(self.inputs.adapter_scale)
 
     def _gather(
         self, name: str, states: Tensor, token_idx: Tensor, m: int, dtype: torch.dtype
@@ -161,13 +178,13 @@ class ChunkedLMHead:
 
 
 class LMHeadGrad:
-    """Accumulates the gradients of hidden, weight and bias over the chunks of `num_tokens` tokens.
+    """Accumulates the gradients of the head's tensors over the chunks of `num_tokens` tokens.
 
-    wanted: which of the three; the others are None.
+    wanted: which of `LMHeadInputs.leaves` get one; the others have None.
     """
 
     def __init__(self, head: ChunkedLMHead, num_tokens: int, wanted: list[bool]) -> None:
-        inputs, (hidden, weight, bias) = head.inputs, wanted
+        inputs, (hidden, weight, bias, adapter_a, adapter_b) = head.inputs, wanted
         self._inputs, self._workspace = inputs, head.workspace
         self._dtype, self._first = inputs.grad_dtype, True
         new = inputs.temperature.new_empty
@@ -179,34 +196,64 @@ class LMHeadGrad:
         dtype = self._dtype if single else None
         self.d_weight = new(inputs.weight.shape, dtype=dtype) if weight else None
         self.d_bias = new(inputs.weight.shape[0]).zero_() if bias else None
+        a, b = inputs.adapter_a, inputs.adapter_b
+        self.d_adapter_a = new(a.shape).zero_() if adapter_a and a is not None else None
+        self.d_adapter_b = new(b.shape) if adapter_b and b is not None else None
+        # Operand of the product that gives the gradient of hidden aᵀ.
+        self._adapter_b = None
+        if b is not None and (hidden or adapter_a):
+            self._adapter_b = b.to(inputs.grad_matmul_dtype) if b.is_cuda else b
 
     def add(self, chunk: Chunk, d_logits: Tensor) -> None:
         """Add a chunk's contribution."""
-        workspace = self._workspace
+        inputs, workspace = self._inputs, self._workspace
+        d_states = None  # gradient of hidden aᵀ [m, r]
+        if self._adapter_b is not None:
+            shape = (len(d_logits), self._adapter_b.shape[1])
+            d_states = workspace("d_adapter_states", *shape, dtype=inputs.temperature.dtype)
+            write_hidden_gradient(d_states, d_logits, self._adapter_b, workspace)
+            d_states.mul_(inputs.adapter_scale)
         if self.d_hidden is not None and self._weight is not None:
             shape = (len(d_logits), self._weight.shape[1])
             product = workspace("product", *shape, dtype=self._dtype)
             write_hidden_gradient(product, d_logits, self._weight, workspace)
+            if d_states is not None and inputs.adapter_a is not None:
+                unrounded = workspace("adapter_product", *shape, dtype=d_states.dtype)
+                product.add_(torch.mm(d_states, inputs.adapter_a, out=unrounded))
             self.d_hidden.index_copy_(0, chunk.token_idx, product[: len(chunk.token_idx)])
         if self.d_weight is not None:
-            hidden = workspace.cast("states", chunk.hidden, self._inputs.grad_matmul_dtype)
+            hidden = workspace.cast("states", chunk.hidden, inputs.grad_matmul_dtype)
             add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
         if self.d_bias is not None:
             self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
+        if self.d_adapter_a is not None and d_states is not None:
+            hidden = workspace.cast("unrounded_states", chunk.hidden, d_states.dtype)
+            torch.addmm(self.d_adapter_a, d_states.t(), hidden, out=self.d_adapter_a)
+        if self.d_adapter_b is not None and chunk.adapter_states is not None:
+            states = chunk.adapter_states
+            if states.is_cuda:
+                states = workspace.cast("adapter_states", states, inputs.grad_matmul_dtype)
+            add_weight_gradient(self.d_adapter_b, d_logits, states, workspace, first=self._first)
         self._first = False
 
-    def finish(self, vocab_group: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (d_hidden, d_weight, d_bias), the first two in `LMHeadInputs.grad_dtype`.
+    def finish(self, vocab_group: str | None) -> HeadTensors:
+        """Return the gradients; those of hidden and weight in `LMHeadInputs.grad_dtype`.
 
-        d_hidden is summed over the ranks of the group in fp32, by one collective.
+        Those of hidden and adapter_a are summed over the ranks of the group in fp32, by one
+        collective each.
         """
         d_hidden, d_weight = self.d_hidden, self.d_weight
+        d_adapter_a, d_adapter_b = self.d_adapter_a, self.d_adapter_b
         if d_hidden is not None and vocab_group:
             dtype = self._inputs.temperature.dtype
             d_hidden = all_reduce_sum(d_hidden.to(dtype), vocab_group).to(self._dtype)
         if d_weight is not None:
             d_weight = (d_weight.zero_() if self._first else d_weight).to(self._dtype)
-        return d_hidden, d_weight, self.d_bias
+        if d_adapter_a is not None and vocab_group:
+            d_adapter_a = all_reduce_sum(d_adapter_a, vocab_group)
+        if d_adapter_b is not None and self._first:
+            d_adapter_b.zero_()
+        return HeadTensors(d_hidden, d_weight, self.d_bias, d_adapter_a, d_adapter_b)
 
 
 def memory_of(device: torch.device) -> int:

@@ -24,22 +24,57 @@ if TYPE_CHECKING:
 HIDDEN_LAYOUT = "[B, T, H] or packed [N, H]"
 
 
+class HeadAdapter(NamedTuple):
+    """A low-rank adapter (LoRA) of an LM head: logits += scale · (hidden aᵀ) bᵀ.
+
+    Its products are in fp32 (fp64 for fp64 hidden states), whatever its dtype, and cost r / H of
+    the head's. The merged weight + scale · b a is never made. Several adapters are one, with their
+    `a` and `b` concatenated along r.
+
+    a: [r, H], floating point; lora_A.weight in PEFT.
+    b: [V, r], floating point; lora_B.weight in PEFT. With a vocab_group, this rank's rows.
+    scale: a finite number, not differentiated.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class HeadTensors(NamedTuple):
+    """The tensors that logits are made of, or the gradient in each; None where there is none."""
+
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+    adapter_a: Tensor | None  # [r, H]
+    adapter_b: Tensor | None  # [V, r]
+
+
 class LMHeadInputs(NamedTuple):
     """Hidden states, the LM head that reads them, and what is asked of each token."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]; with a vocab_group this rank's rows
     bias: Tensor | None  # [V]
+    adapter_a: Tensor | None  # [r, H]
+    adapter_b: Tensor | None  # [V, r]; with a vocab_group this rank's rows
     tokens: Tensor  # [N], int64; with a vocab_group the ids of this rank's rows
     temperature: Tensor  # [N], in the accumulation dtype
     ref_hidden: Tensor | None  # [N, H of the reference policy]; None without kl
     ref_weight: Tensor | None
     ref_bias: Tensor | None
+    adapter_scale: float
     softcap: float | None
     entropy: bool
     kl: str | None
     matmul_dtype: torch.dtype  # of the operands of the products
     vocab_group: str | None  # name of the process group whose ranks hold shards of the vocabulary
+
+    @property
+    def leaves(self) -> HeadTensors:
+        """The tensors that may have a gradient: the first fields, in the same order."""
+        return HeadTensors(*(getattr(self, name) for name in HeadTensors._fields))
 
     @property
     def grad_matmul_dtype(self) -> torch.dtype:
@@ -61,6 +96,11 @@ class LMHeadInputs(NamedTuple):
         on_gpu = self.hidden.device.type == "cuda"
         return self.temperature.dtype if on_gpu else self.grad_matmul_dtype
 
+    @property
+    def grad_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of the finished gradients of `leaves`."""
+        return (self.grad_dtype,) * 2 + (self.temperature.dtype,) * 3
+
 
 def prepare_inputs(
     hidden: Tensor,
@@ -76,6 +116,7 @@ def prepare_inputs(
     ref_bias: Tensor | None = None,
     kl: str | None = None,
     mask: Tensor | None = None,
+    adapter: HeadAdapter | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> LMHeadInputs:
     """Check the arguments, flatten tokens to [N], gather DTensors, drop what is not read."""
@@ -83,6 +124,8 @@ def prepare_inputs(
     device = hidden.device
     is_autocast = torch.is_autocast_enabled(device.type)
     check_head("", hidden, weight, bias)
+    if adapter is not None:
+        _check_adapter(adapter, hidden, weight)
     expect_tokens(tokens, hidden, "hidden")
     expect_mask(mask, tokens.shape)
     expect_temperature(temperature, tokens, mask)
@@ -91,8 +134,12 @@ def prepare_inputs(
     if softcap is not None:
         expect_number("softcap", softcap, above=0)
     if vocab_group is not None:
-        _check_vocab_group(vocab_group, {"weight": weight, "bias": bias, **reference})
+        adapter_b = None if adapter is None else adapter.b
+        rows = {"weight": weight, "bias": bias, "adapter.b": adapter_b, **reference}
+        _check_vocab_group(vocab_group, rows)
     weight, bias = unshard(weight), None if bias is None else unshard(bias)
+    if adapter is not None:
+        adapter = adapter._replace(a=unshard(adapter.a), b=unshard(adapter.b))
     if kl is None:
         ref_hidden = ref_weight = ref_bias = None
     else:
@@ -117,11 +164,14 @@ def prepare_inputs(
         hidden.flatten(0, -2),
         weight,
         bias,
+        None if adapter is None else adapter.a,
+        None if adapter is None else adapter.b,
         flat_tokens,
         temperature.expand(tokens.shape).reshape(tokens.numel()),
         ref_hidden,
         ref_weight,
         ref_bias,
+        1.0 if adapter is None else adapter.scale,
         softcap,
         entropy,
         kl,
@@ -154,6 +204,23 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             )
     if bias is not None:
         expect_tensor(prefix + "bias", bias, shape=weight.shape[:1])
+
+
+def _check_adapter(adapter: object, hidden: Tensor, weight: Tensor) -> None:
+    """Check that the adapter fits hidden [..., H] and weight [V, H]; any dtypes are allowed."""
+    if not isinstance(adapter, HeadAdapter):
+        raise TypeError(f"adapter must be a HeadAdapter(a, b, scale), got {type(adapter).__name__}")
+    expect_tensor("adapter.a", adapter.a, floating=True, device_of=hidden)
+    H = hidden.shape[-1]
+    if adapter.a.dim() != 2 or adapter.a.shape[1] != H or adapter.a.shape[0] < 1:
+        raise ValueError(
+            f"adapter.a must be [r, {H}], where {H} is the size of hidden, "
+            f"got {shape_of(adapter.a)}"
+        )
+    shape = (weight.shape[0], adapter.a.shape[0])
+    expect_tensor("adapter.b", adapter.b, floating=True, shape=shape, device_of=hidden)
+    if not torch.compiler.is_compiling():  # a symbol has no value yet
+        expect_number("adapter.scale", adapter.scale)
 
 
 def check_reference_head(

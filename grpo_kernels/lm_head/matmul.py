@@ -43,7 +43,7 @@ def write_hidden_gradient(
     d_hidden: Tensor, d_logits: Tensor, weight: Tensor, workspace: Workspace
 ) -> None:
     """Compute d_hidden [n, H] = d_logits [n, V] @ weight [V, H], in the dtype of d_hidden."""
-    if is_upcast(weight):
+    if is_upcast(d_logits, weight):
         total = workspace("d_hidden", *d_hidden.shape, dtype=torch.float32).zero_()
         for tile in vocab_tiles(*weight.shape):
             d_tile = workspace.cast("d_logits", d_logits[:, tile], torch.float32)
@@ -64,7 +64,7 @@ def add_weight_gradient(
     unrounded: dict[str, Any] = (
         {"out_dtype": dtype} if hidden.is_cuda and hidden.dtype != dtype else {}
     )
-    if unrounded or (hidden.dtype == dtype and not is_upcast(hidden)):
+    if unrounded or (hidden.dtype == dtype and not is_upcast(d_logits, hidden)):
         if first:
             torch.mm(d_logits.t(), hidden, **unrounded, out=d_weight)
         else:
@@ -83,15 +83,20 @@ def add_weight_gradient(
 
 
 def vocab_tiles(V: int, H: int) -> Iterator[slice]:
-    """Split the vocabulary into parts whose fp32 weight takes TILE_BYTES."""
-    size = max(64, TILE_BYTES // (4 * H))
+    """Split the vocabulary into parts whose fp32 weight takes TILE_BYTES, less if H is small."""
+    size = max(64, TILE_BYTES // (4 * max(H, 1024)))
     return (slice(start, min(V, start + size)) for start in range(0, V, size))
 
 
-def is_upcast(operand: Tensor) -> bool:
-    """Tell whether products of this operand are faster after a conversion to fp32."""
-    is_bf16_on_cpu = operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
-    return is_bf16_on_cpu and not has_bf16_units()
+def is_upcast(d_logits: Tensor, operand: Tensor) -> bool:
+    """Tell whether the product is made after a conversion to fp32, because that is faster.
+
+    On a CPU, operands of two dtypes have no product without one.
+    """
+    if d_logits.device.type != "cpu":
+        return False
+    same_dtype = d_logits.dtype == operand.dtype
+    return not same_dtype or (operand.dtype == torch.bfloat16 and not has_bf16_units())
 
 
 @cache

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ..backends.interface import accumulation_dtype
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
-from ..lm_head.inputs import HIDDEN_LAYOUT, LMHeadInputs, check_reference_head, prepare_inputs
+from ..lm_head.inputs import (
+    HIDDEN_LAYOUT,
+    HeadAdapter,
+    LMHeadInputs,
+    check_reference_head,
+    prepare_inputs,
+)
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
@@ -50,7 +56,7 @@ def _forward(
     loss_inputs: LossInputs,
     config: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     token_idx = counted_tokens(inputs, packing)
     num_with_grad = int(packing.counts[0]) if skip_zero_grad else len(token_idx)
     loss_config = LossConfig.decode(config)
@@ -67,23 +73,21 @@ def _forward(
         # Tokens without one: statistics, for the metrics.
         for chunk in head.chunks(token_idx[num_with_grad:]):
             write_stats(stats, chunk.token_idx, chunk.stats())
-    d_hidden, d_weight, d_bias = (
+    d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
         inputs.temperature.new_empty(0) if grad is None else grad
         for grad in head_grad.finish(inputs.vocab_group)
     )
-    return *stats.as_outputs()[:3], d_hidden, d_weight, d_bias
+    return *stats.as_outputs()[:3], d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
 
 
 @_forward.register_fake
 def _(inputs: LMHeadInputs, *others) -> tuple[Tensor, ...]:
-    d_hidden, d_weight, d_bias = others[-1]
-    new = inputs.temperature.new_empty
-    return (
-        *new_stats(inputs).as_outputs()[:3],
-        new(inputs.hidden.shape if d_hidden else (0,), dtype=inputs.grad_dtype),
-        new(inputs.weight.shape if d_weight else (0,), dtype=inputs.grad_dtype),
-        new(inputs.weight.shape[:1] if d_bias else (0,)),
+    new, dtypes = inputs.temperature.new_empty, inputs.grad_dtypes
+    grads = (
+        new(leaf.shape, dtype=dtype) if wanted and leaf is not None else new(0)
+        for leaf, dtype, wanted in zip(inputs.leaves, dtypes, others[-1], strict=True)
     )
+    return *new_stats(inputs).as_outputs()[:3], *grads
 
 
 @suggest_keywords
@@ -107,6 +111,7 @@ def linear_grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    adapter: HeadAdapter | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
@@ -131,14 +136,14 @@ def linear_grpo_loss(
             `ref_logits` in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
         packing: `pack_tokens(mask, advantages)`, made in advance, so that nothing waits for the
             device.
-        chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. A token-level
-            loss takes three products in shards of the vocabulary too: the statistics of a chunk
-            are merged over the ranks before its gradient.
+        adapter, chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. A
+            token-level loss takes three products in shards of the vocabulary too: the statistics
+            of a chunk are merged over the ranks before its gradient.
         Others: as in `policy_loss`.
 
     Returns:
         LossOutput(loss, metrics); the loss is 0-dim, fp32 (fp64 for fp64 hidden), differentiable
-        in `hidden`, `weight` and `bias`.
+        in `hidden`, `weight`, `bias` and the adapter's `a` and `b`.
 
     Raises:
         ValueError, TypeError: as `linear_token_stats` and `policy_loss`.
@@ -198,6 +203,7 @@ def linear_grpo_loss(
         entropy=True,  # for the metric
         kl=config.kl_estimator if over_vocabulary and has_reference else None,
         mask=mask,
+        adapter=adapter,
         vocab_group=vocab_group,
         **(reference if over_vocabulary else {}),
     )
@@ -225,7 +231,7 @@ def loss_and_stats(
         per_sequence: all tokens of a sequence have one advantage.
     """
     config, loss_inputs, shape = prepared.config, prepared.inputs, hidden.shape[:-1]
-    leaves = (hidden, inputs.weight, inputs.bias)
+    leaves = inputs.leaves._replace(hidden=hidden)
     wanted = [leaf is not None and leaf.requires_grad for leaf in leaves]
     has_sampling = loss_inputs.sampling_logprob is not None
     skip_zero_grad = zero_advantage_has_zero_grad(config, per_sequence=per_sequence)
@@ -241,7 +247,7 @@ def loss_and_stats(
         return compute_loss(prepared, *stats), detached
 
     with torch.no_grad():
-        *outputs, d_hidden, d_weight, d_bias = _forward(
+        *outputs, d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = _forward(
             inputs,
             packing,
             chunk_tokens,
@@ -252,11 +258,11 @@ def loss_and_stats(
         )
         stats = as_token_stats(outputs, shape, entropy=True, kl=inputs.kl is not None)
         loss, metrics = compute_loss(prepared, *stats)
-    grads = (d_hidden.view(hidden.shape) if wanted[0] else None, d_weight, d_bias)
+    grads = (d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b)
     trained = [
-        (leaf, grad)
+        (leaf, grad.view(leaf.shape))
         for leaf, grad, want in zip(leaves, grads, wanted, strict=True)
-        if want and leaf is not None and grad is not None
+        if want and leaf is not None
     ]
     loss = attach_gradient(loss, [leaf for leaf, _ in trained], [grad for _, grad in trained])
     return LossOutput(loss, metrics), stats

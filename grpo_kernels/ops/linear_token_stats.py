@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import RowStats
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
-from ..lm_head.inputs import LMHeadInputs, prepare_inputs
+from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
 from ..validation import expect_number, expect_token_ids, suggest_keywords
@@ -74,7 +74,7 @@ def _backward(
     stats: RowStats,
     grads: TokenGrads,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     group = inputs.vocab_group
     inputs = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
     token_idx = _tokens_with_grad(packing, grads, skip_zero_grad)
@@ -85,20 +85,18 @@ def _backward(
             chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
             chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
             head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
-    leaves = (inputs.hidden, inputs.weight, inputs.weight if inputs.bias is None else inputs.bias)
-    d_hidden, d_weight, d_bias = (
-        leaf.new_empty(0) if grad is None else grad.to(leaf.dtype)
-        for grad, leaf in zip(head_grad.finish(group), leaves, strict=True)
+    d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
+        inputs.hidden.new_empty(0) if grad is None or leaf is None else grad.to(leaf.dtype)
+        for grad, leaf in zip(head_grad.finish(group), inputs.leaves, strict=True)
     )
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
 
 
 @_backward.register_fake
 def _(inputs: LMHeadInputs, *others: Any) -> tuple[Tensor, ...]:
-    leaves = (inputs.hidden, inputs.weight, inputs.weight if inputs.bias is None else inputs.bias)
     return tuple(
-        leaf.new_empty(leaf.shape if wanted else (0,))
-        for wanted, leaf in zip(others[-1], leaves, strict=True)
+        leaf.new_empty(leaf.shape) if wanted and leaf is not None else inputs.hidden.new_empty(0)
+        for wanted, leaf in zip(others[-1], inputs.leaves, strict=True)
     )
 
 
@@ -133,9 +131,9 @@ def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None, 
     grads = TokenGrads(
         d_logprob, d_entropy if inputs.entropy else None, None if inputs.kl is None else d_kl
     )
-    wanted = list(ctx.needs_input_grad[:3])
+    wanted = list(ctx.needs_input_grad[: len(inputs.leaves)])
     if all(grad is None for grad in grads) or not any(wanted):
-        return (None, None, None)
+        return ()
     stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
     if grads.kl is None:  # the reference policy is not read
         inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None, kl=None)
@@ -168,6 +166,7 @@ def linear_token_stats(
     ref_bias: Tensor | None = None,
     kl: str | None = None,
     mask: Tensor | None = None,
+    adapter: HeadAdapter | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
@@ -188,24 +187,27 @@ def linear_token_stats(
             is gathered once, and gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
             its hidden size may differ.
+        adapter: a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ, before the softcap and the
+            temperature. Its `a` and `b` get gradients, and may be DTensors too.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
             is padded, so that the bits of a token's results do not depend on how many tokens there
             are, nor on the others; on a CPU they may depend on its place in its chunk.
         packing: `pack_tokens` of this very mask, made in advance.
         vocab_group: the ranks of a tensor-parallel head; None: weight has the whole vocabulary.
-            `weight`, `bias`, `ref_weight` and `ref_bias` are then this rank's rows, in rank order
-            and of any number from 1 (of a DTensor, `weight.to_local()`). Everything else is the
-            same on all ranks, and token ids are those of the whole vocabulary. Results and the
-            gradient of `hidden` are the same on all ranks, bit by bit: that gradient is complete,
-            and must not be reduced again. Leave out rows that only pad the vocabulary, as in
-            `weight[:n]`, or give them a bias of -inf. Every rank calls, and calls backward, in the
-            same order. lm_head/vocab_parallel.py says what the ranks exchange.
+            `weight`, `bias`, `ref_weight`, `ref_bias` and `adapter.b` are then this rank's rows, in
+            rank order and of any number from 1 (of a DTensor, `weight.to_local()`). Everything else
+            is the same on all ranks, and token ids are those of the whole vocabulary. Results and
+            the gradients of `hidden` and `adapter.a` are the same on all ranks, bit by bit: those
+            gradients are complete, and must not be reduced again. Leave out rows that only pad the
+            vocabulary, as in `weight[:n]`, or give them a bias of -inf. Every rank calls, and calls
+            backward, in the same order. lm_head/vocab_parallel.py says what the ranks exchange.
         tokens, temperature, softcap, entropy, kl, mask: as in `token_stats`. Masked tokens are in
             no product.
 
     Returns:
         TokenStats(logprob, entropy, kl) in nats, shape of `tokens`, fp32 (fp64 for fp64 hidden),
-        differentiable in `hidden`, `weight` and `bias` under any upstream gradient.
+        differentiable in `hidden`, `weight`, `bias` and the adapter's `a` and `b` under any
+        upstream gradient.
 
     Raises:
         ValueError, TypeError: as `token_stats`, for these arguments.
@@ -223,6 +225,7 @@ def linear_token_stats(
         ref_bias=ref_bias,
         kl=kl,
         mask=mask,
+        adapter=adapter,
         vocab_group=vocab_group,
     )
     check_chunk_tokens(chunk_tokens)

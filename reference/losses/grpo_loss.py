@@ -87,6 +87,7 @@ def linear_grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    adapter: Any = None,
     chunk_tokens: int | None = None,
 ) -> LossOutput:
     """Compute `grpo_loss` of logits = hidden @ weight.T + bias; ref_logits likewise.
@@ -94,18 +95,19 @@ def linear_grpo_loss(
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
+        adapter: (a [r, H], b [V, r], scale): logits += scale · (hidden aᵀ) bᵀ.
         chunk_tokens: has no effect; the package has this argument.
         Others: see `grpo_loss`.
 
     Returns:
-        LossOutput; the loss is differentiable in `hidden`, `weight` and `bias`.
+        LossOutput; the loss is differentiable in `hidden`, `weight`, `bias`, `a` and `b`.
     """
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref_logits = lm_head_logits(ref_hidden, ref_weight, ref_bias, mask)
     return grpo_loss(
-        lm_head_logits(hidden, weight, bias, mask),
+        lm_head_logits(hidden, weight, bias, mask, adapter),
         tokens,
         advantages,
         mask=mask,

@@ -1,6 +1,6 @@
 """Per-token log-probability, entropy and KL of a categorical policy, with all logits in memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ def linear_token_stats(
     ref_bias: Tensor | None = None,
     kl: str | None = None,
     mask: Tensor | None = None,
+    adapter: Any = None,
     chunk_tokens: int | None = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias.
@@ -99,11 +100,12 @@ def linear_token_stats(
     Args:
         hidden: [B, T, H] or [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
+        adapter: (a [r, H], b [V, r], scale): logits += scale · (hidden aᵀ) bᵀ.
         chunk_tokens: has no effect; the package has this argument.
         Others: see `token_stats`.
 
     Returns:
-        TokenStats, shape of `tokens`, differentiable in `hidden`, `weight` and `bias`.
+        TokenStats, shape of `tokens`, differentiable in `hidden`, `weight`, `bias`, `a` and `b`.
     """
     ref_logits = None
     if kl is not None:
@@ -112,7 +114,7 @@ def linear_token_stats(
         with torch.no_grad():
             ref_logits = lm_head_logits(ref_hidden, ref_weight, ref_bias, mask)
     return token_stats(
-        lm_head_logits(hidden, weight, bias, mask),
+        lm_head_logits(hidden, weight, bias, mask, adapter),
         tokens,
         temperature=temperature,
         softcap=softcap,
@@ -124,16 +126,25 @@ def linear_token_stats(
 
 
 def lm_head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    adapter: Any = None,
 ) -> Tensor:
-    """Compute hidden @ weight.T + bias in fp32 or fp64: operands are upcast first."""
+    """Compute the logits in fp32 or fp64: operands are upcast first."""
     dtype = compute_dtype(hidden)
     hidden = hidden.to(dtype)
     if mask is not None:
         # Before the product: in its backward, 0 · NaN would spoil the weight's gradient.
         hidden = torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)
     logits = hidden @ weight.to(dtype).T
-    return logits if bias is None else logits + bias.to(dtype)
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if adapter is not None:
+        a, b, scale = adapter
+        logits = logits + scale * (hidden @ a.to(dtype).T) @ b.to(dtype).T
+    return logits
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
