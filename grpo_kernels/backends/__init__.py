@@ -11,7 +11,7 @@ backend that computed them.
 
 from .availability import HAS_TRITON, INTERPRETED
 from .choice import backend_for, use
-from .interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
+from .interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumulation_dtype
 
 __all__ = [
     "HAS_TRITON",
@@ -19,6 +19,7 @@ __all__ = [
     "ApproximateKL",
     "RowInputs",
     "RowStats",
+    "StatsRequest",
     "accumulation_dtype",
     "backend_for",
     "use",

@@ -3,7 +3,7 @@
 A row is the logits of one token. Rows are laid out as [B, T, V]: packed input is one long sequence,
 B = 1. Rows may be strided; their entries are contiguous.
 
-    token_stats_forward(rows, *, entropy) -> RowStats
+    token_stats_forward(rows, request) -> RowStats
     token_stats_backward(rows, stats, grads, d_logits)
         writes every row's gradient to d_logits [B, T, V], which may be rows.logits itself
     grpo_loss(rows, loss_inputs, config, d_logits) -> (logprob, entropy)
@@ -17,10 +17,12 @@ Masked rows are not read. Their statistics and gradients are exactly 0.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from ..objective.token_gradients import TokenGrads
 
 
 class RowInputs(NamedTuple):
@@ -35,6 +37,16 @@ class RowInputs(NamedTuple):
     kl: str | None  # "forward", "reverse" or None
 
 
+class StatsRequest(NamedTuple):
+    """The statistics that are computed beside the log-prob and the KL of `RowInputs.kl`."""
+
+    entropy: bool = True
+    sum_sq_probs: bool = False
+    mean_logit: bool = False
+    is_top1: bool = False
+    top_logprobs: int = 0  # K, at most V
+
+
 class RowStats(NamedTuple):
     """Statistics of rows; None where they were not asked for.
 
@@ -47,24 +59,66 @@ class RowStats(NamedTuple):
     entropy: Tensor | None  # [B, T]
     kl: Tensor | None  # [B, T]
     row_lse: Tensor  # [B, T, 2]
-    ref_row_lse: Tensor | None  # [B, T, 2], of the reference policy's row
+    ref_row_lse: Tensor | None = None  # [B, T, 2], of the reference policy's row
+    sum_sq_probs: Tensor | None = None  # [B, T], ln Σ p²
+    mean_logit: Tensor | None = None  # [B, T], the mean of x over the entries that are not -inf
+    num_entries: Tensor | None = None  # [B, T], how many they are; with mean_logit
+    is_top1: Tensor | None = None  # [B, T], bool
+    top_logprobs: Tensor | None = None  # [B, T, K], descending
+    top_ids: Tensor | None = None  # [B, T, K], int64; with top_logprobs
 
     @classmethod
-    def allocate(cls, like: Tensor, *, entropy: bool, kl: bool) -> "RowStats":
+    def allocate(cls, like: Tensor, request: StatsRequest, *, kl: bool) -> "RowStats":
         """Make uninitialised statistics in the shape and dtype of `like`."""
-        wanted = ((), () if entropy else None, () if kl else None, (2,), (2,) if kl else None)
-        return cls._make(None if x is None else like.new_empty((*like.shape, *x)) for x in wanted)
+
+        def new(is_wanted: bool | int, *size: int, dtype: torch.dtype = like.dtype) -> Any:
+            return like.new_empty((*like.shape, *size), dtype=dtype) if is_wanted else None
+
+        K = request.top_logprobs
+        return cls(
+            new(True),
+            new(request.entropy),
+            new(kl),
+            new(True, 2),
+            new(kl, 2),
+            new(request.sum_sq_probs),
+            new(request.mean_logit),
+            new(request.mean_logit),
+            new(request.is_top1, dtype=torch.bool),
+            new(K, K),
+            new(K, K, dtype=torch.int64),
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RowStats":
         """Apply a function to every tensor that is there."""
         return RowStats._make(x if x is None else function(x) for x in self)
 
-    def as_outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def as_outputs(self) -> "StatsOutputs":
         """Put an empty tensor where there is none: an operator cannot return None."""
-        logprob, entropy, kl, row_lse, ref_row_lse = (
-            self.row_lse.new_empty(0) if x is None else x for x in self
+        outputs = tuple(self.row_lse.new_empty(0) if x is None else x for x in self)
+        return cast(StatsOutputs, outputs)
+
+    def keep_for_backward(self, grads: TokenGrads) -> "RowStats":
+        """Select the statistics that backward reads for these gradients."""
+
+        def only(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+            return None if grad is None else x
+
+        return RowStats(
+            None,
+            only(grads.entropy, self.entropy),
+            only(grads.kl, self.kl),
+            self.row_lse,
+            only(grads.kl, self.ref_row_lse),
+            only(grads.sum_sq_probs, self.sum_sq_probs),
+            num_entries=only(grads.mean_logit, self.num_entries),
         )
-        return logprob, entropy, kl, row_lse, ref_row_lse
+
+
+# The fields of RowStats as results of an operator.
+StatsOutputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
 
 
 class ApproximateKL(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, RowStats, backend_for
+from ..backends import RowInputs, RowStats, StatsRequest, backend_for
 from ..objective.config import LossConfig
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     def stats(self) -> RowStats:
         """Compute the statistics of the tokens, [n] each."""
         stats = backend_for(self.rows.logits).token_stats_forward(
-            self.rows, entropy=self.inputs.entropy
+            self.rows, StatsRequest(entropy=self.inputs.entropy)
         )
         stats = stats.map(lambda x: x.squeeze(0))
         if self.inputs.vocab_group:

@@ -22,6 +22,8 @@ class TokenGrads(NamedTuple):
     logprob: Tensor | None
     entropy: Tensor | None
     kl: Tensor | None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 def is_token_level(config: LossConfig, *, has_sampling: bool) -> bool:

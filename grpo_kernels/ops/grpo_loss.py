@@ -7,7 +7,7 @@ wanted. Any other objective is `token_stats` followed by `policy_loss`.
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, backend_for
+from ..backends import RowInputs, StatsRequest, backend_for
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
@@ -139,7 +139,7 @@ def grpo_loss(
         if inplace:
             mark_consumed(logits)
         return _loss_with_gradient(logits, rows, prepared, inplace)
-    stats = run_token_stats(rows, tokens.shape, entropy=True, inplace=inplace)
+    stats = run_token_stats(rows, tokens.shape, StatsRequest(), inplace=inplace)
     if inplace:  # not before: a call that raises leaves the logits usable
         mark_consumed(logits)
     return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl)

@@ -41,7 +41,7 @@ from .linear_token_stats import (
     write_stats,
 )
 from .precomputed_gradient import attach_gradient
-from .token_stats import TokenStats, as_token_stats
+from .token_stats import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -244,7 +244,7 @@ def loss_and_stats(
             inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad
         )
         detached = TokenStats._make(x if x is None else x.detach() for x in stats)
-        return compute_loss(prepared, *stats), detached
+        return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl), detached
 
     with torch.no_grad():
         *outputs, d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = _forward(
@@ -256,8 +256,10 @@ def loss_and_stats(
             config.encode(),
             wanted,
         )
-        stats = as_token_stats(outputs, shape, entropy=True, kl=inputs.kl is not None)
-        loss, metrics = compute_loss(prepared, *stats)
+        logprob, entropy, kl = outputs
+        kl = None if inputs.kl is None else kl.view(shape)
+        stats = TokenStats(logprob.view(shape), entropy.view(shape), kl)
+        loss, metrics = compute_loss(prepared, stats.logprob, stats.entropy, stats.kl)
     grads = (d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b)
     trained = [
         (leaf, grad.view(leaf.shape))

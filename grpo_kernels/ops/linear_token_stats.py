@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends import RowStats
+from ..backends import RowStats, StatsRequest
+from ..backends.interface import StatsOutputs
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
 from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
 from ..validation import expect_number, expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
-from .token_stats import TokenStats, as_token_stats, stats_for_backward
+from .token_stats import TokenStats, as_token_stats, load_stats, save_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @bundled_op("grpo_kernels::linear_token_stats_forward")
 def _forward(
     inputs: LMHeadInputs, packing: TokenPacking, chunk_tokens: int | None, skip_zero_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> StatsOutputs:
     token_idx = counted_tokens(inputs, packing)
     stats = new_stats(inputs)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
@@ -51,8 +52,8 @@ def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
 
 def new_stats(inputs: LMHeadInputs) -> RowStats:
     """Allocate statistics [N] filled with 0, the result of a masked token."""
-    has_kl = inputs.kl is not None
-    stats = RowStats.allocate(inputs.temperature, entropy=inputs.entropy, kl=has_kl)
+    request, has_kl = StatsRequest(entropy=inputs.entropy), inputs.kl is not None
+    stats = RowStats.allocate(inputs.temperature, request, kl=has_kl)
     return stats.map(Tensor.zero_)
 
 
@@ -115,26 +116,20 @@ def _tokens_with_grad(packing: TokenPacking, grads: TokenGrads, skip_zero_grad: 
 
 def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
     inputs, packing, *ctx.settings = bundles
-    _, *saved = output  # backward does not read the log-probs
     tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    ctx.save_for_backward(*tensors, *packing, *saved)
     ctx.values = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
+    save_stats(ctx, StatsRequest(entropy=inputs.entropy), output, *tensors, *packing)
 
 
-def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None, ...]:
-    *tensors, order, counts, entropy, kl, row_lse, ref_row_lse = ctx.saved_tensors
+def _autograd(ctx: Any, *grads_of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    has_kl = ctx.values[LMHeadInputs._fields.index("kl")] is not None
+    (*tensors, order, counts), stats, grads = load_stats(ctx, grads_of_outputs, kl=has_kl)
     inputs = LMHeadInputs(
         *(v if t is None else t for t, v in zip(tensors, ctx.values, strict=True))
-    )
-    # An output that was not asked for is empty, and tracing may pass an empty gradient for it.
-    grads = TokenGrads(
-        d_logprob, d_entropy if inputs.entropy else None, None if inputs.kl is None else d_kl
     )
     wanted = list(ctx.needs_input_grad[: len(inputs.leaves)])
     if all(grad is None for grad in grads) or not any(wanted):
         return ()
-    stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
     if grads.kl is None:  # the reference policy is not read
         inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None, kl=None)
     head_grads = _backward(
@@ -242,8 +237,9 @@ def run_linear_token_stats(
     skip_zero_grad: bool = False,
 ) -> TokenStats:
     """Run the operator; skip_zero_grad: no gradient for tokens that the packing says have none."""
-    outputs = _forward(inputs, packing, chunk_tokens, skip_zero_grad)
-    return as_token_stats(outputs, shape, entropy=inputs.entropy, kl=inputs.kl is not None)
+    stats = RowStats._make(_forward(inputs, packing, chunk_tokens, skip_zero_grad))
+    request = StatsRequest(entropy=inputs.entropy)
+    return as_token_stats(stats, shape, request, kl=inputs.kl is not None)
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:

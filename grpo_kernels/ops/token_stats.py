@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, RowStats, backend_for
-from ..backends.interface import accumulation_dtype, scalar_tensor
+from ..backends import RowInputs, RowStats, StatsRequest, backend_for
+from ..backends.interface import StatsOutputs, accumulation_dtype, scalar_tensor
 from ..objective.token_gradients import TokenGrads
 from ..validation import (
     expect_choice,
@@ -35,35 +35,64 @@ class TokenStats(NamedTuple):
     logprob: Tensor
     entropy: Tensor | None
     kl: Tensor | None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
 
 
 @bundled_op("grpo_kernels::token_stats_forward")
-def _forward(
-    rows: RowInputs, entropy: bool, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(rows: RowInputs, request: StatsRequest, inplace: bool) -> StatsOutputs:
     expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
-    return backend_for(rows.logits).token_stats_forward(rows, entropy=entropy).as_outputs()
+    return backend_for(rows.logits).token_stats_forward(rows, request).as_outputs()
 
 
 @_forward.register_fake
-def _(rows: RowInputs, entropy: bool, inplace: bool) -> tuple[Tensor, ...]:
-    has_kl = rows.kl is not None
-    return RowStats.allocate(rows.temperature, entropy=entropy, kl=has_kl).as_outputs()
+def _(rows: RowInputs, request: StatsRequest, inplace: bool) -> StatsOutputs:
+    return RowStats.allocate(rows.temperature, request, kl=rows.kl is not None).as_outputs()
 
 
-def stats_for_backward(
-    grads: TokenGrads, entropy: Tensor, kl: Tensor, row_lse: Tensor, ref_row_lse: Tensor
-) -> tuple[RowStats, TokenGrads]:
-    """Select the saved statistics that backward reads; make the gradients contiguous."""
-    has_entropy, has_kl = grads.entropy is not None, grads.kl is not None
-    stats = RowStats(
-        None,
-        entropy if has_entropy else None,
-        kl if has_kl else None,
-        row_lse,
-        ref_row_lse if has_kl else None,
+def save_stats(ctx: Any, request: StatsRequest, output: Sequence[Tensor], *inputs: Any) -> None:
+    """Save the inputs of an operator and, of its RowStats, what backward may read."""
+    stats = RowStats._make(output)
+    ctx.request = request
+    ctx.save_for_backward(
+        *inputs,
+        stats.entropy,
+        stats.kl,
+        stats.row_lse,
+        stats.ref_row_lse,
+        stats.sum_sq_probs,
+        stats.num_entries,
     )
-    return stats, TokenGrads(*(x if x is None else x.contiguous() for x in grads))
+    ctx.mark_non_differentiable(stats.is_top1, stats.top_logprobs, stats.top_ids)
+    ctx.set_materialize_grads(False)
+
+
+def load_stats(
+    ctx: Any, grads: Sequence[Tensor | None], *, kl: bool
+) -> tuple[list[Any], RowStats, TokenGrads]:
+    """Load what `save_stats` saved: the inputs, the statistics, and the contiguous gradients.
+
+    grads: of every output. An output that was not asked for is empty, and tracing may pass an empty
+    gradient for it.
+    """
+    *inputs, entropy, kl_value, row_lse, ref_row_lse, sum_sq_probs, num_entries = ctx.saved_tensors
+    d_logprob, d_entropy, d_kl, _, _, d_sum_sq_probs, d_mean_logit, *_ = grads
+    request = ctx.request
+    present = TokenGrads(
+        d_logprob,
+        d_entropy if request.entropy else None,
+        d_kl if kl else None,
+        d_sum_sq_probs if request.sum_sq_probs else None,
+        d_mean_logit if request.mean_logit else None,
+    )
+    saved = RowStats(
+        None, entropy, kl_value, row_lse, ref_row_lse, sum_sq_probs, num_entries=num_entries
+    )
+    contiguous = TokenGrads(*(x if x is None else x.contiguous() for x in present))
+    return inputs, saved.keep_for_backward(contiguous), contiguous
 
 
 @bundled_op("grpo_kernels::token_stats_backward")
@@ -89,24 +118,15 @@ def _(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> None:
 
 
 def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
-    rows, ctx.has_entropy, ctx.inplace = bundles
-    _, *saved = output  # backward does not read the log-probs
-    ctx.save_for_backward(
-        rows.logits, rows.tokens, rows.temperature, rows.mask, rows.ref_logits, *saved
-    )
-    ctx.softcap, ctx.kl = rows.softcap, rows.kl
-    ctx.set_materialize_grads(False)
+    rows, request, ctx.inplace = bundles
+    *tensors, ctx.softcap, ctx.kl = rows
+    save_stats(ctx, request, output, *tensors)
 
 
-def _autograd(ctx: Any, d_logprob, d_entropy, d_kl, *_) -> tuple[Tensor | None]:
-    *tensors, entropy, kl, row_lse, ref_row_lse = ctx.saved_tensors
-    # An output that was not asked for is empty, and tracing may pass an empty gradient for it.
-    grads = TokenGrads(
-        d_logprob, d_entropy if ctx.has_entropy else None, None if ctx.kl is None else d_kl
-    )
+def _autograd(ctx: Any, *grads_of_outputs: Tensor | None) -> tuple[Tensor | None]:
+    tensors, stats, grads = load_stats(ctx, grads_of_outputs, kl=ctx.kl is not None)
     if all(grad is None for grad in grads):
         return (None,)
-    stats, grads = stats_for_backward(grads, entropy, kl, row_lse, ref_row_lse)
     rows = RowInputs._make((*tensors, ctx.softcap, ctx.kl))
     if grads.kl is None:  # the reference policy is not read
         rows = rows._replace(ref_logits=None, kl=None)
@@ -166,7 +186,7 @@ def token_stats(
     Gimelshein, arXiv:1805.02867), so that a common offset of the logits costs no precision.
     """
     rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
-    return run_token_stats(rows, tokens.shape, entropy=entropy)
+    return run_token_stats(rows, tokens.shape, StatsRequest(entropy))
 
 
 def prepare_rows(
@@ -209,22 +229,31 @@ def prepare_rows(
 
 
 def run_token_stats(
-    rows: RowInputs, shape: torch.Size, *, entropy: bool, inplace: bool = False
+    rows: RowInputs, shape: torch.Size, request: StatsRequest, *, inplace: bool = False
 ) -> TokenStats:
     """Run the operator; with inplace, backward overwrites the logits with their gradient."""
-    outputs = _forward(rows, entropy, inplace)
-    return as_token_stats(outputs, shape, entropy=entropy, kl=rows.kl is not None)
+    stats = RowStats._make(_forward(rows, request, inplace))
+    return as_token_stats(stats, shape, request, kl=rows.kl is not None)
 
 
 def as_token_stats(
-    outputs: Sequence[Tensor], shape: torch.Size, *, entropy: bool, kl: bool
+    stats: RowStats, shape: torch.Size, request: StatsRequest, *, kl: bool
 ) -> TokenStats:
-    """Give the leading outputs of an operator the shape of the tokens; drop the empty ones."""
-    logprob, entropy_value, kl_value, *_ = outputs
+    """Give the outputs of an operator the shape of the tokens; drop those not asked for."""
+
+    def result(x: Tensor | None, is_wanted: bool | int, *size: int) -> Any:
+        return x.view(*shape, *size) if is_wanted and x is not None else None
+
+    K = request.top_logprobs
     return TokenStats(
-        logprob.view(shape),
-        entropy_value.view(shape) if entropy else None,
-        kl_value.view(shape) if kl else None,
+        result(stats.logprob, True),
+        result(stats.entropy, request.entropy),
+        result(stats.kl, kl),
+        result(stats.sum_sq_probs, request.sum_sq_probs),
+        result(stats.mean_logit, request.mean_logit),
+        result(stats.is_top1, request.is_top1),
+        result(stats.top_logprobs, K, K),
+        result(stats.top_ids, K, K),
     )
 
 

@@ -7,11 +7,16 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """Per-token results; `entropy` and `kl` are None unless requested."""
+    """Per-token results; all but `logprob` are None unless requested."""
 
     logprob: Tensor
     entropy: Tensor | None
     kl: Tensor | None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
 
 
 def token_stats(

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import LossConfig, backends, grpo_loss, token_stats, workspace
-from grpo_kernels.backends import RowInputs, pytorch, use
+from grpo_kernels.backends import RowInputs, StatsRequest, pytorch, use
 from grpo_kernels.backends.pytorch import softmax
 from grpo_kernels.backends.triton.launch_configs import (
     ACCESS_BYTES,
@@ -58,7 +58,7 @@ def test_pytorch_temporaries_are_at_most_one_block(monkeypatch):
     ones = torch.ones(4, 100)
     inputs = RowInputs(logits, tokens, ones, None, ref_logits, 30.0, "reverse")
     with LargestAllocation(logits, ref_logits, d_logits) as largest:
-        stats = pytorch.token_stats_forward(inputs, entropy=True)
+        stats = pytorch.token_stats_forward(inputs, StatsRequest())
         pytorch.token_stats_backward(inputs, stats, TokenGrads(ones, ones, ones), d_logits)
     exact = exact_results(
         logits,

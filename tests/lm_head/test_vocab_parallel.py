@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels.backends import RowInputs, RowStats, backend_for
+from grpo_kernels.backends import RowInputs, RowStats, StatsRequest, backend_for
 from grpo_kernels.lm_head.vocab_parallel import (
     ON_OTHER_RANK,
     OUT_OF_VOCAB,
@@ -44,7 +44,8 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
         for x, own, y in zip(parts(logits, sizes), ids, parts(ref_logits, sizes), strict=True)
     ]
     found = [
-        as_shard(functions.token_stats_forward(rows, entropy=True), rows.tokens) for rows in shards
+        as_shard(functions.token_stats_forward(rows, StatsRequest()), rows.tokens)
+        for rows in shards
     ]
     stacked = (None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
     merged = merge_shards(RowStats(*stacked), temperature, kl)

@@ -6,6 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels  # registers the operators
 from grpo_kernels import token_stats
+from grpo_kernels.backends import RowInputs, RowStats, StatsRequest
+from grpo_kernels.objective.token_gradients import TokenGrads
 from tests.helpers.tensors import coin, exact_results, make_case, normal, results, upstream_like
 
 ALL = ("logprob", "entropy", "kl")
@@ -41,7 +43,8 @@ def forward_arguments(dtype=torch.float32, kl="reverse"):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.full((1, 3), 1.3, dtype=acc)
     mask = torch.tensor([[True, False, True]])
-    return logits, tokens, temperature, mask, ref_logits, None, kl, True, False
+    request = StatsRequest()
+    return logits, tokens, temperature, mask, ref_logits, None, kl, *request, False
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
@@ -53,15 +56,12 @@ def test_opcheck_forward(backend, kl):
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
 def test_opcheck_backward(backend, kl):
-    *rows, _, _ = forward_arguments(kl=kl)
-    _, entropy, kl_value, row_lse, ref_row_lse = torch.ops.grpo_kernels.token_stats_forward(
-        *forward_arguments(kl=kl)
-    )
+    arguments = forward_arguments(kl=kl)
+    rows = arguments[: len(RowInputs._fields)]
+    stats = RowStats._make(torch.ops.grpo_kernels.token_stats_forward(*arguments))
     g = torch.ones(1, 3)
-    arguments = (
-        *rows, None, entropy, kl_value if kl else None, row_lse, ref_row_lse if kl else None,
-        g, g, g if kl else None,
-    )  # fmt: skip
+    grads = TokenGrads(g, g, g if kl else None)
+    arguments = (*rows, *stats.keep_for_backward(grads), *grads)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward, arguments)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward_, arguments)
 
@@ -178,7 +178,7 @@ def test_only_logits_are_differentiable(backend):
     upstream = upstream_like(16, tokens, ALL)
     keywords = {"kl": "reverse", "ref_logits": ref_logits}
     stats = token_stats(logits, tokens, **keywords)
-    assert not any(stat.requires_grad for stat in stats)
+    assert not any(stat.requires_grad for stat in stats if stat is not None)
     ours = results(token_stats, logits, tokens, upstream, **keywords)
     exact = exact_results(logits, tokens, upstream, **keywords)
     torch.testing.assert_close(ours["d_logits"].double(), exact["d_logits"], rtol=1e-5, atol=1e-5)

@@ -93,13 +93,13 @@ def test_extreme_rows_stay_finite():
     stats = token_stats(logits, torch.tensor([0, 1]), ref_logits=logits.roll(1, 0), kl="forward")
     torch.testing.assert_close(stats.entropy, torch.tensor([0.0, math.log(3)]))
     torch.testing.assert_close(stats.logprob, torch.tensor([0.0, -math.log(3)]))
-    sum(x.sum() for x in stats).backward()
+    sum(x.sum() for x in stats[:3]).backward()
     assert logits.grad.isfinite().all()
 
 
 def test_vocabulary_of_one_gives_zeros():
     stats = token_stats(randn(2, 1), torch.zeros(2).long(), ref_logits=randn(2, 1), kl="reverse")
-    assert all((x == 0).all() for x in stats)
+    assert all((x == 0).all() for x in stats[:3])
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (6,)])
@@ -123,10 +123,10 @@ def test_masked_tokens_have_zero_results_and_gradients(shape):
             kl="reverse",
             mask=mask,
         )
-        sum(x.sum() for x in stats).backward()
-        assert all((x[drop] == 0).all() for x in stats)
+        sum(x.sum() for x in stats[:3]).backward()
+        assert all((x[drop] == 0).all() for x in stats[:3])
         assert (logits.grad[drop] == 0).all()
-        results.append((*stats, logits.grad))
+        results.append((*stats[:3], logits.grad))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
@@ -182,7 +182,7 @@ def test_masked_hidden_states_have_no_effect_on_weight_gradient():
         leaves["hidden"][mask == 0] = garbage
         leaves = {name: x.requires_grad_() for name, x in leaves.items()}
         stats = linear_token_stats(**leaves, tokens=tokens, **ref, kl="reverse", mask=mask)
-        sum(x.sum() for x in stats).backward()
+        sum(x.sum() for x in stats[:3]).backward()
         gradients.append([x.grad for x in leaves.values()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ...objective.token_gradients import TokenGrads
 from ...workspace import thread_workspace
-from ..interface import RowInputs, RowStats
+from ..interface import RowInputs, RowStats, StatsRequest
 from .softmax import FLOOR, LN2, LOG2E, Block, Softmax, exp2, row_blocks, softmax, zero_rows
 
 
-def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
+def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
     """The statistics of every row."""
     logits, tokens, temperature, mask, ref_logits, softcap, kl = rows
-    stats = RowStats.allocate(temperature, entropy=entropy, kl=kl is not None).map(Tensor.zero_)
-    logprob, entropies, kls, row_lse, ref_row_lse = stats
+    stats = RowStats.allocate(temperature, request, kl=kl is not None).map(Tensor.zero_)
+    logprob, entropies, kls, row_lse, ref_row_lse, *_ = stats
     assert logprob is not None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     workspace = thread_workspace(logits.device)
@@ -61,7 +61,7 @@ def gradient_weights(
         entropy, kl: the statistics, [n], where grads has their gradient.
         kind: of the KL, "forward" or "reverse".
     """
-    d_logprob, d_entropy, d_kl = (
+    d_logprob, d_entropy, d_kl, *_ = (
         None if grad is None else grad.unsqueeze(-1) * inverse for grad in grads
     )
     weight = torch.zeros_like(inverse) if d_logprob is None else -d_logprob

@@ -13,7 +13,7 @@ from ...objective.config import LossConfig
 from ...objective.ratios import LossInputs
 from ...objective.token_gradients import TokenGrads
 from ..availability import INTERPRETED
-from ..interface import ApproximateKL, RowInputs, RowStats, accumulation_dtype
+from ..interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumulation_dtype
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
 from .launch_configs import ROWS_PER_MULTIPROCESSOR, RowLaunch, pick_row_launch
@@ -86,9 +86,9 @@ def _strides(**tensors: Tensor | None) -> dict[str, int]:
     }
 
 
-def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
+def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
     """The statistics of every row."""
-    stats = RowStats.allocate(rows.temperature, entropy=entropy, kl=rows.kl is not None)
+    stats = RowStats.allocate(rows.temperature, request, kl=rows.kl is not None)
     launch = _launch_config("token_stats_forward", rows.logits)
     parts = _parts(rows.logits, launch)
     common = {**_row_arguments(rows), "KL": rows.kl or "none"}
@@ -98,8 +98,14 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
         **launch.tile,
         "PART": launch.part,
     }
-    outputs = {f"{name}_ptr": x for name, x in stats._asdict().items()}
-    outputs["tokens_ptr"] = rows.tokens
+    outputs = {
+        "tokens_ptr": rows.tokens,
+        "logprob_ptr": stats.logprob,
+        "entropy_ptr": stats.entropy,
+        "kl_ptr": stats.kl,
+        "row_lse_ptr": stats.row_lse,
+        "ref_row_lse_ptr": stats.ref_row_lse,
+    }
     if parts == 1:
         kernel = _token_stats_forward_kernel
         _launch(kernel, launch, rows.logits, **common, **inputs, **outputs)
@@ -107,7 +113,7 @@ def token_stats_forward(rows: RowInputs, *, entropy: bool) -> RowStats:
     common["partials_ptr"] = stats.row_lse.new_empty((rows.tokens.numel(), parts, 6, launch.lanes))
     common["parts"] = parts
     kernel = _token_stats_part_kernel
-    arguments = {**common, **inputs, "HAS_ENTROPY": entropy}
+    arguments = {**common, **inputs, "HAS_ENTROPY": request.entropy}
     _launch(kernel, launch, rows.logits, programs_per_row=parts, **arguments)
     kernel = _token_stats_merge_kernel
     _launch(kernel, launch, rows.logits, **common, **outputs, LANES=launch.lanes)
