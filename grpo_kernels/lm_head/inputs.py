@@ -181,10 +181,7 @@ def prepare_inputs(
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check weight [V, H] and bias [V] of a head; `prefix` names the reference policy's.
-
-    Outside autocast both must have the dtype of the hidden states.
-    """
+    """Check weight [V, H] and bias [V] of a head; `prefix` names the reference policy's."""
     expect_tensor(prefix + "weight", weight, floating=True)
     H = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] < 1:
@@ -192,18 +189,11 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             f"{prefix}weight must be [V, {H}], where {H} is the size of {prefix}hidden, "
             f"got {shape_of(weight)}"
         )
-    same_dtype = not torch.is_autocast_enabled(hidden.device.type)
-    for name, part in {"weight": weight, "bias": bias}.items():
-        if part is None:
-            continue
-        expect_tensor(prefix + name, part, floating=True, device_of=hidden)
-        if same_dtype and part.dtype != hidden.dtype:
-            raise TypeError(
-                f"{prefix}{name} must have the dtype of {prefix}hidden, {hidden.dtype}, "
-                f"got {part.dtype}"
-            )
+    expect_tensor(prefix + "weight", weight, device_of=hidden)
     if bias is not None:
-        expect_tensor(prefix + "bias", bias, shape=weight.shape[:1])
+        expect_tensor(
+            prefix + "bias", bias, floating=True, shape=weight.shape[:1], device_of=hidden
+        )
 
 
 def _check_adapter(adapter: object, hidden: Tensor, weight: Tensor) -> None:

@@ -177,9 +177,12 @@ def linear_token_stats(
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[:, t] is the last hidden state that predicts
             tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
-        weight: [V, H], that of the LM head, in the dtype of `hidden` (under autocast, any); bias:
-            [V]. Where one of them, or hidden, needs no gradient, its product is left out. A DTensor
-            is gathered once, and gets the mean over ranks of its gradient, in its own shards.
+        weight: [V, H], that of the LM head; bias: [V]. Where one of them, or hidden, needs no
+            gradient, its product is left out. A weight in another dtype than `hidden` is cast to
+            that of `hidden` for the products, as TRL does: an fp32 weight is rounded to bf16 hidden
+            states, and a bf16 copy exists during the call. Gradients have the dtype of their leaf.
+            A DTensor is gathered once, and gets the mean over ranks of its gradient, in its own
+            shards.
         ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
             its hidden size may differ.
         adapter: a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ, before the softcap and the

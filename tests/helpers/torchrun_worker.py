@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
+from grpo_kernels import HeadAdapter, LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
 from grpo_kernels.integrations.verl import linear_cross_entropy
 from grpo_kernels.lm_head import chunk_loop
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
@@ -24,7 +24,8 @@ from tests.helpers.tensors import coin, normal
 SHARD_SIZES = {2: (5, 18), 4: (1, 9, 2, 11)}  # by world size
 V = 23
 HEAD = ("weight", "bias", "ref_weight", "ref_bias")
-LEAVES = ("hidden", "weight", "bias")
+LEAVES = ("hidden", "weight", "bias", "a", "b")
+OF_ROWS = ("d_weight", "d_bias", "d_b")  # gradients of this rank's rows alone
 TIGHT = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-6}
 
 
@@ -46,7 +47,8 @@ def make_case(seed=0, dtype=torch.float64, kl=True):
 
 def shard(case, rows=None):
     rows = rows or local_rows()
-    return {name: x[rows] if name in HEAD and x is not None else x for name, x in case.items()}
+    sharded = (*HEAD, "b")
+    return {name: x[rows] if name in sharded and x is not None else x for name, x in case.items()}
 
 
 def results(function, case, upstream=None, **keywords):
@@ -86,7 +88,7 @@ def check(case, function=linear_token_stats, rows=None, **keywords):
     ours = results(function, shard(case, rows), vocab_group=group(), **keywords)
     assert ours.keys() == expected.keys()
     for name, x in ours.items():
-        like = expected[name][rows] if name in ("d_weight", "d_bias") else expected[name]
+        like = expected[name][rows] if name in OF_ROWS else expected[name]
         if x.dtype == torch.bfloat16:
             assert relative_error(x, like.double()) < 8e-3, name
         else:
@@ -99,7 +101,7 @@ def check(case, function=linear_token_stats, rows=None, **keywords):
                 equal_nan=True,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
-        if name not in ("d_weight", "d_bias"):
+        if name not in OF_ROWS:
             assert_same_on_all_ranks(name, x)
     return ours
 
@@ -200,6 +202,32 @@ def linear_grpo_losses():
     check(case, linear_grpo_loss, advantages=some_zero)
     for dtype in (torch.float32, torch.bfloat16):
         check(make_case(16, dtype, kl=False), linear_grpo_loss, advantages=advantages.float())
+
+
+def with_adapter(function):
+    """The function with `a` and `b` of an adapter as keywords."""
+
+    def call(*arguments, a, b, **keywords):
+        return function(*arguments, adapter=HeadAdapter(a, b, 0.5), **keywords)
+
+    return call
+
+
+def adapter_case(case, seed):
+    (V, H), dtype = case["weight"].shape, case["weight"].dtype
+    a, b = normal(seed, 3, H, dtype=dtype), normal(seed + 1, V, 3, dtype=dtype)
+    return case | {"a": a, "b": b}
+
+
+def adapter_in_shards_of_the_vocabulary():
+    advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        case = adapter_case(make_case(24, dtype, kl=False), 25)
+        given = upstream(case, "logprob", "entropy")
+        check(case, with_adapter(linear_token_stats), upstream=given, chunk_tokens=3)
+        for config in (LossConfig(), LossConfig.gspo()):
+            loss = {"advantages": advantages.to(dtype), "config": config}
+            check(case, with_adapter(linear_grpo_loss), mask=coin(14, 2, 4), **loss)
 
 
 @contextmanager
@@ -395,6 +423,27 @@ def sharded_weights_are_gathered_once_and_their_gradient_is_reduced():
                 assert not frozen or shards["weight"].grad is None
 
 
+def sharded_adapter_is_gathered_and_its_gradient_is_reduced():
+    world = dist.get_world_size()
+    case, advantages, mine = data_parallel_batch(world)
+    case = adapter_case(without_reference(case), 33)
+    loss = with_adapter(linear_grpo_loss)
+    expected = results(loss, case, advantages=advantages, config=LossConfig.dapo())
+    batch = {name: x[mine] for name, x in case.items() if name in ("hidden", "tokens")}
+    for mesh, placements, _ in data_parallel_meshes(world):
+        shards = {
+            name: distribute_tensor(case[name], mesh, placements) for name in ("weight", "a", "b")
+        }
+        trained = [shards[name].requires_grad_() for name in ("a", "b")]
+        loss(
+            **batch, **shards, bias=case["bias"], advantages=advantages[mine],
+            config=LossConfig.dapo(),
+        ).loss.backward()  # fmt: skip
+        for param, name in zip(trained, ("d_a", "d_b"), strict=True):
+            assert param.grad.placements == param.placements
+            torch.testing.assert_close(param.grad.full_tensor(), expected[name])
+
+
 class ReducedSizes(TorchDispatchMode):
     """Record the size of every reduced tensor, by kind of collective."""
 
@@ -463,6 +512,7 @@ CASES = (
     masked_tokens_temperature_and_softcap,
     excluded_shards,
     linear_grpo_losses,
+    adapter_in_shards_of_the_vocabulary,
     padded_vocabulary,
     one_collective_per_chunk_and_one_for_the_gradient,
     ranks_agree_on_the_chunk_size,
@@ -471,6 +521,7 @@ CASES = (
     verl_linear_cross_entropy_leaves_the_all_reduce_to_megatron,
     error_messages_on_every_rank,
     sharded_weights_are_gathered_once_and_their_gradient_is_reduced,
+    sharded_adapter_is_gathered_and_its_gradient_is_reduced,
     hybrid_sharding_reduces_shards_between_replicas,
     fsdp2_head_as_its_own_unit_and_within_the_root,
 )

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats
+from grpo_kernels import HeadAdapter, LossConfig, linear_grpo_loss, linear_token_stats
 from tests.helpers.linear import make_linear_case, relative_error
 from tests.helpers.tensors import coin, normal
 
@@ -69,14 +69,15 @@ class RecordOperators(TorchDispatchMode):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_opcheck(backend, kl, level):
     (hidden, weight), tokens, case = make_inputs(bias=kl)
+    if not kl:
+        case = {"adapter": HeadAdapter(normal(4, 2, 4), normal(5, 11, 2).requires_grad_(), 2.0)}
     config = LossConfig(
         beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1, ratio_level=level
     )
     with RecordOperators() as recorder:
         linear_grpo_loss(
-            hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config,
-            **(case if kl else {}),
-        ).loss.backward()  # fmt: skip
+            hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config, **case
+        ).loss.backward()
     expected = {
         "token": {"pack_tokens", "linear_grpo_loss_forward", "scale_"},
         "sequence": {
@@ -89,6 +90,8 @@ def test_opcheck(backend, kl, level):
         if name == "linear_token_stats_forward":  # the operator that has an autograd formula
             arguments[0].requires_grad_()
             arguments[1].requires_grad_()
+            if not kl:
+                arguments[4].requires_grad_()  # b of the adapter
         torch.library.opcheck(getattr(torch.ops.grpo_kernels, name), tuple(arguments))
 
 
