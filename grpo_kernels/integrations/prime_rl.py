@@ -85,6 +85,9 @@ class FusedOutputLinear(torch.nn.Linear):
     Assign it to `prime_rl.trainer.models.layers.lm_head.FusedOutputLinear` before the model is set
     up. `chunk_size` is ignored: prime-rl tiles a chunk of tokens over the vocabulary too, and this
     head does not. Its workspace is about 1 GiB.
+
+    prime-rl's LoRA layers add to the output of a layer, and this head has no logits to add to:
+    leave `lm_head` out of their `target_modules`.
     """
 
     def __init__(self, in_features: int, out_features: int, chunk_size: int | None) -> None:
@@ -109,7 +112,10 @@ class FusedOutputLinear(torch.nn.Linear):
         """
         if labels is None or temperature is None:
             name = "labels" if labels is None else "temperature"
-            raise ValueError(f"{name} must be a tensor, got None: this head computes no logits")
+            raise ValueError(
+                f"{name} must be a tensor, got None: this head computes no logits, "
+                "to which a LoRA around it could add"
+            )
         stats = linear_token_stats(hidden_states, self.weight, labels, temperature=temperature)
         assert stats.entropy is not None
         return {"logprobs": stats.logprob, "entropy": stats.entropy}

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .transformers import call_to_hidden, linear_head, unwrap
+from .linear_head import linear_head
+from .transformers import call_to_hidden, unwrap
 
 IGNORE_INDEX = -100  # Hugging Face's label of a token that is not scored
 
@@ -109,8 +110,9 @@ def score_labels(model: nn.Module) -> ScoringHandle:
         A handle: `handle.remove()` undoes the patch, as does leaving `with score_labels(model):`.
 
     Raises:
-        TypeError: at once, if the head is not a plain linear layer. At a call of the model:
-            NotImplementedError as `forward_to_hidden`, ValueError as `linear_token_stats`.
+        TypeError: at once, if the head is not linear, or has an adapter that `forward_to_hidden`
+            does not support. At a call of the model: errors of `forward_to_hidden`, and ValueError
+            as `linear_token_stats`.
     """
     model = unwrap(model)
     linear_head(model)

@@ -16,31 +16,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..lm_head.inputs import prepare_inputs
+from ..lm_head.inputs import HeadAdapter, prepare_inputs
 from ..lm_head.token_order import pack_tokens
 from ..objective.policy_loss import LossOutput, prepare_loss_inputs
 from ..ops.linear_grpo_loss import linear_grpo_loss, loss_and_stats
 from ..ops.linear_token_stats import linear_token_stats
 from ..ops.token_stats import TokenStats
+from .linear_head import linear_head
 
 
 @dataclass(frozen=True)
 class LMHead:
     """The head of a language model: turns hidden states into logits.
 
-        logits = softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)
+        x = hidden @ weight.T + bias + adapter.scale · (hidden @ adapter.a.T) @ adapter.b.T
+        logits = softcap · tanh(scale · x / softcap)
 
-    Without a softcap, logits = scale · (hidden @ weight.T + bias).
+    Without a softcap, logits = scale · x.
 
     Attributes:
         weight: [V, H].
         bias: [V] or None.
+        adapter: a LoRA on the head, or None.
         scale: factor of the logits, as in Granite, Cohere and Falcon-H1.
         softcap: bound of the logits, as in Gemma, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
+    adapter: HeadAdapter | None
     scale: float
     softcap: float | None
 
@@ -95,13 +99,19 @@ class LMHead:
         return loss_and_stats(hidden, inputs, prepared, packing, per_sequence=per_sequence)
 
     def in_fp32(self) -> "LMHead":
-        bias = None if self.bias is None else self.bias.float()
-        return replace(self, weight=self.weight.float(), bias=bias)
+        bias, adapter = self.bias, self.adapter
+        return replace(
+            self,
+            weight=self.weight.float(),
+            bias=None if bias is None else bias.float(),
+            adapter=adapter and adapter._replace(a=adapter.a.float(), b=adapter.b.float()),
+        )
 
     def _keywords(self, temperature: float | Tensor, ref_head: "LMHead | None") -> dict[str, Any]:
         """Express the scale through temperature and softcap; add the reference policy's head."""
         keywords = {
             "bias": self.bias,
+            "adapter": self.adapter,
             "temperature": temperature / self.scale,
             "softcap": None if self.softcap is None else self.softcap / self.scale,
         }
@@ -111,6 +121,11 @@ class LMHead:
             raise ValueError(
                 "ref_head must have the scale and softcap of the head, "
                 f"{self.scale} and {self.softcap}, got {ref_head.scale} and {ref_head.softcap}"
+            )
+        if ref_head.adapter is not None:
+            raise ValueError(
+                "ref_head must have no adapter, got one: merge it into the weight, with PEFT's "
+                "merge_adapter(), or disable it, before the reference policy runs"
             )
         return keywords | {"ref_weight": ref_head.weight, "ref_bias": ref_head.bias}
 
@@ -139,46 +154,56 @@ def forward_to_hidden(model: nn.Module, **inputs: Any) -> HiddenOutput:
             logits_to_keep, ...; no labels.
 
     Raises:
-        TypeError: the model has no head, or the head is not a plain linear layer (has a LoRA, say).
+        TypeError: the head is not linear, or has an adapter other than PEFT's LoRA (no variant such
+            as DoRA, no dropout in training mode), modules_to_save and trainable_token_indices.
         NotImplementedError: the model does more to its logits than scale and softcap.
     """
     return call_to_hidden(model, unwrap(model), inputs)
 
 
-def call_to_hidden(
-    call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]
-) -> HiddenOutput:
+def call_to_hidden(call: Callable[..., Any], model: Any, inputs: dict[str, Any]) -> HiddenOutput:
     """Run `call(**inputs)`, a forward of the unwrapped `model`, without the head of the model."""
-    layer = linear_head(model)
+    layer = model.get_output_embeddings()
     is_measured = layer in _SCALE_AND_SOFTCAP
+    if not is_measured:
+        linear_head(model)  # raises before the model runs
     hidden = []
 
     def remove_positions(_, arguments):
         hidden.append(arguments[0])
         return (arguments[0][..., :0, :], *arguments[1:])
 
-    def return_probe(_, arguments, output):
+    def check_and_return_probe(_, arguments, keywords, output):
+        if keywords:
+            raise TypeError(
+                f"the head of {type(model).__name__} must be called with hidden states alone, got "
+                f"{', '.join(keywords)}: adapters that differ within a batch need the model's "
+                "logits, and token_stats or grpo_loss"
+            )
+        if is_measured:
+            return None
         dtype = torch.float32 if output.is_mps else torch.float64  # MPS has no fp64
         probe = torch.tensor(_PROBE, dtype=dtype, device=output.device)
         # Adding an empty sum keeps the graph connected: DistributedDataParallel searches it for
         # parameters without a gradient.
         return probe[None, :, None].expand(1, -1, output.shape[-1]) + output.sum()
 
-    handles = [layer.register_forward_pre_hook(remove_positions)]
-    if not is_measured:
-        handles.append(layer.register_forward_hook(return_probe))
+    handles = [
+        layer.register_forward_pre_hook(remove_positions),
+        layer.register_forward_hook(check_and_return_probe, with_kwargs=True),
+    ]
     try:
         output = call(**inputs)
     finally:
         for handle in handles:
             handle.remove()
+    # Read now: FSDP gathers, and PEFT may merge or unmerge, the weight when the model runs.
+    head = linear_head(model)
     if not is_measured:
         _SCALE_AND_SOFTCAP[layer] = _measure_scale_and_softcap(
-            output.logits, layer.out_features, type(model).__name__
+            output.logits, head.weight.shape[0], type(model).__name__
         )
-    return HiddenOutput(
-        hidden[0], LMHead(layer.weight, layer.bias, *_SCALE_AND_SOFTCAP[layer]), output
-    )
+    return HiddenOutput(hidden[0], LMHead(*head, *_SCALE_AND_SOFTCAP[layer]), output)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -195,24 +220,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             return inner
 
 
-def linear_head(model: Any) -> nn.Linear:
-    """Return the linear layer that computes the logits of a transformers model.
-
-    Raises:
-        TypeError: the model has no such layer, or it is not a plain linear layer.
-    """
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        got = f"{type(layer).__module__}.{type(layer).__qualname__}"  # PEFT has a Linear too
-        raise TypeError(
-            f"the head of {type(model).__name__} must be a linear layer, got {got}: leave it out "
-            "of an adapter's target_modules, modules_to_save and trainable_token_indices"
-        )
-    return layer
-
-
 # (scale, softcap) of the model that each head belongs to.
-_SCALE_AND_SOFTCAP: weakref.WeakKeyDictionary[nn.Linear, tuple[float, float | None]]
+_SCALE_AND_SOFTCAP: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]]
 _SCALE_AND_SOFTCAP = weakref.WeakKeyDictionary()
 # 0 shows an offset, 1 the scale, 1e30 the softcap, 40 the shape in between.
 _PROBE = (0.0, 1.0, 40.0, 1e30)

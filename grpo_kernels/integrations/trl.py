@@ -35,17 +35,21 @@ head per token instead of four if the loss is token-level, and one for a group w
 
 An existing trainer, of GRPOTrainer or a subclass, is converted by `fuse_trainer(trainer)`. The
 model's own forward runs, so PEFT, gradient checkpointing and accelerate work as in TRL. Liger's
-layers, images, an adapter on the head or a copy of it, DeepSpeed ZeRO-3 and FSDP 1 raise an error.
+layers, images, DeepSpeed ZeRO-3 and FSDP 1 raise an error. A LoRA on the head, which GRPOTrainer
+refuses, is for FusedGRPOTrainer; it must have no dropout and no variant such as DoRA.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 
-from .transformers import linear_head
+from .linear_head import linear_head
 from .trl_logprobs import run_model
 from .trl_loss import SCORES, check_loss, fused_loss
 
@@ -69,7 +73,8 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, fuse_loss: bool = False, **keywords: Any):
-        super().__init__(*args, **keywords)
+        with _accept_lora_on_head():
+            super().__init__(*args, **keywords)
         _check_trainer(self)
         _check_base_order(self, fuse_loss)
         if fuse_loss:
@@ -152,7 +157,8 @@ def fuse_trainer(trainer: GRPOTrainer, *, fuse_loss: bool = False) -> GRPOTraine
 
 
 def _check_trainer(trainer: GRPOTrainer) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
+    args: Any = trainer.args  # a GRPOConfig, which transformers.Trainer does not know
+    accelerator = trainer.accelerator
     zero_stage = getattr(args.deepspeed_plugin, "zero_stage", 0)
     sharded = "the fused head runs outside the model's forward, where its weight is sharded"
     if args.use_liger_kernel:
@@ -169,7 +175,26 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
         raise ValueError(f"zero_stage of DeepSpeed must be at most 2, got 3: {sharded}")
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError(f"fsdp_version must be 2, got 1: {sharded}")
-    linear_head(trainer.model)
+    if linear_head(trainer.model).adapter is not None and args.cast_lm_head_to_fp32:
+        raise ValueError(
+            "cast_lm_head_to_fp32 must be False with a LoRA on the head, got True: TRL's cast "
+            "replaces the forward of the head, and leaves the adapter out"
+        )
+
+
+@contextmanager
+def _accept_lora_on_head() -> Iterator[None]:
+    """Keep TRL's constructor from refusing a LoRA on the head, which only its own loss ignores."""
+    checked_class = "BaseTunerLayer"
+    own = getattr(grpo_trainer, checked_class, None)
+    if own is None:  # PEFT is not installed
+        yield
+        return
+    setattr(grpo_trainer, checked_class, ())  # nothing is an instance of no class
+    try:
+        yield
+    finally:
+        setattr(grpo_trainer, checked_class, own)
 
 
 def _check_base_order(trainer: FusedGRPOTrainer, fuse_loss: bool) -> None:

@@ -84,7 +84,9 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H].
-        weight: [V, H]; with `dist_process_group` the shard [V / ranks, H] of this rank.
+        weight: [V, H]; with `dist_process_group` the shard [V / ranks, H] of this rank. verl passes
+            `lm_head.weight`, also to its own kernel: with a LoRA on the head, this is the frozen
+            weight without the adapter, so leave `lm_head` out of `target_modules`.
         labels: [...], the N tokens that `hidden` predicts, in the same order.
         temperature: > 0; a number, or a tensor of one or N.
         reduction: of the log-probs: "none", "sum" or "mean".

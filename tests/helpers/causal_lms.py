@@ -1,4 +1,7 @@
-"""Small random Hugging Face causal language models, one per family, and a batch for them."""
+"""Small random Hugging Face causal language models, one per family, and a batch for them.
+
+Their statistics are computed without logits, and from their own logits.
+"""
 
 import torch
 from transformers import (
@@ -27,6 +30,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from grpo_kernels.integrations.transformers import forward_to_hidden
+from reference import losses
 
 V = 41
 SMALL = {
@@ -89,3 +95,34 @@ def make_batch():
     attention = torch.ones(3, 6, dtype=torch.int64)
     attention[0, 5:] = attention[2, 3:] = 0
     return ids, attention
+
+
+def fused_token_stats(model, *, ref_model=None, **keywords):
+    ids, attention = make_batch()
+    inputs = {"input_ids": ids, "attention_mask": attention}
+    hidden, head, _ = forward_to_hidden(model, **inputs)
+    if ref_model is not None:
+        with torch.no_grad():
+            ref_hidden, ref_head, _ = forward_to_hidden(ref_model, **inputs)
+        keywords |= {"ref_hidden": ref_hidden[:, :-1], "ref_head": ref_head}
+    return head.token_stats(hidden[:, :-1], ids[:, 1:], **keywords)
+
+
+def logits_token_stats(model, *, ref_model=None, **keywords):
+    ids, attention = make_batch()
+    logits = model(ids, attention_mask=attention).logits[:, :-1]
+    if ref_model is not None:
+        with torch.no_grad():
+            keywords["ref_logits"] = ref_model(ids, attention_mask=attention).logits[:, :-1]
+    return losses.token_stats(logits, ids[:, 1:], **keywords)
+
+
+def stats_and_gradients(token_stats, model, **keywords):
+    """Statistics of the unpadded tokens by name, and all gradients of their sum."""
+    _, attention = make_batch()
+    model.zero_grad()
+    mask = (attention[:, 1:] != 0) & (attention[:, :-1] != 0)
+    stats = token_stats(model, mask=mask, **keywords)
+    sum(stat.sum() for stat in stats if stat is not None).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: x.detach() for name, x in stats._asdict().items() if x is not None}, grads

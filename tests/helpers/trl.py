@@ -105,6 +105,7 @@ def unshard(x: torch.Tensor) -> torch.Tensor:
 
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
+COPIED_HEAD = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
 PROMPT = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
 # Several updates per batch of completions, so that the old policy differs from the current one.
 REUSED = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
@@ -129,7 +130,9 @@ CASES = {
         **{"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.5},
         **{"beta": 0.04, "gradient_checkpointing": True, **MISALIGNED},
     },
-    "lora, checkpointing": {**LORA, "gradient_checkpointing": True, "beta": 0.04, **REUSED},
+    "copied head, checkpointing": {
+        **{"peft_config": COPIED_HEAD, "gradient_checkpointing": True, "beta": 0.04, **REUSED},
+    },
     "prompt tuning": {**PROMPT, "beta": 0.04, "learning_rate": 1.0},
     "top entropies": {"top_entropy_quantile": 0.4, **REUSED},
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 3.0, **ACCUMULATED},

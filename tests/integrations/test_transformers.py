@@ -6,39 +6,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels.integrations.transformers import forward_to_hidden
-from reference import losses
-from tests.helpers.causal_lms import MODELS, SMALL, V, make_batch, make_model
+from tests.helpers.causal_lms import (
+    MODELS,
+    SMALL,
+    V,
+    fused_token_stats,
+    logits_token_stats,
+    make_batch,
+    make_model,
+    stats_and_gradients,
+)
 from tests.helpers.tensors import coin
-
-
-def fused_token_stats(model, *, ref_model=None, **keywords):
-    ids, attention = make_batch()
-    inputs = {"input_ids": ids, "attention_mask": attention}
-    hidden, head, _ = forward_to_hidden(model, **inputs)
-    if ref_model is not None:
-        with torch.no_grad():
-            ref_hidden, ref_head, _ = forward_to_hidden(ref_model, **inputs)
-        keywords |= {"ref_hidden": ref_hidden[:, :-1], "ref_head": ref_head}
-    return head.token_stats(hidden[:, :-1], ids[:, 1:], **keywords)
-
-
-def logits_token_stats(model, *, ref_model=None, **keywords):
-    ids, attention = make_batch()
-    logits = model(ids, attention_mask=attention).logits[:, :-1]
-    if ref_model is not None:
-        with torch.no_grad():
-            keywords["ref_logits"] = ref_model(ids, attention_mask=attention).logits[:, :-1]
-    return losses.token_stats(logits, ids[:, 1:], **keywords)
-
-
-def stats_and_gradients(token_stats, model, **keywords):
-    _, attention = make_batch()
-    model.zero_grad()
-    mask = (attention[:, 1:] != 0) & (attention[:, :-1] != 0)
-    stats = token_stats(model, mask=mask, **keywords)
-    sum(stat.sum() for stat in stats if stat is not None).backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: x.detach() for name, x in stats._asdict().items() if x is not None}, grads
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -140,7 +118,11 @@ class Headless(LlamaForCausalLM):
         (Offset, NotImplementedError, "Offset does more to its logits"),
         (Clamped, NotImplementedError, "Clamped does more to its logits than a scale"),
         (Sliced, NotImplementedError, "Sliced does more .* a scale and a softcap"),
-        (Headless, TypeError, "Headless must be a linear layer, got torch.*linear.Identity"),
+        (
+            Headless,
+            TypeError,
+            "the LM head must be a torch.nn.Linear .* got torch.*linear.Identity: leave",
+        ),
     ],
 )
 def test_unsupported_heads_raise(family, error, message):

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
 from grpo_kernels.integrations import trl as trl_integration
@@ -19,8 +20,10 @@ from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
 from tests.helpers.trl import (
     CASES,
     REUSE,
+    REUSED,
     VESPO,
     check_same,
+    make_experts,
     make_llama,
     make_trainer,
     model_directory,
@@ -236,10 +239,51 @@ def test_cast_lm_head_to_fp32_of_bf16_model():
     torch.testing.assert_close(found[counts], expected[counts], rtol=1e-5, atol=1e-5)
 
 
-def test_copied_head_raises_at_construction():
-    copied = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(TypeError, match=r"got peft\..*\.ModulesToSaveWrapper: leave it"):
-        make_trainer(FusedGRPOTrainer, peft_config=copied)
+LORA_ON_HEAD = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+
+
+@pytest.mark.usefixtures("pytorch_backend")
+def test_lora_on_head():
+    """GRPOTrainer refuses it, so the ground truth is the logits of the model in fp64."""
+    settings = {"peft_config": LORA_ON_HEAD, "beta": 0.04, "learning_rate": 0.05, **REUSED}
+    trainer = make_trainer(FusedGRPOTrainer, **settings)
+    logs, changes = train(trainer)
+    for name, change in changes.items():
+        assert ("lora_" in name) == bool(change.any()), name
+
+    fused = train(make_trainer(partial(FusedGRPOTrainer, fuse_loss=True), **settings))
+    check_same(fused, (logs, changes))
+    ids, attention = batch()
+    found = score(trainer, ids, attention, compute_entropy=True)
+    exact_model = get_peft_model(make_llama(), deepcopy(LORA_ON_HEAD))
+    exact_model.load_state_dict(trainer.model.state_dict())
+    exact_model.double()
+    expected = exact_scores(exact_model, ids, attention, 1.0)
+    trainer.model.zero_grad()
+    (found[0].sum() - 3 * found[1].sum()).backward()
+    (expected[0].sum() - 3 * expected[1].sum()).backward()
+    for score_, exact in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(score_.double(), exact, rtol=1e-5, atol=1e-5)
+    for one, other in zip(trainer.model.parameters(), exact_model.parameters(), strict=True):
+        if other.requires_grad:
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "cast", "error", "message"),
+    [
+        ({"lora_dropout": 0.5}, False, TypeError, "lora_dropout=0.5 in training mode: set lora_"),
+        ({"use_dora": True}, False, TypeError, r"got the adapter 'default' with peft\..*Dora"),
+        ({}, True, ValueError, "cast_lm_head_to_fp32 must be False with a LoRA on the head"),
+    ],
+)
+def test_unsupported_adapters_on_head_raise_at_construction(config, cast, error, message):
+    adapter = LoraConfig(r=2, target_modules=["lm_head"], **config)
+    settings = {"peft_config": adapter, "make_model": make_experts, "cast_lm_head_to_fp32": cast}
+    with pytest.raises(error, match=message):
+        make_trainer(FusedGRPOTrainer, **settings)
+    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+        make_trainer(GRPOTrainer, **settings)
 
 
 def test_fuse_trainer_refuses_other_classes():
