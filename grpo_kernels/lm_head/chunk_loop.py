@@ -80,6 +80,20 @@ class Chunk(NamedTuple):
         return (logprob.squeeze(0), entropy.squeeze(0), None), self.d_logits
 
 
+class Logits(NamedTuple):
+    """Logits of tokens, the policy's and, with a KL, those of the reference policy."""
+
+    policy: Tensor  # [n, V], in the accumulation dtype
+    reference: Tensor | None
+
+    def select(self, positions: Tensor | None) -> "Logits":
+        """Copy these rows; None: all as they are."""
+        if positions is None:
+            return self
+        reference = None if self.reference is None else self.reference[positions]
+        return Logits(self.policy[positions], reference)
+
+
 class ChunkedLMHead:
     """An LM head that makes the logits of one chunk of tokens at a time, in one workspace.
 
@@ -89,20 +103,36 @@ class ChunkedLMHead:
             last chunk being padded with zeros: the bits of a row may depend on the shape of its
             product, and so never depend on the number of tokens.
         grad: whether gradients will be computed.
+        overwrite: whether the gradient of the logits may overwrite them.
+        logits: memory for the logits of all tokens, which are then one chunk, instead of the
+            workspace.
+        is_made: `logits` has the logits already; they are not overwritten.
     """
 
     def __init__(
-        self, inputs: LMHeadInputs, num_tokens: int, chunk_tokens: int | None, *, grad: bool
+        self,
+        inputs: LMHeadInputs,
+        num_tokens: int,
+        chunk_tokens: int | None,
+        *,
+        grad: bool,
+        overwrite: bool = True,
+        logits: Logits | None = None,
+        is_made: bool = False,
     ) -> None:
         (V, H), device = inputs.weight.shape, inputs.weight.device
         self.pad_last_chunk = chunk_tokens is not None
-        self.size = chunk_tokens or plan_chunk(
-            num_tokens, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
-            gradient=grad,
-        )  # fmt: skip
-        # Each chunk is a collective of all ranks.
-        if inputs.vocab_group and not self.pad_last_chunk:
-            self.size = all_reduce_min(self.size, inputs.vocab_group, device)
+        if chunk_tokens is not None:
+            self.size = chunk_tokens
+        elif logits is not None:
+            self.size = max(1, num_tokens)
+        else:
+            self.size = plan_chunk(
+                num_tokens, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
+                gradient=grad, overwrite=overwrite,
+            )  # fmt: skip
+            if inputs.vocab_group:  # each chunk is a collective of all ranks
+                self.size = all_reduce_min(self.size, inputs.vocab_group, device)
         inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
         if inputs.ref_weight is not None:
             inputs = inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_matmul_dtype))
@@ -113,51 +143,51 @@ class ChunkedLMHead:
             )
         self.inputs = inputs
         self.workspace = Workspace(device)
-        # Without tokens there is no chunk, and no workspace.
-        logits = inputs.temperature.new_empty((self.size if num_tokens else 0, V))
-        self._logits, self._ref_logits = logits, torch.empty_like(logits) if inputs.kl else None
-        self._d_logits = None
-        if grad:
-            dtype = inputs.grad_matmul_dtype
-            same = dtype == logits.dtype
-            self._d_logits = logits if same else torch.empty_like(logits, dtype=dtype)
+        self._grad, self._overwrite = grad, overwrite and not is_made
+        self._logits, self._is_made = logits, is_made
 
     def chunks(self, token_idx: Tensor) -> Iterator[Chunk]:
         """Make the logits of the tokens, chunk by chunk; none for no tokens."""
         if len(token_idx) == 0:
             return
         inputs, workspace = self.inputs, self.workspace
+        V, dtype = inputs.weight.shape[0], inputs.temperature.dtype
         for chunk_idx in token_idx.split(self.size):
             n = len(chunk_idx)
             m = self.size if self.pad_last_chunk else n
             hidden = self._gather("states", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
-            write_logits(self._logits[:m], hidden, inputs.weight, inputs.bias, workspace)
+            policy, reference = self._logits or (workspace("logits", m, V, dtype=dtype), None)
+            if not self._is_made:
+                write_logits(policy[:m], hidden, inputs.weight, inputs.bias, workspace)
             adapter_states = None
             if inputs.adapter_a is not None and inputs.adapter_b is not None:
                 adapter_states = self._adapt(hidden, inputs.adapter_a)
-                logits = self._logits[:m]
-                torch.addmm(logits, adapter_states, inputs.adapter_b.t(), out=logits)
-            ref_logits = None
-            if self._ref_logits is not None:
-                assert inputs.ref_hidden is not None and inputs.ref_weight is not None
-                dtype = inputs.ref_matmul_dtype
-                ref_hidden = self._gather("ref_states", inputs.ref_hidden, chunk_idx, m, dtype)
-                write_logits(
-                    self._ref_logits[:m], ref_hidden, inputs.ref_weight, inputs.ref_bias, workspace
-                )
-                ref_logits = self._ref_logits[:n].unsqueeze(0)
+                if not self._is_made:
+                    part = policy[:m]
+                    torch.addmm(part, adapter_states, inputs.adapter_b.t(), out=part)
+            if inputs.kl is None:
+                reference = None
+            else:
+                if reference is None:
+                    reference = workspace("ref_logits", m, V, dtype=dtype)
+                if not self._is_made:
+                    self._write_ref_logits(reference[:m], chunk_idx)
+                reference = reference[:n].unsqueeze(0)
             rows = RowInputs(
-                self._logits[:n].unsqueeze(0),
+                policy[:n].unsqueeze(0),
                 inputs.tokens[chunk_idx].unsqueeze(0),
                 inputs.temperature[chunk_idx].unsqueeze(0),
                 None,
-                ref_logits,
+                reference,
                 inputs.softcap,
                 inputs.kl,
             )
             d_logits = None
-            if self._d_logits is not None:
-                d_logits = self._d_logits[:m]
+            if self._grad:
+                d_logits = policy
+                if not self._overwrite or inputs.grad_matmul_dtype != dtype:
+                    d_logits = workspace("d_logits", m, V, dtype=inputs.grad_matmul_dtype)
+                d_logits = d_logits[:m]
                 d_logits[n:].zero_()
             yield Chunk(inputs, chunk_idx, hidden, adapter_states, rows, d_logits)
 
@@ -166,6 +196,14 @@ class ChunkedLMHead:
         hidden = self.workspace.cast("unrounded_states", hidden, a.dtype)
         states = self.workspace("adapter_states", len(hidden), len(a), dtype=a.dtype)
         return torch.mm(hidden, a.t(), out=states).mul_(self.inputs.adapter_scale)
+
+    def _write_ref_logits(self, logits: Tensor, token_idx: Tensor) -> None:
+        """Compute the reference policy's logits [m, V] of a chunk."""
+        inputs = self.inputs
+        assert inputs.ref_hidden is not None and inputs.ref_weight is not None
+        dtype = inputs.ref_matmul_dtype
+        hidden = self._gather("ref_states", inputs.ref_hidden, token_idx, len(logits), dtype)
+        write_logits(logits, hidden, inputs.ref_weight, inputs.ref_bias, self.workspace)
 
     def _gather(
         self, name: str, states: Tensor, token_idx: Tensor, m: int, dtype: torch.dtype
@@ -181,16 +219,25 @@ class LMHeadGrad:
     """Accumulates the gradients of the head's tensors over the chunks of `num_tokens` tokens.
 
     wanted: which of `LMHeadInputs.leaves` get one; the others have None.
+    d_hidden: memory for that gradient.
     """
 
-    def __init__(self, head: ChunkedLMHead, num_tokens: int, wanted: list[bool]) -> None:
+    def __init__(
+        self,
+        head: ChunkedLMHead,
+        num_tokens: int,
+        wanted: list[bool],
+        d_hidden: Tensor | None = None,
+    ) -> None:
         inputs, (hidden, weight, bias, adapter_a, adapter_b) = head.inputs, wanted
         self._inputs, self._workspace = inputs, head.workspace
         self._dtype, self._first = inputs.grad_dtype, True
         new = inputs.temperature.new_empty
         # Operand of the product that gives d_hidden.
         self._weight = inputs.weight.to(inputs.grad_matmul_dtype) if hidden else None
-        self.d_hidden = new(inputs.hidden.shape, dtype=self._dtype).zero_() if hidden else None
+        if hidden and d_hidden is None:
+            d_hidden = new(inputs.hidden.shape, dtype=self._dtype)
+        self.d_hidden = None if d_hidden is None else d_hidden.zero_()
         # A single chunk's product is the result; several are summed in fp32.
         single = num_tokens <= head.size
         dtype = self._dtype if single else None
@@ -246,7 +293,7 @@ class LMHeadGrad:
         d_adapter_a, d_adapter_b = self.d_adapter_a, self.d_adapter_b
         if d_hidden is not None and vocab_group:
             dtype = self._inputs.temperature.dtype
-            d_hidden = all_reduce_sum(d_hidden.to(dtype), vocab_group).to(self._dtype)
+            d_hidden.copy_(all_reduce_sum(d_hidden.to(dtype), vocab_group))
         if d_weight is not None:
             d_weight = (d_weight.zero_() if self._first else d_weight).to(self._dtype)
         if d_adapter_a is not None and vocab_group:

@@ -12,15 +12,17 @@ MEMORY_SHARE = 16  # the workspace is at most this part of the device's memory
 TILE = 128  # rows: matrix products work in tiles of this height
 
 
-def bytes_per_token(V: int, H: int, dtype: torch.dtype, *, kl: bool, gradient: bool) -> int:
+def bytes_per_token(
+    V: int, H: int, dtype: torch.dtype, *, kl: bool, gradient: bool, overwrite: bool = True
+) -> int:
     """Count one token's bytes of workspace: unrounded logits, their gradient, hidden states.
 
     With kl there are logits of the reference policy too. In half precision the gradient of the
-    logits has its own memory; else it overwrites them.
+    logits has its own memory; else it overwrites them, unless they are needed again.
     """
     wide, narrow = max(4, dtype.itemsize), dtype.itemsize
     logits = V * wide * (2 if kl else 1)
-    if gradient and narrow < wide:
+    if gradient and (narrow < wide or not overwrite):
         logits += V * narrow
     return logits + H * (narrow + (wide if gradient else 0))
 
@@ -34,6 +36,7 @@ def plan_chunk(
     *,
     kl: bool = False,
     gradient: bool = True,
+    overwrite: bool = True,
 ) -> int:
     """Plan tokens per chunk, so that N tokens make few, large, equal chunks.
 
@@ -42,15 +45,21 @@ def plan_chunk(
         memory: of the device, in bytes.
         kl: the reference policy's logits are needed beside the policy's.
         gradient: False where only statistics are wanted.
+        overwrite: False where the gradient of the logits must not overwrite them.
 
     Returns:
         At least 1. Chunks are equal up to the last one, which is smaller by less than a tile for
         each of them.
     """
-    budget = min(WORKSPACE, memory // MEMORY_SHARE)
-    largest = max(1, budget // bytes_per_token(V, H, dtype, kl=kl, gradient=gradient))
+    token_bytes = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient, overwrite=overwrite)
+    largest = max(1, workspace_bytes(memory) // token_bytes)
     tile = TILE if largest >= TILE else 1
     largest -= largest % tile
     num_chunks = max(1, -(-N // largest))
     equal = -(-N // num_chunks)
     return max(1, min(N, equal + -equal % tile))
+
+
+def workspace_bytes(memory: int) -> int:
+    """Return the size of the workspace on a device with that many bytes of memory."""
+    return min(WORKSPACE, memory // MEMORY_SHARE)

@@ -241,8 +241,9 @@ def loss_and_stats(
         and is_token_level(config, has_sampling=has_sampling)
     ):
         stats = run_linear_token_stats(
-            inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad
-        )
+            inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad,
+            entropy_grad=config.entropy_coef != 0,
+        )  # fmt: skip
         detached = TokenStats._make(x if x is None else x.detach() for x in stats)
         return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl), detached
 

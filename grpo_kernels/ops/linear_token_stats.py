@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends import RowStats, StatsRequest
-from ..backends.interface import StatsOutputs
-from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
+from ..lm_head.backward_plan import Trained, plan_backward
+from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, Logits
 from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
@@ -23,23 +23,88 @@ from .token_stats import TokenStats, as_token_stats, load_stats, save_stats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+HIDDEN_ONLY = [True, False, False, False, False]  # of LMHeadInputs.leaves
+
 
 @bundled_op("grpo_kernels::linear_token_stats_forward")
 def _forward(
-    inputs: LMHeadInputs, packing: TokenPacking, chunk_tokens: int | None, skip_zero_grad: bool
-) -> StatsOutputs:
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
+    chunk_tokens: int | None,
+    skip_zero_grad: bool,
+    trained: Trained,
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
     token_idx = counted_tokens(inputs, packing)
     stats = new_stats(inputs)
+    plan = plan_backward(inputs, chunk_tokens, trained)
+    logits, ref_logits, hidden_grads = plan.allocate(inputs)
+    kept = None
+    if plan.logits is not None:
+        kept = Logits(logits, None if inputs.kl is None else ref_logits)
+        logits[len(token_idx) :].zero_()  # rows of masked tokens
+        ref_logits[len(token_idx) :].zero_()
+    num_with_grad = 0
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=False)
+        if plan.statistics:
+            num_with_grad = len(gradient_order(packing, skip_zero_grad))
+            _write_hidden_grads(
+                hidden_grads, stats, inputs, token_idx[:num_with_grad], chunk_tokens,
+                plan.statistics,
+            )  # fmt: skip
+        token_idx = token_idx[num_with_grad:]
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=False, logits=kept)
         for chunk in head.chunks(token_idx):
             write_stats(stats, chunk.token_idx, chunk.stats())
-    return stats.as_outputs()
+    return *stats.as_outputs(), logits, ref_logits, hidden_grads
 
 
 @_forward.register_fake
-def _(inputs: LMHeadInputs, *_) -> tuple[Tensor, ...]:
-    return new_stats(inputs).as_outputs()
+def _(
+    inputs: LMHeadInputs, packing: TokenPacking, chunk_tokens: int | None, _: bool, trained: Trained
+) -> tuple[Tensor, ...]:
+    left = plan_backward(inputs, chunk_tokens, trained).allocate(inputs)
+    return *new_stats(inputs).as_outputs(), *left
+
+
+def _write_hidden_grads(
+    hidden_grads: Tensor,
+    stats: RowStats,
+    inputs: LMHeadInputs,
+    token_idx: Tensor,
+    chunk_tokens: int | None,
+    statistics: tuple[str, ...],
+) -> None:
+    """Compute the statistics and their gradients in the hidden states [statistics, N, H]."""
+    head = ChunkedLMHead(
+        inputs, len(token_idx), chunk_tokens, grad=True, overwrite=len(statistics) == 1
+    )
+    head_grads = [
+        LMHeadGrad(head, len(token_idx), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads
+    ]
+    for chunk in head.chunks(token_idx):
+        chunk_stats = chunk.stats()
+        write_stats(stats, chunk.token_idx, chunk_stats)
+        ones = torch.ones_like(chunk_stats.row_lse[..., 0])
+        for head_grad, name in zip(head_grads, statistics, strict=True):
+            unit = TokenGrads(None, None, None)._replace(**{name: ones})
+            head_grad.add(chunk, chunk.grad(chunk_stats, unit))
+    for head_grad in head_grads:
+        head_grad.finish(inputs.vocab_group)
 
 
 def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
@@ -74,13 +139,20 @@ def _backward(
     skip_zero_grad: bool,
     stats: RowStats,
     grads: TokenGrads,
+    logits: Tensor | None,
+    ref_logits: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     group = inputs.vocab_group
     inputs = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
-    token_idx = _tokens_with_grad(packing, grads, skip_zero_grad)
+    token_idx, positions = _tokens_with_grad(packing, grads, skip_zero_grad)
+    kept = None
+    if logits is not None:
+        kept = Logits(logits, ref_logits).select(positions)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=True)
+        head = ChunkedLMHead(
+            inputs, len(token_idx), chunk_tokens, grad=True, logits=kept, is_made=kept is not None
+        )
         head_grad = LMHeadGrad(head, len(token_idx), wanted)
         for chunk in head.chunks(token_idx):
             chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
@@ -101,43 +173,96 @@ def _(inputs: LMHeadInputs, *others: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _tokens_with_grad(packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool) -> Tensor:
-    """Return the tokens that may have a gradient; on the CPU, those whose gradient is not 0."""
+def gradient_order(packing: TokenPacking, skip_zero_grad: bool) -> Tensor:
+    """Return the tokens that may have a gradient, in the order of the packing."""
     num_active, num_zero_grad = packing.counts.tolist()
-    token_idx = packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
+    return packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
+
+
+def _tokens_with_grad(
+    packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the tokens that may have a gradient; on the CPU, those whose gradient is not 0.
+
+    Also their positions in the order of the packing; None: they are its first.
+    """
+    token_idx = gradient_order(packing, skip_zero_grad)
     if token_idx.device.type != "cpu":
-        return token_idx
+        return token_idx, None
     has_grad = torch.zeros(len(token_idx), dtype=torch.bool)
     for grad in grads:
         if grad is not None:
             has_grad |= grad[token_idx] != 0
-    return token_idx[has_grad]
+    if has_grad.all():
+        return token_idx, None
+    return token_idx[has_grad], has_grad.nonzero().squeeze(-1)
+
+
+@bundled_op("grpo_kernels::linear_token_stats_scaled_backward")
+def _scaled_backward(
+    packing: TokenPacking,
+    skip_zero_grad: bool,
+    hidden_grads: Tensor,
+    rows: list[int],
+    upstream: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sum hidden_grads[row] [N, H], a frozen head's, times its upstream gradient [N]."""
+    token_idx = gradient_order(packing, skip_zero_grad)
+    d_hidden = None
+    for row, grad in zip(rows, upstream, strict=True):
+        # A masked token, or one without an upstream gradient, gets 0, whatever its row holds.
+        factor = torch.zeros_like(grad).index_copy_(0, token_idx, grad[token_idx]).unsqueeze(-1)
+        product = (hidden_grads[row] * factor).masked_fill_(factor == 0, 0.0)
+        d_hidden = product if d_hidden is None else d_hidden.add_(product)
+    assert d_hidden is not None
+    return d_hidden.to(dtype)
+
+
+@_scaled_backward.register_fake
+def _(packing, skip_zero_grad, hidden_grads, rows, upstream, dtype) -> Tensor:
+    return hidden_grads.new_empty(hidden_grads.shape[1:], dtype=dtype)
 
 
 def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
-    inputs, packing, *ctx.settings = bundles
+    inputs, packing, *ctx.settings, trained = bundles
+    *stats, logits, ref_logits, hidden_grads = output
     tensors = [x if isinstance(x, Tensor) else None for x in inputs]
     ctx.values = [None if isinstance(x, Tensor) else x for x in inputs]
-    save_stats(ctx, StatsRequest(entropy=inputs.entropy), output, *tensors, *packing)
+    ctx.plan = plan_backward(inputs, ctx.settings[0], trained)
+    left = (logits, ref_logits, hidden_grads)
+    save_stats(ctx, StatsRequest(entropy=inputs.entropy), stats, *tensors, *packing, *left)
 
 
 def _autograd(ctx: Any, *grads_of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     has_kl = ctx.values[LMHeadInputs._fields.index("kl")] is not None
-    (*tensors, order, counts), stats, grads = load_stats(ctx, grads_of_outputs, kl=has_kl)
+    saved, stats, grads = load_stats(ctx, grads_of_outputs, kl=has_kl)
+    *tensors, order, counts, logits, ref_logits, hidden_grads = saved
     inputs = LMHeadInputs(
         *(v if t is None else t for t, v in zip(tensors, ctx.values, strict=True))
     )
+    packing, (chunk_tokens, skip_zero_grad) = TokenPacking(order, counts), ctx.settings
     wanted = list(ctx.needs_input_grad[: len(inputs.leaves)])
-    if all(grad is None for grad in grads) or not any(wanted):
+    upstream = {name: grad for name, grad in grads._asdict().items() if grad is not None}
+    if not upstream or not any(wanted):
         return ()
+    statistics = ctx.plan.statistics
+    if statistics and upstream.keys() <= set(statistics):
+        rows, dtype = [statistics.index(name) for name in upstream], inputs.hidden.dtype
+        parts = list(upstream.values())
+        return (_scaled_backward(packing, skip_zero_grad, hidden_grads, rows, parts, dtype),)
+    has_logits = ctx.plan.logits is not None
     if grads.kl is None:  # the reference policy is not read
         inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None, kl=None)
     head_grads = _backward(
         inputs,
-        TokenPacking(order, counts),
-        *ctx.settings,
+        packing,
+        chunk_tokens,
+        skip_zero_grad,
         stats,
         grads,
+        logits if has_logits else None,
+        ref_logits if has_logits and has_kl else None,
         wanted,
     )
     return tuple(grad if want else None for grad, want in zip(head_grads, wanted, strict=True))
@@ -162,17 +287,26 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     adapter: HeadAdapter | None = None,
+    entropy_grad: bool = False,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias, one chunk of logits at a time.
 
-    Forward is one matrix product (two with a KL). Backward makes the logits again, then the
-    gradients: 8·n·V·H floating-point operations for n unmasked tokens, 2·n·V·H without gradient.
+    Forward is one matrix product, 2·n·V·H floating-point operations for n unmasked tokens (two
+    products with a KL). With the gradient it is
+
+        4 products     trained head: backward makes the logits again
+        3              trained head, and all tokens fit one chunk: the logits are kept
+        2              frozen head, as in LoRA training: forward computes d logprob / d hidden,
+                       which backward multiplies by the upstream gradient; one more with a KL
+        3              frozen head and `entropy_grad`
+
     Logits are not rounded to the dtype of their operands, and gradients are summed in fp32: from
     bf16 the log-probs are right to 1e-5. The memory taken beside the results is about 1 GiB of
-    workspace and the gradient of the weight in fp32, whatever the number of tokens.
+    workspace and the gradient of the weight in fp32, whatever the number of tokens; with a frozen
+    head [N, H] numbers per statistic that has a gradient.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[:, t] is the last hidden state that predicts
@@ -187,6 +321,9 @@ def linear_token_stats(
             its hidden size may differ.
         adapter: a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ, before the softcap and the
             temperature. Its `a` and `b` get gradients, and may be DTensors too.
+        entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
+            will have an upstream gradient. The results are the same. Without the hint such a
+            gradient costs four products, as backward makes the logits again.
         chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
             is padded, so that the bits of a token's results do not depend on how many tokens there
             are, nor on the others; on a CPU they may depend on its place in its chunk.
@@ -228,7 +365,9 @@ def linear_token_stats(
     )
     check_chunk_tokens(chunk_tokens)
     packing = resolve_token_order(packing, mask, tokens)
-    return run_linear_token_stats(inputs, packing, tokens.shape, chunk_tokens)
+    return run_linear_token_stats(
+        inputs, packing, tokens.shape, chunk_tokens, entropy_grad=entropy_grad
+    )
 
 
 def run_linear_token_stats(
@@ -238,11 +377,22 @@ def run_linear_token_stats(
     chunk_tokens: int | None,
     *,
     skip_zero_grad: bool = False,
+    entropy_grad: bool = False,
 ) -> TokenStats:
-    """Run the operator; skip_zero_grad: no gradient for tokens that the packing says have none."""
-    stats = RowStats._make(_forward(inputs, packing, chunk_tokens, skip_zero_grad))
+    """Run the operator.
+
+    Args:
+        skip_zero_grad: no gradient for tokens that the packing says have none.
+        entropy_grad: as in `linear_token_stats`.
+    """
+    is_trained = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
+        for leaf in inputs.leaves
+    ]
+    trained = Trained(*is_trained, entropy=entropy_grad and inputs.entropy)
+    *outputs, _, _, _ = _forward(inputs, packing, chunk_tokens, skip_zero_grad, trained)
     request = StatsRequest(entropy=inputs.entropy)
-    return as_token_stats(stats, shape, request, kl=inputs.kl is not None)
+    return as_token_stats(RowStats._make(outputs), shape, request, kl=inputs.kl is not None)
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:

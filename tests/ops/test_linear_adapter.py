@@ -106,11 +106,11 @@ def test_adapter_adds_no_product_of_vocabulary_and_hidden_size(pytorch_backend, 
     case = make_case(torch.float32, torch.float32)
     for name in ("hidden", "a", "b"):
         case[name].requires_grad_()
-    forwards, gradient_products = (1, 1) if mode == "token" else (2, 1)
     flops = count_flops(lambda: value(grpo_kernels, case, mode).backward())
-    head = (forwards + gradient_products) * V * H
-    states = forwards * R * (H + V)
-    assert flops == 2 * B * T * (head + states + R * V + 2 * R * H + R * V)
+    logits = V * H + R * V  # made once, as all tokens fit one chunk
+    states = R * H * (1 if mode == "token" else 2)
+    gradient = V * H + R * V + R * H + R * H + R * V  # d_hidden (3 products), d_a and d_b
+    assert flops == 2 * B * T * (logits + states + gradient)
 
 
 def test_without_gradient_of_adapter_its_gradient_products_are_left_out(pytorch_backend):

@@ -66,22 +66,29 @@ class RecordOperators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kl", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "frozen"])
 def test_opcheck(backend, kl, level):
     (hidden, weight), tokens, case = make_inputs(bias=kl)
+    weight.requires_grad_(level != "frozen")
     if not kl:
-        case = {"adapter": HeadAdapter(normal(4, 2, 4), normal(5, 11, 2).requires_grad_(), 2.0)}
+        b = normal(5, 11, 2).requires_grad_(level != "frozen")
+        case = {"adapter": HeadAdapter(normal(4, 2, 4), b, 2.0)}
     config = LossConfig(
-        beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1, ratio_level=level
-    )
+        beta=0.1 if kl else 0.0, kl_estimator="reverse", entropy_coef=0.1,
+        ratio_level="token" if level == "token" else "sequence",
+    )  # fmt: skip
     with RecordOperators() as recorder:
         linear_grpo_loss(
-            hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config, **case
-        ).loss.backward()
+            hidden, weight, tokens, ADVANTAGES, mask=coin(2, 2, 3), config=config,
+            chunk_tokens=2 if level == "frozen" else None, **case,
+        ).loss.backward()  # fmt: skip
     expected = {
         "token": {"pack_tokens", "linear_grpo_loss_forward", "scale_"},
         "sequence": {
             "pack_tokens", "linear_token_stats_forward", "linear_token_stats_backward",
+        },
+        "frozen": {
+            "pack_tokens", "linear_token_stats_forward", "linear_token_stats_scaled_backward",
         },
     }  # fmt: skip
     assert recorder.calls.keys() == expected[level]
@@ -89,9 +96,9 @@ def test_opcheck(backend, kl, level):
         arguments = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
         if name == "linear_token_stats_forward":  # the operator that has an autograd formula
             arguments[0].requires_grad_()
-            arguments[1].requires_grad_()
+            arguments[1].requires_grad_(level != "frozen")
             if not kl:
-                arguments[4].requires_grad_()  # b of the adapter
+                arguments[4].requires_grad_(level != "frozen")  # b of the adapter
         torch.library.opcheck(getattr(torch.ops.grpo_kernels, name), tuple(arguments))
 
 
