@@ -23,7 +23,15 @@ from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
+from .row_scale import gradient_bound, power_of_two_scale
 from .vocab_parallel import all_reduce_min, all_reduce_sum, merge_over_ranks
+
+
+class LogitGrad(NamedTuple):
+    """The gradient of a chunk's logits."""
+
+    rows: Tensor  # [m, V], 0 past the tokens of the chunk; with a scale, each row times its own
+    scale: Tensor | None  # [m], powers of two that keep fp16 in range: row_scale.py
 
 
 class Chunk(NamedTuple):
@@ -48,36 +56,45 @@ class Chunk(NamedTuple):
             stats = merge_over_ranks(group, stats, tokens, temperature, self.inputs.kl)
         return stats
 
-    def grad(self, stats: RowStats, grads: TokenGrads) -> Tensor:
-        """Compute d_logits [m, V] from the upstream gradients of the statistics, [n] each."""
+    def grad(self, stats: RowStats, grads: TokenGrads) -> LogitGrad:
+        """Compute the gradient from the upstream gradients of the statistics, [n] each."""
         assert self.d_logits is not None
+        scale = None
+        if self.d_logits.dtype == torch.float16:
+            temperature = self.rows.temperature.squeeze(0)
+            row_scale = power_of_two_scale(gradient_bound(stats, grads, temperature))
+            grads = TokenGrads(*(x if x is None else x * row_scale for x in grads))
+            scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # of padding: no share
+            scale[: len(row_scale)] = row_scale
         backend_for(self.rows.logits).token_stats_backward(
             self.rows,
             stats.map(lambda x: x.unsqueeze(0)),
             TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in grads)),
             self.d_logits[: len(self.token_idx)].unsqueeze(0),
         )
-        return self.d_logits
+        return LogitGrad(self.d_logits, scale)
 
     def loss_and_grad(
         self, loss_inputs: LossInputs, config: LossConfig
-    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-        """Compute (log-prob, entropy, KL) and d_logits of a token-level loss.
+    ) -> tuple[tuple[Tensor | None, ...], LogitGrad]:
+        """Compute (log-prob, entropy, KL) and the gradient of a token-level loss.
 
-        One launch does both. A KL over the vocabulary, and a vocabulary in shards, take two.
+        One launch does both. A KL over the vocabulary, a vocabulary in shards, and fp16, whose
+        scale is found between the two, take two.
         """
-        if self.inputs.kl is not None or self.inputs.vocab_group:
+        assert self.d_logits is not None
+        is_fp16 = self.d_logits.dtype == torch.float16
+        if self.inputs.kl is not None or self.inputs.vocab_group or is_fp16:
             stats = self.stats()
             assert stats.logprob is not None
             return stats[:3], self.grad(stats, token_gradients(stats.logprob, loss_inputs, config))
-        assert self.d_logits is not None
         logprob, entropy = backend_for(self.rows.logits).grpo_loss(
             self.rows,
             loss_inputs.map(lambda x: x.unsqueeze(0)),
             config,
             self.d_logits[: len(self.token_idx)].unsqueeze(0),
         )
-        return (logprob.squeeze(0), entropy.squeeze(0), None), self.d_logits
+        return (logprob.squeeze(0), entropy.squeeze(0), None), LogitGrad(self.d_logits, None)
 
 
 class Logits(NamedTuple):
@@ -185,8 +202,8 @@ class ChunkedLMHead:
             d_logits = None
             if self._grad:
                 d_logits = policy
-                if not self._overwrite or inputs.grad_matmul_dtype != dtype:
-                    d_logits = workspace("d_logits", m, V, dtype=inputs.grad_matmul_dtype)
+                if not self._overwrite or inputs.matmul_dtype != dtype:
+                    d_logits = workspace("d_logits", m, V, dtype=inputs.matmul_dtype)
                 d_logits = d_logits[:m]
                 d_logits[n:].zero_()
             yield Chunk(inputs, chunk_idx, hidden, adapter_states, rows, d_logits)
@@ -233,8 +250,6 @@ class LMHeadGrad:
         self._inputs, self._workspace = inputs, head.workspace
         self._dtype, self._first = inputs.grad_dtype, True
         new = inputs.temperature.new_empty
-        # Operand of the product that gives d_hidden.
-        self._weight = inputs.weight.to(inputs.grad_matmul_dtype) if hidden else None
         if hidden and d_hidden is None:
             d_hidden = new(inputs.hidden.shape, dtype=self._dtype)
         self.d_hidden = None if d_hidden is None else d_hidden.zero_()
@@ -246,42 +261,85 @@ class LMHeadGrad:
         a, b = inputs.adapter_a, inputs.adapter_b
         self.d_adapter_a = new(a.shape).zero_() if adapter_a and a is not None else None
         self.d_adapter_b = new(b.shape) if adapter_b and b is not None else None
-        # Operand of the product that gives the gradient of hidden aᵀ.
-        self._adapter_b = None
+        # The gradient of hidden aᵀ is d_logits @ adapter_b · adapter_factor.
+        self._adapter_b, self._adapter_factor = None, inputs.adapter_scale
         if b is not None and (hidden or adapter_a):
-            self._adapter_b = b.to(inputs.grad_matmul_dtype) if b.is_cuda else b
+            is_fp16 = inputs.matmul_dtype == torch.float16
+            if is_fp16:  # the first steps of training leave b smaller than fp16 holds
+                scale = power_of_two_scale(b.abs().amax())
+                b, self._adapter_factor = b * scale, inputs.adapter_scale / scale
+            self._adapter_b = b.to(inputs.matmul_dtype) if is_fp16 or b.is_cuda else b
+        # In fp16 the gradients of weight, bias and adapter_b are multiplied by this: row_scale.py.
+        self._scale: Tensor | None = None
 
-    def add(self, chunk: Chunk, d_logits: Tensor) -> None:
+    def add(self, chunk: Chunk, grad: LogitGrad) -> None:
         """Add a chunk's contribution."""
-        inputs, workspace = self._inputs, self._workspace
+        self._add_to_states(chunk, grad)
+        self._add_to_head(chunk, grad)
+        self._first = False
+
+    def _add_to_states(self, chunk: Chunk, grad: LogitGrad) -> None:
+        """Add to d_hidden, and to d_adapter_a, a product of the gradient of hidden aᵀ."""
+        inputs, workspace, d_logits = self._inputs, self._workspace, grad.rows
+        inverse = None if grad.scale is None else grad.scale.reciprocal().unsqueeze(-1)
         d_states = None  # gradient of hidden aᵀ [m, r]
         if self._adapter_b is not None:
             shape = (len(d_logits), self._adapter_b.shape[1])
             d_states = workspace("d_adapter_states", *shape, dtype=inputs.temperature.dtype)
             write_hidden_gradient(d_states, d_logits, self._adapter_b, workspace)
-            d_states.mul_(inputs.adapter_scale)
-        if self.d_hidden is not None and self._weight is not None:
-            shape = (len(d_logits), self._weight.shape[1])
+            d_states.mul_(self._adapter_factor)
+            if inverse is not None:
+                d_states.mul_(inverse)
+        if self.d_hidden is not None:
+            shape = (len(d_logits), inputs.weight.shape[1])
             product = workspace("product", *shape, dtype=self._dtype)
-            write_hidden_gradient(product, d_logits, self._weight, workspace)
+            write_hidden_gradient(product, d_logits, inputs.weight, workspace)
+            if inverse is not None:
+                product.mul_(inverse)
             if d_states is not None and inputs.adapter_a is not None:
                 unrounded = workspace("adapter_product", *shape, dtype=d_states.dtype)
                 product.add_(torch.mm(d_states, inputs.adapter_a, out=unrounded))
             self.d_hidden.index_copy_(0, chunk.token_idx, product[: len(chunk.token_idx)])
-        if self.d_weight is not None:
-            hidden = workspace.cast("states", chunk.hidden, inputs.grad_matmul_dtype)
-            add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
-        if self.d_bias is not None:
-            self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
         if self.d_adapter_a is not None and d_states is not None:
             hidden = workspace.cast("unrounded_states", chunk.hidden, d_states.dtype)
             torch.addmm(self.d_adapter_a, d_states.t(), hidden, out=self.d_adapter_a)
+
+    def _add_to_head(self, chunk: Chunk, grad: LogitGrad) -> None:
+        """Add to d_weight, d_bias and d_adapter_b: products of d_logits.T."""
+        workspace, d_logits = self._workspace, grad.rows
+        share = None if grad.scale is None else self._to_common_scale(grad.scale)
+        if self.d_weight is not None:
+            hidden = self._operand("states", chunk.hidden, share)
+            add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
+        if self.d_bias is not None and share is None:
+            self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
+        elif self.d_bias is not None and share is not None:
+            column = self.d_bias.unsqueeze(-1)
+            add_weight_gradient(column, d_logits, share, workspace, first=self._first)
         if self.d_adapter_b is not None and chunk.adapter_states is not None:
-            states = chunk.adapter_states
-            if states.is_cuda:
-                states = workspace.cast("adapter_states", states, inputs.grad_matmul_dtype)
+            states = self._operand("adapter_states", chunk.adapter_states, share)
             add_weight_gradient(self.d_adapter_b, d_logits, states, workspace, first=self._first)
-        self._first = False
+
+    def _to_common_scale(self, row_scale: Tensor) -> Tensor:
+        """Take the smallest scale so far for the sums; return its share in each row's [m, 1]."""
+        old, scale = self._scale, row_scale.amin()
+        if old is not None:
+            scale = torch.minimum(old, scale)
+            for total in (self.d_weight, self.d_bias, self.d_adapter_b):
+                if total is not None:  # most chunks do not change the scale: nothing is touched
+                    rows = total[(None,) * (3 - total.dim())]
+                    backend_for(rows).scale_(rows, scale / old)
+        self._scale = scale
+        return (scale / row_scale).unsqueeze(-1).to(self._inputs.matmul_dtype)
+
+    def _operand(self, name: str, states: Tensor, share: Tensor | None) -> Tensor:
+        """Return states [m, k] as an operand beside d_logits.T, with the share of each row."""
+        dtype = self._inputs.matmul_dtype
+        if share is not None:
+            operand = self._workspace(f"shares of {name}", *states.shape, dtype=dtype)
+            return operand.copy_(states).mul_(share)
+        # A GPU multiplies two tensors of one dtype.
+        return self._workspace.cast(name, states, dtype) if states.is_cuda else states
 
     def finish(self, vocab_group: str | None) -> HeadTensors:
         """Return the gradients; those of hidden and weight in `LMHeadInputs.grad_dtype`.
@@ -291,6 +349,10 @@ class LMHeadGrad:
         """
         d_hidden, d_weight = self.d_hidden, self.d_weight
         d_adapter_a, d_adapter_b = self.d_adapter_a, self.d_adapter_b
+        if self._scale is not None:
+            for total in (d_weight, self.d_bias, d_adapter_b):
+                if total is not None:
+                    total.div_(self._scale)
         if d_hidden is not None and vocab_group:
             dtype = self._inputs.temperature.dtype
             d_hidden.copy_(all_reduce_sum(d_hidden.to(dtype), vocab_group))

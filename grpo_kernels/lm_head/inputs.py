@@ -77,11 +77,6 @@ class LMHeadInputs(NamedTuple):
         return HeadTensors(*(getattr(self, name) for name in HeadTensors._fields))
 
     @property
-    def grad_matmul_dtype(self) -> torch.dtype:
-        """Dtype of the operands of the gradient products: bf16 for fp16, where they underflow."""
-        return torch.bfloat16 if self.matmul_dtype == torch.float16 else self.matmul_dtype
-
-    @property
     def ref_matmul_dtype(self) -> torch.dtype:
         """Dtype of the operands of the reference policy's product: none of its digits is lost."""
         assert self.ref_hidden is not None
@@ -92,9 +87,12 @@ class LMHeadInputs(NamedTuple):
 
     @property
     def grad_dtype(self) -> torch.dtype:
-        """Dtype of the finished d_hidden and d_weight: fp32 on GPU, operand dtype on CPU."""
-        on_gpu = self.hidden.device.type == "cuda"
-        return self.temperature.dtype if on_gpu else self.grad_matmul_dtype
+        """Dtype of the finished d_hidden and d_weight: fp32, or that of the operands on a CPU.
+
+        fp16 does not hold a gradient that a GradScaler has yet to multiply.
+        """
+        is_unrounded = self.hidden.device.type == "cuda" or self.matmul_dtype == torch.float16
+        return self.temperature.dtype if is_unrounded else self.matmul_dtype
 
     @property
     def grad_dtypes(self) -> tuple[torch.dtype, ...]:

@@ -6,7 +6,8 @@ A GPU multiplies bf16 and returns fp32 (`out_dtype`). On a CPU a product has its
   cost a log-prob 1e-2.
 * Gradients. d_logits is rounded anyway, so these are products of bf16, twice as fast where the
   processor has units for it. Without such units bf16 takes 70 times as long as fp32 (AVX2, 10.5 s
-  against 0.15), and the gradients are products of upcast tiles too. Sums over chunks are in fp32.
+  against 0.15), and the gradients are products of upcast tiles too. So are those of fp16, because
+  row_scale.py scales d_logits up to the limit of fp16. Sums over chunks are in fp32.
 """
 
 from collections.abc import Iterator
@@ -91,12 +92,13 @@ def vocab_tiles(V: int, H: int) -> Iterator[slice]:
 def is_upcast(d_logits: Tensor, operand: Tensor) -> bool:
     """Tell whether the product is made after a conversion to fp32, because that is faster.
 
-    On a CPU, operands of two dtypes have no product without one.
+    On a CPU, operands of two dtypes have no product without one, and that of fp16 has no range.
     """
     if d_logits.device.type != "cpu":
         return False
-    same_dtype = d_logits.dtype == operand.dtype
-    return not same_dtype or (operand.dtype == torch.bfloat16 and not has_bf16_units())
+    if d_logits.dtype != operand.dtype or operand.dtype == torch.float16:
+        return True
+    return operand.dtype == torch.bfloat16 and not has_bf16_units()
 
 
 @cache

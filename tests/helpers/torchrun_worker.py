@@ -26,7 +26,7 @@ V = 23
 HEAD = ("weight", "bias", "ref_weight", "ref_bias")
 LEAVES = ("hidden", "weight", "bias", "a", "b")
 OF_ROWS = ("d_weight", "d_bias", "d_b")  # gradients of this rank's rows alone
-TIGHT = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-6}
+TIGHT = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
 
 
 def group():
@@ -89,7 +89,7 @@ def check(case, function=linear_token_stats, rows=None, **keywords):
     assert ours.keys() == expected.keys()
     for name, x in ours.items():
         like = expected[name][rows] if name in OF_ROWS else expected[name]
-        if x.dtype == torch.bfloat16:
+        if x.dtype in (torch.bfloat16, torch.float16):
             assert relative_error(x, like.double()) < 8e-3, name
         else:
             tolerance = TIGHT[case["hidden"].dtype]
@@ -200,8 +200,9 @@ def linear_grpo_losses():
     case = make_case(15, kl=False)
     some_zero = torch.tensor([0.0, 1.0], dtype=torch.float64)
     check(case, linear_grpo_loss, advantages=some_zero)
-    for dtype in (torch.float32, torch.bfloat16):
-        check(make_case(16, dtype, kl=False), linear_grpo_loss, advantages=advantages.float())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = adapter_case(make_case(16, dtype, kl=False), 17)
+        check(case, with_adapter(linear_grpo_loss), advantages=advantages.float())
 
 
 def with_adapter(function):
