@@ -311,6 +311,8 @@ def linear_token_stats(
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[:, t] is the last hidden state that predicts
             tokens[:, t]. fp32, bf16, fp16 or fp64; under autocast the products are in its dtype.
+            In fp16 the gradient of each token is brought into the range of fp16 by a power of two,
+            so that it does not underflow, and no bf16 is needed.
         weight: [V, H], that of the LM head; bias: [V]. Where one of them, or hidden, needs no
             gradient, its product is left out. A weight in another dtype than `hidden` is cast to
             that of `hidden` for the products, as TRL does: an fp32 weight is rounded to bf16 hidden
@@ -319,8 +321,10 @@ def linear_token_stats(
             shards.
         ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
             its hidden size may differ.
-        adapter: a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ, before the softcap and the
-            temperature. Its `a` and `b` get gradients, and may be DTensors too.
+        adapter: `HeadAdapter(a, b, scale)`, a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ,
+            before the softcap and the temperature, with a [r, H] and b [V, r] in any dtype. `a` and
+            `b` get gradients, and may be DTensors. Where only they and `hidden` are trained, it is
+            2 products if all tokens fit one chunk, else 3.
         entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
             will have an upstream gradient. The results are the same. Without the hint such a
             gradient costs four products, as backward makes the logits again.

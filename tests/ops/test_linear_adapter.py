@@ -89,7 +89,7 @@ def test_gradients_match_autograd_in_fp64(backend, mode, frozen, chunk_tokens):
     ],
     ids=str,
 )
-def test_accuracy_in_lower_precision(backend, dtype, adapter_dtype, mode, chunk_tokens):
+def test_accuracy_in_lower_precision(pytorch_backend, dtype, adapter_dtype, mode, chunk_tokens):
     case = make_case(dtype, adapter_dtype)
     exact = exact_gradients(case, mode)
     ours = gradients(grpo_kernels, case, mode, chunk_tokens=chunk_tokens)
