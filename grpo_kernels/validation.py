@@ -201,15 +201,21 @@ def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
 
 def expect_tokens(tokens: Tensor, rows: Tensor, name: str = "logits") -> None:
     """Expect integer ids, one per row of the logits or hidden states `name`, else raise."""
-    expect_tensor("tokens", tokens)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
+    expect_ids("tokens", tokens)
     if tokens.shape != rows.shape[:-1]:
         raise ValueError(
             f"tokens must have shape {tuple(rows.shape[:-1])}, that of {name} without the "
             f"last dimension, got {shape_of(tokens)}"
         )
     expect_tensor("tokens", tokens, device_of=rows)
+
+
+def expect_ids(name: str, ids: object) -> None:
+    """Expect a tensor of integers, else raise a TypeError."""
+    expect_tensor(name, ids)
+    assert isinstance(ids, Tensor)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integer ids, got {ids.dtype}")
 
 
 def expect_token_ids(tokens: Tensor, mask: Tensor | None, V: int) -> None:

@@ -70,7 +70,8 @@ def plan_backward(inputs: LMHeadInputs, chunk_tokens: int | None, trained: Train
     # there are. With shards of the vocabulary the chunks of all ranks decide, not this rank's.
     if fits and inputs.vocab_group is None and not (is_frozen and chunk_tokens is not None):
         return BackwardPlan((rows, V), ())
-    if not is_frozen:
+    # With several tokens to a row, d logprob / d hidden would be of the tokens, not of the rows.
+    if not is_frozen or inputs.token_rows is not None:
         return BackwardPlan(None, ())
     is_left = {"logprob": True, "entropy": trained.entropy, "kl": inputs.kl is not None}
     return BackwardPlan(None, tuple(name for name, left in is_left.items() if left))

@@ -23,8 +23,9 @@ from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
+from .row_groups import NO_TOKEN, RowGroups, TokenLogits
 from .row_scale import gradient_bound, power_of_two_scale
-from .vocab_parallel import all_reduce_min, all_reduce_sum, merge_over_ranks
+from .vocab_parallel import all_gather, all_reduce_min, all_reduce_sum, merge_over_ranks
 
 
 class LogitGrad(NamedTuple):
@@ -38,53 +39,84 @@ class Chunk(NamedTuple):
     """Tokens whose logits are in the workspace, until the next chunk."""
 
     inputs: LMHeadInputs
-    token_idx: Tensor  # [n], int64
+    groups: RowGroups  # n rows of hidden states and their t tokens, mostly the same
     hidden: Tensor  # [m, H]: operands of the products; m = n, or the fixed size of a padded chunk
     adapter_states: Tensor | None  # [m, r]: scale · hidden aᵀ of an adapter
     rows: RowInputs  # [1, n, V]
     d_logits: Tensor | None  # [m, V], 0 past n; may be the memory of the logits
 
+    @property
+    def token_idx(self) -> Tensor:
+        """Indices of the tokens, [t] int64."""
+        return self.groups.token_idx
+
     def stats(self) -> RowStats:
-        """Compute the statistics of the tokens, [n] each."""
+        """Compute the statistics of the tokens, [t] each."""
         stats = backend_for(self.rows.logits).token_stats_forward(
             self.rows, StatsRequest(entropy=self.inputs.entropy)
         )
         stats = stats.map(lambda x: x.squeeze(0))
-        if self.inputs.vocab_group:
+        group = self.inputs.vocab_group
+        if group:
             tokens, temperature = self.rows.tokens.squeeze(0), self.rows.temperature.squeeze(0)
-            group = self.inputs.vocab_group
             stats = merge_over_ranks(group, stats, tokens, temperature, self.inputs.kl)
-        return stats
+        position = self.groups.position
+        if position is None:
+            return stats
+        stats = stats.map(lambda x: x[position])
+        logprob = self._token_logits().logprob(stats.row_lse)
+        return stats._replace(logprob=all_gather(logprob, group).amax(0) if group else logprob)
 
     def grad(self, stats: RowStats, grads: TokenGrads) -> LogitGrad:
-        """Compute the gradient from the upstream gradients of the statistics, [n] each."""
+        """Compute the gradient from the upstream gradients of the statistics, [t] each."""
         assert self.d_logits is not None
-        scale = None
+        groups, scale = self.groups, None
+        d_rows = self.d_logits[: len(groups)]
         if self.d_logits.dtype == torch.float16:
-            temperature = self.rows.temperature.squeeze(0)
-            row_scale = power_of_two_scale(gradient_bound(stats, grads, temperature))
-            grads = TokenGrads(*(x if x is None else x * row_scale for x in grads))
+            temperature = self.inputs.temperature[self.token_idx]
+            bound = groups.sum_by_row(gradient_bound(stats, grads, temperature))
+            row_scale = power_of_two_scale(bound)
+            token_scale = row_scale if groups.position is None else row_scale[groups.position]
+            grads = TokenGrads(*(x if x is None else x * token_scale for x in grads))
             scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # of padding: no share
             scale[: len(row_scale)] = row_scale
+        token_logits, row_stats, row_grads = None, stats, grads
+        if groups.first is not None:
+            token_logits = self._token_logits()  # before their gradient overwrites the logits
+            row_stats = stats.map(lambda x, first=groups.first: x[first])
+            row_grads = TokenGrads(*(x if x is None else groups.sum_by_row(x) for x in grads))
         backend_for(self.rows.logits).token_stats_backward(
             self.rows,
-            stats.map(lambda x: x.unsqueeze(0)),
-            TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in grads)),
-            self.d_logits[: len(self.token_idx)].unsqueeze(0),
+            row_stats.map(lambda x: x.unsqueeze(0)),
+            TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in row_grads)),
+            d_rows.unsqueeze(0),
         )
+        if token_logits is not None and grads.logprob is not None:
+            token_logits.add_one_hot(d_rows, grads.logprob)
         return LogitGrad(self.d_logits, scale)
+
+    def _token_logits(self) -> TokenLogits:
+        assert self.groups.position is not None
+        return TokenLogits.read(
+            self.rows.logits.squeeze(0),
+            self.groups.position,
+            self.inputs.tokens[self.token_idx],
+            self.inputs.temperature[self.token_idx],
+            self.inputs.softcap,
+        )
 
     def loss_and_grad(
         self, loss_inputs: LossInputs, config: LossConfig
     ) -> tuple[tuple[Tensor | None, ...], LogitGrad]:
         """Compute (log-prob, entropy, KL) and the gradient of a token-level loss.
 
-        One launch does both. A KL over the vocabulary, a vocabulary in shards, and fp16, whose
-        scale is found between the two, take two.
+        One launch does both. A KL over the vocabulary, a vocabulary in shards, rows with several
+        tokens, and fp16, whose scale is found between the two, take two.
         """
         assert self.d_logits is not None
-        is_fp16 = self.d_logits.dtype == torch.float16
-        if self.inputs.kl is not None or self.inputs.vocab_group or is_fp16:
+        takes_two = self.inputs.kl is not None or self.inputs.vocab_group is not None
+        takes_two |= self.groups.position is not None or self.d_logits.dtype == torch.float16
+        if takes_two:
             stats = self.stats()
             assert stats.logprob is not None
             return stats[:3], self.grad(stats, token_gradients(stats.logprob, loss_inputs, config))
@@ -92,7 +124,7 @@ class Chunk(NamedTuple):
             self.rows,
             loss_inputs.map(lambda x: x.unsqueeze(0)),
             config,
-            self.d_logits[: len(self.token_idx)].unsqueeze(0),
+            self.d_logits[: len(self.groups)].unsqueeze(0),
         )
         return (logprob.squeeze(0), entropy.squeeze(0), None), LogitGrad(self.d_logits, None)
 
@@ -103,10 +135,8 @@ class Logits(NamedTuple):
     policy: Tensor  # [n, V], in the accumulation dtype
     reference: Tensor | None
 
-    def select(self, positions: Tensor | None) -> "Logits":
-        """Copy these rows; None: all as they are."""
-        if positions is None:
-            return self
+    def select(self, positions: Tensor) -> "Logits":
+        """Copy these rows."""
         reference = None if self.reference is None else self.reference[positions]
         return Logits(self.policy[positions], reference)
 
@@ -115,13 +145,14 @@ class ChunkedLMHead:
     """An LM head that makes the logits of one chunk of tokens at a time, in one workspace.
 
     Args:
-        num_tokens: how many tokens will be worked on; the planner divides them into chunks.
+        num_rows: how many rows of hidden states will be worked on; the planner divides them into
+            chunks.
         chunk_tokens: overrides the planner. Every product then has exactly this many rows, the
             last chunk being padded with zeros: the bits of a row may depend on the shape of its
             product, and so never depend on the number of tokens.
         grad: whether gradients will be computed.
         overwrite: whether the gradient of the logits may overwrite them.
-        logits: memory for the logits of all tokens, which are then one chunk, instead of the
+        logits: memory for the logits of all rows, which are then one chunk, instead of the
             workspace.
         is_made: `logits` has the logits already; they are not overwritten.
     """
@@ -129,7 +160,7 @@ class ChunkedLMHead:
     def __init__(
         self,
         inputs: LMHeadInputs,
-        num_tokens: int,
+        num_rows: int,
         chunk_tokens: int | None,
         *,
         grad: bool,
@@ -142,10 +173,10 @@ class ChunkedLMHead:
         if chunk_tokens is not None:
             self.size = chunk_tokens
         elif logits is not None:
-            self.size = max(1, num_tokens)
+            self.size = max(1, num_rows)
         else:
             self.size = plan_chunk(
-                num_tokens, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
+                num_rows, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
                 gradient=grad, overwrite=overwrite,
             )  # fmt: skip
             if inputs.vocab_group:  # each chunk is a collective of all ranks
@@ -163,16 +194,16 @@ class ChunkedLMHead:
         self._grad, self._overwrite = grad, overwrite and not is_made
         self._logits, self._is_made = logits, is_made
 
-    def chunks(self, token_idx: Tensor) -> Iterator[Chunk]:
-        """Make the logits of the tokens, chunk by chunk; none for no tokens."""
-        if len(token_idx) == 0:
+    def chunks(self, groups: RowGroups) -> Iterator[Chunk]:
+        """Make the logits of the rows, chunk by chunk; none for no rows."""
+        if len(groups) == 0:
             return
         inputs, workspace = self.inputs, self.workspace
         V, dtype = inputs.weight.shape[0], inputs.temperature.dtype
-        for chunk_idx in token_idx.split(self.size):
-            n = len(chunk_idx)
+        for chunk_groups in groups.split(self.size):
+            row_idx, n = chunk_groups.row_idx, len(chunk_groups)
             m = self.size if self.pad_last_chunk else n
-            hidden = self._gather("states", inputs.hidden, chunk_idx, m, inputs.matmul_dtype)
+            hidden = self._gather("states", inputs.hidden, row_idx, m, inputs.matmul_dtype)
             policy, reference = self._logits or (workspace("logits", m, V, dtype=dtype), None)
             if not self._is_made:
                 write_logits(policy[:m], hidden, inputs.weight, inputs.bias, workspace)
@@ -188,12 +219,18 @@ class ChunkedLMHead:
                 if reference is None:
                     reference = workspace("ref_logits", m, V, dtype=dtype)
                 if not self._is_made:
-                    self._write_ref_logits(reference[:m], chunk_idx)
+                    self._write_ref_logits(reference[:m], row_idx)
                 reference = reference[:n].unsqueeze(0)
+            if chunk_groups.first is None:
+                tokens, temperature = inputs.tokens[row_idx], inputs.temperature[row_idx]
+            else:
+                first = chunk_groups.token_idx[chunk_groups.first]
+                temperature = inputs.temperature[first]
+                tokens = torch.full_like(first, NO_TOKEN)
             rows = RowInputs(
                 policy[:n].unsqueeze(0),
-                inputs.tokens[chunk_idx].unsqueeze(0),
-                inputs.temperature[chunk_idx].unsqueeze(0),
+                tokens.unsqueeze(0),
+                temperature.unsqueeze(0),
                 None,
                 reference,
                 inputs.softcap,
@@ -206,7 +243,7 @@ class ChunkedLMHead:
                     d_logits = workspace("d_logits", m, V, dtype=inputs.matmul_dtype)
                 d_logits = d_logits[:m]
                 d_logits[n:].zero_()
-            yield Chunk(inputs, chunk_idx, hidden, adapter_states, rows, d_logits)
+            yield Chunk(inputs, chunk_groups, hidden, adapter_states, rows, d_logits)
 
     def _adapt(self, hidden: Tensor, a: Tensor) -> Tensor:
         """Compute scale · hidden [m, H] @ a [r, H].T in the dtype of a."""
@@ -214,26 +251,26 @@ class ChunkedLMHead:
         states = self.workspace("adapter_states", len(hidden), len(a), dtype=a.dtype)
         return torch.mm(hidden, a.t(), out=states).mul_(self.inputs.adapter_scale)
 
-    def _write_ref_logits(self, logits: Tensor, token_idx: Tensor) -> None:
+    def _write_ref_logits(self, logits: Tensor, row_idx: Tensor) -> None:
         """Compute the reference policy's logits [m, V] of a chunk."""
         inputs = self.inputs
         assert inputs.ref_hidden is not None and inputs.ref_weight is not None
         dtype = inputs.ref_matmul_dtype
-        hidden = self._gather("ref_states", inputs.ref_hidden, token_idx, len(logits), dtype)
+        hidden = self._gather("ref_states", inputs.ref_hidden, row_idx, len(logits), dtype)
         write_logits(logits, hidden, inputs.ref_weight, inputs.ref_bias, self.workspace)
 
     def _gather(
-        self, name: str, states: Tensor, token_idx: Tensor, m: int, dtype: torch.dtype
+        self, name: str, states: Tensor, row_idx: Tensor, m: int, dtype: torch.dtype
     ) -> Tensor:
         """Copy the states [N, H] of a chunk to operands [m, H] of a product, padded with zeros."""
         operands = self.workspace(name, m, states.shape[1], dtype=states.dtype)
-        torch.index_select(states, 0, token_idx, out=operands[: len(token_idx)])
-        operands[len(token_idx) :].zero_()
+        torch.index_select(states, 0, row_idx, out=operands[: len(row_idx)])
+        operands[len(row_idx) :].zero_()
         return self.workspace.cast(name, operands, dtype)
 
 
 class LMHeadGrad:
-    """Accumulates the gradients of the head's tensors over the chunks of `num_tokens` tokens.
+    """Accumulates the gradients of the head's tensors over the chunks of `num_rows` rows.
 
     wanted: which of `LMHeadInputs.leaves` get one; the others have None.
     d_hidden: memory for that gradient.
@@ -242,7 +279,7 @@ class LMHeadGrad:
     def __init__(
         self,
         head: ChunkedLMHead,
-        num_tokens: int,
+        num_rows: int,
         wanted: list[bool],
         d_hidden: Tensor | None = None,
     ) -> None:
@@ -254,7 +291,7 @@ class LMHeadGrad:
             d_hidden = new(inputs.hidden.shape, dtype=self._dtype)
         self.d_hidden = None if d_hidden is None else d_hidden.zero_()
         # A single chunk's product is the result; several are summed in fp32.
-        single = num_tokens <= head.size
+        single = num_rows <= head.size
         dtype = self._dtype if single else None
         self.d_weight = new(inputs.weight.shape, dtype=dtype) if weight else None
         self.d_bias = new(inputs.weight.shape[0]).zero_() if bias else None
@@ -299,7 +336,7 @@ class LMHeadGrad:
             if d_states is not None and inputs.adapter_a is not None:
                 unrounded = workspace("adapter_product", *shape, dtype=d_states.dtype)
                 product.add_(torch.mm(d_states, inputs.adapter_a, out=unrounded))
-            self.d_hidden.index_copy_(0, chunk.token_idx, product[: len(chunk.token_idx)])
+            self.d_hidden.index_copy_(0, chunk.groups.row_idx, product[: len(chunk.groups)])
         if self.d_adapter_a is not None and d_states is not None:
             hidden = workspace.cast("unrounded_states", chunk.hidden, d_states.dtype)
             torch.addmm(self.d_adapter_a, d_states.t(), hidden, out=self.d_adapter_a)

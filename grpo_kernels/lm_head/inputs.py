@@ -8,14 +8,16 @@ from torch import Tensor
 from ..backends.interface import accumulation_dtype, scalar_tensor
 from ..validation import (
     expect_choice,
+    expect_ids,
     expect_mask,
     expect_number,
     expect_temperature,
     expect_tensor,
     expect_tokens,
     shape_of,
+    values_are_readable,
 )
-from .vocab_parallel import local_tokens, unshard
+from .vocab_parallel import OUT_OF_VOCAB, local_tokens, unshard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,8 +61,9 @@ class LMHeadInputs(NamedTuple):
     bias: Tensor | None  # [V]
     adapter_a: Tensor | None  # [r, H]
     adapter_b: Tensor | None  # [V, r]; with a vocab_group this rank's rows
-    tokens: Tensor  # [N], int64; with a vocab_group the ids of this rank's rows
-    temperature: Tensor  # [N], in the accumulation dtype
+    tokens: Tensor  # [M], int64; with a vocab_group the ids of this rank's rows
+    token_rows: Tensor | None  # [M], int64: the row of hidden of each token; None: its own, M = N
+    temperature: Tensor  # [M], in the accumulation dtype
     ref_hidden: Tensor | None  # [N, H of the reference policy]; None without kl
     ref_weight: Tensor | None
     ref_bias: Tensor | None
@@ -115,16 +118,17 @@ def prepare_inputs(
     kl: str | None = None,
     mask: Tensor | None = None,
     adapter: HeadAdapter | None = None,
+    token_rows: Tensor | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> LMHeadInputs:
-    """Check the arguments, flatten tokens to [N], gather DTensors, drop what is not read."""
+    """Check the arguments, flatten tokens to [M], gather DTensors, drop what is not read."""
     expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
     device = hidden.device
     is_autocast = torch.is_autocast_enabled(device.type)
     check_head("", hidden, weight, bias)
     if adapter is not None:
         _check_adapter(adapter, hidden, weight)
-    expect_tokens(tokens, hidden, "hidden")
+    check_tokens(tokens, token_rows, hidden)
     expect_mask(mask, tokens.shape)
     expect_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
@@ -152,7 +156,16 @@ def prepare_inputs(
         temperature = temperature.detach().to(dtype)
     else:
         temperature = scalar_tensor(temperature, dtype, device)
+    temperature = temperature.expand(tokens.shape).reshape(tokens.numel())
     flat_tokens, group_name = tokens.to(torch.int64).flatten(), None
+    if token_rows is not None:
+        num_rows = hidden.shape[:-1].numel()
+        token_rows = token_rows.to(torch.int64)
+        _check_token_rows(token_rows, temperature, mask, num_rows)
+        # A row that does not exist gives NaN on a GPU, as a token id does.
+        exists = (token_rows >= 0) & (token_rows < num_rows)
+        flat_tokens = torch.where(exists, flat_tokens, OUT_OF_VOCAB)
+        token_rows = torch.where(exists, token_rows, 0)
     if vocab_group is not None:
         group_name = vocab_group.group_name
         flat_mask = None if mask is None else mask.flatten() != 0
@@ -165,7 +178,8 @@ def prepare_inputs(
         None if adapter is None else adapter.a,
         None if adapter is None else adapter.b,
         flat_tokens,
-        temperature.expand(tokens.shape).reshape(tokens.numel()),
+        token_rows,
+        temperature,
         ref_hidden,
         ref_weight,
         ref_bias,
@@ -176,6 +190,42 @@ def prepare_inputs(
         torch.get_autocast_dtype(device.type) if uses_autocast else hidden.dtype,
         group_name,
     )
+
+
+def check_tokens(tokens: Tensor, token_rows: Tensor | None, hidden: Tensor) -> None:
+    """Check token ids: one per row of hidden or, with token_rows, any number [M]."""
+    if token_rows is None:
+        expect_tokens(tokens, hidden, "hidden")
+        return
+    expect_tensor("tokens", tokens, dims=(1,), layout="packed [M] with token_rows")
+    expect_ids("tokens", tokens)
+    expect_tensor("tokens", tokens, device_of=hidden)
+    expect_ids("token_rows", token_rows)
+    expect_tensor("token_rows", token_rows, shape=tokens.shape, device_of=hidden)
+
+
+def _check_token_rows(
+    token_rows: Tensor, temperature: Tensor, mask: Tensor | None, num_rows: int
+) -> None:
+    """Check, where the values are readable, that the rows exist and have one temperature each."""
+    if not values_are_readable(token_rows):
+        return
+    kept = slice(None) if mask is None else mask != 0
+    rows, temperature = token_rows[kept], temperature[kept]
+    outside = (rows < 0) | (rows >= num_rows)
+    if outside.any():
+        raise ValueError(
+            f"token_rows must lie in [0, {num_rows}), the rows of hidden, where tokens are not "
+            f"masked, got {rows[outside][0]}"
+        )
+    of_row = temperature.new_zeros(num_rows)
+    of_row[rows] = temperature
+    differs = of_row[rows] != temperature
+    if differs.any():
+        raise ValueError(
+            "temperature must be the same for all tokens of a row of hidden, got several for row "
+            f"{rows[differs][0]}"
+        )
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

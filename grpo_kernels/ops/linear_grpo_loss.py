@@ -17,8 +17,10 @@ from ..lm_head.inputs import (
     HeadAdapter,
     LMHeadInputs,
     check_reference_head,
+    check_tokens,
     prepare_inputs,
 )
+from ..lm_head.row_groups import split_by_gradient
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
@@ -30,7 +32,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
-from ..validation import expect_tensor, expect_tokens, suggest_keywords
+from ..validation import expect_tensor, suggest_keywords
 from .bundled_op import bundled_op
 from .linear_token_stats import (
     check_chunk_tokens,
@@ -62,16 +64,20 @@ def _forward(
     loss_config = LossConfig.decode(config)
     stats = new_stats(inputs)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=True)
-        head_grad = LMHeadGrad(head, num_with_grad, wanted)
+        with_grad, without_grad = split_by_gradient(
+            token_idx, num_with_grad, inputs.token_rows, len(inputs.hidden)
+        )
+        num_rows = len(with_grad) + len(without_grad)
+        head = ChunkedLMHead(inputs, num_rows, chunk_tokens, grad=True)
+        head_grad = LMHeadGrad(head, len(with_grad), wanted)
         # Tokens with a gradient: statistics, loss and gradients while their logits exist.
-        for chunk in head.chunks(token_idx[:num_with_grad]):
+        for chunk in head.chunks(with_grad):
             chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
             chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
             write_stats(stats[:3], chunk.token_idx, chunk_stats)
             head_grad.add(chunk, d_logits)
         # Tokens without one: statistics, for the metrics.
-        for chunk in head.chunks(token_idx[num_with_grad:]):
+        for chunk in head.chunks(without_grad):
             write_stats(stats, chunk.token_idx, chunk.stats())
     d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
         inputs.temperature.new_empty(0) if grad is None else grad
@@ -112,6 +118,7 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     adapter: HeadAdapter | None = None,
+    token_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
@@ -136,6 +143,8 @@ def linear_grpo_loss(
             `ref_logits` in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
         packing: `pack_tokens(mask, advantages)`, made in advance, so that nothing waits for the
             device.
+        token_rows: [M], as in `linear_token_stats`; tokens, advantages and all that is given per
+            token are then [M], or per sequence with `cu_seqlens` of the tokens.
         adapter, chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. A
             token-level loss takes three products in shards of the vocabulary too: the statistics
             of a chunk are merged over the ranks before its gradient.
@@ -161,7 +170,7 @@ def linear_grpo_loss(
     _check_kl_input(config, ref_logprob, has_reference)
     check_chunk_tokens(chunk_tokens)
     expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
-    expect_tokens(tokens, hidden, "hidden")
+    check_tokens(tokens, token_rows, hidden)
     expect_tensor("weight", weight, floating=True)
     expect_tensor("advantages", advantages, device_of=hidden)
     prepared = prepare_loss_inputs(
@@ -188,8 +197,8 @@ def linear_grpo_loss(
         with torch.no_grad():
             ref_logprob = linear_token_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
-                softcap=softcap, mask=mask, entropy=False, chunk_tokens=chunk_tokens,
-                packing=packing, vocab_group=vocab_group,
+                softcap=softcap, mask=mask, entropy=False, token_rows=token_rows,
+                chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
             ).logprob  # fmt: skip
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
         prepared = prepared._replace(inputs=loss_inputs)
@@ -204,6 +213,7 @@ def linear_grpo_loss(
         kl=config.kl_estimator if over_vocabulary and has_reference else None,
         mask=mask,
         adapter=adapter,
+        token_rows=token_rows,
         vocab_group=vocab_group,
         **(reference if over_vocabulary else {}),
     )
@@ -230,7 +240,8 @@ def loss_and_stats(
         hidden: as the caller passed it, the leaf of its gradient.
         per_sequence: all tokens of a sequence have one advantage.
     """
-    config, loss_inputs, shape = prepared.config, prepared.inputs, hidden.shape[:-1]
+    config, loss_inputs = prepared.config, prepared.inputs
+    shape = loss_inputs.advantage.shape
     leaves = inputs.leaves._replace(hidden=hidden)
     wanted = [leaf is not None and leaf.requires_grad for leaf in leaves]
     has_sampling = loss_inputs.sampling_logprob is not None

@@ -14,6 +14,7 @@ from ..backends import RowStats, StatsRequest
 from ..lm_head.backward_plan import Trained, plan_backward
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, Logits
 from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
+from ..lm_head.row_groups import RowGroups
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
 from ..validation import expect_number, expect_token_ids, suggest_keywords
@@ -34,41 +35,27 @@ def _forward(
     skip_zero_grad: bool,
     trained: Trained,
 ) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor,
+]:  # fmt: skip
     token_idx = counted_tokens(inputs, packing)
     stats = new_stats(inputs)
     plan = plan_backward(inputs, chunk_tokens, trained)
     logits, ref_logits, hidden_grads = plan.allocate(inputs)
-    kept = None
-    if plan.logits is not None:
-        kept = Logits(logits, None if inputs.kl is None else ref_logits)
-        logits[len(token_idx) :].zero_()  # rows of masked tokens
-        ref_logits[len(token_idx) :].zero_()
     num_with_grad = 0
+    if plan.statistics:
+        num_with_grad = len(gradient_order(packing, skip_zero_grad))
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         if plan.statistics:
-            num_with_grad = len(gradient_order(packing, skip_zero_grad))
-            _write_hidden_grads(
-                hidden_grads, stats, inputs, token_idx[:num_with_grad], chunk_tokens,
-                plan.statistics,
-            )  # fmt: skip
-        token_idx = token_idx[num_with_grad:]
-        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=False, logits=kept)
-        for chunk in head.chunks(token_idx):
+            groups = RowGroups.of(token_idx[:num_with_grad], None)
+            _write_hidden_grads(hidden_grads, stats, inputs, groups, chunk_tokens, plan.statistics)
+        groups, kept = RowGroups.of(token_idx[num_with_grad:], inputs.token_rows), None
+        if plan.logits is not None:
+            kept = Logits(logits, None if inputs.kl is None else ref_logits)
+            logits[len(groups) :].zero_()  # rows of masked tokens
+            ref_logits[len(groups) :].zero_()
+        head = ChunkedLMHead(inputs, len(groups), chunk_tokens, grad=False, logits=kept)
+        for chunk in head.chunks(groups):
             write_stats(stats, chunk.token_idx, chunk.stats())
     return *stats.as_outputs(), logits, ref_logits, hidden_grads
 
@@ -85,18 +72,16 @@ def _write_hidden_grads(
     hidden_grads: Tensor,
     stats: RowStats,
     inputs: LMHeadInputs,
-    token_idx: Tensor,
+    groups: RowGroups,
     chunk_tokens: int | None,
     statistics: tuple[str, ...],
 ) -> None:
     """Compute the statistics and their gradients in the hidden states [statistics, N, H]."""
     head = ChunkedLMHead(
-        inputs, len(token_idx), chunk_tokens, grad=True, overwrite=len(statistics) == 1
+        inputs, len(groups), chunk_tokens, grad=True, overwrite=len(statistics) == 1
     )
-    head_grads = [
-        LMHeadGrad(head, len(token_idx), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads
-    ]
-    for chunk in head.chunks(token_idx):
+    head_grads = [LMHeadGrad(head, len(groups), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads]
+    for chunk in head.chunks(groups):
         chunk_stats = chunk.stats()
         write_stats(stats, chunk.token_idx, chunk_stats)
         ones = torch.ones_like(chunk_stats.row_lse[..., 0])
@@ -145,16 +130,22 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     group = inputs.vocab_group
     inputs = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
-    token_idx, positions = _tokens_with_grad(packing, grads, skip_zero_grad)
+    candidates = gradient_order(packing, skip_zero_grad)
+    token_idx = _tokens_with_grad(candidates, grads)
     kept = None
-    if logits is not None:
-        kept = Logits(logits, ref_logits).select(positions)
+    if logits is None:
+        groups = RowGroups.of(token_idx, inputs.token_rows)
+    else:
+        if 2 * len(token_idx) > len(candidates):  # not worth a copy of the others' logits
+            token_idx = candidates
+        groups = RowGroups.of(token_idx, inputs.token_rows)
+        kept = _select_logits(Logits(logits, ref_logits), inputs, packing, groups)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         head = ChunkedLMHead(
-            inputs, len(token_idx), chunk_tokens, grad=True, logits=kept, is_made=kept is not None
+            inputs, len(groups), chunk_tokens, grad=True, logits=kept, is_made=kept is not None
         )
-        head_grad = LMHeadGrad(head, len(token_idx), wanted)
-        for chunk in head.chunks(token_idx):
+        head_grad = LMHeadGrad(head, len(groups), wanted)
+        for chunk in head.chunks(groups):
             chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
             chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
             head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
@@ -179,23 +170,30 @@ def gradient_order(packing: TokenPacking, skip_zero_grad: bool) -> Tensor:
     return packing.order[: num_active + (0 if skip_zero_grad else num_zero_grad)]
 
 
-def _tokens_with_grad(
-    packing: TokenPacking, grads: TokenGrads, skip_zero_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens that may have a gradient; on the CPU, those whose gradient is not 0.
-
-    Also their positions in the order of the packing; None: they are its first.
-    """
-    token_idx = gradient_order(packing, skip_zero_grad)
+def _tokens_with_grad(token_idx: Tensor, grads: TokenGrads) -> Tensor:
+    """Leave out the tokens whose gradient is 0; on a GPU none, which would wait for it."""
     if token_idx.device.type != "cpu":
-        return token_idx, None
+        return token_idx
     has_grad = torch.zeros(len(token_idx), dtype=torch.bool)
     for grad in grads:
         if grad is not None:
             has_grad |= grad[token_idx] != 0
-    if has_grad.all():
-        return token_idx, None
-    return token_idx[has_grad], has_grad.nonzero().squeeze(-1)
+    return token_idx[has_grad]
+
+
+def _select_logits(
+    logits: Logits, inputs: LMHeadInputs, packing: TokenPacking, groups: RowGroups
+) -> Logits:
+    """Select the rows of these groups among the logits that forward left, in its order."""
+    num_counted = sum(packing.counts.tolist())
+    left = RowGroups.of(packing.order[:num_counted], inputs.token_rows).row_idx
+    # On a GPU tokens with rows of their own are never left out of the middle.
+    is_prefix = inputs.token_rows is None and left.device.type != "cpu"
+    if is_prefix or torch.equal(left[: len(groups)], groups.row_idx):
+        return logits
+    place = torch.empty(len(inputs.hidden), dtype=torch.int64, device=left.device)
+    place[left] = torch.arange(len(left), device=left.device)
+    return logits.select(place[groups.row_idx])
 
 
 @bundled_op("grpo_kernels::linear_token_stats_scaled_backward")
@@ -287,6 +285,7 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     adapter: HeadAdapter | None = None,
+    token_rows: Tensor | None = None,
     entropy_grad: bool = False,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
@@ -325,6 +324,11 @@ def linear_token_stats(
             before the softcap and the temperature, with a [r, H] and b [V, r] in any dtype. `a` and
             `b` get gradients, and may be DTensors. Where only they and `hidden` are trained, it is
             2 products if all tokens fit one chunk, else 3.
+        token_rows: [M], integer; the tokens are then [M] and tokens[i] is predicted by row
+            token_rows[i] of hidden, flattened to [N, H]. For batches packed as a tree, where the
+            row at a branch predicts the first token of every branch: the products are of the rows
+            that any token reads, not of the tokens. Everything that is given per token is [M] too;
+            the tokens of a row must have the same temperature.
         entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
             will have an upstream gradient. The results are the same. Without the hint such a
             gradient costs four products, as backward makes the logits again.
@@ -365,6 +369,7 @@ def linear_token_stats(
         kl=kl,
         mask=mask,
         adapter=adapter,
+        token_rows=token_rows,
         vocab_group=vocab_group,
     )
     check_chunk_tokens(chunk_tokens)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reference.losses.policy_loss import LossOutput, policy_loss
-from reference.losses.token_stats import lm_head_logits, token_stats
+from reference.losses.token_stats import lm_head_logits, rows_of_tokens, token_stats
 
 
 def grpo_loss(
@@ -88,6 +88,7 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     adapter: Any = None,
+    token_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossOutput:
     """Compute `grpo_loss` of logits = hidden @ weight.T + bias; ref_logits likewise.
@@ -96,12 +97,16 @@ def linear_grpo_loss(
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
         adapter: (a [r, H], b [V, r], scale): logits += scale · (hidden aᵀ) bᵀ.
+        token_rows: see `linear_token_stats`.
         chunk_tokens: has no effect; the package has this argument.
         Others: see `grpo_loss`.
 
     Returns:
         LossOutput; the loss is differentiable in `hidden`, `weight`, `bias`, `a` and `b`.
     """
+    if token_rows is not None:
+        hidden = rows_of_tokens(hidden, token_rows, mask)
+        ref_hidden = None if ref_hidden is None else rows_of_tokens(ref_hidden, token_rows, mask)
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():

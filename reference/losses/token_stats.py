@@ -98,6 +98,7 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     adapter: Any = None,
+    token_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias.
@@ -106,12 +107,17 @@ def linear_token_stats(
         hidden: [B, T, H] or [N, H]; weight: [V, H]; bias: [V].
         ref_hidden, ref_weight, ref_bias: of the reference policy, never differentiated.
         adapter: (a [r, H], b [V, r], scale): logits += scale · (hidden aᵀ) bᵀ.
+        token_rows: [M], the row of hidden, flattened to [N, H], that predicts each token; tokens
+            are then [M].
         chunk_tokens: has no effect; the package has this argument.
         Others: see `token_stats`.
 
     Returns:
         TokenStats, shape of `tokens`, differentiable in `hidden`, `weight`, `bias`, `a` and `b`.
     """
+    if token_rows is not None:
+        hidden = rows_of_tokens(hidden, token_rows, mask)
+        ref_hidden = None if ref_hidden is None else rows_of_tokens(ref_hidden, token_rows, mask)
     ref_logits = None
     if kl is not None:
         if ref_hidden is None or ref_weight is None:
@@ -128,6 +134,13 @@ def linear_token_stats(
         kl=kl,
         mask=mask,
     )
+
+
+def rows_of_tokens(hidden: Tensor, token_rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Copy the row of hidden of each token, [M, H]; a masked token gets any."""
+    if mask is not None:
+        token_rows = torch.where(mask.bool(), token_rows, 0)
+    return hidden.flatten(0, -2)[token_rows]
 
 
 def lm_head_logits(

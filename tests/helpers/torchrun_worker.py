@@ -231,6 +231,40 @@ def adapter_in_shards_of_the_vocabulary():
             check(case, with_adapter(linear_grpo_loss), mask=coin(14, 2, 4), **loss)
 
 
+def several_tokens_to_a_row():
+    rows = torch.tensor([0, 5, 5, 1, 7, 5, 2])
+    case = make_case(27)
+    case["tokens"] = torch.tensor([0, 22, 3, 9, 9, 22, 15])
+    mask = torch.tensor([1, 1, 1, 0, 1, 1, 1])
+    for names in (("logprob",), ("logprob", "entropy", "kl")):
+        given = upstream(case, *names)
+        check(case, upstream=given, token_rows=rows, mask=mask, kl="reverse", chunk_tokens=2)
+    advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, 3.0, -2.0], dtype=torch.float64)
+    case = {name: x for name, x in case.items() if not name.startswith("ref_")}
+    cu_seqlens = torch.tensor([0, 3, 7])
+    loss = {"advantages": advantages, "cu_seqlens": cu_seqlens, "mask": mask}
+    check(case, linear_grpo_loss, token_rows=rows, **loss)
+
+
+def frozen_head_in_shards_of_the_vocabulary():
+    case = make_case(28)
+    given = upstream(case, "logprob", "entropy", "kl")
+    d_hidden = []
+    for keywords, part in (({}, case), ({"vocab_group": group()}, shard(case))):
+        hidden = part["hidden"].clone().requires_grad_()
+        with count_collectives() as counts:
+            stats = linear_token_stats(
+                **(part | {"hidden": hidden}), kl="forward", chunk_tokens=3, entropy_grad=True,
+                **keywords,
+            )  # fmt: skip
+            in_forward = counts.get("all_reduce", 0)
+            sum((getattr(stats, name) * g).sum() for name, g in given.items()).backward()
+        assert counts.get("all_reduce", 0) == in_forward == (3 if keywords else 0)
+        d_hidden.append(hidden.grad)
+    torch.testing.assert_close(d_hidden[1], d_hidden[0], rtol=1e-12, atol=1e-12)
+    assert_same_on_all_ranks("d_hidden", d_hidden[1])
+
+
 @contextmanager
 def count_collectives():
     """Count the collectives called inside the block, by name."""
@@ -514,6 +548,8 @@ CASES = (
     excluded_shards,
     linear_grpo_losses,
     adapter_in_shards_of_the_vocabulary,
+    several_tokens_to_a_row,
+    frozen_head_in_shards_of_the_vocabulary,
     padded_vocabulary,
     one_collective_per_chunk_and_one_for_the_gradient,
     ranks_agree_on_the_chunk_size,
