@@ -80,8 +80,8 @@ def test_logits_of_minus_infinity_equal_a_smaller_vocabulary(kind, softcap):
     padded = token_stats(logits, torch.tensor([2, 3, 6]), ref_logits=ref_logits, **common)
     plain = token_stats(small, torch.tensor([0, 1, 3]), ref_logits=small_ref, **common)
     torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-14)
-    sum(x.sum() for x in padded).backward()
-    sum(x.sum() for x in plain).backward()
+    sum(x.sum() for x in padded[:3]).backward()
+    sum(x.sum() for x in plain[:3]).backward()
     torch.testing.assert_close(logits.grad[:, keep], small.grad, rtol=1e-12, atol=1e-14)
     assert (logits.grad[:, ~keep] == 0).all()
 
