@@ -515,6 +515,9 @@ class WithoutLogits(torch.nn.Module):
         with torch.no_grad():
             self.body.weight.copy_(torch.eye(H)), self.body.bias.zero_()
             self.head.weight.copy_(case["weight"]), self.head.bias.copy_(case["bias"])
+        if "a" in case:
+            self.head.a, self.head.b = (torch.nn.Parameter(case[name].clone()) for name in "ab")
+            self.head.weight.requires_grad_(False)
 
     def forward(self, x):
         return self.body(x), self.head(x[..., :0, :])
@@ -542,6 +545,32 @@ def fsdp2_head_as_its_own_unit_and_within_the_root():
                 torch.testing.assert_close(param.grad.full_tensor(), expected[name])
 
 
+def fsdp2_head_with_an_adapter():
+    """LoRA on a frozen head."""
+    world = dist.get_world_size()
+    case, advantages, mine = data_parallel_batch(world)
+    case = adapter_case(without_reference(case), 33)
+    (mesh, *_), *_ = data_parallel_meshes(world)
+    for config in (LossConfig.dapo(), LossConfig.gspo(aggregation="token_mean")):
+        keywords = {"advantages": advantages, "config": config}
+        expected = results(with_adapter(linear_grpo_loss), case, **keywords)
+        for own_unit in (True, False):
+            model = WithoutLogits(case)
+            if own_unit:
+                fully_shard(model.head, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            hidden, _ = model(case["hidden"][mine])
+            head = model.head
+            linear_grpo_loss(
+                hidden, head.weight, case["tokens"][mine], advantages[mine], bias=head.bias,
+                adapter=HeadAdapter(head.a, head.b, 0.5), config=config, chunk_tokens=2,
+            ).loss.backward()  # fmt: skip
+            assert head.weight.grad is None
+            for param, name in ((head.bias, "d_bias"), (head.a, "d_a"), (head.b, "d_b")):
+                assert isinstance(param.grad, DTensor)
+                torch.testing.assert_close(param.grad.full_tensor(), expected[name])
+
+
 CASES = (
     token_stats_under_any_upstream_gradient,
     masked_tokens_temperature_and_softcap,
@@ -561,6 +590,7 @@ CASES = (
     sharded_adapter_is_gathered_and_its_gradient_is_reduced,
     hybrid_sharding_reduces_shards_between_replicas,
     fsdp2_head_as_its_own_unit_and_within_the_root,
+    fsdp2_head_with_an_adapter,
 )
 
 

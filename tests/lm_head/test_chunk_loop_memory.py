@@ -44,9 +44,9 @@ def loss_and_gradient(inputs, config, **reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["token", "sequence", "kl", "statistics"])
+@pytest.mark.parametrize("kind", ["token", "sequence", "kl", "statistics", "frozen"])
 def test_large_allocations_do_not_grow_with_chunks(dtype, kind):
-    weight = normal(1, V, H).to(dtype).requires_grad_()
+    weight = normal(1, V, H).to(dtype).requires_grad_(kind != "frozen")
 
     def allocations(chunks: int) -> int:
         N = chunks * CHUNK - 7
@@ -60,6 +60,9 @@ def test_large_allocations_do_not_grow_with_chunks(dtype, kind):
                 inputs, LossConfig(beta=0.1, kl_estimator="reverse"), **reference
             ),
             "statistics": lambda: linear_token_stats(*inputs[:3], chunk_tokens=CHUNK),
+            "frozen": lambda: linear_token_stats(
+                *inputs[:3], chunk_tokens=CHUNK, entropy_grad=True
+            ),
         }
         return large_allocations(calls[kind])
 

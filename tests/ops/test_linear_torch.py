@@ -170,16 +170,22 @@ def test_autocast_gives_fp32_gradients(backend, level):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(backend, level, use_reentrant):
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_activation_checkpointing(backend, level, use_reentrant, is_frozen):
     (hidden, weight), tokens, _ = make_inputs()
+    leaves = [hidden] if is_frozen else [hidden, weight]
+    weight.requires_grad_(not is_frozen)
 
     def loss(hidden, weight):
         config = LossConfig(ratio_level=level)
-        return linear_grpo_loss(hidden, weight, tokens, ADVANTAGES, config=config).loss
+        return linear_grpo_loss(
+            hidden, weight, tokens, ADVANTAGES, config=config, chunk_tokens=2 if is_frozen else None
+        ).loss
 
-    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    expected = torch.autograd.grad(loss(hidden, weight), leaves)
     checkpoint(loss, hidden, weight, use_reentrant=use_reentrant).backward()
-    assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
 
 
 def test_inference_mode(backend):
