@@ -31,7 +31,7 @@ def table_row(report: KernelReport) -> str:
     text = f"{report.kernel:45} {report.target:7}{report.dtype:10}{report.registers:4}"
     text += f"{report.spills:6}{report.shared_bytes:7}"
     if report.prediction is None:
-        return text + f"  loads of {report.load_bytes[-1]} bytes"
+        return text + f"  loads of {report.load_bytes[-1]} bytes" if report.load_bytes else text
     passes = " + ".join(f"{loop.instructions:.1f}/{loop.special:.2f}" for loop in report.loops)
     prediction = report.prediction
     text += f"{report.resident_programs:9}  {passes:20} {prediction['binds']:8}"

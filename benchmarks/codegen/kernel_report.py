@@ -19,7 +19,7 @@ class KernelReport:
     resident_programs: int | None  # per multiprocessor; None on AMD: not known
     loops: list[Loop]
     load_bytes: list[int]
-    prediction: dict | None  # for N = 8192 rows of V = 128,256
+    prediction: dict | None  # for N = 8192 rows of V = 128,256; None without a pass over the rows
 
 
 def make_report(case: tuple[str, str, str]) -> KernelReport:
@@ -47,8 +47,9 @@ def make_report(case: tuple[str, str, str]) -> KernelReport:
             )
             for loop, row_pass in zip(code.loops, variant.passes, strict=True)
         ]
-        predicted = predict(chip, costs, resident, config.lanes, N, V)
-        prediction = {**predicted._asdict(), "of_floor": predicted.of_floor}
+        if costs:
+            predicted = predict(chip, costs, resident, config.lanes, N, V)
+            prediction = {**predicted._asdict(), "of_floor": predicted.of_floor}
     return KernelReport(
         kernel=name,
         target=target,

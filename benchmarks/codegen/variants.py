@@ -66,12 +66,19 @@ class Variant:
 def variants() -> Iterator[Variant]:
     no_kl = ("ref_logits_ptr", "kl_ptr", "ref_row_lse_ptr", "d_kl_ptr")
     no_entropy = ("entropy_ptr", "d_entropy_ptr")
+    no_sums = (
+        "sum_sq_probs_ptr", "mean_logit_ptr", "num_entries_ptr",
+        "d_sum_sq_probs_ptr", "d_mean_logit_ptr",
+    )  # fmt: skip
+    no_more = (*no_sums, "keys_ptr")
     for name, absent, kl, softcap in (
-        ("log-prob", (*no_kl, *no_entropy), "none", None),
-        ("log-prob, entropy", no_kl, "none", None),
-        ("log-prob, entropy, softcap", no_kl, "none", 30.0),
-        ("log-prob, entropy, forward KL", (), "forward", None),
-        ("log-prob, entropy, reverse KL", (), "reverse", None),
+        ("log-prob", (*no_kl, *no_entropy, *no_more), "none", None),
+        ("log-prob, entropy", (*no_kl, *no_more), "none", None),
+        ("log-prob, entropy, softcap", (*no_kl, *no_more), "none", 30.0),
+        ("log-prob, entropy, forward KL", no_more, "forward", None),
+        ("log-prob, entropy, reverse KL", no_more, "reverse", None),
+        ("log-prob, entropy, sums", (*no_kl, "keys_ptr"), "none", None),
+        ("log-prob, entropy, top", (*no_kl, *no_sums), "none", None),
     ):
         tensors = 1 if kl == "none" else 2
         for kernel_name, launch in (
@@ -80,9 +87,16 @@ def variants() -> Iterator[Variant]:
             ("token_stats_part", "token_stats_forward"),
         ):
             kernel = getattr(token_stats, f"_{kernel_name}_kernel")
+            if name.endswith("top") and kernel_name == "token_stats_backward":
+                continue  # no gradient
             constexprs = {"KL": kl, "SOFTCAP": softcap}
+            if kernel_name == "token_stats_forward":
+                constexprs["GROUP_PARTS"] = 4
             if kernel_name == "token_stats_part":
                 constexprs["HAS_ENTROPY"] = "entropy_ptr" not in absent
+                has_sums = name.endswith("sums")
+                constexprs["HAS_SQUARES"] = constexprs["HAS_MEAN"] = has_sums
+                constexprs["FIELDS"] = 9 if has_sums else 6
             yield Variant(
                 f"{kernel_name}: {name}",
                 kernel,
@@ -91,6 +105,16 @@ def variants() -> Iterator[Variant]:
                 tuple(pointer for pointer in absent if pointer in kernel.arg_names),
                 constexprs,
             )
+
+    for K, group_parts in ((8, 4), (64, 1)):
+        yield Variant(
+            f"top_entries: K = {K}",
+            token_stats._top_entries_kernel,
+            "top_entries",
+            (),
+            (),
+            {"K": K, "K_BLOCK": K, "group_parts": group_parts, "SOFTCAP": None},
+        )
 
     for name, absent, changes in (
         ("clip", ("entropy_weight_ptr", "ref_logprob_ptr", "sampling_logprob_ptr"), {}),
@@ -133,8 +157,10 @@ def argument_type(name: str, dtype: str) -> str:
         return f"*{logits_dtype}"
     if name == "d_logits_ptr":
         return f"*{grad_dtype}"
-    if name in ("tokens_ptr", "mask_ptr"):
-        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}[name]
+    if name in ("tokens_ptr", "keys_ptr", "top_ids_ptr"):
+        return "*i64"
+    if name in ("mask_ptr", "is_top1_ptr"):
+        return "*i1"
     if name.endswith("_ptr"):
         return "*fp64" if dtype == "fp64" else "*fp32"
     return "i64" if name.endswith("_b") else "i32"
@@ -153,6 +179,16 @@ def compile_variant(variant: Variant, target: str, dtype: str):
         "VEC": config.vector,
         "PART": config.part_tiles * config.unroll * lanes * config.vector,
     }
+    if "group_parts" in constexprs:  # a kernel that reads what another has stored
+        stored = pick_row_launch(
+            "token_stats_forward", V, DTYPES[dtype.split(">")[0]].itemsize, architecture=None,
+            interpreted=False,
+        )  # fmt: skip
+        span = constexprs.pop("group_parts") * stored.part
+        groups = -(-V // span) * stored.lanes
+        constexprs |= {
+            "SPAN": span, "LANES": stored.lanes, "GROUP_BLOCK": triton.next_power_of_2(groups)
+        }  # fmt: skip
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(variant.kernel.arg_names):
         if name in constexprs:

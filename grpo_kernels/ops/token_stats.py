@@ -150,12 +150,17 @@ def token_stats(
     ref_logits: Tensor | None = None,
     kl: str | None = None,
     mask: Tensor | None = None,
+    sum_sq_probs: bool = False,
+    mean_logit: bool = False,
+    is_top1: bool = False,
+    top_logprobs: int = 0,
 ) -> TokenStats:
     """Compute each token's log-probability, its distribution's entropy, and the KL to a reference.
 
         x = softcap · tanh(logits / softcap) / temperature      p = softmax(x), q of ref_logits
         logprob = ln p[token]                                   entropy = -Σ p ln p
         forward: KL(ref‖policy) = Σ q (ln q - ln p)             reverse: Σ p (ln p - ln q)
+        sum_sq_probs = ln Σ p²                                  mean_logit = mean of x over x > -inf
 
     Forward reads each row of logits once. Backward reads it once more and writes its gradient. The
     gradient is the only tensor of the logits' size; only per-row scalars are saved.
@@ -172,10 +177,19 @@ def token_stats(
         kl: None, "forward" or "reverse".
         mask: bool or 0/1, shape of `tokens`. A masked row is not read: its outputs and its
             gradient are exactly 0, whatever logits and token it holds.
+        sum_sq_probs, mean_logit, is_top1: True returns the statistic of this name. `is_top1` tells
+            if the token is the argmax: it has the largest logit and no smaller id has it too.
+        top_logprobs: K in [0, V]; the log-probs and ids of the K largest logits, in descending
+            order, of equal logits the smaller id first. Where fewer than K logits are not -inf, the
+            ids of the others follow with log-prob -inf.
 
     Returns:
-        TokenStats(logprob, entropy, kl) in nats, shape of `tokens`, fp32 (fp64 for fp64 logits),
-        differentiable in `logits` under any upstream gradient of any of them.
+        TokenStats(logprob, entropy, kl, sum_sq_probs, mean_logit, is_top1, top_logprobs, top_ids),
+        None where not asked for: in nats, fp32 (fp64 for fp64 logits), shape of `tokens`. `is_top1`
+        is bool; `top_logprobs` and `top_ids`, int64, are [*tokens.shape, K]. In a row that holds a
+        NaN, or nothing but -inf, the first is False and the ids are any. Differentiable in `logits`
+        under any upstream gradient of any of them, but for `is_top1` and `top_logprobs`, which have
+        no gradient.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or value. An unmasked id outside [0, V)
@@ -186,7 +200,10 @@ def token_stats(
     Gimelshein, arXiv:1805.02867), so that a common offset of the logits costs no precision.
     """
     rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
-    return run_token_stats(rows, tokens.shape, StatsRequest(entropy))
+    V = logits.shape[-1]
+    expect_number("top_logprobs", top_logprobs, integer=True, at_least=0, at_most=V)
+    request = StatsRequest(entropy, sum_sq_probs, mean_logit, is_top1, top_logprobs)
+    return run_token_stats(rows, tokens.shape, request)
 
 
 def prepare_rows(

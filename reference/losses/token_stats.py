@@ -29,12 +29,17 @@ def token_stats(
     ref_logits: Tensor | None = None,
     kl: str | None = None,
     mask: Tensor | None = None,
+    sum_sq_probs: bool = False,
+    mean_logit: bool = False,
+    is_top1: bool = False,
+    top_logprobs: int = 0,
 ) -> TokenStats:
     """Compute the log-prob of each token, the entropy of its distribution and a KL.
 
         x = softcap · tanh(logits / softcap) / temperature        p = softmax(x), q likewise
         logprob = ln p[token]                                     entropy = -Σ p ln p
         forward: KL(ref‖policy) = Σ q (ln q - ln p)               reverse: Σ p (ln p - ln q)
+        sum_sq_probs = ln Σ p²                                    mean_logit = mean of x > -inf
 
     A logit of -inf has probability 0, contributes 0 and gets gradient 0.
 
@@ -46,12 +51,16 @@ def token_stats(
         kl: None, "forward" or "reverse".
         mask: bool or 0/1, shape of `tokens`; a masked token gives 0 and gets gradient 0, whatever
             its logits.
+        is_top1: whether the token has the largest logit and is the first that has it.
+        top_logprobs: K <= V, how many of the largest logits' ids and log-probs; of equal logits the
+            smaller id comes first.
 
     Returns:
-        TokenStats, fp32 (fp64 for fp64 logits), shape of `tokens`, differentiable in `logits`.
+        TokenStats, fp32 (fp64 for fp64 logits), shape of `tokens`, differentiable in `logits`;
+        is_top1, top_logprobs [..., K] and top_ids [..., K] have no gradient.
 
     Raises:
-        ValueError: wrong shape, token id or KL, or missing ref_logits.
+        ValueError: wrong shape, token id, K or KL, or missing ref_logits.
     """
     if tokens.shape != logits.shape[:-1]:
         raise ValueError(
@@ -62,7 +71,11 @@ def token_stats(
     if ((tokens < 0) | (tokens >= logits.shape[-1])).any():
         raise ValueError(f"tokens must lie in [0, {logits.shape[-1]})")
 
-    logp = _log_softmax(logits, keep, temperature, softcap)
+    if not 0 <= top_logprobs <= logits.shape[-1]:
+        raise ValueError(f"top_logprobs must lie in [0, {logits.shape[-1]}]: {top_logprobs}")
+
+    x = _scaled_logits(logits, keep, temperature, softcap)
+    logp = torch.log_softmax(x, dim=-1)
     p = logp.exp()
     logprob = logp.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
@@ -73,14 +86,31 @@ def token_stats(
     if kl is not None:
         if ref_logits is None:
             raise ValueError(f"kl={kl!r} needs ref_logits")
-        logq = _log_softmax(ref_logits.detach(), keep, temperature, softcap)
+        ref_x = _scaled_logits(ref_logits.detach(), keep, temperature, softcap)
+        logq = torch.log_softmax(ref_x, dim=-1)
         q = logq.exp()
         if kl == "forward":
             token_kl = (q * torch.where(q == 0, 0.0, logq - logp)).sum(-1)
         else:
             token_kl = (p * torch.where(p == 0, 0.0, logp - logq)).sum(-1)
         token_kl = torch.where(keep, token_kl, 0.0)
-    return TokenStats(torch.where(keep, logprob, 0.0), token_entropy, token_kl)
+
+    more = {}
+    if sum_sq_probs:
+        more["sum_sq_probs"] = torch.where(keep, torch.logsumexp(2 * logp, dim=-1), 0.0)
+    if mean_logit:
+        included = x != -torch.inf
+        mean = torch.where(included, x, 0.0).sum(-1) / included.sum(-1)
+        more["mean_logit"] = torch.where(keep, mean, 0.0)
+    if is_top1:
+        more["is_top1"] = (logits.argmax(-1) == tokens) & (logprob > -torch.inf) & keep
+    if top_logprobs:
+        order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+        ids = order[..., :top_logprobs]
+        values = logp.detach().gather(-1, ids)
+        more["top_logprobs"] = torch.where(keep.unsqueeze(-1), values, 0.0)
+        more["top_ids"] = torch.where(keep.unsqueeze(-1), ids, 0)
+    return TokenStats(torch.where(keep, logprob, 0.0), token_entropy, token_kl, **more)
 
 
 def linear_token_stats(
@@ -99,6 +129,10 @@ def linear_token_stats(
     mask: Tensor | None = None,
     adapter: Any = None,
     token_rows: Tensor | None = None,
+    sum_sq_probs: bool = False,
+    mean_logit: bool = False,
+    is_top1: bool = False,
+    top_logprobs: int = 0,
     chunk_tokens: int | None = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias.
@@ -133,6 +167,10 @@ def linear_token_stats(
         ref_logits=ref_logits,
         kl=kl,
         mask=mask,
+        sum_sq_probs=sum_sq_probs,
+        mean_logit=mean_logit,
+        is_top1=is_top1,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -170,9 +208,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _log_softmax(
+def _scaled_logits(
     logits: Tensor, keep: Tensor, temperature: float | Tensor, softcap: float | None
 ) -> Tensor:
+    """Return x, with zeros in rows that do not count."""
     x = logits.to(compute_dtype(logits))
     # Before any arithmetic: a NaN under the mask must not reach a value or a gradient.
     x = torch.where(keep.unsqueeze(-1), x, 0.0)
@@ -184,4 +223,4 @@ def _log_softmax(
         if temperature.dim() > 0:
             temperature = torch.where(keep, temperature, 1.0).unsqueeze(-1)
         temperature = temperature.detach().to(x.dtype)
-    return torch.log_softmax(x / temperature, dim=-1)
+    return x / temperature

@@ -58,13 +58,15 @@ def test_pytorch_temporaries_are_at_most_one_block(monkeypatch):
     ones = torch.ones(4, 100)
     inputs = RowInputs(logits, tokens, ones, None, ref_logits, 30.0, "reverse")
     with LargestAllocation(logits, ref_logits, d_logits) as largest:
-        stats = pytorch.token_stats_forward(inputs, StatsRequest())
-        pytorch.token_stats_backward(inputs, stats, TokenGrads(ones, ones, ones), d_logits)
+        stats = pytorch.token_stats_forward(inputs, StatsRequest(True, True, True, True, 3))
+        pytorch.token_stats_backward(inputs, stats, TokenGrads(*[ones] * 5), d_logits)
     exact = exact_results(
         logits,
         tokens,
-        {"logprob": ones, "entropy": ones, "kl": ones},
+        dict.fromkeys(TokenGrads._fields, ones),
         softcap=30.0,
+        sum_sq_probs=True,
+        mean_logit=True,
         kl="reverse",
         ref_logits=ref_logits,
     )
@@ -131,14 +133,17 @@ def jitted_kernels():
     return {name: x for name, x in vars(launchers).items() if name.endswith("_kernel")}
 
 
-SETTINGS = {"KL", "SOFTCAP", "HAS_ENTROPY", "ESTIMATOR", "SURROGATE", "LOG2_EPS"}
-LAUNCH = {"ACC_DTYPE", "PART", "UNROLL", "LANES", "VEC"}
+SETTINGS = {
+    "KL", "SOFTCAP", "HAS_ENTROPY", "HAS_SQUARES", "HAS_MEAN", "FIELDS", "K", "K_BLOCK",
+    "ESTIMATOR", "SURROGATE", "LOG2_EPS",
+}  # fmt: skip
+LAUNCH = {"ACC_DTYPE", "PART", "GROUP_PARTS", "GROUP_BLOCK", "SPAN", "UNROLL", "LANES", "VEC"}
 
 
 def test_constexpr_parameters():
     """Settings of the model and of the launch only: a new value of another would compile again."""
     kernels = jitted_kernels()
-    assert len(kernels) == 8
+    assert len(kernels) == 9
     for kernel in kernels.values():
         parameters = inspect.signature(kernel.fn).parameters.values()
         constant = {x.name for x in parameters if "constexpr" in str(x.annotation)}
@@ -221,7 +226,8 @@ def test_split_rows_are_bit_identical(monkeypatch, kl, dtype):
     logits, tokens = make_case(3, 2, 3, 333, dtype=dtype)
     logits[0, 0, :200] = -torch.inf
     case = {"mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "softcap": 20.0, "temperature": 0.7}
-    names = ["logprob", "entropy"]
+    case |= {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 8}
+    names = ["logprob", "entropy", "sum_sq_probs", "mean_logit"]
     if kl:
         case |= {"kl": kl, "ref_logits": normal(9, 2, 3, 333, dtype=dtype)}
         names.append("kl")

@@ -17,6 +17,8 @@ from benchmarks.codegen.chips import (
 )
 
 FORWARD = "token_stats_forward: log-prob, entropy"
+FORWARD_SUMS = "token_stats_forward: log-prob, entropy, sums"
+FORWARD_TOP = "token_stats_forward: log-prob, entropy, top"
 BACKWARD = "token_stats_backward: log-prob, entropy"
 GRPO_LOSS = "grpo_loss: k3, entropy, importance"
 # Kernels predicted below 85% of their floor, with the least that is accepted.
@@ -49,7 +51,8 @@ def hopper(tmp_path_factory) -> dict[str, dict]:
 def check_no_spills_and_wide_accesses(report: dict) -> None:
     assert report["stack_bytes"] == 0, report
     assert report["spills"] == 0, report
-    assert report["load_bytes"][-1] == 16, report
+    if not report["kernel"].startswith("top_entries"):  # which reads no whole rows
+        assert report["load_bytes"][-1] == 16, report
     for loop in report["loops"]:
         assert set(loop["load_bytes"]) == {16}, report
         narrow = 8 if report["dtype"] == "fp32>bf16" else 16  # four entries of two bytes
@@ -58,7 +61,7 @@ def check_no_spills_and_wide_accesses(report: dict) -> None:
 
 
 def test_hopper_kernels_have_no_spills_and_wide_accesses(hopper):
-    assert len(hopper) == 25
+    assert len(hopper) == 32
     for report in hopper.values():
         check_no_spills_and_wide_accesses(report)
 
@@ -67,6 +70,8 @@ def test_hopper_kernels_have_no_spills_and_wide_accesses(hopper):
     ("kernel", "passes"),
     [
         (FORWARD, [(10.5, 1.1)]),
+        (FORWARD_SUMS, [(16.8, 1.1)]),
+        (FORWARD_TOP, [(11.3, 1.1)]),
         (BACKWARD, [(9.5, 1.05)]),
         (GRPO_LOSS, [(10.8, 1.15), (10.5, 1.05)]),
     ],
@@ -82,7 +87,8 @@ def test_hopper_loops_stay_within_instruction_budget(hopper, kernel, passes):
 
 
 def test_hopper_kernels_are_memory_bound(hopper):
-    for name, report in hopper.items():
+    passes = {name: report for name, report in hopper.items() if report["loops"]}
+    for name, report in passes.items():
         prediction, least = report["prediction"], SLOWER.get(name, 0.85)
         assert prediction["of_floor"] >= least, (name, prediction)
         assert prediction["binds"] == "memory" or name in SLOWER, (name, prediction)
@@ -145,10 +151,14 @@ def test_all_targets_and_dtypes_have_no_spills(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_variants_compile_in_fp64():
-    """The interpreter accepts fp64 operations that a GPU has no instruction for."""
+    """The interpreter accepts fp64 operations that a GPU has no instruction for.
+
+    The largest logits of fp64 are found by sorting, without a kernel.
+    """
     code = (
         "from benchmarks.codegen.variants import compile_variant, variants\n"
-        "for variant in variants(): compile_variant(variant, 'sm_90', 'fp64')\n"
+        "for variant in variants():\n"
+        "    if 'top' not in variant.name: compile_variant(variant, 'sm_90', 'fp64')\n"
         "print('all of them')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

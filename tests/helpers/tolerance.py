@@ -16,10 +16,13 @@ def assert_as_accurate(name, ours, same_dtype, exact):
     """|ours - exact| <= 2·|same_dtype - exact| + eps·|exact| + FLOOR, entry by entry.
 
     exact is computed in fp64, same_dtype by plain PyTorch in the dtype of the inputs. Where exact
-    is infinite or NaN, ours must be equal to it.
+    is infinite or NaN, ours must be equal to it; so must ids and flags be.
     """
     assert ours.dtype == same_dtype.dtype, f"{name}: {ours.dtype}, not {same_dtype.dtype}"
     assert ours.shape == exact.shape, f"{name}: {tuple(ours.shape)}, not {tuple(exact.shape)}"
+    if not ours.dtype.is_floating_point:
+        assert torch.equal(ours, exact), f"{name}: {ours}, not {exact}"
+        return
     rounding = torch.finfo(ours.dtype).eps * exact.abs() + FLOOR[ours.dtype]
     finite = exact.isfinite()
     special = torch.where(finite, 0.0, exact)

@@ -10,7 +10,7 @@ from ...objective.config import LossConfig
 from ...objective.ratios import LossInputs
 from ...objective.token_gradients import token_gradients
 from ...workspace import thread_workspace
-from ..interface import RowInputs
+from ..interface import RowInputs, RowStats
 from .softmax import LOG2E, row_blocks, softmax, zero_rows
 from .token_stats import gradient_weights, write_gradient
 
@@ -28,7 +28,8 @@ def grpo_loss(
     for block in row_blocks(active, logits.shape[-1]):
         inverse = temperature[block].reciprocal().unsqueeze(-1)
         p = softmax(logits[block], LOG2E * inverse, softcap, workspace, "policy")
-        logprob[block], entropy[block] = p.logprob(tokens[block]), p.entropy()
+        logprob[block] = p.logprob(tokens[block].unsqueeze(-1)).squeeze(-1)
+        entropy[block] = p.entropy()
         grads = token_gradients(
             logprob[block], loss_inputs.map(lambda x, block=block: x[block]), config
         )
@@ -36,7 +37,8 @@ def grpo_loss(
         if grads.entropy is not None:
             has_gradient[block] |= grads.entropy != 0
         if has_gradient[block].any():
-            weights = gradient_weights(inverse, grads, entropy[block], None, None)
+            stats = RowStats(None, entropy[block], None, p.row_lse)
+            weights = gradient_weights(inverse, grads, stats, None)
             write_gradient(rows, block, p, None, weights, d_logits)
     zero_rows(d_logits, ~has_gradient)
     return logprob, entropy

@@ -92,18 +92,23 @@ class Softmax(NamedTuple):
     def row_lse(self) -> Tensor:
         return torch.cat((self.pivot, self.log_sum), dim=-1)
 
-    def logprob(self, tokens: Tensor) -> Tensor:
-        """Log-probability of tokens [n]; NaN for an id outside of the vocabulary."""
-        token, V = tokens.unsqueeze(-1), self.z.shape[-1]
-        z = self.z.gather(-1, token.clamp(0, V - 1))
+    def logprob(self, ids: Tensor) -> Tensor:
+        """Log-probability of token ids [n, k]; NaN for an id outside of the vocabulary."""
+        V = self.z.shape[-1]
+        z = self.z.gather(-1, ids.clamp(0, V - 1))
         z = torch.where(z <= FLOOR, -torch.inf, z)  # masked_fill takes 30 us after threads ran
-        z = torch.where((token >= 0) & (token < V), z, torch.nan)
-        return (z - self.log_sum).squeeze(-1) * LN2
+        z = torch.where((ids >= 0) & (ids < V), z, torch.nan)
+        return (z - self.log_sum) * LN2
 
     def entropy(self) -> Tensor:
         """-Σ p ln p, [n]."""
         product = torch.mul(self.z, self.e, out=self.product)
         return (self.log_sum - self._normalized_sum(product)).squeeze(-1) * LN2
+
+    def log_sum_sq_probs(self) -> Tensor:
+        """ln Σ p², [n]."""
+        squares = torch.mul(self.e, self.e, out=self.product).sum(dim=-1, keepdim=True)
+        return (squares.log2() - 2 * self.log_sum).squeeze(-1) * LN2
 
     def divergence(self, other: "Softmax") -> Tensor:
         """Σ p (ln p - ln p_other), [n]; inf where p has mass on entries that other excludes."""
@@ -113,6 +118,38 @@ class Softmax(NamedTuple):
 
     def _normalized_sum(self, product: Tensor) -> Tensor:
         return product.sum(dim=-1, keepdim=True) / self.total
+
+
+def capped_logits(logits: Tensor, softcap: float | None, out: Tensor) -> Tensor:
+    """Write the logits after the softcap to out, in its dtype."""
+    x = out.copy_(logits)
+    if softcap is not None:
+        excluded = x == -torch.inf
+        x.div_(softcap).tanh_().mul_(softcap).masked_fill_(excluded, -torch.inf)
+    return x
+
+
+def mean_logit(logits: Tensor, softcap: float | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, number) of the capped logits [n, V] that are not -inf, [n] each."""
+    excluded = logits == -torch.inf
+    total = capped_logits(logits, softcap, out=scratch).masked_fill_(excluded, 0.0).sum(dim=-1)
+    number = logits.shape[-1] - excluded.sum(dim=-1)
+    return total / number, number
+
+
+def largest_ids(logits: Tensor, K: int) -> Tensor:
+    """Ids [n, K] of the K largest logits of rows [n, V]; of equal logits the smaller id is first.
+
+    torch.topk takes any of them. Of it comes the K-th largest value; the few entries that are not
+    smaller are sorted by value and then by id. For 4 x 128,256 in fp32 and K = 8 that took 1.4 ms,
+    a stable sort of the rows 50.
+    """
+    least = logits.topk(K, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    rows, ids = (~(logits < least)).nonzero(as_tuple=True)  # a NaN is the largest, as in topk
+    order = logits[rows, ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    first = torch.searchsorted(rows, torch.arange(len(logits), device=rows.device))  # of each row
+    return ids[order][first.unsqueeze(-1) + torch.arange(K, device=rows.device)]
 
 
 def softmax(
@@ -136,10 +173,7 @@ def softmax(
     # The capped logits, in the accumulation dtype.
     x = logits
     if logits.dtype != scale.dtype or softcap is not None:
-        x = z.copy_(logits)
-    if softcap is not None:
-        excluded = x == -torch.inf
-        x.div_(softcap).tanh_().mul_(softcap).masked_fill_(excluded, -torch.inf)
+        x = capped_logits(logits, softcap, out=z)
     # Relative to the row's maximum, in bits.
     pivot = x.amax(dim=-1, keepdim=True) if row_lse is None else row_lse[..., :1]
     torch.sub(x, pivot, out=z).mul_(scale).clamp_(min=FLOOR)

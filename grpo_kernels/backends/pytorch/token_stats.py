@@ -11,74 +11,108 @@ from torch import Tensor
 from ...objective.token_gradients import TokenGrads
 from ...workspace import thread_workspace
 from ..interface import RowInputs, RowStats, StatsRequest
-from .softmax import FLOOR, LN2, LOG2E, Block, Softmax, exp2, row_blocks, softmax, zero_rows
+from .softmax import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    Block,
+    Softmax,
+    exp2,
+    largest_ids,
+    mean_logit,
+    row_blocks,
+    softmax,
+    zero_rows,
+)
 
 
 def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
     """The statistics of every row."""
     logits, tokens, temperature, mask, ref_logits, softcap, kl = rows
     stats = RowStats.allocate(temperature, request, kl=kl is not None).map(Tensor.zero_)
-    logprob, entropies, kls, row_lse, ref_row_lse, *_ = stats
-    assert logprob is not None
+    assert stats.logprob is not None
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     workspace = thread_workspace(logits.device)
     for block in row_blocks(active, logits.shape[-1]):
         scale = LOG2E / temperature[block].unsqueeze(-1)
         p = softmax(logits[block], scale, softcap, workspace, "policy")
-        logprob[block] = p.logprob(tokens[block])
-        row_lse[block] = p.row_lse
-        if entropies is not None:
-            entropies[block] = p.entropy()
-        if kls is not None:
-            assert ref_logits is not None and ref_row_lse is not None
+        logprob = p.logprob(tokens[block].unsqueeze(-1)).squeeze(-1)
+        stats.logprob[block] = logprob
+        stats.row_lse[block] = p.row_lse
+        if stats.entropy is not None:
+            stats.entropy[block] = p.entropy()
+        if stats.sum_sq_probs is not None:
+            stats.sum_sq_probs[block] = p.log_sum_sq_probs()
+        if stats.mean_logit is not None and stats.num_entries is not None:
+            mean, number = mean_logit(logits[block], softcap, p.product)
+            stats.mean_logit[block] = mean / temperature[block]
+            stats.num_entries[block] = number.to(mean)
+        if stats.is_top1 is not None:
+            is_largest = logits[block].argmax(dim=-1) == tokens[block]
+            stats.is_top1[block] = is_largest & (logprob > -torch.inf)
+        if stats.top_logprobs is not None and stats.top_ids is not None:
+            ids = largest_ids(logits[block], request.top_logprobs)
+            stats.top_logprobs[block], stats.top_ids[block] = p.logprob(ids), ids
+        if stats.kl is not None:
+            assert ref_logits is not None and stats.ref_row_lse is not None
             q = softmax(ref_logits[block], scale, softcap, workspace, "reference")
-            kls[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
-            ref_row_lse[block] = q.row_lse
+            stats.kl[block] = p.divergence(q) if kl == "reverse" else q.divergence(p)
+            stats.ref_row_lse[block] = q.row_lse
     return stats
 
 
 class GradientWeights(NamedTuple):
     """The upstream gradients of a block as weights of its entries, [n, 1] each; None is zero.
 
-    dx = one_hot · 1_token + p · (weight + log_p · log2 p + log_q · log2 q) + q_weight · q
+    dx = one_hot · 1_token + p · (weight + log_p · log2 p + log_q · log2 q + square · p)
+         + q_weight · q + uniform, the last where the logit is not -inf
     """
 
     one_hot: Tensor | None
     weight: Tensor
     log_p: Tensor | None
     log_q: Tensor | None
+    square: Tensor | None
     q_weight: Tensor | None
+    uniform: Tensor | None
 
 
 def gradient_weights(
-    inverse: Tensor, grads: TokenGrads, entropy: Tensor | None, kl: Tensor | None, kind: str | None
+    inverse: Tensor, grads: TokenGrads, stats: RowStats, kind: str | None
 ) -> GradientWeights:
     """Weights of a block of n rows.
 
     Args:
         inverse: 1 / temperature, [n, 1].
         grads: the upstream gradients, [n] each.
-        entropy, kl: the statistics, [n], where grads has their gradient.
+        stats: of the block, [n] each; those that `RowStats.keep_for_backward` keeps.
         kind: of the KL, "forward" or "reverse".
     """
-    d_logprob, d_entropy, d_kl, *_ = (
+    d_logprob, d_entropy, d_kl, d_sum_sq_probs, d_mean_logit = (
         None if grad is None else grad.unsqueeze(-1) * inverse for grad in grads
     )
     weight = torch.zeros_like(inverse) if d_logprob is None else -d_logprob
-    log_p = log_q = q_weight = None
+    log_p = log_q = square = q_weight = uniform = None
+    if d_sum_sq_probs is not None:
+        assert stats.sum_sq_probs is not None
+        weight = weight - 2 * d_sum_sq_probs
+        square = 2 * d_sum_sq_probs / stats.sum_sq_probs.unsqueeze(-1).exp()
+    if d_mean_logit is not None:
+        assert stats.num_entries is not None
+        uniform = d_mean_logit / stats.num_entries.unsqueeze(-1)
     if d_entropy is not None:
-        assert entropy is not None
-        weight = weight - d_entropy * entropy.unsqueeze(-1)
+        assert stats.entropy is not None
+        weight = weight - d_entropy * stats.entropy.unsqueeze(-1)
         log_p = -LN2 * d_entropy
     if d_kl is not None and kind == "reverse":
-        assert kl is not None
-        weight = weight - d_kl * kl.unsqueeze(-1)
+        assert stats.kl is not None
+        weight = weight - d_kl * stats.kl.unsqueeze(-1)
         log_q = -LN2 * d_kl
         log_p = -log_q if log_p is None else log_p - log_q
     elif d_kl is not None:
         weight = weight + d_kl
         q_weight = -d_kl
-    return GradientWeights(d_logprob, weight, log_p, log_q, q_weight)
+    return GradientWeights(d_logprob, weight, log_p, log_q, square, q_weight, uniform)
 
 
 def write_gradient(
@@ -94,13 +128,15 @@ def write_gradient(
     They are normalised through the weights: p · (weight + log_p · log2 p) is
     e · ((weight - log_p · log_sum) / total + log_p / total · z), which saves two passes.
     """
-    one_hot, weight, log_p, log_q, q_weight = weights
+    one_hot, weight, log_p, log_q, square, q_weight, uniform = weights
     V, token = p.z.shape[-1], rows.tokens[block].unsqueeze(-1)
     position = token.clamp(0, V - 1)
     included = (token >= 0) & (token < V) & (p.z.gather(-1, position) > FLOOR)
     # A block of d_logits that is a view in the accumulation dtype is written directly.
     is_view = isinstance(block[1], slice)
     is_direct = is_view and d_logits.dtype == p.e.dtype and rows.softcap is None
+    # Before dx may overwrite the logits.
+    is_entry = None if uniform is None else p.logits != -torch.inf
     # The factor of e, an entry's or its row's.
     if log_p is not None:
         weight = weight - log_p * p.log_sum
@@ -113,10 +149,15 @@ def write_gradient(
         factor = p.z.mul_(log_p / p.total).add_(factor)
     if q is not None and log_q is not None:
         factor.add_(q.z.mul_(log_q / p.total))
+    if square is not None:
+        squares = torch.mul(p.e, square / p.total.square(), out=p.product)
+        factor = squares.add_(factor)
     # The gradient of the capped logits.
     dx = torch.mul(p.e, factor, out=d_logits[block] if is_direct else p.e)
     if q is not None and q_weight is not None:
         dx.add_(q.e)
+    if uniform is not None and is_entry is not None:
+        dx.add_(torch.mul(is_entry, uniform, out=p.product))
     if one_hot is not None:
         dx.scatter_add_(-1, position, torch.where(included, one_hot, 0.0))
     # Through the softcap.
@@ -151,6 +192,6 @@ def token_stats_backward(
             assert rows.ref_logits is not None and stats.ref_row_lse is not None
             q = softmax(rows.ref_logits[block], *of_rows, "reference", stats.ref_row_lse[block])
         block_grads = TokenGrads(*(None if grad is None else grad[block] for grad in grads))
-        entropy, kl = (None if x is None else x[block] for x in (stats.entropy, stats.kl))
-        weights = gradient_weights(inverse, block_grads, entropy, kl, rows.kl)
+        block_stats = stats.map(lambda x, block=block: x[block])
+        weights = gradient_weights(inverse, block_grads, block_stats, rows.kl)
         write_gradient(rows, block, p, q, weights, d_logits)

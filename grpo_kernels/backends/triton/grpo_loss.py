@@ -137,7 +137,17 @@ def _grpo_loss_kernel(
 
     # Second pass: the gradient of the logits.
     scalars = GradientScalars(
-        scale, results.pivot, results.log_sum, None, None, d_logprob, weight, weight_log, None
+        scale,
+        results.pivot,
+        results.log_sum,
+        None,
+        None,
+        d_logprob,
+        weight,
+        weight_log,
+        None,
+        None,
+        None,
     )
     token = tl.load(tokens_ptr + row)
     store_row_gradient(

@@ -1,11 +1,13 @@
 """The row functions on Triton: allocate the outputs, choose a launch config, launch the kernels."""
 
 import functools
+import itertools
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ...objective.ratios import LossInputs
 from ...objective.token_gradients import TokenGrads
 from ..availability import INTERPRETED
 from ..interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumulation_dtype
+from ..pytorch.softmax import LN2, LOG2E, capped_logits
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
 from .launch_configs import ROWS_PER_MULTIPROCESSOR, RowLaunch, pick_row_launch
@@ -22,8 +25,13 @@ from .token_stats import (
     _token_stats_forward_kernel,
     _token_stats_merge_kernel,
     _token_stats_part_kernel,
+    _top_entries_kernel,
 )
 
+# Of the kernel that takes the K largest logits: what it holds in registers.
+MAX_TOP = 64
+MAX_GROUPS = 8192
+SORT_BYTES = 64 << 20
 INTERPRETED_MULTIPROCESSORS = 2  # property tests then have rows that are split, and are not
 
 
@@ -91,12 +99,14 @@ def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
     stats = RowStats.allocate(rows.temperature, request, kl=rows.kl is not None)
     launch = _launch_config("token_stats_forward", rows.logits)
     parts = _parts(rows.logits, launch)
+    top = plan_top_entries(rows.logits, launch, request, split=parts > 1)
     common = {**_row_arguments(rows), "KL": rows.kl or "none"}
     inputs = {
         "ref_logits_ptr": rows.ref_logits,
         **_strides(ref_logits=rows.ref_logits),
         **launch.tile,
         "PART": launch.part,
+        "keys_ptr": top.keys,
     }
     outputs = {
         "tokens_ptr": rows.tokens,
@@ -105,19 +115,106 @@ def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
         "kl_ptr": stats.kl,
         "row_lse_ptr": stats.row_lse,
         "ref_row_lse_ptr": stats.ref_row_lse,
+        "sum_sq_probs_ptr": stats.sum_sq_probs,
+        "mean_logit_ptr": stats.mean_logit,
+        "num_entries_ptr": stats.num_entries,
     }
     if parts == 1:
         kernel = _token_stats_forward_kernel
-        _launch(kernel, launch, rows.logits, **common, **inputs, **outputs)
-        return stats
-    common["partials_ptr"] = stats.row_lse.new_empty((rows.tokens.numel(), parts, 6, launch.lanes))
-    common["parts"] = parts
-    kernel = _token_stats_part_kernel
-    arguments = {**common, **inputs, "HAS_ENTROPY": request.entropy}
-    _launch(kernel, launch, rows.logits, programs_per_row=parts, **arguments)
-    kernel = _token_stats_merge_kernel
-    _launch(kernel, launch, rows.logits, **common, **outputs, LANES=launch.lanes)
+        arguments = {**common, **inputs, **outputs, "GROUP_PARTS": top.group_parts}
+        _launch(kernel, launch, rows.logits, **arguments)
+    else:
+        fields = 6 + request.sum_sq_probs + 2 * request.mean_logit
+        shape = (rows.tokens.numel(), parts, fields, launch.lanes)
+        common["partials_ptr"] = stats.row_lse.new_empty(shape)
+        common |= {"parts": parts, "FIELDS": fields}
+        arguments = {
+            **common,
+            **inputs,
+            "HAS_ENTROPY": request.entropy,
+            "HAS_SQUARES": request.sum_sq_probs,
+            "HAS_MEAN": request.mean_logit,
+        }
+        kernel = _token_stats_part_kernel
+        _launch(kernel, launch, rows.logits, programs_per_row=parts, **arguments)
+        kernel = _token_stats_merge_kernel
+        _launch(kernel, launch, rows.logits, **common, **outputs, LANES=launch.lanes)
+    if top.keys is not None:
+        _launch(
+            _top_entries_kernel,
+            _launch_config("top_entries", rows.logits),
+            rows.logits,
+            **_row_arguments(rows),
+            tokens_ptr=rows.tokens,
+            row_lse_ptr=stats.row_lse,
+            keys_ptr=top.keys,
+            is_top1_ptr=stats.is_top1,
+            top_logprobs_ptr=stats.top_logprobs,
+            top_ids_ptr=stats.top_ids,
+            groups=top.keys.shape[1],
+            K=top.K,
+            K_BLOCK=triton.next_power_of_2(top.K),
+            GROUP_BLOCK=triton.next_power_of_2(top.keys.shape[1]),
+            SPAN=top.group_parts * launch.part,
+            LANES=launch.lanes,
+            VEC=launch.vector,
+        )
+    elif top.K > 0:
+        _sort_top_entries(rows, stats, top.K)
     return stats
+
+
+class TopEntries(NamedTuple):
+    """How the K largest logits of rows are found."""
+
+    K: int
+    keys: Tensor | None  # [N, groups], int64, scratch of the kernels; None: by sorting
+    group_parts: int  # parts of a row whose keys are one group
+
+
+def plan_top_entries(
+    logits: Tensor, launch: RowLaunch, request: StatsRequest, *, split: bool
+) -> TopEntries:
+    """Choose how to find the K largest logits. The result is the same for every choice.
+
+    A group of several parts makes fewer keys: 4 KiB a row of 128,256 in bf16 with four parts,
+    16 with one. The second kernel holds the entries of K groups at once.
+    """
+    K = max(request.top_logprobs, int(request.is_top1))
+    group_parts = 1 if split else max(1, min(4, MAX_TOP // max(K, 1)))
+    groups = launch.lanes * -(-logits.shape[-1] // (group_parts * launch.part))
+    if K == 0 or K > MAX_TOP or groups > MAX_GROUPS or logits.dtype == torch.float64:
+        return TopEntries(K, None, group_parts)
+    rows = logits.shape[0] * logits.shape[1]
+    keys = torch.empty((rows, groups), dtype=torch.int64, device=logits.device)
+    return TopEntries(K, keys, group_parts)
+
+
+def _sort_top_entries(rows: RowInputs, stats: RowStats, K: int) -> None:
+    """Find the K largest logits by sorting blocks of rows: a second pass, for any K and dtype.
+
+    It does not wait for the device, and reads the masked rows too, to no effect.
+    """
+    B, T, V = rows.logits.shape
+    size = max(1, SORT_BYTES // (24 * V))  # values and ids, twice
+    for b, start in itertools.product(range(B), range(0, T, size)):
+        block = b, slice(start, start + size)
+        logits = rows.logits[block]
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :K]
+        x = logits.gather(-1, ids).to(rows.temperature.dtype)
+        pivot, log_sum = stats.row_lse[block].split(1, dim=-1)
+        scale = LOG2E / rows.temperature[block].unsqueeze(-1)
+        logprobs = ((capped_logits(x, rows.softcap, out=x) - pivot) * scale - log_sum) * LN2
+        if rows.mask is not None:
+            is_masked = ~rows.mask[block].unsqueeze(-1)
+            ids, logprobs = ids.masked_fill(is_masked, 0), logprobs.masked_fill(is_masked, 0.0)
+        if stats.is_top1 is not None:
+            is_largest = (ids[..., 0] == rows.tokens[block]) & (logprobs[..., 0] > -torch.inf)
+            if rows.mask is not None:
+                is_largest &= rows.mask[block]
+            stats.is_top1[block] = is_largest
+        if stats.top_logprobs is not None and stats.top_ids is not None:
+            stats.top_logprobs[block], stats.top_ids[block] = logprobs, ids
 
 
 def token_stats_backward(
@@ -143,9 +240,13 @@ def token_stats_backward(
         ref_row_lse_ptr=stats.ref_row_lse if has_kl else None,
         entropy_ptr=stats.entropy if has_entropy else None,
         kl_ptr=stats.kl if has_kl else None,
+        sum_sq_probs_ptr=None if grads.sum_sq_probs is None else stats.sum_sq_probs,
+        num_entries_ptr=None if grads.mean_logit is None else stats.num_entries,
         d_logprob_ptr=grads.logprob,
         d_entropy_ptr=grads.entropy,
         d_kl_ptr=grads.kl,
+        d_sum_sq_probs_ptr=grads.sum_sq_probs,
+        d_mean_logit_ptr=grads.mean_logit,
         d_logits_ptr=d_logits,
         KL=rows.kl if has_kl else "none",
         **launch.tile,

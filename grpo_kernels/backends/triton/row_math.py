@@ -7,6 +7,8 @@ entries it has read; the lanes are merged at the end of the row. A lane accumula
     sum_e   Σ e, with z = (logit - m) · scale, e = 2^z and scale = log2(e) / temperature
     sum_ez  Σ e · z, for the entropy
     sum_ed  Σ e · (z - z_other), for a KL; z_other belongs to the same entry of the other row
+    sum_ee  Σ e², for Σ p²
+    sum_x, count    Σ x over the logits x that are not -inf, and how many they are
 
 m is subtracted before scaling. The difference then rounds once, however far the logits are from
 zero; x·c - m·c would round twice and lose the precision of rows with a common offset of 1e4.
@@ -25,6 +27,8 @@ MAX_LOG_RATIO = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond any clip, and far fro
 LOWEST = tl.constexpr(-3.4e38)
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 FLOOR = tl.constexpr(-1.0e30)
+MAX_ID = tl.constexpr(0x7FFFFFFF)
+LOWEST_KEY = tl.constexpr(-(2**63))
 NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
 
 
@@ -65,6 +69,12 @@ def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     unroll = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
     lane = tl.arange(0, LANES)[None, :, None] * VEC
     return unroll + lane + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def access_ids(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """[UNROLL, LANES]: the first offset of each access of `tile_offsets`."""
+    return tl.arange(0, UNROLL)[:, None] * (LANES * VEC) + tl.arange(0, LANES)[None, :] * VEC
 
 
 @triton.jit
@@ -171,6 +181,58 @@ def online_softmax(m, sum_e, sum_ez, x, scale, HAS_MOMENT: tl.constexpr):
         sum_ez = rescale_moment(sum_ez, sum_e, shift, shift) + tile_sum(e * z)
     sum_e = tl.exp2(shift) * sum_e + tile_sum(e)
     return m_new, sum_e, sum_ez, z, e, shift
+
+
+@triton.jit
+def sum_of_entries(x):
+    """Sum of the logits of a tile that are not -inf, and how many they are, per lane."""
+    excluded = x == -float("inf")
+    return tile_sum(tl.where(excluded, 0.0, x)), tile_sum(tl.where(excluded, 0.0, 1.0))
+
+
+@triton.jit
+def track_largest(best, first, x, ids):
+    """Add a tile x of logits to the largest logit of each lane, and to where it came first.
+
+    ids [UNROLL, LANES]: the first ids of the tile's accesses, each VEC neighbours. `first` becomes
+    that of the first access that holds the largest logit: a comparison per access, none per entry.
+    """
+    largest = tl.max(x, axis=2)
+    tile_best = tl.max(largest, axis=0)
+    access = tl.min(tl.where(largest == tile_best[None, :], ids, MAX_ID), axis=0)
+    first = tl.where(tile_best > best, access, first)
+    return tl.maximum(best, tile_best), first
+
+
+@triton.jit
+def pack_key(x, ids):
+    """An int64 that orders fp32 numbers x by size and equal ones by falling id."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 equals 0
+    ordered = bits ^ ((bits >> 31) & MAX_ID)
+    return (ordered.to(tl.int64) << 32) | (ids ^ MAX_ID).to(tl.int64)  # MAX_ID - ids
+
+
+@triton.jit
+def unpack_key(key):
+    """(x, id) of a key."""
+    ordered = (key >> 32).to(tl.int32)
+    x = (ordered ^ ((ordered >> 31) & MAX_ID)).to(tl.float32, bitcast=True)
+    return x, (key & MAX_ID).to(tl.int32) ^ MAX_ID
+
+
+@triton.jit
+def largest_keys(keys, slots, count):
+    """The `count` largest of keys that are all different, in slots; the other slots are LOWEST_KEY.
+
+    Returns:
+        int64, in the shape of `slots`, an arange.
+    """
+    found = tl.full(slots.shape, LOWEST_KEY, tl.int64)
+    for i in range(0, count):
+        largest = tl.max(keys, axis=0)
+        found = tl.where(slots == i, largest, found)
+        keys = tl.where(keys == largest, LOWEST_KEY, keys)
+    return found
 
 
 @triton.jit

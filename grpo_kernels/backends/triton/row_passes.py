@@ -12,6 +12,7 @@ import triton.language as tl
 from .row_math import (
     LN2,
     LOWEST,
+    access_ids,
     divergence,
     floored,
     load_tile,
@@ -20,7 +21,9 @@ from .row_math import (
     rescale_moment,
     softcapped,
     softcapped_derivative,
+    sum_of_entries,
     tile_sum,
+    track_largest,
 )
 
 
@@ -36,6 +39,11 @@ class Partial(NamedTuple):
     ref_m: tl.tensor  # this and the next two for the KL
     ref_sum_e: tl.tensor
     sum_ed: tl.tensor
+    sum_ee: tl.tensor
+    sum_x: tl.tensor
+    count: tl.tensor
+    best: tl.tensor  # this and the next are of one part, and not merged
+    first: tl.tensor
 
 
 class RowResults(NamedTuple):
@@ -51,13 +59,17 @@ class RowResults(NamedTuple):
     log_sum: tl.tensor
     ref_pivot: tl.tensor
     ref_log_sum: tl.tensor
+    sum_sq_probs: tl.tensor
+    mean_logit: tl.tensor  # before the temperature
+    count: tl.tensor
 
 
 class GradientScalars(NamedTuple):
     """The scalars of a row's gradient. With p and q the probabilities of an entry
 
-    dx = one_hot · [entry is the token] + p · (weight + weight_log · log2 p)
+    dx = one_hot · [entry is the token] + p · (weight + weight_log · log2 p + weight_square · p)
          reverse KL: + p · weight_kl · (log2 p - log2 q)      forward KL: - weight_kl · q
+         + uniform where the logit is not -inf
     """
 
     scale: tl.tensor
@@ -69,19 +81,24 @@ class GradientScalars(NamedTuple):
     weight: tl.tensor
     weight_log: tl.tensor | None  # None without a gradient of the entropy
     weight_kl: tl.tensor | None  # None without a gradient of the KL
+    weight_square: tl.tensor | None  # None without a gradient of Σ p²
+    uniform: tl.tensor | None  # None without a gradient of the mean
 
 
 @triton.jit
 def empty_partial(LANES: tl.constexpr, ACC_DTYPE: tl.constexpr):
     lowest = tl.full([LANES], LOWEST, ACC_DTYPE)
     zero = tl.zeros([LANES], ACC_DTYPE)
-    return Partial(lowest, zero, zero, lowest, zero, zero)
+    return Partial(lowest, zero, zero, lowest, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def update_partials(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
+def update_partials(
+    partial, x, y, scale,
+    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
     """Add a tile x of the policy's row, and a tile y of the reference policy's."""
-    m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed = partial
+    m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed, sum_ee, sum_x, count, best, first = partial
     m_new, sum_e_new, sum_ez, z, e, shift = online_softmax(
         m, sum_e, sum_ez, x, scale, HAS_MOMENT=HAS_ENTROPY
     )
@@ -97,11 +114,23 @@ def update_partials(partial, x, y, scale, HAS_ENTROPY: tl.constexpr, KL: tl.cons
             sum_ed = rescale_moment(sum_ed, ref_sum_e, ref_shift, ref_shift - shift)
             sum_ed += tile_sum(ref_e * (ref_z - z))
         ref_sum_e = ref_sum_e_new
-    return Partial(m_new, sum_e_new, sum_ez, ref_m, ref_sum_e, sum_ed)
+    if HAS_SQUARES:
+        decay = tl.exp2(shift)
+        sum_ee = decay * decay * sum_ee + tile_sum(e * e)
+    if HAS_MEAN:
+        tile_sum_x, tile_count = sum_of_entries(x)
+        sum_x += tile_sum_x
+        count += tile_count
+    return Partial(
+        m_new, sum_e_new, sum_ez, ref_m, ref_sum_e, sum_ed, sum_ee, sum_x, count, best, first
+    )
 
 
 @triton.jit
-def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
+def merge_partials(
+    a, b, scale,
+    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
     """Merge two partials, lane by lane."""
     # Move both to the larger maximum.
     m = tl.maximum(a.m, b.m)
@@ -112,8 +141,20 @@ def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
     if HAS_ENTROPY:
         sum_ez = rescale_moment(a.sum_ez, a.sum_e, shift_a, shift_a)
         sum_ez += rescale_moment(b.sum_ez, b.sum_e, shift_b, shift_b)
+    sum_ee = a.sum_ee
+    if HAS_SQUARES:
+        decay_a = tl.exp2(shift_a)
+        decay_b = tl.exp2(shift_b)
+        sum_ee = decay_a * decay_a * a.sum_ee + decay_b * decay_b * b.sum_ee
+    sum_x = a.sum_x
+    count = a.count
+    if HAS_MEAN:
+        sum_x += b.sum_x
+        count += b.count
     if KL == "none":
-        return Partial(m, sum_e, sum_ez, a.ref_m, a.ref_sum_e, a.sum_ed)
+        return Partial(
+            m, sum_e, sum_ez, a.ref_m, a.ref_sum_e, a.sum_ed, sum_ee, sum_x, count, a.best, a.first
+        )
     else:
         # The same for the reference policy, then the KL's sum over the softmax that comes first.
         ref_m = tl.maximum(a.ref_m, b.ref_m)
@@ -126,17 +167,27 @@ def merge_partials(a, b, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
         else:
             sum_ed = rescale_moment(a.sum_ed, a.ref_sum_e, ref_shift_a, ref_shift_a - shift_a)
             sum_ed += rescale_moment(b.sum_ed, b.ref_sum_e, ref_shift_b, ref_shift_b - shift_b)
-        return Partial(m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed)
+        return Partial(
+            m, sum_e, sum_ez, ref_m, ref_sum_e, sum_ed, sum_ee, sum_x, count, a.best, a.first
+        )
 
 
 @triton.jit
 def accumulate_row_stats(
     logits_row, ref_row, begin, end, scale, offsets,
     HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, EVICT_LAST: tl.constexpr,
+    HAS_SQUARES: tl.constexpr = False, HAS_MEAN: tl.constexpr = False,
+    HAS_TOP: tl.constexpr = False,
 ):  # fmt: skip
     """Accumulate the Partial of entries [begin, end). EVICT_LAST: keep the row in the L2."""
     TILE: tl.constexpr = offsets.numel
-    partial = empty_partial(offsets.shape[1], scale.dtype)
+    LANES: tl.constexpr = offsets.shape[1]
+    partial = empty_partial(LANES, scale.dtype)
+    best = partial.best
+    first = partial.first
+    if HAS_TOP:
+        best = tl.full([LANES], -float("inf"), scale.dtype)
+        first = begin + tl.arange(0, LANES) * offsets.shape[2]
     whole = begin + (end - begin) // TILE * TILE
     for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
         for start in range(begin + TAIL * (whole - begin), whole + TAIL * (end - whole), TILE):
@@ -146,18 +197,28 @@ def accumulate_row_stats(
             y = None
             if KL != "none":
                 y = load_tile(ref_row, entries, end, scale.dtype, TAIL=TAIL, EVICT_LAST=EVICT_LAST)
+            # The largest logits, before the softcap: what it makes equal is not.
+            if HAS_TOP:
+                ids = start + access_ids(offsets.shape[0], LANES, offsets.shape[2])
+                best, first = track_largest(best, first, x, ids)
             # Apply the softcap.
             if SOFTCAP is not None:
                 x = softcapped(x, SOFTCAP)
                 if KL != "none":
                     y = softcapped(y, SOFTCAP)
             # Add the tile to the lanes' sums.
-            partial = update_partials(partial, x, y, scale, HAS_ENTROPY, KL)
-    return partial
+            partial = update_partials(partial, x, y, scale, HAS_ENTROPY, KL, HAS_SQUARES, HAS_MEAN)
+    return Partial(
+        partial.m, partial.sum_e, partial.sum_ez, partial.ref_m, partial.ref_sum_e, partial.sum_ed,
+        partial.sum_ee, partial.sum_x, partial.count, best, first,
+    )  # fmt: skip
 
 
 @triton.jit
-def row_results(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr):
+def row_results(
+    partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.constexpr,
+    HAS_SQUARES: tl.constexpr = False, HAS_MEAN: tl.constexpr = False,
+):  # fmt: skip
     """The RowResults in nats, from the lanes' sums and the token's capped logit."""
     # Merge the lanes into the row's softmax.
     pivot, row_sum_e, shift = merge_lanes(partial.m, partial.sum_e, scale)
@@ -168,8 +229,21 @@ def row_results(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.const
     if HAS_ENTROPY:
         row_sum_ez = tl.sum(rescale_moment(partial.sum_ez, partial.sum_e, shift, shift), axis=0)
         entropy = (log_sum - row_sum_ez / row_sum_e) * LN2
+    sum_sq_probs = logprob
+    if HAS_SQUARES:
+        decay = tl.exp2(shift)
+        row_sum_ee = tl.sum(decay * decay * partial.sum_ee, axis=0)
+        sum_sq_probs = (tl.log2(row_sum_ee) - 2.0 * log_sum) * LN2
+    mean_logit = logprob
+    count = logprob
+    if HAS_MEAN:
+        count = tl.sum(partial.count, axis=0)
+        mean_logit = tl.sum(partial.sum_x, axis=0) / count
     if KL == "none":
-        return RowResults(logprob, entropy, logprob, pivot, log_sum, pivot, log_sum)
+        return RowResults(
+            logprob, entropy, logprob, pivot, log_sum, pivot, log_sum,
+            sum_sq_probs, mean_logit, count,
+        )  # fmt: skip
     else:
         # The reference policy's softmax, and the KL.
         ref_pivot, ref_row_sum_e, ref_shift = merge_lanes(partial.ref_m, partial.ref_sum_e, scale)
@@ -182,7 +256,10 @@ def row_results(partial, x_token, scale, HAS_ENTROPY: tl.constexpr, KL: tl.const
             drift = ref_shift - shift
             lanes_ed = rescale_moment(partial.sum_ed, partial.ref_sum_e, ref_shift, drift)
             kl = divergence(tl.sum(lanes_ed, axis=0), ref_row_sum_e, ref_log_sum, log_sum)
-        return RowResults(logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum)
+        return RowResults(
+            logprob, entropy, kl, pivot, log_sum, ref_pivot, ref_log_sum,
+            sum_sq_probs, mean_logit, count,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -200,6 +277,8 @@ def entry_gradient(x, y, row, KL: tl.constexpr, SOFTCAP: tl.constexpr):
     factor = row.weight
     if row.weight_log is not None:
         factor += row.weight_log * z
+    if row.weight_square is not None:
+        factor += row.weight_square * p
     # The gradient of the KL.
     if KL == "none":
         dx = p * factor
@@ -212,6 +291,9 @@ def entry_gradient(x, y, row, KL: tl.constexpr, SOFTCAP: tl.constexpr):
         else:
             q = tl.where(x == -float("inf"), 0.0, tl.exp2(ref_z))  # an excluded entry gets 0
             dx = p * factor - row.weight_kl * q
+    # The gradient of the mean.
+    if row.uniform is not None:
+        dx += tl.where(x == -float("inf"), 0.0, row.uniform)
     # The chain rule through the softcap.
     if SOFTCAP is not None:
         dx *= softcapped_derivative(x, SOFTCAP)
