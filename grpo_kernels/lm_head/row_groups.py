@@ -60,10 +60,7 @@ class RowGroups(NamedTuple):
         """Sum values [t] of the tokens of each row [n], in the order of the tokens."""
         if self.position is None or self.first is None:
             return values
-        place = torch.arange(len(values), device=values.device) - self.first[self.position]
-        table = values.new_zeros((len(self), int(place.max()) + 1))
-        table[self.position, place] = values
-        return table.sum(1)
+        return add_in_order(values.new_zeros(len(self)), (self.position,), values)
 
 
 def split_by_gradient(
@@ -124,6 +121,15 @@ class TokenLogits(NamedTuple):
     def add_one_hot(self, d_logits: Tensor, d_logprob: Tensor) -> None:
         """Add the one-hot terms of d_logprob [t] to d_logits [n, V]."""
         values = (d_logprob * self.slope).to(d_logits.dtype)
-        for part in torch.arange(len(values), device=values.device).split(SERIAL):
-            indices = (self.position[part], self.entry[part])
-            d_logits.index_put_(indices, values[part], accumulate=True)
+        add_in_order(d_logits, (self.position, self.entry), values)
+
+
+def add_in_order(total: Tensor, indices: tuple[Tensor, ...], values: Tensor) -> Tensor:
+    """Add values [t] to total[indices] in place, those of one entry in their order.
+
+    A GPU sorts the indices, so that the order is the same in every run.
+    """
+    size = SERIAL if total.device.type == "cpu" else max(1, len(values))
+    for *part_indices, part in zip(*(x.split(size) for x in (*indices, values)), strict=True):
+        total.index_put_(tuple(part_indices), part, accumulate=True)
+    return total

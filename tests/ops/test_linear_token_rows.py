@@ -162,6 +162,26 @@ def test_repeated_runs_are_bitwise_equal(backend):
     assert_same_bits(linear_results(linear_token_stats, case, upstream, **keywords), first)
 
 
+def test_fixed_chunk_size_is_batch_invariant(backend):
+    """Seven rows with 1 to 7 tokens, alone and beside a row with 300."""
+    counts = torch.tensor([*range(1, 8), 300])
+    case = without_reference(make_linear_case(13, len(counts), V=V))
+    token_rows = torch.arange(len(counts)).repeat_interleave(counts)
+    case["tokens"] = token_ids(1, len(token_rows), V=V)
+    upstream = upstream_like(2, case["tokens"])
+    whole = linear_results(
+        linear_token_stats, case, upstream, token_rows=token_rows, chunk_tokens=8
+    )
+    rows, tokens = len(counts) - 1, int(counts[:-1].sum())
+    part = case | {"hidden": case["hidden"][:rows], "tokens": case["tokens"][:tokens]}
+    alone = linear_results(
+        linear_token_stats, part, {name: grad[:tokens] for name, grad in upstream.items()},
+        token_rows=token_rows[:tokens], chunk_tokens=8,
+    )  # fmt: skip
+    for name in ("logprob", "entropy", "d_hidden"):
+        assert torch.equal(alone[name], whole[name][: len(alone[name])]), name
+
+
 def test_bf16_one_hots_are_added_to_rounded_rows(backend):
     """A gradient in bf16 is rounded once for the row and once for each of its tokens."""
     case = without_reference(make_case(10, torch.bfloat16))
