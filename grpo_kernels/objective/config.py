@@ -63,24 +63,27 @@ class LossConfig(_Derived):
     """
 
     surrogate: Literal[
-        "clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo", "ipo"
-    ] = "clip"
+        "clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo", "ipo", "dppo_kl",
+        "dro",
+    ] = "clip"  # fmt: skip
     """Policy term of a token. clip: -min(r·A, clip(r)·A). ratio: -r·A. gmpo: -A times the geometric
-    mean of the sequence's bounded ratios. cispo: -A·logprob weighted by the capped r, a constant.
+    mean of the sequence's bounded ratios. cispo: -A·logprob weighted by the clipped r, a constant.
     sapo: -A times a sigmoid of r. dppo: as cispo, and 0 where the token's probability has moved too
     far. reinforce: -A·logprob. vespo: -A·logprob weighted by a function of the sequence's r, a
     constant. ipo: -r·A with the ratio to the sampler, 0 where the token's probability is far from
-    the sampler's, plus a penalty on the squared log-ratio."""
+    the sampler's, plus a penalty on the squared log-ratio. dppo_kl: as dppo, with a bound on a
+    binary KL. dro: -A·logprob plus a penalty on the squared log-ratio."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
     """Level of the ratio r. token: each token has its own. sequence: the geometric mean of the
     sequence's token ratios. sequence_token: its value, with the gradient of the token's own."""
     epsilon_low: float = _setting(0.2, at_least=0)
     """Lower bound. clip: of r, at 1 - this. gmpo: of the log-ratio, at -this, where A < 0. dppo: of
     the change of the token's probability, at -this, where A <= 0. ipo: of that change, whatever A
-    is."""
+    is. dppo_kl: of the binary KL, where A <= 0 and the probability fell."""
     epsilon_high: float = _setting(0.2, at_least=0)
     """Upper bound. clip: of r, at 1 + this. gmpo: of the log-ratio, where A > 0. dppo: of the
-    change of the token's probability, where A > 0. ipo: of that change, whatever A is."""
+    change of the token's probability, where A > 0. ipo: of that change, whatever A is. dppo_kl: of
+    the binary KL, where A > 0 and the probability rose."""
     delta: float | None = _setting(None, above=0)
     """clip: cap of r before the minimum is taken, above 1 + epsilon_high. It bounds the loss where
     A < 0 (arXiv:2505.07291)."""
@@ -88,7 +91,9 @@ class LossConfig(_Derived):
     """clip: the loss is at most this times |A| where A < 0 (arXiv:1912.09729). It is the same bound
     as delta, but it may lie below 1 + epsilon_high."""
     ratio_cap: float | None = _setting(None, above=0)
-    """cispo, dppo: cap of r."""
+    """cispo, dppo, dppo_kl: cap of r."""
+    ratio_floor: float = _setting(0.0, at_least=0)
+    """cispo: lower bound of r, below ratio_cap."""
     tau_positive: float = _setting(1.0, above=0)
     """sapo: steepness of the sigmoid where A > 0."""
     tau_negative: float = _setting(1.05, above=0)
@@ -103,6 +108,8 @@ class LossConfig(_Derived):
     """vespo: λ in that weight where A < 0."""
     sampler_penalty: float = _setting(1e-3, at_least=0)
     """ipo: coefficient of (logprob - sampling_logprob)², on every token."""
+    proximal_coef: float = _setting(0.1, at_least=0)
+    """dro: coefficient of (logprob - old_logprob)²/2, on every token."""
     beta: float = _setting(0.0, at_least=0)
     """Coefficient of the KL to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+", "k3_corrected", "abs", "forward", "reverse"] = (
@@ -208,6 +215,10 @@ class LossConfig(_Derived):
             raise ValueError("aggregation='fixed_length' needs max_completion_length, got None")
         if self.delta is not None:
             expect_number("delta", self.delta, above=1 + self.epsilon_high)
+        if self.ratio_cap is not None and self.ratio_floor >= self.ratio_cap:
+            raise ValueError(
+                f"ratio_floor must be less than ratio_cap={self.ratio_cap}, got {self.ratio_floor}"
+            )
         if self.ratio_level != "token" and term.only_token_ratio:
             raise ValueError(
                 f"surrogate={surrogate!r} {term.only_token_ratio}: ratio_level must be 'token', "
@@ -396,6 +407,17 @@ class LossConfig(_Derived):
         """
         bounds = {"epsilon_low": 0.1, "epsilon_high": 0.1}
         return cls(**{"surrogate": "ipo", **bounds, "aggregation": "token_mean", **overrides})
+
+    @classmethod
+    def dppo_kl(cls, **overrides: Any) -> Self:
+        """CISPO without tokens whose binary KL is above 0.05 (arXiv:2602.04879)."""
+        bounds = {"epsilon_low": 0.05, "epsilon_high": 0.05, "ratio_cap": 20.0}
+        return cls(**{"surrogate": "dppo_kl", **bounds, "aggregation": "token_mean", **overrides})
+
+    @classmethod
+    def dro(cls, **overrides: Any) -> Self:
+        """Policy gradient with a squared log-ratio of 0.05 (arXiv:2405.19107, 2501.12599)."""
+        return cls(**{"surrogate": "dro", "aggregation": "token_mean", **overrides})
 
 
 LossConfig.__init__ = suggest_keywords(LossConfig.__init__)

@@ -198,18 +198,22 @@ class Reinforce(WeightedScore):
 
 @dataclass(frozen=True)
 class Cispo(WeightedScore):
-    """-s(min(r, ratio_cap)) A logprob: no token loses its gradient (arXiv:2506.13585)."""
+    """-s(clip(r, ratio_floor, ratio_cap)) A logprob: no token loses its gradient.
 
+    The paper clips from above only (arXiv:2506.13585).
+    """
+
+    ratio_floor: float
     ratio_cap: float
 
     def weight(self, ratios: PolicyRatios) -> Tensor:
-        return ratios.ratio.clamp(max=self.ratio_cap)
+        return ratios.ratio.clamp(self.ratio_floor, self.ratio_cap)
 
     def clipped(self, ratios: PolicyRatios) -> Flags:
-        return _beyond(ratios.ratio, -math.inf, self.ratio_cap, ratios.advantage)
+        return _beyond(ratios.ratio, self.ratio_floor, self.ratio_cap, ratios.advantage)
 
     def kernel_form(self) -> KernelForm:
-        return KernelForm("score", 0.0, 0.0, self.ratio_cap)
+        return KernelForm("score", self.ratio_floor, 0.0, self.ratio_cap)
 
 
 @dataclass(frozen=True)
@@ -225,18 +229,42 @@ class Dppo(WeightedScore):
     ratio_cap: float
     only_token_ratio = "bounds each token's own probability"
 
+    def change(self, ratios: PolicyRatios) -> Tensor:
+        """Measure how far the token's probability moved; negative where it fell."""
+        return ratios.prob_diff
+
     def weight(self, ratios: PolicyRatios) -> Tensor:
-        prob_diff = ratios.prob_diff
+        change = self.change(ratios)
         inside = torch.where(
-            ratios.advantage > 0, prob_diff <= self.epsilon_high, prob_diff >= -self.epsilon_low
+            ratios.advantage > 0, change <= self.epsilon_high, change >= -self.epsilon_low
         )
         return torch.where(inside, ratios.ratio.clamp(max=self.ratio_cap), 0.0)
 
     def clipped(self, ratios: PolicyRatios) -> Flags:
-        return _beyond(ratios.prob_diff, -self.epsilon_low, self.epsilon_high, ratios.advantage)
+        return _beyond(self.change(ratios), -self.epsilon_low, self.epsilon_high, ratios.advantage)
 
     def kernel_form(self) -> KernelForm:
         return KernelForm("dppo", -self.epsilon_low, self.epsilon_high, self.ratio_cap)
+
+
+class DppoKl(Dppo):
+    """Dppo whose bounds are on KL(old‖policy) of the binary choice between the token and the rest.
+
+        KL = q ln(q / p) + (1 - q) ln((1 - q + 1e-8) / (1 - p + 1e-8))
+
+    q is the old probability of the token, p the new one. It counts as negative where the
+    probability fell (arXiv:2602.04879).
+    """
+
+    def change(self, ratios: PolicyRatios) -> Tensor:
+        logprob, old_logprob = ratios.logprob.detach(), ratios.old_logprob
+        rest, old_rest = (-torch.expm1(x).clamp(max=0) for x in (logprob, old_logprob))
+        token = old_logprob.exp() * (old_logprob - logprob)
+        divergence = token + old_rest * ((old_rest + 1e-8) / (rest + 1e-8)).log()
+        return torch.where(logprob < old_logprob, -divergence, divergence)
+
+    def kernel_form(self) -> KernelForm:
+        return super().kernel_form()._replace(name="dppo_kl")
 
 
 @dataclass(frozen=True)
@@ -307,6 +335,28 @@ class Ipo(Surrogate):
         return KernelForm("ipo", -self.epsilon_low, self.epsilon_high, self.sampler_penalty)
 
 
+@dataclass(frozen=True)
+class Dro(Surrogate):
+    """-A logprob + proximal_coef/2·(ln r)², on every token; ln r does not saturate.
+
+    Direct Reward Optimisation (arXiv:2405.19107); Kimi-K1.5's objective (2501.12599).
+    """
+
+    proximal_coef: float
+    has_penalty = True
+    only_token_ratio = "compares each token with the old policy itself"
+
+    def value(self, ratios: PolicyRatios) -> Tensor:
+        penalty = self.proximal_coef / 2 * ratios.log_ratio.square()
+        return penalty - ratios.advantage * ratios.logprob
+
+    def grad(self, ratios: PolicyRatios) -> Tensor:
+        return self.proximal_coef * ratios.log_ratio - ratios.advantage
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("dro", 0.0, 0.0, self.proximal_coef)
+
+
 SURROGATES: dict[str, type[Surrogate]] = {
     "clip": Clip,
     "ratio": Ratio,
@@ -317,4 +367,6 @@ SURROGATES: dict[str, type[Surrogate]] = {
     "reinforce": Reinforce,
     "vespo": Vespo,
     "ipo": Ipo,
+    "dppo_kl": DppoKl,
+    "dro": Dro,
 }

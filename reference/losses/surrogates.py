@@ -38,8 +38,9 @@ def ratio(tokens: Tokens, config: Any) -> Tensor:
 
 
 def cispo(tokens: Tokens, config: Any) -> Tensor:
-    """-s(min(r, ratio_cap))·A·logprob (2506.13585)."""
-    weight = policy_ratio(tokens, config.ratio_level).clamp(max=config.ratio_cap)
+    """-s(clip(r, ratio_floor, ratio_cap))·A·logprob (2506.13585, without a floor)."""
+    r = policy_ratio(tokens, config.ratio_level)
+    weight = r.clamp(config.ratio_floor, config.ratio_cap)
     return -weight.detach() * tokens.advantage * tokens.logprob
 
 
@@ -56,12 +57,37 @@ def dppo(tokens: Tokens, config: Any) -> Tensor:
     trusted, with p the token's probability: p - p_old <= epsilon_high for A > 0, else
     p - p_old >= -epsilon_low.
     """
-    r, change = policy_ratio(tokens, config.ratio_level), prob_change(tokens)
+    return _score_of_trusted(tokens, config, prob_change(tokens))
+
+
+def dppo_kl(tokens: Tokens, config: Any) -> Tensor:
+    """Compute `dppo` with `binary_kl` in place of p - p_old (2602.04879, binary KL)."""
+    return _score_of_trusted(tokens, config, binary_kl(tokens))
+
+
+def _score_of_trusted(tokens: Tokens, config: Any, change: Tensor) -> Tensor:
     trusted = torch.where(
         tokens.advantage > 0, change <= config.epsilon_high, change >= -config.epsilon_low
     )
+    r = policy_ratio(tokens, config.ratio_level)
     weight = torch.where(trusted, r.clamp(max=config.ratio_cap), 0.0)
     return -weight.detach() * tokens.advantage * tokens.logprob
+
+
+def binary_kl(tokens: Tokens) -> Tensor:
+    """KL of (p_old, 1 - p_old) to (p, 1 - p), negative for p < p_old; a constant.
+
+    1e-8 is added to both terms of the quotient (1 - p_old) / (1 - p).
+    """
+    new, old = tokens.logprob.detach(), tokens.old_logprob
+    rest, old_rest = ((1 - x.exp()).clamp(min=0) for x in (new, old))
+    kl = old.exp() * (old - new) + old_rest * torch.log((old_rest + 1e-8) / (rest + 1e-8))
+    return torch.where(new < old, -kl, kl)
+
+
+def dro(tokens: Tokens, config: Any) -> Tensor:
+    """-A·logprob + proximal_coef·l²/2 (2405.19107, 2501.12599)."""
+    return config.proximal_coef * log_ratio(tokens) ** 2 / 2 - tokens.advantage * tokens.logprob
 
 
 def prob_change(tokens: Tokens) -> Tensor:
@@ -121,7 +147,7 @@ def ipo(tokens: Tokens, config: Any) -> Tensor:
 
 SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
     function.__name__: function
-    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo, ipo)
+    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo, ipo, dppo_kl, dro)
 }
 
 # Surrogates for which the sampler takes the place of the old policy.
@@ -138,9 +164,11 @@ def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
         r = policy_ratio(tokens, config.ratio_level)
         low, high = r < 1 - config.epsilon_low, r > 1 + config.epsilon_high
     elif config.surrogate == "cispo":
-        high = policy_ratio(tokens, config.ratio_level) > config.ratio_cap
-    elif config.surrogate in ("dppo", "gmpo"):
-        x = prob_change(tokens) if config.surrogate == "dppo" else log_ratio(tokens)
+        r = policy_ratio(tokens, config.ratio_level)
+        low, high = r < config.ratio_floor, r > config.ratio_cap
+    elif config.surrogate in ("dppo", "dppo_kl", "gmpo"):
+        measure = {"dppo": prob_change, "dppo_kl": binary_kl, "gmpo": log_ratio}
+        x = measure[config.surrogate](tokens)
         low, high = x < -config.epsilon_low, x > config.epsilon_high
     elif config.surrogate == "ipo":
         change = prob_change(tokens)

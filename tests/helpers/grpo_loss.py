@@ -29,6 +29,8 @@ CONFIGS = {
     "clip_covariance": LossConfig.clip_covariance(clip_cov=1.0, clip_cov_low=0.01),
     "kl_covariance": LossConfig.kl_covariance(kl_cov=0.3),
     "dppo": LossConfig.dppo(epsilon_low=0.01, epsilon_high=0.01),
+    "dppo_kl": LossConfig.dppo_kl(epsilon_low=0.01, epsilon_high=0.01),
+    "dro": LossConfig.dro(proximal_coef=0.5),
     "ipo": LossConfig.ipo(epsilon_low=0.01, epsilon_high=0.01, sampler_penalty=0.5),
     "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
     **{f"beta, {kl}": LossConfig(beta=0.2, kl_estimator=kl) for kl in ESTIMATORS},

@@ -26,8 +26,10 @@ ANY = {
 BOUNDS = {"epsilon_low": [0.0, 3e-4, 0.2, 5.0], "epsilon_high": [4e-4, 0.2, 0.28]}
 OF_SURROGATE = {
     "clip": {"delta": [None, 1.5, 4.0], "dual_clip": [None, 1.1, 3.0], **BOUNDS},
-    "cispo": {"ratio_cap": [0.9, 5.0]},
+    "cispo": {"ratio_cap": [0.9, 5.0], "ratio_floor": [0.0, 0.8]},
     "dppo": {"ratio_cap": [1.2, 20.0], **BOUNDS},
+    "dppo_kl": {"ratio_cap": [1.2, 20.0], **BOUNDS},
+    "dro": {"proximal_coef": [0.0, 0.1, 0.5]},
     "gmpo": BOUNDS,
     "sapo": {"tau_positive": [1.0, 3.0], "tau_negative": [1.05, 0.2]},
     "ipo": {"sampler_penalty": [0.0, 1e-3, 0.5], **BOUNDS},

@@ -39,6 +39,9 @@ def test_named_constructors_and_overrides():
     assert LossConfig.vespo() == point(surrogate="vespo", **of_tokens)
     near = {"epsilon_low": 0.1, "epsilon_high": 0.1}
     assert LossConfig.ipo() == point(surrogate="ipo", **near, **of_tokens)
+    near = {"epsilon_low": 0.05, "epsilon_high": 0.05, "ratio_cap": 20.0}
+    assert LossConfig.dppo_kl() == point(surrogate="dppo_kl", **near, **of_tokens)
+    assert LossConfig.dro() == point(surrogate="dro", proximal_coef=0.1, **of_tokens)
 
 
 def test_config_is_frozen_and_hashable():
@@ -164,7 +167,8 @@ def test_decode_inverts_encode_except_for_entropy_coef():
         (
             ValueError,
             {"surrogate": "cispo", "ratio_cap": 5.0, "epsilon_high": 3.0},  # TRL's name of the cap
-            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' or 'ipo' only, got 3.0",
+            "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' or 'ipo' or "
+            "'dppo_kl' only, got 3.0",
         ),
         (TypeError, {"epsilon_low": None}, "epsilon_low must be a number, got NoneType"),
         (
@@ -173,7 +177,12 @@ def test_decode_inverts_encode_except_for_entropy_coef():
             "delta is read by surrogate='clip' only, got 4.0 with surrogate='sapo'",
         ),
         (ValueError, {"surrogate": "cispo"}, "surrogate='cispo' needs ratio_cap, got None"),
-        (ValueError, {"ratio_cap": 5.0}, "ratio_cap is read by surrogate='cispo' or 'dppo' only"),
+        (ValueError, {"ratio_cap": 5.0}, "ratio_cap is read by surrogate='cispo' or 'dppo' or"),
+        (
+            ValueError,
+            {"surrogate": "cispo", "ratio_cap": 0.5, "ratio_floor": 0.5},
+            "ratio_floor must be less than ratio_cap=0.5, got 0.5",
+        ),
         (
             ValueError,
             {"surrogate": "gmpo", "ratio_level": "sequence"},

@@ -30,6 +30,12 @@ def dppo(**fields):
     return {"surrogate": "dppo", "ratio_cap": 9.0, **fields}
 
 
+def dppo_kl(**fields):
+    """Set bounds on the binary KL: 0.0249 for the log-ratio 0.5, 0.0538 for -1."""
+    return {"surrogate": "dppo_kl", "ratio_cap": 9.0, **fields}
+
+
+DRO = {"surrogate": "dro", "proximal_coef": 0.3}
 RATIO = {"surrogate": "ratio"}
 CISPO = {"surrogate": "cispo", "ratio_cap": 1.5}
 TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
@@ -55,6 +61,8 @@ TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
         (CISPO, 1.0, 2.0, 3.0, -3.0),
         (CISPO, 1.0, -2.0, -3.0, 3.0),
         (CISPO, -3.0, 2.0, 10 * e(-3), -2 * e(-3)),
+        (CISPO | {"ratio_floor": 0.7}, -3.0, 2.0, 7.0, -1.4),
+        (CISPO | {"ratio_floor": 0.7}, -3.0, -2.0, -7.0, 1.4),
         # At r = 1 the value is -2A/τ and the grad -A.
         ({"surrogate": "sapo"}, 0.0, 2.0, -4.0, -2.0),
         ({"surrogate": "sapo"}, 0.0, -2.0, 4 / 1.05, 2.0),
@@ -67,6 +75,17 @@ TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
         (dppo(epsilon_low=0.08), -1.0, -2.0, 0.0, 0.0),
         (dppo(epsilon_low=0.09), -1.0, -2.0, -6 * e(-1), 2 * e(-1)),
         (dppo(epsilon_low=0.08), -1.0, 2.0, 6 * e(-1), -2 * e(-1)),
+        (dppo_kl(), 0.5, 2.0, 3 * e(0.5), -2 * e(0.5)),
+        (dppo_kl(ratio_cap=1.2), 0.5, 2.0, 3.6, -2.4),
+        (dppo_kl(epsilon_high=0.024), 0.5, 2.0, 0.0, 0.0),
+        (dppo_kl(epsilon_high=0.026), 0.5, 2.0, 3 * e(0.5), -2 * e(0.5)),
+        (dppo_kl(epsilon_low=0.01), 0.5, -2.0, -3 * e(0.5), 2 * e(0.5)),
+        (dppo_kl(epsilon_low=0.05), -1.0, -2.0, 0.0, 0.0),
+        (dppo_kl(epsilon_low=0.06), -1.0, -2.0, -6 * e(-1), 2 * e(-1)),
+        (dppo_kl(epsilon_high=0.01), -1.0, 2.0, 6 * e(-1), -2 * e(-1)),
+        (DRO, 0.5, 2.0, 3.0375, -1.85),
+        (DRO, 0.5, -2.0, -2.9625, 2.15),
+        (DRO, 0.5, 0.0, 0.0375, 0.15),
     ],
 )
 def test_one_token(implementation, fields, log_ratio, advantage, loss, grad):
@@ -104,10 +123,11 @@ def test_ipo(implementation, fields, log_ratio, advantage, loss, grad, clipped):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
-    "surrogate", ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo"]
+    "surrogate",
+    ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo", "dppo_kl", "dro"],
 )
 def test_on_policy_gradient(implementation, surrogate):
-    fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo") else {}
+    fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo", "dppo_kl") else {}
     call = {"old_logprob": None}
     for advantage in (2.0, -2.0):
         _, grads, _ = evaluate(

@@ -298,6 +298,8 @@ def surrogate_grad(
     dppo:  -s(min(r, cap)) A logprob, 0 where the probability has changed beyond [lowest, highest]
            in the direction in which A pushes it
     ipo:   -r A, 0 where the probability has changed beyond [lowest, highest], plus cap (ln r)²
+    dppo_kl: as dppo, with the binary KL(old‖policy), negative where the probability fell
+    dro:   -A logprob + cap/2 (ln r)²
     """
     if SURROGATE == "clip":
         falling = (ratio >= lowest) & (ratio <= cap)
@@ -314,10 +316,19 @@ def surrogate_grad(
         prob_diff = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
         dropped = (prob_diff < lowest) | (prob_diff > highest)
         grad = tl.where(dropped, 0.0, -advantage * d_ratio) + 2.0 * cap * (logprob - old)
+    elif SURROGATE == "dro":
+        grad = cap * (logprob - old) - advantage
     else:
-        tl.static_assert(SURROGATE == "dppo")
-        prob_diff = tl.exp2(logprob * LOG2E) - tl.exp2(old * LOG2E)
-        inside = tl.where(advantage > 0, prob_diff <= highest, prob_diff >= lowest)
+        prob, old_prob = tl.exp2(logprob * LOG2E), tl.exp2(old * LOG2E)
+        change = prob - old_prob
+        if SURROGATE == "dppo_kl":
+            rest, old_rest = at_least(1.0 - prob, 0.0), at_least(1.0 - old_prob, 0.0)
+            bits = tl.log2((old_rest + 1e-8) / (rest + 1e-8))
+            kl = old_prob * (old - logprob) + old_rest * bits * LN2
+            change = tl.where(logprob < old, -kl, kl)
+        else:
+            tl.static_assert(SURROGATE == "dppo")
+        inside = tl.where(advantage > 0, change <= highest, change >= lowest)
         grad = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
     return grad
 

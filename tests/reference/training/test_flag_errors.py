@@ -59,7 +59,7 @@ def test_unknown_flag_suggests_the_right_one(flag, meant, capsys):
         ("foo --steps 3", "'foo' is no flag; --help all lists every flag"),
         ("--loss gpro", "--loss gpro: expected one of grpo, one_shot, .*; did you mean grpo?"),
         ("--loss=DAPO", "--loss DAPO: expected one of .*; did you mean dapo?"),
-        ("--loss None", "--loss None: expected one of grpo, .*, ipo$"),
+        ("--loss None", "--loss None: expected one of grpo, .*, dro$"),
         ("--preset tin", "--preset tin: expected one of smollm2-135m, .*; did you mean tiny?"),
         ("--advantage grup", "--advantage grup: expected one of group, .*; did you mean group?"),
         ("--device gpu", "--device gpu: expected one of auto, cpu, cuda, mps"),

@@ -57,6 +57,8 @@ SET = {
     "k_negative": (1.0, ["--loss", "vespo"]),
     "lambda_negative": (1.0, ["--loss", "vespo"]),
     "sampler_penalty": (0.5, ["--loss", "ipo"]),
+    "ratio_floor": (0.5, ["--loss", "cispo"]),
+    "proximal_coef": (0.5, ["--loss", "dro"]),
     "beta": (0.1, []),
     "kl_estimator": ("k3+", ["--beta", "0.1"]),
     "entropy_coef": (0.1, ["--loss", "one_shot"]),
@@ -101,8 +103,8 @@ def test_fixed_length_defaults_to_max_new_tokens():
     [
         (
             {"ratio_cap": 2.0},
-            "--loss grpo: --ratio-cap is read by --surrogate 'cispo' or 'dppo' only, got 2.0 with "
-            "--surrogate 'clip'",
+            "--loss grpo: --ratio-cap is read by --surrogate 'cispo' or 'dppo' or 'dppo_kl' only, "
+            "got 2.0 with --surrogate 'clip'",
         ),
         ({"delta": 1.1}, "--loss grpo: --delta must be greater than 1.2, got 1.1"),
         (
