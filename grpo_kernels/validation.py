@@ -22,6 +22,8 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Names in TRL, verl and Liger, and the arguments or settings here that do the same.
 _OTHER_NAMES = {
     "epsilon": "epsilon_low epsilon_high",
@@ -59,6 +61,8 @@ _OTHER_NAMES = {
     "chunk_size": "chunk_tokens",
     "rollout_log_probs": "sampling_logprob",
     "num_items_in_batch": "normalizer",
+    "lora": "adapter",
+    "rows": "token_rows",
 }
 
 
@@ -138,7 +142,11 @@ def expect_number(
         kind = "an integer" if integer else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     number: Any = value  # Real declares no comparison
-    if not integer and not math.isfinite(number):  # torch.compile has no isfinite of a symbol
+    try:  # torch.compile has no isfinite of a symbol
+        is_finite = integer or math.isfinite(number)
+    except OverflowError:  # an int beyond the largest float
+        is_finite = False
+    if not is_finite:
         raise ValueError(f"{name} must be finite, got {number}")
     for holds, text, bound in (
         (at_least is None or number >= at_least, "at least", at_least),
@@ -148,6 +156,12 @@ def expect_number(
     ):
         if not holds:
             raise ValueError(f"{name} must be {text} {bound}, got {number}")
+
+
+def expect_flag(name: str, value: object) -> None:
+    """Expect True or False, else raise a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def expect_tensor(
@@ -163,7 +177,7 @@ def expect_tensor(
     """Expect a tensor with the given properties, else raise.
 
     Args:
-        floating: True for a floating-point dtype.
+        floating: True for fp16, bf16, fp32 or fp64.
         shape: the exact shape.
         dims: the allowed numbers of dimensions; `layout` describes them in the message, such as
             "[B, T, V] or packed [N, V]".
@@ -171,8 +185,9 @@ def expect_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if floating and not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if floating and value.dtype not in _FLOATING:
+        wanted = "fp16, bf16, fp32 or fp64" if value.is_floating_point() else "floating point"
+        raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
     if dims is not None and value.dim() not in dims:
         raise ValueError(f"{name} must be {layout}, got {shape_of(value)}")
     if shape is not None and value.shape != shape:

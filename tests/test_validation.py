@@ -12,6 +12,7 @@ from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, policy_loss, t
 from grpo_kernels.validation import (
     expect_choice,
     expect_finite,
+    expect_flag,
     expect_mask,
     expect_number,
     expect_temperature,
@@ -61,6 +62,7 @@ def test_expect_number_accepts_integers(value):
         (TypeError, True, {"integer": True}, "x must be an integer, got bool"),
         (ValueError, float("nan"), {}, "x must be finite, got nan"),
         (ValueError, float("-inf"), {}, "x must be finite, got -inf"),
+        (ValueError, 10**309, {}, f"x must be finite, got {10**309}"),
         (ValueError, 1.5, {"at_least": 2}, "x must be at least 2, got 1.5"),
         (ValueError, 2, {"above": 2}, "x must be greater than 2, got 2"),
         (ValueError, 3, {"at_most": 2.5}, "x must be at most 2.5, got 3"),
@@ -69,6 +71,14 @@ def test_expect_number_accepts_integers(value):
 )
 def test_expect_number_messages(error, value, keywords, message):
     assert_raises(error, message, expect_number, "x", value, **keywords)
+
+
+def test_expect_flag():
+    for value in (True, False):
+        expect_flag("entropy", value)
+    for value in (None, 1, "yes", torch.tensor(True)):
+        message = f"entropy must be True or False, got {type(value).__name__}"
+        assert_raises(TypeError, message, expect_flag, "entropy", value)
 
 
 def test_expect_tensor_accepts_tensors():
@@ -83,6 +93,12 @@ def test_expect_tensor_accepts_tensors():
         (TypeError, [1.0], {}, "x must be a tensor, got list"),
         (TypeError, None, {}, "x must be a tensor, got NoneType"),
         (TypeError, X.long(), {"floating": True}, "x must be floating point, got torch.int64"),
+        (
+            TypeError,
+            X.to(torch.float8_e4m3fn),
+            {"floating": True},
+            "x must be fp16, bf16, fp32 or fp64, got torch.float8_e4m3fn",
+        ),
         (
             ValueError,
             X,
@@ -215,6 +231,9 @@ def test_values_are_not_read_on_devices_or_under_compile():
         (linear_grpo_loss, "ref_logps", None, "ref_logprob"),
         (linear_grpo_loss, "hidden_states", None, "hidden"),
         (linear_grpo_loss, "chunk_size", None, "chunk_tokens"),
+        (linear_grpo_loss, "token_row", None, "token_rows"),
+        (linear_grpo_loss, "rows", None, "token_rows"),
+        (linear_grpo_loss, "lora", None, "adapter"),
         (token_stats, "ref_logit", None, "ref_logits"),
     ],
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends.interface import accumulation_dtype, scalar_tensor
 from ..validation import (
     expect_choice,
+    expect_flag,
     expect_ids,
     expect_mask,
     expect_number,
@@ -132,6 +133,7 @@ def prepare_inputs(
     expect_mask(mask, tokens.shape)
     expect_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    expect_flag("entropy", entropy)
     _check_kl(kl, reference)
     if softcap is not None:
         expect_number("softcap", softcap, above=0)

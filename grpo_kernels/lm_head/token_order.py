@@ -85,6 +85,10 @@ def check_packing(
     packing: TokenPacking, mask: Tensor | None, tokens: Tensor, advantage: Tensor | None = None
 ) -> None:
     """Check that the packing was made of this mask and, if given, of this advantage per token."""
+    if not isinstance(packing, TokenPacking):
+        raise TypeError(
+            f"packing must be a TokenPacking of pack_tokens(), got {type(packing).__name__}"
+        )
     order, counts = packing
     if order.shape != (tokens.numel(),):
         raise ValueError(

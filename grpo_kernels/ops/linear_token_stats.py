@@ -17,7 +17,7 @@ from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.row_groups import RowGroups
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
-from ..validation import expect_number, expect_token_ids, suggest_keywords
+from ..validation import expect_flag, expect_number, expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
 from .token_stats import TokenStats, as_token_stats, load_stats, save_stats
 
@@ -373,6 +373,7 @@ def linear_token_stats(
         vocab_group=vocab_group,
     )
     check_chunk_tokens(chunk_tokens)
+    expect_flag("entropy_grad", entropy_grad)
     packing = resolve_token_order(packing, mask, tokens)
     return run_linear_token_stats(
         inputs, packing, tokens.shape, chunk_tokens, entropy_grad=entropy_grad

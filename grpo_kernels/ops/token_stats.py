@@ -15,6 +15,7 @@ from ..backends.interface import StatsOutputs, accumulation_dtype, scalar_tensor
 from ..objective.token_gradients import TokenGrads
 from ..validation import (
     expect_choice,
+    expect_flag,
     expect_mask,
     expect_number,
     expect_temperature,
@@ -201,6 +202,13 @@ def token_stats(
     """
     rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
     V = logits.shape[-1]
+    for name, flag in (
+        ("entropy", entropy),
+        ("sum_sq_probs", sum_sq_probs),
+        ("mean_logit", mean_logit),
+        ("is_top1", is_top1),
+    ):
+        expect_flag(name, flag)
     expect_number("top_logprobs", top_logprobs, integer=True, at_least=0, at_most=V)
     request = StatsRequest(entropy, sum_sq_probs, mean_logit, is_top1, top_logprobs)
     return run_token_stats(rows, tokens.shape, request)

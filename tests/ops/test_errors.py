@@ -40,6 +40,10 @@ ADVANTAGES = torch.ones(B)
         ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
         ({"temperature": torch.zeros(B, T)}, ValueError, "temperature must be greater than 0 for"),
         ({"temperature": torch.ones(4)}, ValueError, r"temperature must broadcast to .*\(4,\)"),
+        *(
+            ({name: 1}, TypeError, f"{name} must be True or False, got int")
+            for name in ("entropy", "sum_sq_probs", "mean_logit", "is_top1")
+        ),
         ({"softcap": 0.0}, ValueError, "softcap must be greater than 0, got 0.0"),
         ({"kl": "reverse"}, ValueError, "kl='reverse' needs ref_logits, got None"),
         ({"ref_logits": LOGITS}, ValueError, "ref_logits is read with kl="),

@@ -61,12 +61,22 @@ REFERENCE = {"ref_hidden": HIDDEN, "ref_weight": WEIGHT}
             ValueError,
             r"ref_weight must be \[V, 4\], where 4 is the size of ref_hidden, got shape \(5, 7\)",
         ),
+        (
+            {"hidden": HIDDEN.to(torch.float8_e5m2)},
+            TypeError,
+            "hidden must be fp16, bf16, fp32 or fp64, got torch.float8_e5m2",
+        ),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, got 0"),
         ({"chunk_tokens": 2.0}, TypeError, "chunk_tokens must be an integer, got float"),
         (
             {"packing": pack_tokens(torch.ones(4))},
             ValueError,
             "packing must be of a mask of 6 tokens, got one of 4",
+        ),
+        (
+            {"packing": torch.ones(2, 3)},
+            TypeError,
+            r"packing must be a TokenPacking of pack_tokens\(\), got Tensor",
         ),
         (
             {"packing": pack_tokens(torch.eye(2, 3)), "mask": torch.ones(2, 3)},
@@ -130,6 +140,12 @@ def test_linear_grpo_loss_error_messages(change, error, message):
     given = {"hidden": HIDDEN, "weight": WEIGHT, "tokens": TOKENS, "advantages": torch.ones(B)}
     with pytest.raises(error, match=message):
         linear_grpo_loss(**{**given, **change})
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy_grad"])
+def test_flags_are_bool(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):
+        linear_token_stats(HIDDEN, WEIGHT, TOKENS, **{name: "no"})
 
 
 def test_pack_tokens_error_messages():
