@@ -1,6 +1,7 @@
 """A whole training step of a language model with random weights, under each loss head.
 
     pytest benchmarks/test_step.py             clocked
+    pytest benchmarks/test_step.py -k lora     LoRA only
     pytest benchmarks/test_step.py --quick     a tiny model, once
 
 A step is
@@ -9,27 +10,44 @@ A step is
     loss   = an implementation of linear_grpo_loss
     backward through both, AdamW
 
+training_step       every weight is trained
+lora_step           LoRA on the linear layers, with checkpointed activations; the head is frozen
+lora_stats_step     the same, the loss from log-probs, as trainers compute it
+
 The model, tokens and optimiser are the same for all. "no head" is the floor: its loss is the mean
 of the hidden states.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.core import clock
-from benchmarks.core.problem import Problem
+from benchmarks.core.problem import RANK, Problem
 from benchmarks.core.results import Record
 from benchmarks.core.shapes import DTYPES
 from benchmarks.peers import OURS, PEERS, Adapter
+from benchmarks.peers.peer import policy_loss_of
 from reference.training.model.load import ARCHITECTURES
 
-TASK = "linear_grpo_loss"
 NO_HEAD = "no head"
 WARM_UP = 12  # steps
+
+
+class Step(NamedTuple):
+    head: str  # the task of the head: a loss, or log-probs for one
+    lora: bool
+
+
+STEPS = {
+    "training_step": Step("linear_grpo_loss", lora=False),
+    "lora_step": Step("linear_grpo_loss_frozen", lora=True),
+    "lora_stats_step": Step("linear_token_stats_frozen", lora=True),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +77,24 @@ SETUPS = {
 }
 
 
+class LoRALinear(nn.Module):
+    """A frozen linear layer and a trained low-rank matrix beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        new = base.weight.new_zeros
+        self.a = nn.Parameter(nn.init.kaiming_uniform_(new(RANK, base.in_features)))
+        self.b = nn.Parameter(new(base.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (x @ self.a.T) @ self.b.T
+
+
 class TrainingStep:
     """A model, its optimiser and a batch; calling it takes one step with the given head."""
 
-    def __init__(self, setup: Setup, device: torch.device) -> None:
+    def __init__(self, setup: Setup, device: torch.device, *, lora: bool) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
@@ -74,7 +106,15 @@ class TrainingStep:
             size = (setup.B, setup.T + 1)
             self.ids = torch.randint(0, setup.architecture["vocab_size"], size)
             self.advantages = torch.randn(setup.B)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        if lora:
+            self.model.requires_grad_(False)
+            layers = self.model.model.layers
+            for name, module in list(layers.named_modules()):
+                if isinstance(module, nn.Linear):
+                    layers.set_submodule(name, LoRALinear(module))
+            self.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        trained = [x for x in self.model.parameters() if x.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     def __call__(self, head: Adapter | None) -> Tensor:
         hidden = self.model.model(self.ids, use_cache=False).last_hidden_state[:, :-1]
@@ -83,7 +123,10 @@ class TrainingStep:
         else:
             weight, tokens = self.model.lm_head.weight, self.ids[:, 1:]
             problem = Problem(tokens, None, self.advantages, hidden=hidden, weight=weight)
-            loss = head(problem)["loss"]
+            outputs = head(problem)
+            if "loss" not in outputs:
+                outputs = policy_loss_of(problem, outputs["logprob"])
+            loss = outputs["loss"]
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -96,23 +139,36 @@ def setup(harness):
 
 
 @pytest.fixture(scope="module")
-def step(harness, setup):
-    step = TrainingStep(setup, harness.device)
-    for _ in range(1 if harness.quick else WARM_UP):
-        step(None)
-    return step
+def make_step(harness, setup):
+    @lru_cache(maxsize=1)
+    def make(lora: bool) -> TrainingStep:
+        step = TrainingStep(setup, harness.device, lora=lora)
+        for _ in range(1 if harness.quick else WARM_UP):
+            step(None)
+        return step
+
+    return make
 
 
-@pytest.mark.parametrize("name", [NO_HEAD, *(name for name in PEERS if TASK in PEERS[name].tasks)])
+CASES = [
+    pytest.param(task, name, id=f"{task}, {name}")
+    for task, step in STEPS.items()
+    for name in (NO_HEAD, *PEERS)
+    if (task != "lora_stats_step" if name == NO_HEAD else step.head in PEERS[name].tasks)
+]
+
+
+@pytest.mark.parametrize(("task", "name"), CASES)
 @pytest.mark.benchmark(timer=clock.now)
-def test_step(name, setup, step, harness, request):
+def test_step(task, name, setup, make_step, harness, request):
     peer = PEERS.get(name)
     if peer and (reason := peer.missing()):
         pytest.skip(reason)
-    call = partial(step, peer.tasks[TASK] if peer else None)
+    head, lora = STEPS[task]
+    call = partial(make_step(lora), peer.tasks[head] if peer else None)
     N = setup.B * setup.T
     harness.attempt(
-        Record("training_step", "both", setup.model, N, setup.dtype, 0.0, 0.0, name),
-        lambda record: harness.run(call, record, request, "training step"),
+        Record(task, "both", setup.model, N, setup.dtype, 0.0, 0.0, name),
+        lambda record: harness.run(call, record, request, task),
         must_work=name in (OURS, NO_HEAD),
     )

@@ -66,7 +66,7 @@ def exact_results(
 ) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
     """Return (problem, values, gradients), the latter two in fp64."""
     task = TASKS[task_name]
-    problem = make_problem(task.level, shape, device, reference=task.reference)
+    problem = make_problem(task.level, shape, device, task.variant)
     double = problem.double()
     outputs = PEERS[REFERENCE].tasks[task.name](double)
     values = {name: outputs[name].detach() for name in task.outputs}

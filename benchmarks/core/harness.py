@@ -103,12 +103,12 @@ class Harness:
 
     def problem_of(self, case: Case) -> Problem:
         """Return the tensors of a case; the last ones are reused, as they may be gigabytes."""
-        key = case.task.level, case.shape, case.task.reference
+        key = case.task.level, case.shape, case.task.variant
         if self._problem is None or self._problem[0] != key:
             self._problem = None
             self.free_memory()
-            level, shape, reference = key
-            self._problem = key, make_problem(level, shape, self.device, reference=reference)
+            level, shape, variant = key
+            self._problem = key, make_problem(level, shape, self.device, variant)
         return self._problem[1]
 
     def errors_of(self, case: Case) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """The tensors of a case, the same for every implementation.
 
-B sequences of T tokens, N = B·T; V vocabulary, H hidden size.
+B sequences of T tokens, N = B·T; V vocabulary, H hidden size, r rank of an adapter.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ STD = 4.0  # of the logits, as in a language model
 # Sizes of the log-ratio of policy and old policy. None lies within 0.08 of a clip boundary (-0.223
 # and 0.182), so that rounding cannot change which tokens are clipped.
 INSIDE, OUTSIDE = 0.1, 0.5
+Variant = Literal["plain", "reference", "frozen", "adapter", "tree"]
+RANK, ADAPTER_SCALE = 16, 2.0
+# Tensors that may be trained.
+LEAVES = ("logits", "hidden", "weight", "adapter_a", "adapter_b")
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,19 @@ class Problem:
     old_logprob: Tensor | None = None  # [B, T]
     logits: Tensor | None = None  # [B, T, V]
     ref_logits: Tensor | None = None
-    hidden: Tensor | None = None  # [B, T, H]
+    hidden: Tensor | None = None  # [B, T, H]; of a tree [rows, H]
     weight: Tensor | None = None  # [V, H]
     ref_hidden: Tensor | None = None
     ref_weight: Tensor | None = None
+    adapter_a: Tensor | None = None  # [r, H]; logits += ADAPTER_SCALE · (hidden aᵀ) bᵀ
+    adapter_b: Tensor | None = None  # [V, r]
+    token_rows: Tensor | None = None  # [B, T], of a tree: the row of hidden of each token
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """Tensors that get a gradient, by name."""
-        names = ("hidden", "weight") if self.logits is None else ("logits",)
-        return {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in LEAVES}
+        return {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
 
     @property
     def N(self) -> int:
@@ -45,14 +53,26 @@ class Problem:
 
     @property
     def num_active(self) -> int:
-        """Number of unmasked tokens."""
-        return self.N if self.mask is None else int(self.mask.sum())
+        """Number of rows, of hidden states or logits, with an unmasked token."""
+        return self._count_rows(torch.ones_like(self.tokens, dtype=torch.bool))
 
     @property
     def num_with_gradient(self) -> int:
-        """Number of unmasked tokens with an advantage other than 0."""
-        mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
-        return int(mask[self.advantages != 0].sum())
+        """Number of rows with an unmasked token whose advantage is not 0."""
+        return self._count_rows((self.advantages != 0).unsqueeze(-1).expand(self.tokens.shape))
+
+    def _count_rows(self, selected: Tensor) -> int:
+        selected = selected if self.mask is None else selected & self.mask
+        if self.token_rows is None:
+            return int(selected.sum())
+        return len(self.token_rows[selected].unique())
+
+    def with_copied_rows(self) -> "Problem":
+        """Return a tree's sequences apart from each other: hidden [B, T, H]."""
+        if self.token_rows is None:
+            return self
+        rows = self.hidden.index_select(0, self.token_rows.flatten())
+        return replace(self, hidden=rows.view(*self.tokens.shape, -1), token_rows=None)
 
     def double(self) -> "Problem":
         """Return the same numbers in fp64."""
@@ -73,13 +93,15 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def make_problem(
-    level: str, shape: Shape, device: torch.device, *, reference: bool = False
+    level: str, shape: Shape, device: torch.device, variant: Variant = "plain"
 ) -> Problem:
     """Make random tensors.
 
     Args:
         level: "logits" or "hidden".
-        reference: make the tensors of a reference policy, too.
+        variant: "plain": hidden states and head, or logits, are trained; "reference": and there
+            are the tensors of a reference policy; "frozen": the head is frozen; "adapter": and has
+            a trained adapter; "tree": sequences in pairs share their rows of hidden states.
     """
     generator = torch.Generator(device).manual_seed(0)
     V, H, B = shape.head.V, shape.head.H, min(SEQUENCES, shape.N)
@@ -98,24 +120,33 @@ def make_problem(
     tensors: dict[str, Tensor] = {}
     if level == "logits":
         tensors["logits"] = _leaf(normal(B, T, V, std=STD))
-        if reference:
+        if variant == "reference":
             tensors["ref_logits"] = normal(B, T, V, std=STD)
+    elif variant == "tree":
+        rows = torch.arange(-(-B // 2) * T, device=device).view(-1, T)
+        tensors["token_rows"] = rows.repeat_interleave(2, 0)[:B]
+        tensors["hidden"] = _leaf(normal(rows.numel(), H))
     else:
         tensors["hidden"] = _leaf(normal(B, T, H))
-        tensors["weight"] = _leaf(normal(V, H, std=STD / H**0.5))
-        if reference:
+    if level == "hidden":
+        weight = normal(V, H, std=STD / H**0.5)
+        tensors["weight"] = weight if variant in ("frozen", "adapter") else _leaf(weight)
+        if variant == "reference":
             tensors["ref_hidden"] = tensors["hidden"].detach() + 0.1 * normal(B, T, H)
-            tensors["ref_weight"] = tensors["weight"].detach()
+            tensors["ref_weight"] = weight.detach()
+        elif variant == "adapter":
+            tensors["adapter_a"] = _leaf(normal(RANK, H, std=H**-0.5))
+            tensors["adapter_b"] = _leaf(normal(V, RANK, std=0.5 * RANK**-0.5))
+    problem = Problem(tokens, mask, advantages, **tensors)
 
     with torch.no_grad():
         if level == "logits":
-            stats = grpo_kernels.token_stats(tensors["logits"], tokens, entropy=False)
+            stats = grpo_kernels.token_stats(problem.logits, tokens, entropy=False)
         else:
-            stats = grpo_kernels.linear_token_stats(
-                tensors["hidden"], tensors["weight"], tokens, entropy=False
-            )
+            hidden = problem.with_copied_rows().hidden
+            stats = grpo_kernels.linear_token_stats(hidden, problem.weight, tokens, entropy=False)
     # One token in eight is far outside the clip range.
     uniform = torch.empty_like(stats.logprob).uniform_(-1, 1, generator=generator)
     outside = torch.empty_like(uniform).uniform_(generator=generator) < 1 / 8
     log_ratio = torch.where(outside, OUTSIDE * uniform.sign(), INSIDE * uniform)
-    return Problem(tokens, mask, advantages, stats.logprob - log_ratio, **tensors)
+    return replace(problem, old_logprob=stats.logprob - log_ratio)

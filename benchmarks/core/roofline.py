@@ -79,22 +79,33 @@ def bare_matmuls(task: Task, phase: str, problem: Problem) -> Callable[[], objec
 
     If fp32 is faster than bf16 on a CPU, the operands are upcast before the clock.
     """
-    cost, num_active = task.cost[phase], problem.num_active
-    num_with_gradient = problem.num_with_gradient if task.skips_inert else num_active
-    hidden, weight = problem.hidden.detach().flatten(0, 1), problem.weight.detach()
+    matmuls = task.matmuls(problem, phase)
+    num_active, num_with_gradient = problem.num_active, task.num_with_gradient(problem)
+    hidden, weight = problem.hidden.detach().flatten(0, -2), problem.weight.detach()
     if not hidden.is_cuda and not has_bf16_units():
         hidden, weight = hidden.float(), weight.float()
 
+    # Backward multiplies logits that forward left, if it does not make them again.
+    left = None
+    if not matmuls.logits and not matmuls.again:
+        left = fp32_logits(hidden[: min(num_with_gradient, FLOOR_TOKENS)], weight)
+
     def run() -> None:
+        logits = left
         for chunk in hidden[:num_active].split(FLOOR_TOKENS):
-            logits = None
-            for _ in range(cost.logits):
+            for _ in range(matmuls.logits):
+                logits = None  # its memory is free before the next are made
                 logits = fp32_logits(chunk, weight)
-        if cost.gradients:
-            for chunk in hidden[:num_with_gradient].split(FLOOR_TOKENS):
+        for chunk in hidden[:num_with_gradient].split(FLOOR_TOKENS):
+            for _ in range(matmuls.again):
+                logits = None
+                logits = fp32_logits(chunk, weight)
+            if matmuls.d_hidden or matmuls.d_weight:
                 d_logits = logits[: len(chunk)].to(weight.dtype)
-                torch.mm(d_logits, weight)
-                torch.mm(d_logits.T, chunk[: len(d_logits)])
+                for _ in range(matmuls.d_hidden):
+                    torch.mm(d_logits, weight)
+                for _ in range(matmuls.d_weight):
+                    torch.mm(d_logits.T, chunk[: len(d_logits)])
 
     return run
 

@@ -30,7 +30,11 @@ def linear_grpo_loss(problem: Problem) -> Outputs:
 
 PEER = Peer(
     "cut-cross-entropy",
-    {"linear_cross_entropy": linear_cross_entropy, "linear_grpo_loss": linear_grpo_loss},
+    {
+        "linear_cross_entropy": linear_cross_entropy,
+        "linear_grpo_loss": linear_grpo_loss,
+        "linear_grpo_loss_frozen": linear_grpo_loss,
+    },
     "no entropy; its kernels need a GPU, on a CPU it is compiled by torch; its gradient filter is "
     "off",
     package="cut_cross_entropy",

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.core.problem import Problem
-from benchmarks.peers.peer import Outputs, Peer, scatter_unmasked, unmasked
+from benchmarks.peers.peer import (
+    Outputs,
+    Peer,
+    scatter_unmasked,
+    unmasked,
+    with_entropy_as_value,
+)
 
 
 def pad_logits(problem: Problem) -> Problem:
@@ -80,7 +86,10 @@ PEER = Peer(
     {
         "grpo_loss": grpo_loss,
         "linear_token_stats": linear_token_stats,
+        "linear_token_stats_frozen": with_entropy_as_value(linear_token_stats),
+        "linear_token_stats_frozen_entropy": linear_token_stats,
         "linear_grpo_loss": linear_grpo_loss,
+        "linear_grpo_loss_frozen": linear_grpo_loss,
     },
     "no entropy beside its GRPO losses; logits are rounded to the dtype of the hidden states; its "
     "loss from logits needs a GPU; it is not compiled on a CPU; chunks of 4,096 tokens",

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 import grpo_kernels
-from benchmarks.core.problem import Problem
-from benchmarks.peers.peer import Adapter, Outputs, Peer
-from grpo_kernels import LossConfig
+from benchmarks.core.problem import ADAPTER_SCALE, Problem
+from benchmarks.peers.peer import Adapter, Outputs, Peer, on_copied_rows, with_entropy_as_value
+from grpo_kernels import HeadAdapter, LossConfig
 
 
-def token_stats(problem: Problem, package: Any, kl: str | None = None) -> Outputs:
+def token_stats(problem: Problem, package: Any, kl: str | None = None, **keywords: Any) -> Outputs:
     """Log-probs and entropies, or one KL."""
-    keywords = {"mask": problem.mask, "kl": kl, "entropy": kl is None}
+    keywords |= {"mask": problem.mask, "kl": kl, "entropy": kl is None}
     if problem.logits is not None:
         if kl:
             keywords["ref_logits"] = problem.ref_logits
@@ -21,6 +21,9 @@ def token_stats(problem: Problem, package: Any, kl: str | None = None) -> Output
     else:
         if kl:
             keywords |= {"ref_hidden": problem.ref_hidden, "ref_weight": problem.ref_weight}
+        if problem.adapter_a is not None:
+            adapter = HeadAdapter(problem.adapter_a, problem.adapter_b, ADAPTER_SCALE)
+            keywords["adapter"] = adapter
         inputs = (problem.hidden, problem.weight, problem.tokens)
         stats = package.linear_token_stats(*inputs, **keywords)
     return {"kl": stats.kl} if kl else {"logprob": stats.logprob, "entropy": stats.entropy}
@@ -63,6 +66,22 @@ def linear_grpo_loss(problem: Problem, package: Any, config: LossConfig) -> Outp
     return {"loss": output.loss}
 
 
+def linear_grpo_loss_tree(problem: Problem, package: Any) -> Outputs:
+    B, T = problem.tokens.shape
+    output = package.linear_grpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.tokens.flatten(),
+        problem.advantages,
+        mask=None if problem.mask is None else problem.mask.flatten(),
+        old_logprob=problem.old_logprob.flatten(),
+        config=LossConfig(),
+        cu_seqlens=torch.arange(B + 1, device=problem.tokens.device) * T,
+        token_rows=problem.token_rows.flatten(),
+    )
+    return {"loss": output.loss}
+
+
 def linear_cross_entropy(problem: Problem, package: Any) -> Outputs:
     output = package.linear_grpo_loss(
         problem.hidden,
@@ -86,9 +105,14 @@ def all_tasks(package: Any) -> dict[str, Adapter]:
         "approximate_kl": approximate_kl,
         "grpo_loss": grpo_loss,
         "linear_token_stats": token_stats,
+        "linear_token_stats_frozen": with_entropy_as_value(token_stats),
+        "linear_token_stats_frozen_entropy": token_stats,
+        "linear_token_stats_adapter": with_entropy_as_value(token_stats),
         "linear_forward_kl": partial(token_stats, kl="forward"),
         "linear_reverse_kl": partial(token_stats, kl="reverse"),
         "linear_grpo_loss": partial(linear_grpo_loss, config=LossConfig()),
+        "linear_grpo_loss_frozen": partial(linear_grpo_loss, config=LossConfig()),
+        "linear_grpo_loss_tree": linear_grpo_loss_tree,
         "linear_grpo_loss_kl": partial(linear_grpo_loss, config=reverse_kl),
         "linear_gspo_loss": partial(linear_grpo_loss, config=LossConfig(ratio_level="sequence")),
         "linear_cross_entropy": linear_cross_entropy,
@@ -97,12 +121,19 @@ def all_tasks(package: Any) -> dict[str, Adapter]:
 
 
 OURS = "grpo_kernels"
+OUR_TASKS = all_tasks(grpo_kernels)
+HINTED = partial(token_stats, package=grpo_kernels, entropy_grad=True)
 PEERS = (
-    Peer(OURS, all_tasks(grpo_kernels), "nothing"),
+    Peer(OURS, OUR_TASKS | {"linear_token_stats_frozen_entropy": HINTED}, "nothing"),
     Peer(
         f"{OURS} in place",
         {"grpo_loss": partial(grpo_loss, package=grpo_kernels, inplace=True)},
         "nothing; the gradient overwrites the logits",
         prepare=Problem.copy,
+    ),
+    Peer(
+        f"{OURS} copied rows",
+        {"linear_grpo_loss_tree": on_copied_rows(OUR_TASKS["linear_grpo_loss"])},
+        "nothing; a row of hidden states is copied for each of its tokens, as without `token_rows`",
     ),
 )

@@ -8,6 +8,7 @@ outputs of masked tokens are 0.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,21 @@ class Peer:
         except PackageNotFoundError:
             return f"{self.package} is not installed"
         return None
+
+
+def with_entropy_as_value(adapter: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Return the adapter with an entropy that has no gradient, which trainers log."""
+
+    def adapted(*arguments: Any, **keywords: Any) -> Outputs:
+        outputs = adapter(*arguments, **keywords)
+        return outputs | {"entropy": outputs["entropy"].detach()}
+
+    return adapted
+
+
+def on_copied_rows(adapter: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Return the adapter with a row of hidden states per token, for libraries without a tree."""
+    return lambda problem, **keywords: adapter(problem.with_copied_rows(), **keywords)
 
 
 def policy_loss_of(problem: Problem, logprob: Tensor) -> Outputs:

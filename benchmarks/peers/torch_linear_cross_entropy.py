@@ -19,6 +19,10 @@ def linear_grpo_loss(problem: Problem) -> Outputs:
 
 PEER = Peer(
     "torch linear_cross_entropy",
-    {"linear_cross_entropy": linear_cross_entropy, "linear_grpo_loss": linear_grpo_loss},
+    {
+        "linear_cross_entropy": linear_cross_entropy,
+        "linear_grpo_loss": linear_grpo_loss,
+        "linear_grpo_loss_frozen": linear_grpo_loss,
+    },
     "no entropy; from bf16, logits and log-probs are bf16; every logit is in memory",
 )

@@ -3,7 +3,15 @@
 from functools import partial
 
 from benchmarks.core.problem import Problem
-from benchmarks.peers.peer import Outputs, Peer, policy_loss_of, scatter_unmasked, unmasked
+from benchmarks.peers.peer import (
+    Outputs,
+    Peer,
+    on_copied_rows,
+    policy_loss_of,
+    scatter_unmasked,
+    unmasked,
+    with_entropy_as_value,
+)
 
 
 def token_stats(problem: Problem) -> Outputs:
@@ -57,9 +65,13 @@ PEER = Peer(
         "token_stats": token_stats,
         "grpo_loss": grpo_loss,
         "linear_token_stats": linear_token_stats,
+        "linear_token_stats_frozen": with_entropy_as_value(linear_token_stats),
+        "linear_token_stats_frozen_entropy": linear_token_stats,
         "linear_forward_kl": partial(linear_kl, beta=0.0),
         "linear_reverse_kl": partial(linear_kl, beta=1.0),
         "linear_grpo_loss": linear_grpo_loss,
+        "linear_grpo_loss_frozen": linear_grpo_loss,
+        "linear_grpo_loss_tree": on_copied_rows(linear_grpo_loss),
     },
     "from hidden states: logits are rounded to their dtype for the log-prob; a KL takes a pass of "
     "its own, and the entropy beside it has no gradient; the objective is plain torch",

@@ -20,8 +20,8 @@ THEMES = {"light": "#1f2328", "dark": "#e6edf3"}  # colour of text; the backgrou
 # One per peer: those of Okabe and Ito without the yellow, and more that most eyes can tell apart on
 # white and on black.
 COLOURS = ("#0072b2", "#56b4e9", "#8c8c8c", "#cc79a7", "#e69f00", "#009e73", "#d55e00")
-COLOURS += ("#b08d57", "#7f63d2")
-MARKERS = "osXDv^P*h"
+COLOURS += ("#b08d57", "#7f63d2", "#4d7a2a")
+MARKERS = "osXDv^P*h<"
 FLOOR_COLOUR = "#8c8c8c"
 PHASE_SHADES = {"forward": 0.4, "backward": 0.7, "both": 1.0}
 

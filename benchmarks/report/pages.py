@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.core.results import DIRECTORY, ROOT, DeviceResults, Record, load, slug
@@ -103,9 +104,12 @@ def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
             f"{machine_line(results.machine)}. Forward and backward of {base.N:,} tokens under the "
             f"head of {base.model} (V = {base.head.V:,}, H = {base.head.H:,}) in {base.dtype}, "
             "medians.",
-            loss_table(results, base),
-            loss_table(results, PLANS[kind].other_dtype),
+            *head_table(results, "linear_grpo_loss", base),
+            *head_table(results, "linear_grpo_loss", PLANS[kind].other_dtype),
+            *head_table(results, "linear_token_stats_frozen", base),
+            *head_table(results, "linear_grpo_loss_tree", base),
             function_table(results),
+            *lora_table(results),
             *trainer_table(results),
             *([target_table(results), *max_tokens_table(results)] if kind == "cuda" else []),
             picture(results, "hidden"),
@@ -114,24 +118,27 @@ def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
     return "\n\n".join(parts) or "not measured yet"
 
 
-def loss_table(results: DeviceResults, shape: Shape) -> str:
-    """Return the table of linear_grpo_loss by every implementation: time, memory and accuracy."""
+def head_table(results: DeviceResults, task: str, shape: Shape) -> list[str]:
+    """Return the table of a task by every implementation: time, memory and accuracy.
+
+    A task that was not measured has none.
+    """
     rows = []
     for peer in (FLOORS["hidden"][0], *PEERS):
-        if record := results.find("linear_grpo_loss", "both", peer, shape):
+        if record := results.find(task, "both", peer, shape):
             # The buffers of a floor are no measurement.
             memory = tables.memory(record.extra_bytes) if peer in PEERS else tables.NONE
             error = tables.largest_error(record, gradients=True)
             percent = tables.percent(record.percent_of_roof)
             rows.append([peer, tables.outcome(record), percent, memory, error])
     heads = [
-        f"`linear_grpo_loss`, {shape.dtype}, {shape.N:,} tokens",
+        f"`{task}`, {shape.dtype}, {shape.N:,} tokens",
         "time",
         "of the rate of `torch.mm`",
         "extra memory",
         "error of gradients",
     ]
-    return tables.table(heads, rows)
+    return [tables.table(heads, rows)] if rows else []
 
 
 def function_table(results: DeviceResults) -> str:
@@ -152,6 +159,32 @@ def function_table(results: DeviceResults) -> str:
         rows.append([name, *map(tables.outcome, found)])
     floors = " or ".join(sorted(floor for floor, _ in FLOORS.values()))
     return tables.table(["", floors, *peers], rows)
+
+
+def lora_table(results: DeviceResults) -> list[str]:
+    """Return the table of LoRA training steps, a row per loss head, if they were measured."""
+    losses = {
+        "lora_step": "`linear_grpo_loss`",
+        "lora_stats_step": "`linear_token_stats` and `policy_loss`",
+    }
+    steps = {task: {record.peer: record for record in records_of(results, task)} for task in losses}
+    measured = [*steps["lora_step"].values(), *steps["lora_stats_step"].values()]
+    if not measured:
+        return []
+    rows = []
+    for peer in ("no head", *PEERS):
+        found = [steps[task].get(peer) for task in losses]
+        if any(found):
+            cells = [
+                (tables.outcome(record), tables.memory(record.extra_bytes if record else None))
+                for record in found
+            ]
+            rows.append([peer, *chain(*cells)])
+    step = measured[0]
+    heads = [f"LoRA step, {step.model}, {step.N:,} tokens, {step.dtype}"]
+    for loss in losses.values():
+        heads += [f"time with {loss}", "extra memory"]
+    return [tables.table(heads, rows)]
 
 
 def records_of(results: DeviceResults, task: str) -> list[Record]:
@@ -201,7 +234,9 @@ def all_cases(devices: list[DeviceResults]) -> str:
         roofs = ", ".join(f"{name} {value:.3g}" for name, value in machine["roofs"].items())
         versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
         tried = {record.peer for record in results.records}
-        absent = ", ".join(name for name in PEERS if name not in tried)
+        absent = ", ".join(
+            name for name, peer in PEERS.items() if peer.package and name not in tried
+        )
         parts += [
             f"## {KINDS[machine['kind']]}: {machine['device']}",
             f"{machine_line(machine)}. {versions}. Roofs: {roofs}.",

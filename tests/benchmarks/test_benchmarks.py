@@ -11,13 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grpo_kernels
 from benchmarks import gpu, max_tokens, profile
 from benchmarks.core import clock, correctness, roofline
+from benchmarks.core import problem as problem_module
 from benchmarks.core.case import Case, cases
 from benchmarks.core.harness import Harness, call_of
 from benchmarks.core.problem import make_problem
 from benchmarks.core.results import ResultFile, read
 from benchmarks.core.shapes import Shape
-from benchmarks.core.tasks import TASKS
+from benchmarks.core.tasks import TASKS, gradients
 from benchmarks.peers import OURS, PEERS, Peer
+from grpo_kernels.lm_head import chunk_size
+from tests.helpers.count_flops import count_flops
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")  # the harness is tested, not kernels
 
@@ -199,7 +202,46 @@ def test_counted_flops_depend_on_mask_and_advantages():
     assert (problem.num_active, problem.num_with_gradient) == (32, 16)
     assert task.flops(problem, "forward") == token_flops * 32
     assert task.flops(problem, "both") == token_flops * (32 + 2 * 16)
-    assert TASKS["linear_token_stats"].flops(problem, "both") == token_flops * 4 * 32
+
+
+HIDDEN_TASKS = [task for task in TASKS.values() if task.level == "hidden"]
+
+
+@pytest.mark.parametrize("in_one_chunk", [True, False])
+@pytest.mark.parametrize("task", HIDDEN_TASKS, ids=lambda task: task.name)
+def test_counted_products_are_those_of_this_package(task, in_one_chunk, monkeypatch):
+    monkeypatch.setattr(chunk_size, "WORKSPACE", (1 << 20) if in_one_chunk else (1 << 16))
+    monkeypatch.setattr(problem_module, "RANK", 1)
+    problem = make_problem("hidden", replace(SHAPE, inert=0.5), CPU, task.variant)
+    function = PEERS[OURS].tasks[task.name]
+    made = count_flops(lambda: gradients(function(problem), problem))
+    counted = task.flops(problem, "both")
+    # The products of the adapter are not counted: 3 · V and 4 · H beside 2 · V · H at least.
+    of_adapter = 0.1 if task.variant == "adapter" else 0.0
+    assert counted <= made <= (1 + of_adapter) * counted
+
+
+@pytest.mark.parametrize("in_one_chunk", [True, False])
+@pytest.mark.parametrize("task", HIDDEN_TASKS, ids=lambda task: task.name)
+def test_bare_products_are_the_counted_ones(task, in_one_chunk, monkeypatch):
+    monkeypatch.setattr(chunk_size, "WORKSPACE", (1 << 20) if in_one_chunk else (1 << 16))
+    problem = make_problem("hidden", replace(SHAPE, masked=0.5, inert=0.5), CPU, task.variant)
+    for phase in task.cost:
+        call = roofline.bare_matmuls(task, phase, problem)
+        assert count_flops(call) == task.flops(problem, phase)
+
+
+def test_products_with_a_head_that_is_frozen_or_fits_one_chunk(monkeypatch):
+    def products(name):
+        task = TASKS[name]
+        problem = make_problem("hidden", SHAPE, CPU, task.variant)
+        return task.flops(problem, "both") / (2 * 512 * 32 * SHAPE.N)
+
+    names = ("linear_token_stats", "linear_token_stats_frozen", "linear_token_stats_frozen_entropy")
+    names += ("linear_grpo_loss_frozen", "linear_token_stats_adapter", "linear_grpo_loss_tree")
+    assert [products(name) for name in names] == [3, 2, 2, 2, 2, 1.5]
+    monkeypatch.setattr(chunk_size, "WORKSPACE", 1 << 16)
+    assert [products(name) for name in names] == [4, 2, 3, 2, 3, 1.5]
 
 
 def test_inputs_are_rotated_past_the_cache():

@@ -24,7 +24,8 @@ def record(peer=OURS, **changes):
         "extra_bytes": 3 << 20,
         "errors": {"loss": 1e-7, "d_weight": 2e-6},
     }
-    return Record("linear_grpo_loss", "both", *astuple(shape), peer, **values | changes)
+    task = changes.pop("task", "linear_grpo_loss")
+    return Record(task, "both", *astuple(shape), peer, **values | changes)
 
 
 def write_file(directory, name, *records, commit="abc", kind="cpu", **content):
@@ -122,3 +123,25 @@ def test_table_of_trainers(tmp_path):
     text = pages.readme_section("cpu", results.load(tmp_path))
     assert "| grpo_kernels | 3 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text
     assert "| TRL | 30 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text
+
+
+def test_tables_of_lora_are_left_out_until_they_are_measured(tmp_path):
+    write_file(tmp_path, "cpu", record())
+    text = pages.readme_section("cpu", results.load(tmp_path))
+    assert "frozen" not in text and "tree" not in text and "LoRA" not in text
+    measured = [
+        record(task="linear_token_stats_frozen", seconds=0.111),
+        record("TRL", task="linear_token_stats_frozen", seconds=0.222),
+        record(task="lora_step", seconds=1.0),
+        record("TRL", task="lora_step", seconds=3.0),
+        record("no head", task="lora_step", seconds=0.5, extra_bytes=1 << 20),
+        record(task="lora_stats_step", seconds=2.0),
+    ]
+    write_file(tmp_path, "cpu", record(), *measured)
+    text = pages.readme_section("cpu", results.load(tmp_path))
+    assert "| `linear_token_stats_frozen`, fp32, 64 tokens | time |" in text
+    assert "| TRL | 222 ms | 91% | 3 MiB |" in text
+    assert "| LoRA step, SmolLM2 135M, 64 tokens, fp32 | time with `linear_grpo_loss` |" in text
+    assert "| no head | 500 ms | 1 MiB | – | – |" in text
+    assert "| grpo_kernels | 1 s | 3 MiB | 2 s | 3 MiB |" in text
+    assert "| TRL | 3 s | 3 MiB | – | – |" in text
