@@ -24,7 +24,7 @@ from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
 from .row_groups import NO_TOKEN, RowGroups, TokenLogits
-from .row_scale import gradient_bound, power_of_two_scale
+from .row_scale import LARGEST, gradient_bound, power_of_two_scale
 from .vocab_parallel import all_gather, all_reduce_min, all_reduce_sum, merge_over_ranks
 
 
@@ -298,14 +298,19 @@ class LMHeadGrad:
         a, b = inputs.adapter_a, inputs.adapter_b
         self.d_adapter_a = new(a.shape).zero_() if adapter_a and a is not None else None
         self.d_adapter_b = new(b.shape) if adapter_b and b is not None else None
+        is_fp16 = inputs.matmul_dtype == torch.float16
         # The gradient of hidden aᵀ is d_logits @ adapter_b · adapter_factor.
         self._adapter_b, self._adapter_factor = None, inputs.adapter_scale
         if b is not None and (hidden or adapter_a):
-            is_fp16 = inputs.matmul_dtype == torch.float16
             if is_fp16:  # the first steps of training leave b smaller than fp16 holds
-                scale = power_of_two_scale(b.abs().amax())
+                scale = power_of_two_scale(b.abs().amax(0))
                 b, self._adapter_factor = b * scale, inputs.adapter_scale / scale
             self._adapter_b = b.to(inputs.matmul_dtype) if is_fp16 or b.is_cuda else b
+        # [r], powers of two that bring the adapter's states to the size of the hidden states.
+        self._states_scale: Tensor | None = None
+        if is_fp16 and a is not None and self.d_adapter_b is not None:
+            norm = torch.linalg.vector_norm(a, dim=1) * abs(inputs.adapter_scale)
+            self._states_scale = power_of_two_scale(norm) / 2**LARGEST
         # In fp16 the gradients of weight, bias and adapter_b are multiplied by this: row_scale.py.
         self._scale: Tensor | None = None
 
@@ -354,7 +359,11 @@ class LMHeadGrad:
             column = self.d_bias.unsqueeze(-1)
             add_weight_gradient(column, d_logits, share, workspace, first=self._first)
         if self.d_adapter_b is not None and chunk.adapter_states is not None:
-            states = self._operand("adapter_states", chunk.adapter_states, share)
+            states = chunk.adapter_states
+            if self._states_scale is not None:
+                scaled = workspace("scaled adapter states", *states.shape, dtype=states.dtype)
+                states = torch.mul(states, self._states_scale, out=scaled)
+            states = self._operand("adapter_states", states, share)
             add_weight_gradient(self.d_adapter_b, d_logits, states, workspace, first=self._first)
 
     def _to_common_scale(self, row_scale: Tensor) -> Tensor:
@@ -390,6 +399,8 @@ class LMHeadGrad:
             for total in (d_weight, self.d_bias, d_adapter_b):
                 if total is not None:
                     total.div_(self._scale)
+        if d_adapter_b is not None and self._states_scale is not None:
+            d_adapter_b.div_(self._states_scale)
         if d_hidden is not None and vocab_group:
             dtype = self._inputs.temperature.dtype
             d_hidden.copy_(all_reduce_sum(d_hidden.to(dtype), vocab_group))

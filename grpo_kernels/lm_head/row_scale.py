@@ -7,7 +7,8 @@ therefore multiplied by its own s_n, before it is rounded:
     d_hidden[n] = (s_n d_logits[n]) @ weight / s_n
     d_weight    = Σ_n (s_n d_logits[n])ᵀ (S / s_n · hidden[n]) / S        S = min s_n
 
-S is a running minimum over the chunks. Powers of two change no digit.
+S is a running minimum over the chunks. Powers of two change no digit. An adapter's b and its states
+hidden aᵀ have a scale per column: fp32 adapters may be far outside the range of fp16.
 """
 
 import torch

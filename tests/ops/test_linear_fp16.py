@@ -6,7 +6,7 @@ import torch
 import grpo_kernels
 from grpo_kernels import HeadAdapter, LossConfig, linear_token_stats
 from reference import losses
-from tests.helpers.linear import doubled, make_linear_case, relative_error
+from tests.helpers.linear import doubled, make_linear_case, relative_error, without_reference
 from tests.helpers.tensors import normal
 
 B, T, V, H, R = 2, 5, 37, 16, 3
@@ -119,6 +119,19 @@ def test_kl_of_50_nats(backend, kl, peaked):
         return (stats.kl.double() * VARIED).sum()
 
     assert_better_than_bf16(case, value, chunk_tokens=3)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_adapter_beyond_the_range_of_fp16(pytorch_backend, chunk_tokens):
+    """Each row of a has its own size, and the columns of b the inverse."""
+    case = without_reference(make_case())
+    size = torch.tensor([1e-9, 1e9, 0.0])
+    case["a"], case["b"] = case["a"] * size[:, None], case["b"] * 1e-2 / size.clamp(min=1e-9)
+
+    def value(package, *inputs, **keywords):
+        return (package.linear_token_stats(*inputs, **keywords).logprob.double() * VARIED).sum()
+
+    assert_better_than_bf16(case, value, chunk_tokens=chunk_tokens)
 
 
 def test_special_values_stay_in_their_row(backend):
