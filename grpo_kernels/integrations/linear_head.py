@@ -27,14 +27,25 @@ class LinearHead(NamedTuple):
     adapter: HeadAdapter | None
 
 
+def head_layer(model: Any) -> nn.Module:
+    """Return the layer of a transformers model that turns hidden states into logits."""
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None:
+        raise TypeError(
+            "model must be a transformers model with an LM head, as AutoModelForCausalLM loads it, "
+            f"got {type(model).__name__}"
+        )
+    return layer
+
+
 def linear_head(model: Any) -> LinearHead:
     """Return what the head of a transformers model multiplies hidden states by, as it is now.
 
     Raises:
-        TypeError: the head is not linear, or has an adapter that no LinearHead describes: any but
-            LoRA without variants and without dropout.
+        TypeError: there is no head, or it is not linear, or has an adapter that no LinearHead
+            describes: any but LoRA without variants and without dropout.
     """
-    return _read(model.get_output_embeddings())
+    return _read(head_layer(model))
 
 
 def _read(layer: Any) -> LinearHead:

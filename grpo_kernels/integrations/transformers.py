@@ -22,7 +22,8 @@ from ..objective.policy_loss import LossOutput, prepare_loss_inputs
 from ..ops.linear_grpo_loss import linear_grpo_loss, loss_and_stats
 from ..ops.linear_token_stats import linear_token_stats
 from ..ops.token_stats import TokenStats
-from .linear_head import linear_head
+from ..validation import expect_number
+from .linear_head import head_layer, linear_head
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class LMHead:
 
     def _keywords(self, temperature: float | Tensor, ref_head: "LMHead | None") -> dict[str, Any]:
         """Express the scale through temperature and softcap; add the reference policy's head."""
+        if not isinstance(temperature, (Tensor, float, int)):
+            expect_number("temperature", temperature, above=0)  # else the division would raise
         keywords = {
             "bias": self.bias,
             "adapter": self.adapter,
@@ -117,6 +120,8 @@ class LMHead:
         }
         if ref_head is None:
             return keywords
+        if not isinstance(ref_head, LMHead):
+            raise TypeError(f"ref_head must be an LMHead, got {type(ref_head).__name__}")
         if (ref_head.scale, ref_head.softcap) != (self.scale, self.softcap):
             raise ValueError(
                 "ref_head must have the scale and softcap of the head, "
@@ -154,16 +159,23 @@ def forward_to_hidden(model: nn.Module, **inputs: Any) -> HiddenOutput:
             logits_to_keep, ...; no labels.
 
     Raises:
-        TypeError: the head is not linear, or has an adapter other than PEFT's LoRA (no variant such
-            as DoRA, no dropout in training mode), modules_to_save and trainable_token_indices.
+        ValueError: labels are given.
+        TypeError: there is no head, or it is not linear, or has an adapter other than PEFT's LoRA
+            (no variant such as DoRA, no dropout in training mode), modules_to_save and
+            trainable_token_indices.
         NotImplementedError: the model does more to its logits than scale and softcap.
     """
+    if inputs.get("labels") is not None:
+        raise ValueError(
+            f"labels must be left out, got {type(inputs['labels']).__name__}: pass the tokens to "
+            "the methods of the head, or use score_labels"
+        )
     return call_to_hidden(model, unwrap(model), inputs)
 
 
 def call_to_hidden(call: Callable[..., Any], model: Any, inputs: dict[str, Any]) -> HiddenOutput:
     """Run `call(**inputs)`, a forward of the unwrapped `model`, without the head of the model."""
-    layer = model.get_output_embeddings()
+    layer = head_layer(model)
     is_measured = layer in _SCALE_AND_SOFTCAP
     if not is_measured:
         linear_head(model)  # raises before the model runs
@@ -200,8 +212,9 @@ def call_to_hidden(call: Callable[..., Any], model: Any, inputs: dict[str, Any])
     # Read now: FSDP gathers, and PEFT may merge or unmerge, the weight when the model runs.
     head = linear_head(model)
     if not is_measured:
+        logits = output[0] if isinstance(output, tuple) else output.logits
         _SCALE_AND_SOFTCAP[layer] = _measure_scale_and_softcap(
-            output.logits, head.weight.shape[0], type(model).__name__
+            logits, head.weight.shape[0], type(model).__name__
         )
     return HiddenOutput(hidden[0], LMHead(*head, *_SCALE_AND_SOFTCAP[layer]), output)
 

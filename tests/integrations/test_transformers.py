@@ -5,6 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grpo_kernels.integrations.score_labels import score_labels
 from grpo_kernels.integrations.transformers import forward_to_hidden
 from tests.helpers.causal_lms import (
     MODELS,
@@ -128,6 +129,44 @@ class Headless(LlamaForCausalLM):
 def test_unsupported_heads_raise(family, error, message):
     with pytest.raises(error, match=message):
         forward_to_hidden(family(LlamaConfig(**SMALL)), input_ids=make_batch()[0])
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_output_as_tuple(is_tuple):
+    model, (ids, _) = make_model("granite, divided"), make_batch()
+    head = forward_to_hidden(model, input_ids=ids, return_dict=not is_tuple).head
+    assert (head.scale, head.softcap) == (1 / 0.3, None)
+
+
+@pytest.mark.parametrize("model", [make_model("llama").model, torch.nn.Linear(2, 2), None])
+@pytest.mark.parametrize("function", [forward_to_hidden, score_labels])
+def test_models_without_head_raise(function, model):
+    message = f"model must be a transformers model with an LM head, .* got {type(model).__name__}"
+    with pytest.raises(TypeError, match=message):
+        function(model)
+
+
+def test_labels_raise():
+    ids, _ = make_batch()
+    with pytest.raises(ValueError, match="labels must be left out, got Tensor: pass the tokens"):
+        forward_to_hidden(make_model("llama"), input_ids=ids, labels=ids)
+    forward_to_hidden(make_model("llama"), input_ids=ids, labels=None)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+        ({"ref_head": torch.zeros(3)}, TypeError, "ref_head must be an LMHead, got Tensor"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "granite, divided"])
+def test_keywords_of_head_are_checked(name, keywords, error, message):
+    ids, _ = make_batch()
+    hidden, head, _ = forward_to_hidden(make_model(name), input_ids=ids)
+    with pytest.raises(error, match=message):
+        head.token_stats(hidden, ids, **keywords)
 
 
 def test_ref_head_with_another_scale_raises():
