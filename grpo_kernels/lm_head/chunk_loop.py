@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, RowStats, StatsRequest, backend_for
+from ..backends import RowInputs, RowStats, backend_for
 from ..objective.config import LossConfig
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
@@ -25,7 +25,13 @@ from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient, write_logits
 from .row_groups import NO_TOKEN, RowGroups, TokenLogits
 from .row_scale import LARGEST, gradient_bound, power_of_two_scale
-from .vocab_parallel import all_gather, all_reduce_min, all_reduce_sum, merge_over_ranks
+from .vocab_parallel import (
+    TopLogits,
+    all_gather,
+    all_reduce_min,
+    all_reduce_sum,
+    merge_over_ranks,
+)
 
 
 class LogitGrad(NamedTuple):
@@ -52,20 +58,38 @@ class Chunk(NamedTuple):
 
     def stats(self) -> RowStats:
         """Compute the statistics of the tokens, [t] each."""
-        stats = backend_for(self.rows.logits).token_stats_forward(
-            self.rows, StatsRequest(entropy=self.inputs.entropy)
+        inputs, request = self.inputs, self.inputs.request
+        group, position = inputs.vocab_group, self.groups.position
+        # Where the row functions do not know the tokens, they are compared with the largest id.
+        finds_top1 = request.is_top1 and (group is not None or position is not None)
+        K = max(request.top_logprobs, 1) if finds_top1 else request.top_logprobs
+        row_request = request._replace(
+            is_top1=request.is_top1 and not finds_top1, top_logprobs=min(K, len(inputs.weight))
         )
+        stats = backend_for(self.rows.logits).token_stats_forward(self.rows, row_request)
         stats = stats.map(lambda x: x.squeeze(0))
-        group = self.inputs.vocab_group
         if group:
+            top = None
+            if stats.top_ids is not None and inputs.vocab_start is not None:
+                logits = self.rows.logits.squeeze(0)
+                top = TopLogits.read(logits, stats.top_ids, inputs.vocab_start, K)
             tokens, temperature = self.rows.tokens.squeeze(0), self.rows.temperature.squeeze(0)
-            stats = merge_over_ranks(group, stats, tokens, temperature, self.inputs.kl)
-        position = self.groups.position
-        if position is None:
-            return stats
-        stats = stats.map(lambda x: x[position])
-        logprob = self._token_logits().logprob(stats.row_lse)
-        return stats._replace(logprob=all_gather(logprob, group).amax(0) if group else logprob)
+            stats = merge_over_ranks(
+                group, stats, tokens, temperature, inputs.kl, top, inputs.softcap
+            )
+        if position is not None:
+            stats = stats.map(lambda x: x[position])
+            logprob = self._token_logits().logprob(stats.row_lse)
+            logprob = all_gather(logprob, group).amax(0) if group else logprob
+            stats = stats._replace(logprob=logprob)
+        if finds_top1:
+            assert stats.top_ids is not None and stats.logprob is not None
+            tokens = inputs.tokens if inputs.vocab_tokens is None else inputs.vocab_tokens
+            is_largest = stats.top_ids[..., 0] == tokens[self.token_idx]
+            stats = stats._replace(is_top1=is_largest & (stats.logprob > -torch.inf))
+            if request.top_logprobs == 0:
+                stats = stats._replace(top_logprobs=None, top_ids=None)
+        return stats
 
     def grad(self, stats: RowStats, grads: TokenGrads) -> LogitGrad:
         """Compute the gradient from the upstream gradients of the statistics, [t] each."""

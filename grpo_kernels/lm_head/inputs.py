@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.interface import accumulation_dtype, scalar_tensor
+from ..backends.interface import StatsRequest, accumulation_dtype, scalar_tensor
 from ..validation import (
     expect_choice,
     expect_flag,
@@ -68,9 +68,15 @@ class LMHeadInputs(NamedTuple):
     ref_hidden: Tensor | None  # [N, H of the reference policy]; None without kl
     ref_weight: Tensor | None
     ref_bias: Tensor | None
+    vocab_tokens: Tensor | None  # [M], int64; with a vocab_group ids in the whole vocabulary
+    vocab_start: Tensor | None  # [], int64; with a vocab_group the id of this rank's first row
     adapter_scale: float
     softcap: float | None
-    entropy: bool
+    entropy: bool  # this and the next four: StatsRequest
+    sum_sq_probs: bool
+    mean_logit: bool
+    is_top1: bool
+    top_logprobs: int
     kl: str | None
     matmul_dtype: torch.dtype  # of the operands of the products
     vocab_group: str | None  # name of the process group whose ranks hold shards of the vocabulary
@@ -79,6 +85,11 @@ class LMHeadInputs(NamedTuple):
     def leaves(self) -> HeadTensors:
         """The tensors that may have a gradient: the first fields, in the same order."""
         return HeadTensors(*(getattr(self, name) for name in HeadTensors._fields))
+
+    @property
+    def request(self) -> StatsRequest:
+        """The statistics that are asked for."""
+        return StatsRequest(*(getattr(self, name) for name in StatsRequest._fields))
 
     @property
     def ref_matmul_dtype(self) -> torch.dtype:
@@ -112,7 +123,7 @@ def prepare_inputs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    entropy: bool = True,
+    request: StatsRequest = StatsRequest(),
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -141,6 +152,9 @@ def prepare_inputs(
         adapter_b = None if adapter is None else adapter.b
         rows = {"weight": weight, "bias": bias, "adapter.b": adapter_b, **reference}
         _check_vocab_group(vocab_group, rows)
+    K, V = request.top_logprobs, weight.shape[0]  # with a vocab_group, local_tokens knows the size
+    at_most = V if vocab_group is None else None
+    expect_number("top_logprobs", K, integer=True, at_least=0, at_most=at_most)
     weight, bias = unshard(weight), None if bias is None else unshard(bias)
     if adapter is not None:
         adapter = adapter._replace(a=unshard(adapter.a), b=unshard(adapter.b))
@@ -160,6 +174,7 @@ def prepare_inputs(
         temperature = scalar_tensor(temperature, dtype, device)
     temperature = temperature.expand(tokens.shape).reshape(tokens.numel())
     flat_tokens, group_name = tokens.to(torch.int64).flatten(), None
+    vocab_tokens = vocab_start = None
     if token_rows is not None:
         num_rows = hidden.shape[:-1].numel()
         token_rows = token_rows.to(torch.int64)
@@ -171,7 +186,8 @@ def prepare_inputs(
     if vocab_group is not None:
         group_name = vocab_group.group_name
         flat_mask = None if mask is None else mask.flatten() != 0
-        flat_tokens = local_tokens(flat_tokens, flat_mask, weight.shape[0], group_name)
+        vocab_tokens = flat_tokens
+        flat_tokens, vocab_start = local_tokens(flat_tokens, flat_mask, V, K, group_name)
     uses_autocast = is_autocast and hidden.dtype != torch.float64
     return LMHeadInputs(
         hidden.flatten(0, -2),
@@ -185,9 +201,11 @@ def prepare_inputs(
         ref_hidden,
         ref_weight,
         ref_bias,
+        vocab_tokens,
+        vocab_start,
         1.0 if adapter is None else adapter.scale,
         softcap,
-        entropy,
+        *request,
         kl,
         torch.get_autocast_dtype(device.type) if uses_autocast else hidden.dtype,
         group_name,

@@ -7,29 +7,32 @@ shard, and v the reference policy's share, the statistics of the row are
     logprob = ln w + logprob of the shard that has the token
     entropy = Σ w (entropy - ln w)
     reverse KL = Σ w (KL + ln w - ln v)          forward: w and v exchanged
+    Σ p² = Σ w² Σ p² of the shard                mean logit: weighted with the shards' entries
 
 summed over shards. Nothing cancels that does not cancel within one row. A shard whose logits are
 all -inf has no share; its statistics are ignored.
 
 The partial results are all-gathered and not reduced. That moves half the bytes, keeps infinities,
 and every rank sums the same numbers in the same order, so that all ranks have the same bits. Each
-rank receives 12 bytes per token and rank, 4 more with an entropy and 12 more with a KL; in fp64
-twice as many.
+rank receives 12 bytes per token and rank, 4 more with an entropy, 12 more with a KL, 4 with Σ p²,
+8 with the mean, and 8 K with the K largest logits, which are merged by value; in fp64 twice as
+many.
 """
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import RowStats
-from ..validation import expect_token_ids, values_are_readable
+from ..validation import expect_number, expect_token_ids, values_are_readable
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 ON_OTHER_RANK = -1  # the token lies in another rank's shard
 OUT_OF_VOCAB = -2  # the token lies in no shard
+NO_ENTRY = -1
 
 
 def local_ids(tokens: Tensor, sizes: Tensor, rank: int) -> Tensor:
@@ -40,8 +43,15 @@ def local_ids(tokens: Tensor, sizes: Tensor, rank: int) -> Tensor:
 
 
 @torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
-def local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
-    """Map tokens [N] to this rank's shard of that many rows, by one small all-gather."""
+def local_tokens(
+    tokens: Tensor, mask: Tensor | None, rows: int, top_logprobs: int, vocab_group: str
+) -> tuple[Tensor, Tensor]:
+    """Map tokens [N] to this rank's shard of that many rows, by one small all-gather.
+
+    Returns:
+        (local ids [N], the id of the shard's first row []). Where values are readable, the ids and
+        top_logprobs are checked against the size of the whole vocabulary.
+    """
     num_kept = tokens.new_tensor(len(tokens)) if mask is None else (mask != 0).sum()
     mine = torch.stack([tokens.new_tensor(rows), num_kept])
     sizes, counts = all_gather(mine, vocab_group).unbind(1)
@@ -51,13 +61,18 @@ def local_tokens(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: st
             f"got {', '.join(map(str, counts.tolist()))} of them"
         )
     if tokens.device.type == "cpu":
-        expect_token_ids(tokens, mask, int(sizes.sum()))
-    return local_ids(tokens, sizes, torch.distributed.get_rank(_group(vocab_group)))
+        V = int(sizes.sum())
+        expect_token_ids(tokens, mask, V)
+        expect_number("top_logprobs", top_logprobs, at_most=V)
+    rank = torch.distributed.get_rank(_group(vocab_group))
+    return local_ids(tokens, sizes, rank), sizes[:rank].sum()
 
 
 @local_tokens.register_fake
-def _(tokens: Tensor, mask: Tensor | None, rows: int, vocab_group: str) -> Tensor:
-    return torch.empty_like(tokens)
+def _(
+    tokens: Tensor, mask: Tensor | None, rows: int, top_logprobs: int, vocab_group: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tokens), tokens.new_empty(())
 
 
 def as_shard(stats: RowStats, tokens: Tensor) -> RowStats:
@@ -67,8 +82,38 @@ def as_shard(stats: RowStats, tokens: Tensor) -> RowStats:
     return stats._replace(logprob=torch.where(absent, -torch.inf, stats.logprob))
 
 
-def merge_shards(shards: RowStats, temperature: Tensor, kl: str | None) -> RowStats:
-    """Merge statistics [ranks, n] of shards into those of whole rows [n]; temperature: [n]."""
+class TopLogits(NamedTuple):
+    """The K largest logits of each row of a shard, before the softcap.
+
+    A shard with fewer entries has logits of -inf with the id NO_ENTRY after them.
+    """
+
+    logits: Tensor  # [..., K], descending, of equal logits the smaller id first
+    ids: Tensor  # [..., K], int64, in the whole vocabulary
+
+    @classmethod
+    def read(cls, logits: Tensor, local_ids: Tensor, start: Tensor, K: int) -> "TopLogits":
+        """Read the logits [n, V] at local ids [n, at most K]; start: the shard's first id."""
+        padding = (0, K - local_ids.shape[-1])
+        return cls(
+            torch.nn.functional.pad(logits.gather(-1, local_ids), padding, value=-torch.inf),
+            torch.nn.functional.pad(local_ids + start, padding, value=NO_ENTRY),
+        )
+
+
+def merge_shards(
+    shards: RowStats,
+    temperature: Tensor,
+    kl: str | None,
+    top: TopLogits | None = None,
+    softcap: float | None = None,
+) -> RowStats:
+    """Merge statistics [ranks, n] of shards into those of whole rows [n].
+
+    Args:
+        temperature: [n].
+        top: of the shards [ranks, n, K], in rank order; None where not asked for.
+    """
     assert shards.logprob is not None
     scale = LOG2E / temperature
     share, row_lse = _log_shares(shards.row_lse, scale)
@@ -80,7 +125,40 @@ def merge_shards(shards: RowStats, temperature: Tensor, kl: str | None) -> RowSt
         ref_share, ref_row_lse = _log_shares(ref_row_lse, scale)
         p, q = (share, ref_share) if kl == "reverse" else (ref_share, share)
         kl_value = _expected(torch.where(q == -torch.inf, torch.inf, kl_value + p - q), p)
-    return RowStats(logprob, entropy, kl_value, row_lse, ref_row_lse)
+    sum_sq_probs, mean_logit, num_entries = shards.sum_sq_probs, shards.mean_logit, None
+    if sum_sq_probs is not None:
+        parts = torch.where(share == -torch.inf, -torch.inf, sum_sq_probs + 2 * share)
+        sum_sq_probs = parts.logsumexp(0)
+    if mean_logit is not None and shards.num_entries is not None:
+        num_entries = shards.num_entries.sum(0)
+        sums = torch.where(shards.num_entries == 0, 0.0, mean_logit * shards.num_entries)
+        mean_logit = sums.sum(0) / num_entries
+    merged = RowStats(
+        logprob, entropy, kl_value, row_lse, ref_row_lse, sum_sq_probs, mean_logit, num_entries
+    )
+    if top is None:
+        return merged
+    logits, top_ids = _merge_top(top)
+    if softcap is not None:
+        capped = softcap * (logits / softcap).tanh()
+        logits = torch.where(logits == -torch.inf, logits, capped)
+    pivot, log_sum = row_lse.split(1, dim=-1)
+    top_logprobs = ((logits - pivot) * scale.unsqueeze(-1) - log_sum) * LN2
+    return merged._replace(top_logprobs=top_logprobs, top_ids=top_ids)
+
+
+def _merge_top(top: TopLogits) -> TopLogits:
+    """Take the K largest logits of all shards [ranks, n, K].
+
+    Stable sorts keep the order of the ids, which is that of the ranks, among equal logits. What
+    only pads a shard comes last.
+    """
+    K = top.ids.shape[-1]
+    logits, ids = (x.movedim(0, -2).flatten(-2) for x in top)
+    order = (ids == NO_ENTRY).to(torch.uint8).sort(dim=-1, stable=True).indices
+    by_value = logits.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, by_value)[..., :K]
+    return TopLogits(logits.gather(-1, order), ids.gather(-1, order))
 
 
 def _is_empty(row_lse: Tensor) -> Tensor:
@@ -105,7 +183,13 @@ def _expected(values: Tensor, log_share: Tensor) -> Tensor:
 
 
 def merge_over_ranks(
-    group: str, stats: RowStats, tokens: Tensor, temperature: Tensor, kl: str | None
+    group: str,
+    stats: RowStats,
+    tokens: Tensor,
+    temperature: Tensor,
+    kl: str | None,
+    top: TopLogits | None = None,
+    softcap: float | None = None,
 ) -> RowStats:
     """Merge the statistics that the group's ranks have of the same rows, by one all-gather.
 
@@ -113,12 +197,20 @@ def merge_over_ranks(
         group: name of the process group.
         tokens: [n], `local_ids`.
         temperature: [n].
+        top: of this rank's shard, [n, K]; None where not asked for.
     """
-    columns = as_shard(stats, tokens).map(lambda x: x.view(len(tokens), -1))
-    present = [x for x in columns if x is not None]
+    stats = as_shard(stats, tokens)._replace(top_logprobs=None, top_ids=None)
+    present = [x.view(len(tokens), -1) for x in stats if x is not None]
+    if top is not None:  # the bits of an id, in a number that is moved and never computed with
+        id_dtype = torch.int64 if temperature.dtype == torch.float64 else torch.int32
+        present += [top.logits, top.ids.to(id_dtype).view(temperature.dtype)]
     gathered = all_gather(torch.cat(present, dim=-1), group)
     parts = iter(gathered.split([x.shape[1] for x in present], dim=-1))
-    return merge_shards(stats.map(lambda x: next(parts).view(-1, *x.shape)), temperature, kl)
+    shards = stats.map(lambda x: next(parts).view(-1, *x.shape))
+    if top is not None:
+        logits, ids = parts
+        top = TopLogits(logits, ids.contiguous().view(id_dtype).to(torch.int64))
+    return merge_shards(shards, temperature, kl, top, softcap)
 
 
 def _group(name: str) -> "torch.distributed.ProcessGroup":

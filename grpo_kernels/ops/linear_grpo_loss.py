@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.interface import accumulation_dtype
+from ..backends.interface import StatsRequest, accumulation_dtype
 from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
 from ..lm_head.inputs import (
     HIDDEN_LAYOUT,
@@ -209,7 +209,7 @@ def linear_grpo_loss(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        entropy=True,  # for the metric
+        request=StatsRequest(entropy=True),  # for the metric
         kl=config.kl_estimator if over_vocabulary and has_reference else None,
         mask=mask,
         adapter=adapter,

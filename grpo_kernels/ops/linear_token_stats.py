@@ -102,9 +102,8 @@ def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
 
 def new_stats(inputs: LMHeadInputs) -> RowStats:
     """Allocate statistics [N] filled with 0, the result of a masked token."""
-    request, has_kl = StatsRequest(entropy=inputs.entropy), inputs.kl is not None
-    stats = RowStats.allocate(inputs.temperature, request, kl=has_kl)
-    return stats.map(Tensor.zero_)
+    has_kl = inputs.kl is not None
+    return RowStats.allocate(inputs.temperature, inputs.request, kl=has_kl).map(Tensor.zero_)
 
 
 def write_stats(
@@ -229,7 +228,7 @@ def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
     ctx.values = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.plan = plan_backward(inputs, ctx.settings[0], trained)
     left = (logits, ref_logits, hidden_grads)
-    save_stats(ctx, StatsRequest(entropy=inputs.entropy), stats, *tensors, *packing, *left)
+    save_stats(ctx, inputs.request, stats, *tensors, *packing, *left)
 
 
 def _autograd(ctx: Any, *grads_of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -285,6 +284,10 @@ def linear_token_stats(
     kl: str | None = None,
     mask: Tensor | None = None,
     adapter: HeadAdapter | None = None,
+    sum_sq_probs: bool = False,
+    mean_logit: bool = False,
+    is_top1: bool = False,
+    top_logprobs: int = 0,
     token_rows: Tensor | None = None,
     entropy_grad: bool = False,
     chunk_tokens: int | None = None,
@@ -344,13 +347,13 @@ def linear_token_stats(
             gradients are complete, and must not be reduced again. Leave out rows that only pad the
             vocabulary, as in `weight[:n]`, or give them a bias of -inf. Every rank calls, and calls
             backward, in the same order. lm_head/vocab_parallel.py says what the ranks exchange.
-        tokens, temperature, softcap, entropy, kl, mask: as in `token_stats`. Masked tokens are in
-            no product.
+        tokens, temperature, softcap, entropy, kl, mask, sum_sq_probs, mean_logit, is_top1,
+            top_logprobs: as in `token_stats`. Masked tokens are in no product. A gradient of
+            `sum_sq_probs` or `mean_logit` with a frozen head in several chunks costs four products.
 
     Returns:
-        TokenStats(logprob, entropy, kl) in nats, shape of `tokens`, fp32 (fp64 for fp64 hidden),
-        differentiable in `hidden`, `weight`, `bias` and the adapter's `a` and `b` under any
-        upstream gradient.
+        TokenStats as in `token_stats`, fp32 (fp64 for fp64 hidden), differentiable in `hidden`,
+        `weight`, `bias` and the adapter's `a` and `b` under any upstream gradient.
 
     Raises:
         ValueError, TypeError: as `token_stats`, for these arguments.
@@ -362,7 +365,7 @@ def linear_token_stats(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        entropy=entropy,
+        request=StatsRequest(entropy, sum_sq_probs, mean_logit, is_top1, top_logprobs),
         ref_hidden=ref_hidden,
         ref_weight=ref_weight,
         ref_bias=ref_bias,
@@ -401,8 +404,8 @@ def run_linear_token_stats(
     ]
     trained = Trained(*is_trained, entropy=entropy_grad and inputs.entropy)
     *outputs, _, _, _ = _forward(inputs, packing, chunk_tokens, skip_zero_grad, trained)
-    request = StatsRequest(entropy=inputs.entropy)
-    return as_token_stats(RowStats._make(outputs), shape, request, kl=inputs.kl is not None)
+    has_kl = inputs.kl is not None
+    return as_token_stats(RowStats._make(outputs), shape, inputs.request, kl=has_kl)
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:

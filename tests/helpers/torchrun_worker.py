@@ -246,6 +246,33 @@ def several_tokens_to_a_row():
     check(case, linear_grpo_loss, token_rows=rows, **loss)
 
 
+def statistics_on_request():
+    request = {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 6}
+    names = ("logprob", "sum_sq_probs", "mean_logit")
+    for dtype in (torch.float64, torch.float32):
+        case = make_case(35, dtype, kl=False)
+        tops = linear_token_stats(**case, top_logprobs=1).top_ids[..., 0]
+        case["tokens"][:, :3] = tops[:, :3]
+        for keywords in ({"chunk_tokens": 3}, {"softcap": 4.0, "temperature": 0.7}):
+            ours = check(case, upstream=upstream(case, *names), **request, **keywords)
+            assert ours["is_top1"][:, :3].all() and not ours["is_top1"].all()
+    # Small integers have exact products: many equal logits, in all shards, and -inf.
+    case = {name: x.round() for name, x in make_case(36, kl=False).items()}
+    case["weight"][12:] = case["weight"][:11].clone()
+    case["bias"] = torch.zeros_like(case["bias"])
+    case["bias"][3:7] = -torch.inf
+    case["tokens"] = case["tokens"] % 3
+    check(case, upstream=upstream(case, "logprob"), top_logprobs=V, is_top1=True)
+    case["tokens"], rows = torch.tensor([0, 22, 3, 9, 9]), torch.tensor([0, 5, 5, 1, 7])
+    case["tokens"][1] = linear_token_stats(
+        case["hidden"].flatten(0, 1)[rows], case["weight"], case["tokens"], bias=case["bias"],
+        top_logprobs=1,
+    ).top_ids[1, 0]  # fmt: skip
+    ours = check(case, upstream=upstream(case, *names), token_rows=rows, is_top1=True,
+                 sum_sq_probs=True, mean_logit=True)  # fmt: skip
+    assert ours["is_top1"][1]
+
+
 def frozen_head_in_shards_of_the_vocabulary():
     case = make_case(28)
     given = upstream(case, "logprob", "entropy", "kl")
@@ -327,7 +354,9 @@ def compile_fullgraph():
         loss = linear_grpo_loss(
             hidden, weight, tokens, torch.tensor([1.0, -0.5]), config=config, **keywords
         ).loss
-        stats = linear_token_stats(hidden, weight, tokens, kl="forward", **keywords)
+        stats = linear_token_stats(
+            hidden, weight, tokens, kl="forward", is_top1=True, top_logprobs=3, **keywords
+        )
         return loss + sum(stat.sum() for stat in stats if stat is not None)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -374,9 +403,9 @@ def error_messages_on_every_rank():
     case = shard(make_case(19, kl=False))
     hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
 
-    def message(hidden, weight, tokens, vocab_group):
+    def message(hidden, weight, tokens, vocab_group, **keywords):
         try:
-            linear_token_stats(hidden, weight, tokens, vocab_group=vocab_group)
+            linear_token_stats(hidden, weight, tokens, vocab_group=vocab_group, **keywords)
         except (TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
@@ -385,6 +414,9 @@ def error_messages_on_every_rank():
         assert error == (
             f"ValueError: tokens must lie in [0, {V}) where they are not masked, got {outside}"
         )
+    assert message(hidden, weight, tokens, group(), top_logprobs=V + 1) == (
+        f"ValueError: top_logprobs must be at most {V}, got {V + 1}"
+    )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = distribute_tensor(make_case(19)["weight"], mesh, [Shard(0)])
     assert message(hidden, whole, tokens, group()) == (
@@ -580,6 +612,7 @@ CASES = (
     several_tokens_to_a_row,
     frozen_head_in_shards_of_the_vocabulary,
     padded_vocabulary,
+    statistics_on_request,
     one_collective_per_chunk_and_one_for_the_gradient,
     ranks_agree_on_the_chunk_size,
     compile_fullgraph,

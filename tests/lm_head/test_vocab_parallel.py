@@ -14,6 +14,7 @@ from grpo_kernels.backends import RowInputs, RowStats, StatsRequest, backend_for
 from grpo_kernels.lm_head.vocab_parallel import (
     ON_OTHER_RANK,
     OUT_OF_VOCAB,
+    TopLogits,
     as_shard,
     local_ids,
     merge_shards,
@@ -30,12 +31,15 @@ def parts(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes, dim=-1)
 
 
-def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None, kl=None, **cap):
+def shard_results(
+    logits, tokens, sizes, temperature, given, *, ref_logits=None, kl=None, softcap=None,
+    top_logprobs=0, **sums,
+):  # fmt: skip
     """token_stats and its gradient, computed shard by shard and merged.
 
     logits: [1, T, V]; given: upstream gradients by name of output.
     """
-    functions, softcap = backend_for(logits), cap.get("softcap")
+    functions = backend_for(logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature = torch.full(tokens.shape, temperature, dtype=acc)
     ids = [local_ids(tokens, torch.tensor(sizes), rank) for rank in range(len(sizes))]
@@ -43,17 +47,23 @@ def shard_results(logits, tokens, sizes, temperature, given, *, ref_logits=None,
         RowInputs(x, own, temperature, None, y, softcap, kl)
         for x, own, y in zip(parts(logits, sizes), ids, parts(ref_logits, sizes), strict=True)
     ]
-    found = [
-        as_shard(functions.token_stats_forward(rows, StatsRequest()), rows.tokens)
-        for rows in shards
-    ]
+    found, tops, start = [], [], torch.tensor(0)
+    for rows, size in zip(shards, sizes, strict=True):
+        request = StatsRequest(**sums, top_logprobs=min(top_logprobs, size))
+        stats = as_shard(functions.token_stats_forward(rows, request), rows.tokens)
+        if top_logprobs:
+            tops.append(TopLogits.read(rows.logits, stats.top_ids, start, top_logprobs))
+        found.append(stats._replace(top_logprobs=None, top_ids=None))
+        start = start + size
     stacked = (None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
-    merged = merge_shards(RowStats(*stacked), temperature, kl)
+    top = TopLogits(*map(torch.stack, zip(*tops, strict=True))) if tops else None
+    merged = merge_shards(RowStats(*stacked), temperature, kl, top, softcap)
     d_logits = torch.full_like(logits, torch.nan)
-    grads = TokenGrads(*(given.get(name) for name in ("logprob", "entropy", "kl")))
+    grads = TokenGrads(*(given.get(name) for name in TokenGrads._fields))
     for rows, out in zip(shards, parts(d_logits, sizes), strict=True):
         functions.token_stats_backward(rows, merged, grads, out)
-    stats = {name: getattr(merged, name) for name in ("logprob", "entropy", "kl")}
+    names = (*TokenGrads._fields, "top_logprobs", "top_ids")
+    stats = {name: getattr(merged, name) for name in names}
     stats["d_logits"] = d_logits
     return {name: value for name, value in stats.items() if value is not None}
 
@@ -87,8 +97,9 @@ def test_merged_shards_match_unsharded_row(
     starts = [sum(sizes[:i]) for i in included]
     tokens = torch.tensor([[starts[(seed + t) % len(included)] for t in range(3)]])
     names = ("logprob", "entropy", "kl") if kl else ("logprob", "entropy")
-    given = upstream_like(seed + 9, tokens, names, dtype=dtype)
+    given = upstream_like(seed + 9, tokens, (*names, "sum_sq_probs", "mean_logit"), dtype=dtype)
     keywords = {"softcap": softcap, **({"ref_logits": ref_logits, "kl": kl} if kl else {})}
+    keywords |= {"sum_sq_probs": True, "mean_logit": True, "top_logprobs": min(5, V)}
     ours = shard_results(logits, tokens, sizes, 0.7, given, **keywords)
     keywords["temperature"] = 0.7
     exact = exact_results(logits, tokens, given, **keywords)
@@ -96,6 +107,21 @@ def test_merged_shards_match_unsharded_row(
     assert ours.keys() == exact.keys()
     for name, value in ours.items():
         assert_as_accurate(name, value, same_dtype[name], exact[name])
+
+
+def test_of_equal_logits_in_several_shards_the_smaller_id_comes_first(backend):
+    """Also where a shard has fewer entries than K, and where only -inf is left."""
+    sizes = [2, 30, 1, 50]
+    logits = torch.zeros(1, 4, sum(sizes))
+    logits[0, 1] = torch.arange(sum(sizes)) // 3 % 2
+    logits[0, 2, :80] = -torch.inf
+    logits[0, 3] = -torch.inf
+    logits[0, 3, [0, 40, 82]] = torch.tensor([1.0, 2.0, 1.0])
+    tokens = torch.tensor([[0, 3, 81, 40]])
+    ours = shard_results(logits, tokens, sizes, 1.0, {}, top_logprobs=6)
+    exact = exact_results(logits, tokens, {}, top_logprobs=6)
+    assert torch.equal(ours["top_ids"], exact["top_ids"])
+    torch.testing.assert_close(ours["top_logprobs"].double(), exact["top_logprobs"])
 
 
 def test_nan_in_one_shard_stays_in_its_row(backend):
