@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..objective.token_gradients import TokenGrads
+from ..validation import expect_flag, expect_number
 
 
 class RowInputs(NamedTuple):
@@ -45,6 +46,13 @@ class StatsRequest(NamedTuple):
     mean_logit: bool = False
     is_top1: bool = False
     top_logprobs: int = 0  # K, at most V
+
+    def check(self, V: int | None) -> None:
+        """Raise if a flag is not a bool, or K is not in [0, V]; V None: not known."""
+        *flags, K = self
+        for name, flag in zip(self._fields, flags, strict=False):
+            expect_flag(name, flag)
+        expect_number("top_logprobs", K, integer=True, at_least=0, at_most=V)
 
 
 class RowStats(NamedTuple):

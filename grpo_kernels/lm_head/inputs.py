@@ -8,7 +8,6 @@ from torch import Tensor
 from ..backends.interface import StatsRequest, accumulation_dtype, scalar_tensor
 from ..validation import (
     expect_choice,
-    expect_flag,
     expect_ids,
     expect_mask,
     expect_number,
@@ -144,7 +143,6 @@ def prepare_inputs(
     expect_mask(mask, tokens.shape)
     expect_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    expect_flag("entropy", entropy)
     _check_kl(kl, reference)
     if softcap is not None:
         expect_number("softcap", softcap, above=0)
@@ -152,9 +150,8 @@ def prepare_inputs(
         adapter_b = None if adapter is None else adapter.b
         rows = {"weight": weight, "bias": bias, "adapter.b": adapter_b, **reference}
         _check_vocab_group(vocab_group, rows)
-    K, V = request.top_logprobs, weight.shape[0]  # with a vocab_group, local_tokens knows the size
-    at_most = V if vocab_group is None else None
-    expect_number("top_logprobs", K, integer=True, at_least=0, at_most=at_most)
+    K, V = request.top_logprobs, weight.shape[0]
+    request.check(V if vocab_group is None else None)  # local_tokens knows the size
     weight, bias = unshard(weight), None if bias is None else unshard(bias)
     if adapter is not None:
         adapter = adapter._replace(a=unshard(adapter.a), b=unshard(adapter.b))

@@ -15,7 +15,6 @@ from ..backends.interface import StatsOutputs, accumulation_dtype, scalar_tensor
 from ..objective.token_gradients import TokenGrads
 from ..validation import (
     expect_choice,
-    expect_flag,
     expect_mask,
     expect_number,
     expect_temperature,
@@ -201,16 +200,8 @@ def token_stats(
     Gimelshein, arXiv:1805.02867), so that a common offset of the logits costs no precision.
     """
     rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
-    V = logits.shape[-1]
-    for name, flag in (
-        ("entropy", entropy),
-        ("sum_sq_probs", sum_sq_probs),
-        ("mean_logit", mean_logit),
-        ("is_top1", is_top1),
-    ):
-        expect_flag(name, flag)
-    expect_number("top_logprobs", top_logprobs, integer=True, at_least=0, at_most=V)
     request = StatsRequest(entropy, sum_sq_probs, mean_logit, is_top1, top_logprobs)
+    request.check(logits.shape[-1])
     return run_token_stats(rows, tokens.shape, request)
 
 
