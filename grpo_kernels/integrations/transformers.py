@@ -183,7 +183,10 @@ def call_to_hidden(call: Callable[..., Any], model: Any, inputs: dict[str, Any])
 
     def remove_positions(_, arguments):
         hidden.append(arguments[0])
-        return (arguments[0][..., :0, :], *arguments[1:])
+        empty, weight = arguments[0][..., :0, :], getattr(layer, "weight", None)
+        if weight is not None and weight.is_floating_point():
+            empty = empty.to(weight.dtype)  # an fp32 head of a bf16 model does not run by itself
+        return (empty, *arguments[1:])
 
     def check_and_return_probe(_, arguments, keywords, output):
         if keywords:

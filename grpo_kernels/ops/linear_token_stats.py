@@ -317,10 +317,10 @@ def linear_token_stats(
             so that it does not underflow, and no bf16 is needed.
         weight: [V, H], that of the LM head; bias: [V]. Where one of them, or hidden, needs no
             gradient, its product is left out. A weight in another dtype than `hidden` is cast to
-            that of `hidden` for the products, as TRL does: an fp32 weight is rounded to bf16 hidden
-            states, and a bf16 copy exists during the call. Gradients have the dtype of their leaf.
-            A DTensor is gathered once, and gets the mean over ranks of its gradient, in its own
-            shards.
+            that of `hidden` for the products, as TRL does: with bf16 hidden states, an fp32 weight
+            is rounded to bf16, in a copy that exists during the call. To keep its digits, pass
+            hidden.float(). Gradients have the dtype of their leaf. A DTensor is gathered once, and
+            gets the mean over ranks of its gradient, in its own shards.
         ref_hidden, ref_weight, ref_bias: the reference policy's, for `kl`, never differentiated;
             its hidden size may differ.
         adapter: `HeadAdapter(a, b, scale)`, a LoRA on the head: logits += scale · (hidden aᵀ) bᵀ,

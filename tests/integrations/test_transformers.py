@@ -17,6 +17,7 @@ from tests.helpers.causal_lms import (
     make_model,
     stats_and_gradients,
 )
+from tests.helpers.linear import half_gradient_tolerance, relative_error
 from tests.helpers.tensors import coin
 
 
@@ -60,6 +61,26 @@ def test_cast_logits_do_not_look_softcapped(dtype, scale, softcap):
     _, head, _ = forward_to_hidden(Cast(LlamaConfig(**SMALL)), input_ids=make_batch()[0])
     assert head.softcap == softcap
     assert head.scale == pytest.approx(scale, rel=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("is_upcast", [False, True], ids=["bf16", "fp32"])
+def test_bf16_model_with_fp32_head(pytorch_backend, is_upcast):
+    """The products have the dtype of the hidden states."""
+    model, (ids, _) = make_model("llama").bfloat16(), make_batch()
+    torch.nn.init.normal_(model.lm_head.float().weight)
+    hidden, head, _ = forward_to_hidden(model, input_ids=ids)
+    hidden = hidden.float() if is_upcast else hidden
+    logprob = head.token_stats(hidden, ids, entropy=False).logprob
+    logprob.sum().backward()
+    weight = model.lm_head.weight
+    exact_weight = weight.detach().to(hidden.dtype).double().requires_grad_()
+    exact = (hidden.detach().double() @ exact_weight.T).log_softmax(-1)
+    exact = exact.gather(-1, ids[..., None]).squeeze(-1)
+    exact.sum().backward()
+    torch.testing.assert_close(logprob.double(), exact, rtol=1e-5, atol=1e-5)
+    assert weight.grad.dtype == torch.float32
+    tolerance = 1e-5 if is_upcast else half_gradient_tolerance()
+    assert relative_error(weight.grad, exact_weight.grad) < tolerance
 
 
 def test_no_logits_are_computed():
