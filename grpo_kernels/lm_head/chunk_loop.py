@@ -102,22 +102,61 @@ class Chunk(NamedTuple):
             row_scale = power_of_two_scale(bound)
             token_scale = row_scale if groups.position is None else row_scale[groups.position]
             grads = TokenGrads(*(x if x is None else x * token_scale for x in grads))
-            scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # of padding: no share
+            scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # padding has no share
             scale[: len(row_scale)] = row_scale
-        token_logits, row_stats, row_grads = None, stats, grads
+        row_stats, row_grads, at_tokens = stats, grads, None
         if groups.first is not None:
-            token_logits = self._token_logits()  # before their gradient overwrites the logits
             row_stats = stats.map(lambda x, first=groups.first: x[first])
             row_grads = TokenGrads(*(x if x is None else groups.sum_by_row(x) for x in grads))
-        backend_for(self.rows.logits).token_stats_backward(
-            self.rows,
-            row_stats.map(lambda x: x.unsqueeze(0)),
-            TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in row_grads)),
-            d_rows.unsqueeze(0),
-        )
-        if token_logits is not None and grads.logprob is not None:
-            token_logits.add_one_hot(d_rows, grads.logprob)
+            if grads.logprob is not None:  # before the gradient overwrites the logits
+                at_tokens = self._grad_at_tokens(row_stats, row_grads, grads.logprob)
+        self._write_row_gradient(self.rows, row_stats, row_grads, d_rows)
+        if at_tokens is not None:
+            indices, values = at_tokens
+            d_rows.index_put_(indices, values.to(d_rows.dtype))
         return LogitGrad(self.d_logits, scale)
+
+    def _grad_at_tokens(
+        self, stats: RowStats, grads: TokenGrads, d_logprob: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Compute the gradient of the logits that are tokens, unrounded: (their indices, values).
+
+        It is g (1 - p) for a p near 1, of which nothing would be left if g p were rounded first.
+
+        Args:
+            stats, grads: of the rows, [n] each.
+            d_logprob: of the tokens, [t].
+        """
+        rows, token_logits = self.rows, self._token_logits()
+        indices, one_hot = token_logits.sum_one_hots(d_logprob, rows.logits.shape[-1])
+        position, entry = indices
+
+        def entries(logits: Tensor) -> Tensor:
+            return logits[0, position, entry, None].unsqueeze(0)
+
+        # Rows of one entry, but with the statistics of their whole rows.
+        rows = rows._replace(
+            logits=entries(rows.logits),
+            tokens=rows.tokens[:, position],
+            temperature=rows.temperature[:, position],
+            ref_logits=None if rows.ref_logits is None else entries(rows.ref_logits),
+        )
+        values = one_hot.new_empty((len(position), 1))
+        grads = TokenGrads(*(x if x is None else x[position] for x in grads))
+        self._write_row_gradient(rows, stats.map(lambda x: x[position]), grads, values)
+        return indices, values.squeeze(-1).add_(one_hot)
+
+    @staticmethod
+    def _write_row_gradient(
+        rows: RowInputs, stats: RowStats, grads: TokenGrads, d_logits: Tensor
+    ) -> None:
+        """Write the gradient of rows [1, n, V] to d_logits [n, V]; stats and grads: [n] each."""
+        backend_for(rows.logits).token_stats_backward(
+            rows,
+            stats.map(lambda x: x.unsqueeze(0)),
+            TokenGrads(*(x if x is None else x.contiguous().unsqueeze(0) for x in grads)),
+            d_logits.unsqueeze(0),
+        )
 
     def _token_logits(self) -> TokenLogits:
         assert self.groups.position is not None

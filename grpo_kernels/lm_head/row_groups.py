@@ -60,7 +60,7 @@ class RowGroups(NamedTuple):
         """Sum values [t] of the tokens of each row [n], in the order of the tokens."""
         if self.position is None or self.first is None:
             return values
-        return add_in_order(values.new_zeros(len(self)), (self.position,), values)
+        return add_in_order(values.new_zeros(len(self)), self.position, values)
 
 
 def split_by_gradient(
@@ -118,18 +118,19 @@ class TokenLogits(NamedTuple):
         pivot, log_sum = row_lse.unbind(-1)
         return ((self.logit - pivot) * self.scale - log_sum) * LN2
 
-    def add_one_hot(self, d_logits: Tensor, d_logprob: Tensor) -> None:
-        """Add the one-hot terms of d_logprob [t] to d_logits [n, V]."""
-        values = (d_logprob * self.slope).to(d_logits.dtype)
-        add_in_order(d_logits, (self.position, self.entry), values)
+    def sum_one_hots(self, d_logprob: Tensor, V: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Sum the one-hot terms of d_logprob [t] by logit: (its indices, the sum), [u] each."""
+        keys, place = torch.unique(self.position * V + self.entry, return_inverse=True)
+        sums = add_in_order(d_logprob.new_zeros(len(keys)), place, d_logprob * self.slope)
+        return (keys // V, keys % V), sums
 
 
-def add_in_order(total: Tensor, indices: tuple[Tensor, ...], values: Tensor) -> Tensor:
-    """Add values [t] to total[indices] in place, those of one entry in their order.
+def add_in_order(total: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    """Add values [t] to total[place] in place, those of one place in their order.
 
-    A GPU sorts the indices, so that the order is the same in every run.
+    A GPU sorts the places, so that the order is the same in every run.
     """
     size = SERIAL if total.device.type == "cpu" else max(1, len(values))
-    for *part_indices, part in zip(*(x.split(size) for x in (*indices, values)), strict=True):
-        total.index_put_(tuple(part_indices), part, accumulate=True)
+    for part_place, part in zip(place.split(size), values.split(size), strict=True):
+        total.index_put_((part_place,), part, accumulate=True)
     return total

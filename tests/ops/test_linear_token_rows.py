@@ -182,13 +182,24 @@ def test_fixed_chunk_size_is_batch_invariant(backend):
         assert torch.equal(alone[name], whole[name][: len(alone[name])]), name
 
 
-def test_bf16_one_hots_are_added_to_rounded_rows(backend):
-    """A gradient in bf16 is rounded once for the row and once for each of its tokens."""
-    case = without_reference(make_case(10, torch.bfloat16))
-    upstream = upstream_like(2, case["tokens"])
-    ours = linear_results(linear_token_stats, case, upstream, token_rows=ROWS)
-    exact = exact_linear_results(case, upstream, token_rows=ROWS)
-    assert relative_error(ours["d_weight"], exact["d_weight"]) < 8e-3
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("names", [("logprob",), ALL])
+@pytest.mark.parametrize("softcap", [None, 40.0])
+def test_probable_tokens_in_half_precision(backend, dtype, names, softcap):
+    """g (1 - p) is rounded, not g and g p, which would cancel: as if each row had one token."""
+    case, rows = make_linear_case(10, N, V=V, dtype=dtype), torch.arange(N).repeat(2)
+    case["hidden"] = 5 * case["hidden"]
+    case["tokens"] = (case["hidden"] @ case["weight"].T + case["bias"]).argmax(-1)
+    upstream = upstream_like(2, case["tokens"], names)
+    keywords = {"kl": "reverse", "softcap": softcap}
+    once = linear_results(linear_token_stats, case, upstream, **keywords)
+    exact = exact_linear_results(case, upstream, **keywords)
+    twice = case | {"tokens": case["tokens"][rows]}
+    halves = {name: grad[rows] / 2 for name, grad in upstream.items()}
+    ours = linear_results(linear_token_stats, twice, halves, token_rows=rows, **keywords)
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        allowed = 1.1 * relative_error(once[name], exact[name])
+        assert relative_error(ours[name], exact[name]) <= allowed, name
 
 
 def test_gradcheck_and_compile(backend):
