@@ -84,11 +84,14 @@ class LMHead:
         *,
         temperature: float | Tensor = 1.0,
         mask: Tensor | None = None,
+        per_sequence: bool = False,
         **keywords: Any,
     ) -> tuple[LossOutput, TokenStats]:
         """Like `grpo_loss`; also return the detached log-probs and entropies, 0 where masked.
 
-        keywords: those of `prepare_loss_inputs`.
+        Args:
+            per_sequence: all tokens of a sequence have one advantage.
+            keywords: those of `prepare_loss_inputs`.
         """
         head = self._keywords(temperature, None)
         inputs = prepare_inputs(hidden, self.weight, tokens, mask=mask, **head)
@@ -96,7 +99,6 @@ class LMHead:
             tokens.shape, inputs.temperature.dtype, advantages, mask=mask, **keywords
         )
         packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
-        per_sequence = advantages.shape != tokens.shape
         return loss_and_stats(hidden, inputs, prepared, packing, per_sequence=per_sequence)
 
     def in_fp32(self) -> "LMHead":

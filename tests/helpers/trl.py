@@ -1,6 +1,7 @@
 """A tiny model on disk, and a few training steps of TRL's trainer or the fused one on it."""
 
 from copy import deepcopy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -9,9 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -41,7 +49,8 @@ def digits(completions, **_):
     return [float(sum(letter.isdigit() for letter in text)) for text in completions]
 
 
-def make_config(**settings) -> GRPOConfig:
+def make_config(kind=GRPOConfig, **settings):
+    """Make a configuration of a class; settings that it does not know are left out."""
     defaults = {
         "output_dir": str(ROOT / "run"),
         "use_cpu": True,
@@ -60,11 +69,21 @@ def make_config(**settings) -> GRPOConfig:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return GRPOConfig(**(defaults | settings))
+    known = {field.name for field in fields(kind) if field.init}
+    return kind(**{name: x for name, x in defaults.items() if name in known} | settings)
 
 
-def make_llama():
-    return AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+def make_tokenizer():
+    return AutoTokenizer.from_pretrained(model_directory())
+
+
+def make_llama(*, noise: float = 0.0):
+    """Load the model, with noise added to each weight."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+    with torch.no_grad():
+        for param in model.parameters() if noise else ():
+            param.add_(torch.randn_like(param), alpha=noise)
+    return model
 
 
 def make_experts():
@@ -72,6 +91,60 @@ def make_experts():
     sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 1, "num_local_experts": 4}
     config = MixtralConfig(pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
     return MixtralForCausalLM(config)
+
+
+IMAGE = "<image>"
+CHAT = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def make_processor():
+    """Make a processor of text and of images, 4 tokens each."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    images = CLIPImageProcessor(
+        size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4}, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=2,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+    )
+
+
+@cache
+def vision_directory() -> str:
+    """Save a vision model of 3k parameters and its processor; return their path."""
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = CLIPVisionConfig(hidden_size=8, image_size=4, patch_size=2, **sizes)
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    text = LlamaConfig(vocab_size=17, hidden_size=16, initializer_range=0.5, **sizes, **ends)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=16,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+        image_seq_length=4,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(ROOT / "vision")
+    make_processor().save_pretrained(ROOT / "vision")
+    return str(ROOT / "vision")
+
+
+def make_vision():
+    return LlavaForConditionalGeneration.from_pretrained(vision_directory(), dtype=torch.float32)
+
+
+def make_images(rows: int) -> list[Image.Image]:
+    return [Image.new("RGB", (5, 5), (40 * i % 256, 90 * i % 256, 10)) for i in range(rows)]
 
 
 def make_trainer(kind, *, make_model=make_llama, peft_config=None, **settings):
@@ -82,7 +155,7 @@ def make_trainer(kind, *, make_model=make_llama, peft_config=None, **settings):
         digits,
         args=make_config(**settings),
         train_dataset=Dataset.from_dict({"prompt": ["1+2=", "34+5=", "7-", "88+11="] * 8}),
-        processing_class=AutoTokenizer.from_pretrained(model_directory()),
+        processing_class=make_tokenizer(),
         peft_config=deepcopy(peft_config),  # PEFT modifies it
     )
 

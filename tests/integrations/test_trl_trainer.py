@@ -4,7 +4,6 @@ import re
 import textwrap
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,8 +44,14 @@ def covering_pairs():
             yield loss_type, *(pair[index] for pair, index in zip(values, indices, strict=True))
 
 
+# fuse_loss is tested on all cases.
+FAST = ("grpo, reused", "gspo, delta", "prompt tuning", "experts", "head in fp32")
+
+
 @pytest.mark.usefixtures("pytorch_backend")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES]
+)
 def test_logs_and_weights_match_trl(name):
     settings, (logs, changes) = CASES[name], trained_by_trl(name)
     trained = train(make_trainer(FusedGRPOTrainer, **settings))
@@ -141,18 +146,18 @@ def test_scores_and_gradients_match_logits():
 
 
 @pytest.mark.usefixtures("pytorch_backend")
-def test_head_gets_completion_only_and_no_logits_are_computed(monkeypatch):
-    trainer, seen = make_trainer(FusedGRPOTrainer), []
+def test_only_completion_tokens_reach_the_head_on_a_cpu_too(monkeypatch):
+    trainer, seen, (ids, attention) = make_trainer(FusedGRPOTrainer), [], batch()
     token_stats = LMHead.token_stats
 
     def spy(self, hidden, *arguments, **keywords):
-        seen.append(hidden.shape[:2])
+        seen.append(hidden.shape)
         return token_stats(self, hidden, *arguments, **keywords)
 
     monkeypatch.setattr(LMHead, "token_stats", spy)
-    trainer.model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    score(trainer, *batch())
-    assert seen == [(3, 0, 64), (3, 4)]
+    trainer.model.lm_head.register_forward_hook(lambda *_: seen.append("logits"))
+    score(trainer, ids, attention)
+    assert seen == [(int(attention[:, -4:].sum()), 64)]
 
 
 @pytest.mark.usefixtures("pytorch_backend")
@@ -200,31 +205,6 @@ def test_docstring_example(tmp_path):
         code = code.replace(shown, here)
     exec(code, namespace := {})
     assert namespace["trainer"].state.global_step == 2
-
-
-class OwnScores(GRPOTrainer):
-    def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value", "message"),
-    [
-        ("args", "use_liger_kernel", True, "use_liger_kernel must be False, got True"),
-        ("args", "deepspeed_plugin", SimpleNamespace(zero_stage=3), "must be at most 2, got 3"),
-        ("accelerator", "distributed_type", "FSDP", "fsdp_version must be 2, got 1"),
-        (None, "_is_vlm", True, "model must be text-only, got LlamaForCausalLM"),
-    ],
-)
-def test_unsupported_settings_raise(monkeypatch, part, name, value, message):
-    trainer = make_trainer(GRPOTrainer)
-    owner = trainer if part is None else getattr(trainer, part)
-    if part == "accelerator":  # a property
-        owner = SimpleNamespace(distributed_type=value, is_fsdp2=False)
-        trainer.accelerator = owner
-    monkeypatch.setattr(owner, name, value)
-    with pytest.raises(ValueError, match=message):
-        fuse_trainer(trainer)
 
 
 def test_cast_lm_head_to_fp32_of_bf16_model():
@@ -286,16 +266,34 @@ def test_unsupported_adapters_on_head_raise_at_construction(config, cast, error,
         make_trainer(GRPOTrainer, **settings)
 
 
+class OwnScores(GRPOTrainer):
+    def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
+        logprobs, *others = super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+        return 2 * logprobs, *others
+
+
+class FusedOwnScores(FusedGRPOTrainer, OwnScores):
+    pass
+
+
+@pytest.mark.usefixtures("pytorch_backend")
+def test_a_subclass_with_its_own_scores():
+    ids, attention = batch()
+    found = [
+        score(trainer, ids, attention)[0]
+        for trainer in (
+            make_trainer(FusedOwnScores),
+            fuse_trainer(fuse_trainer(make_trainer(OwnScores))),
+            make_trainer(GRPOTrainer),
+        )
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    counts = attention[:, -4:] != 0
+    torch.testing.assert_close(found[0][counts], 2 * found[2][counts], rtol=1e-5, atol=1e-5)
+
+
 def test_fuse_trainer_refuses_other_classes():
-    with pytest.raises(TypeError, match=r"must be a trl.GRPOTrainer, got Linear"):
+    with pytest.raises(TypeError, match=r"a trl.GRPOTrainer or .*patch\(\) .*got Linear"):
         fuse_trainer(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="got OwnScores with its own, which would not be called"):
-        fuse_trainer(make_trainer(OwnScores))
-
-
-def test_images_and_missing_aux_loss_raise():
-    trainer = make_trainer(FusedGRPOTrainer)
-    with pytest.raises(ValueError, match="pixel_values must be None, got Tensor"):
-        score(trainer, *batch(), pixel_values=torch.zeros(1), num_images=None)
-    with pytest.raises(ValueError, match="an aux_loss, got none from LlamaForCausalLM"):
-        score(trainer, *batch(), compute_aux_loss=True)
+    with pytest.raises(TypeError, match=r"must be a trl\.GRPOTrainer, got Linear"):
+        fuse_trainer(torch.nn.Linear(1, 1), fuse_loss=True)
