@@ -46,7 +46,7 @@ def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
         if stats.mean_logit is not None and stats.num_entries is not None:
             mean, number = mean_logit(logits[block], softcap, p.product)
             stats.mean_logit[block] = mean / temperature[block]
-            stats.num_entries[block] = number.to(mean)
+            stats.num_entries[block] = number
         if stats.is_top1 is not None:
             is_largest = logits[block].argmax(dim=-1) == tokens[block]
             stats.is_top1[block] = is_largest & (logprob > -torch.inf)
