@@ -1,8 +1,7 @@
-"""Adapters with the signatures that verl calls: fused log-probs, and policy losses.
+"""Policy losses with the signature that verl calls.
 
-The contract is that of verl 0.10.0.dev, August 2026: its `utils/kernel/linear_cross_entropy.py` and
-`trainer/ppo/core_algos.py`. Only `register` and `install_kernel` import verl. Its workers import
-their `external_lib`, so two settings choose an objective of this package:
+The contract is that of verl 0.9.1: its `trainer/ppo/core_algos.py`. verl is imported by `register`
+only. Its workers import their `external_lib`, so two settings choose an objective of this package:
 
     actor_rollout_ref.model.external_lib=grpo_kernels.integrations.verl_plugin
     actor_rollout_ref.actor.policy_loss.loss_mode=grpo_kernels/gspo
@@ -10,7 +9,7 @@ their `external_lib`, so two settings choose an objective of this package:
 
 import dataclasses
 import functools
-import math
+import warnings
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -18,33 +17,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective.policy_loss import LossConfig, policy_loss
-from ..ops.linear_token_stats import linear_token_stats
+from ..objective.metrics import MaskedReductions
+from ..objective.policy_loss import LossConfig
+from ..objective.ratios import MAX_LOG_RATIO, PolicyRatios
+from ..objective.sequences import Sequences
+from ..objective.surrogates import Dppo
 from ..validation import expect_choice
+from .weighted_loss import weighted_policy_loss
 
-# A key is a named constructor of LossConfig; it sets these fields from verl's actor config.
-_CLIP = {"epsilon_low": "clip_ratio_low", "epsilon_high": "clip_ratio_high"}
-OBJECTIVES: dict[str, dict[str, str]] = {
-    "grpo": _CLIP | {"dual_clip": "clip_ratio_c"},
+
+def _clip(side: str) -> Callable[[Any], float]:
+    """Read clip_ratio_low or clip_ratio_high of verl's actor config; None means clip_ratio."""
+
+    def read(actor: Any) -> float:
+        bound = getattr(actor, f"clip_ratio_{side}")
+        return actor.clip_ratio if bound is None else bound
+
+    return read
+
+
+# A key is a named constructor of LossConfig; it sets these fields from verl's actor config. A
+# setting that is None there leaves the field as the constructor has it.
+Fields = dict[str, Callable[[Any], float | None]]
+_CLIP: Fields = {"epsilon_low": _clip("low"), "epsilon_high": _clip("high")}
+_DPPO = _CLIP | {"ratio_cap": attrgetter("clip_ratio_c")}
+OBJECTIVES: dict[str, Fields] = {
+    "grpo": _CLIP | {"dual_clip": attrgetter("clip_ratio_c")},
     "gspo": _CLIP,
     "gspo_token": _CLIP,
     "gmpo": _CLIP,
-    "cispo": {},
-    "sapo": {"tau_positive": "tau_pos", "tau_negative": "tau_neg"},
+    "cispo": {
+        "ratio_floor": lambda actor: max(0.0, 1 - _clip("low")(actor)),
+        "ratio_cap": lambda actor: 1 + _clip("high")(actor),
+    },
+    "sapo": {"tau_positive": attrgetter("tau_pos"), "tau_negative": attrgetter("tau_neg")},
     "vespo": {},
-    "dppo": _CLIP | {"ratio_cap": "clip_ratio_c"},
+    "dppo": _DPPO,
+    "dppo_kl": _DPPO,
+    "dro": {"proximal_coef": attrgetter("policy_loss.dro_beta")},
     "reinforce": {},
     "clip_covariance": {
         **_CLIP,
-        "clip_cov": "policy_loss.clip_cov_ratio",
-        "clip_cov_low": "policy_loss.clip_cov_lb",
-        "clip_cov_high": "policy_loss.clip_cov_ub",
+        "clip_cov": attrgetter("policy_loss.clip_cov_ratio"),
+        "clip_cov_low": attrgetter("policy_loss.clip_cov_lb"),
+        "clip_cov_high": attrgetter("policy_loss.clip_cov_ub"),
     },
     "kl_covariance": {
-        "kl_cov": "policy_loss.kl_cov_ratio",
-        "kl_cov_coef": "policy_loss.ppo_kl_coef",
+        "kl_cov": attrgetter("policy_loss.kl_cov_ratio"),
+        "kl_cov_coef": attrgetter("policy_loss.ppo_kl_coef"),
     },
 }
+
+# Objectives for which verl averages over sequences, whatever loss_agg_mode is.
+SEQUENCE_MEANS = frozenset({"sapo", "gmpo"})
 
 # Fields of a LossConfig that must have their default, because verl does what they would do.
 _VERL_DOES = dict.fromkeys(
@@ -63,80 +88,14 @@ _AGGREGATIONS = {
     "seq-mean-token-sum-norm": "fixed_length",
 }
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda logprob: logprob,
-    "sum": Tensor.sum,
-    "mean": Tensor.mean,
-}
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor = 1.0,
-    reduction: str = "none",
-    dist_process_group: torch.distributed.ProcessGroup | None = None,
-    *,
-    impl_backend: str = "triton",
-) -> tuple[Tensor, Tensor]:
-    """Compute log-probs of labels and entropies, like verl's function of this name.
-
-    Args:
-        hidden: [..., H].
-        weight: [V, H]; with `dist_process_group` the shard [V / ranks, H] of this rank. verl passes
-            `lm_head.weight`, also to its own kernel: with a LoRA on the head, this is the frozen
-            weight without the adapter, so leave `lm_head` out of `target_modules`.
-        labels: [...], the N tokens that `hidden` predicts, in the same order.
-        temperature: > 0; a number, or a tensor of one or N.
-        reduction: of the log-probs: "none", "sum" or "mean".
-        dist_process_group: the tensor-parallel group that shards the vocabulary.
-        impl_backend: ignored; verl chooses among its own kernels with it.
-
-    Returns:
-        (log-probs [N], or 0-dim if reduced; entropies [N], never reduced), in nats, fp32 (fp64 for
-        fp64), differentiable in `hidden` and `weight`. With `dist_process_group` each rank gets its
-        share of the gradient of `hidden`: the sum over ranks is the gradient. verl leaves the sum
-        to Megatron's `sequence_parallel`; without that nothing adds them up.
-
-    Raises:
-        ValueError, TypeError: as `linear_token_stats`, and for an unknown reduction.
-    """
-    expect_choice("reduction", reduction, _REDUCTIONS)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.flatten()
-    if dist_process_group is not None:
-        hidden = _GradientShare.apply(hidden, dist_process_group.size())
-    stats = linear_token_stats(
-        hidden.flatten(0, -2),
-        weight,
-        labels.flatten(),
-        temperature=temperature,
-        vocab_group=dist_process_group,
-    )
-    assert stats.entropy is not None
-    return _REDUCTIONS[reduction](stats.logprob), stats.entropy
-
-
-class _GradientShare(torch.autograd.Function):
-    """Identity whose gradient is divided by the number of ranks: Megatron sums over all ranks."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, d_hidden: Tensor) -> tuple[Tensor, None]:
-        return d_hidden / ctx.ranks, None
-
 
 def make_policy_loss(config: LossConfig | str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """Make a policy loss for verl's registry.
 
-    The aggregation and the denominator follow verl: `loss_agg_mode`, whatever the objective, with
-    `global_batch_info` and `loss_scale_factor` of the actor's config. verl adds the entropy bonus
-    and the KL itself.
+    The aggregation and the denominator follow verl: `loss_agg_mode` with `global_batch_info` and
+    `loss_scale_factor` of the actor's config. As in verl, "sapo" and "gmpo" ("geo_mean" there) are
+    averaged over each sequence and then over sequences instead, and warn if `loss_agg_mode` is
+    another. verl adds the entropy bonus and the KL itself.
 
     Args:
         config: a key of OBJECTIVES, which lists the settings that are then read from verl's actor
@@ -144,32 +103,37 @@ def make_policy_loss(config: LossConfig | str) -> Callable[..., tuple[Tensor, di
 
     Returns:
         A function with verl's keywords: old_log_prob, log_prob, advantages, response_mask [B, T],
-        loss_agg_mode, config, rollout_is_weights [B, T] >= 0 or None. It returns the 0-dim loss
-        and metrics, floats: actor/pg_clipfrac (of sequences for a sequence-level ratio),
-        actor/pg_clipfrac_lower (where the dual clip is active) and actor/ppo_kl as in verl, and
-        the metrics of `policy_loss` prefixed by "actor/".
+        loss_agg_mode, config, rollout_is_weights [B, T] >= 0 or None. The weights multiply the
+        terms of the tokens; for "gmpo" it is their geometric mean over the sequence. It returns
+        the 0-dim loss and metrics, floats: actor/pg_clipfrac, actor/pg_clipfrac_lower and
+        actor/ppo_kl as verl computes them for this objective, or 0 where it has none, and the
+        metrics of `policy_loss` prefixed by "actor/".
 
     Raises:
         ValueError: an unknown name or mode, or a LossConfig that needs inputs verl does not pass.
     """
     if isinstance(config, str):
         expect_choice("config", config, sorted(OBJECTIVES))
-        return functools.partial(_policy_loss, functools.partial(read_objective, config))
+        read = functools.partial(read_objective, config)
+        return functools.partial(_policy_loss, read, config in SEQUENCE_MEANS)
     default = LossConfig()
     for name, reason in _VERL_DOES.items():
         value, expected = getattr(config, name), getattr(default, name)
         if value != expected:
             raise ValueError(f"{name} must be {expected}, got {value}: verl {reason}")
-    return functools.partial(_policy_loss, lambda actor: config)
+    if config.policy_term.relative_to_sampler:
+        raise ValueError(
+            f"surrogate={config.surrogate!r} needs the sampler's log-probs, which verl does not "
+            "pass to a policy loss"
+        )
+    return functools.partial(_policy_loss, lambda actor: config, False)
 
 
 def read_objective(name: str, actor: Any) -> LossConfig:
     """Return the LossConfig of a key of OBJECTIVES with the settings of verl's actor config."""
-    fields = {field: attrgetter(setting)(actor) for field, setting in OBJECTIVES[name].items()}
-    for field in _CLIP:
-        if field in fields and fields[field] is None:
-            fields[field] = actor.clip_ratio
-    return LossConfig.objectives()[name](**fields)
+    fields = {field: read(actor) for field, read in OBJECTIVES[name].items()}
+    given = {field: value for field, value in fields.items() if value is not None}
+    return LossConfig.objectives()[name](**given)
 
 
 def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
@@ -186,18 +150,9 @@ def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
     return [prefix + name for name in losses]
 
 
-def install_kernel() -> None:
-    """Replace verl's `linear_cross_entropy`, which `use_fused_kernels=True` calls.
-
-    transformers models look it up at each call, Megatron models when verl's module is imported.
-    """
-    from verl.utils.kernel import linear_cross_entropy as module
-
-    module.linear_cross_entropy = linear_cross_entropy
-
-
 def _policy_loss(
     objective: Callable[[Any], LossConfig],
+    is_sequence_mean: bool,
     old_log_prob: Tensor,
     log_prob: Tensor,
     advantages: Tensor,
@@ -207,40 +162,63 @@ def _policy_loss(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Compute a policy loss with verl's signature; `objective` reads verl's actor config."""
-    mask = response_mask.bool()
+    mask, loss_config = response_mask.bool(), objective(config)
+    expect_choice("loss_agg_mode", loss_agg_mode, _AGGREGATIONS)
+    if is_sequence_mean and loss_agg_mode != "seq-mean-token-mean":
+        warnings.warn(
+            f"loss_agg_mode={loss_agg_mode!r} is not read with surrogate={loss_config.surrogate!r}:"
+            " the loss is averaged over each sequence and then over sequences, as in verl",
+            stacklevel=2,
+        )
+        loss_agg_mode = "seq-mean-token-mean"
     aggregation, normalizer = _aggregation(loss_agg_mode, mask, **config.global_batch_info)
-    loss_config = dataclasses.replace(objective(config), **aggregation)
-    weighted = advantages
-    if rollout_is_weights is not None:
-        if loss_config.clip_cov is not None or loss_config.kl_cov is not None:
-            raise ValueError(
-                "rollout_is_weights must be None with clip_cov and kl_cov, got a tensor: it would "
-                "change which tokens are chosen"
-            )
-        # A policy term is proportional to its advantage, and clips depend on its sign: keep that.
-        weighted = advantages * rollout_is_weights.clamp(min=1e-30)
-    loss, metrics = policy_loss(
+    loss_config = dataclasses.replace(loss_config, **aggregation)
+    if rollout_is_weights is not None and loss_config.surrogate == "gmpo":
+        log_weights = (rollout_is_weights + 1e-10).log()
+        rollout_is_weights = Sequences(mask, None).mean(log_weights).exp()
+    (loss, metrics), ratios = weighted_policy_loss(
         log_prob,
-        weighted,
+        advantages,
+        rollout_is_weights,
         mask=mask,
         old_logprob=old_log_prob,
         config=loss_config,
         normalizer=normalizer,
     )
     del metrics["policy_loss"], metrics["num_tokens"]  # verl has its own
-
-    # Add the metrics that verl plots, under its names.
-    log_ratio, count = log_prob.detach() - old_log_prob, mask.sum().clamp(min=1)
-    is_capped = torch.zeros_like(mask)
-    if loss_config.dual_clip is not None:
-        is_capped = mask & (advantages < 0) & (log_ratio > math.log(loss_config.dual_clip))
-    metrics |= {
-        "pg_clipfrac": metrics["clip_ratio/region_mean"],
-        "pg_clipfrac_lower": is_capped.sum() / count,
-        "ppo_kl": -log_ratio.clamp(-20, 20).masked_fill(~mask, 0).sum() / count,
-    }
+    metrics |= _verl_metrics(ratios, metrics, loss_config)
     values = torch.stack(list(metrics.values())).tolist()  # one device sync for all
     return loss, {f"actor/{name}": value for name, value in zip(metrics, values, strict=True)}
+
+
+def _verl_metrics(
+    ratios: PolicyRatios, metrics: dict[str, Tensor], config: LossConfig
+) -> dict[str, Tensor]:
+    """Compute the metrics that verl plots, under its names; verl's own losses differ in them."""
+    mean, advantage = MaskedReductions(ratios.sequences).mean, ratios.advantage
+    log_ratio = ratios.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    low, high = config.policy_term.clipped(ratios)
+    clipped, lower = low | high, torch.zeros_like(low)
+    if config.dual_clip is not None:
+        lower = (advantage < 0) & (ratios.ratio > config.dual_clip)
+    if isinstance(config.policy_term, Dppo):
+        kept = config.policy_term.weight(ratios) > 0
+        clipped, lower = ~kept, kept & (ratios.ratio > config.policy_term.ratio_cap)
+    elif config.surrogate == "cispo":
+        assert config.ratio_cap is not None
+        clipped = (ratios.ratio < config.ratio_floor) | (ratios.ratio > config.ratio_cap)
+    elif config.surrogate == "gmpo":
+        outside = (log_ratio < -config.epsilon_low) | (log_ratio > config.epsilon_high)
+        clipped, lower = outside & (advantage > 0), outside & (advantage < 0)
+    dtype = log_ratio.dtype
+    fraction = mean(clipped.to(dtype))
+    if config.clip_cov is not None:
+        fraction = 1 - metrics["filters/kept_mean"]
+    return {
+        "pg_clipfrac": fraction,
+        "pg_clipfrac_lower": mean(lower.to(dtype)),
+        "ppo_kl": mean(-log_ratio if config.kl_cov is None else log_ratio.abs()),
+    }
 
 
 def _aggregation(
@@ -252,7 +230,6 @@ def _aggregation(
     loss_scale_factor: int | None = None,
 ) -> tuple[dict[str, Any], float | Tensor]:
     """Return (fields of LossConfig, normalizer); verl does not count fully masked sequences."""
-    expect_choice("loss_agg_mode", mode, _AGGREGATIONS)
     fields = {"aggregation": _AGGREGATIONS[mode], "max_completion_length": None}
     if mode == "token-sum":
         return fields, 1 / dp_size

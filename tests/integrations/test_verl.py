@@ -1,5 +1,6 @@
 """The adapters for verl match its formulas, written out by hand."""
 
+import contextlib
 import math
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossConfig
-from grpo_kernels.integrations import verl
+from grpo_kernels.integrations import verl, verl_head
 from tests.helpers.tensors import coin, normal, token_ids
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
@@ -22,7 +23,7 @@ WHOLE = {"dp_size": 2, "batch_num_tokens": 23, "global_batch_size": 7, "loss_sca
 
 def make_actor(info=None, **changes):
     """The fields of verl's ActorConfig that the losses read."""
-    own = {"clip_cov_ratio": 0.5, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0, "kl_cov_ratio": 0.3}
+    own = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.2, "clip_cov_ub": 9.0, "kl_cov_ratio": 0.3}
     settings = {
         "clip_ratio": 0.15,
         "clip_ratio_low": 0.1,
@@ -30,7 +31,7 @@ def make_actor(info=None, **changes):
         "clip_ratio_c": 1.5,
         "tau_pos": 1.0,
         "tau_neg": 1.05,
-        "policy_loss": SimpleNamespace(**own, ppo_kl_coef=0.7),
+        "policy_loss": SimpleNamespace(**own, ppo_kl_coef=0.7, dro_beta=0.3),
         "global_batch_info": info or {},
     }
     return SimpleNamespace(**settings | changes)
@@ -82,7 +83,7 @@ def gmpo(old, new, A, mask):
 
 
 def cispo(old, new, A, mask):
-    return -ratio_of(old, new).clamp(max=5.0).detach() * A * new
+    return -ratio_of(old, new).clamp(0.9, 1.3).detach() * A * new
 
 
 def sapo(old, new, A, mask):
@@ -94,6 +95,27 @@ def dppo(old, new, A, mask):
     gap = new.exp() - old.exp()
     trusted = torch.where(A > 0, gap <= 0.3, gap >= -0.1)
     return -ratio_of(old, new).clamp(max=1.5).detach() * A * new * trusted
+
+
+def dppo_kl(old, new, A, mask):
+    p, q = new.exp(), old.exp()
+    kl = q * (old - new) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    trusted = (kl <= torch.where(A > 0, 0.3, 0.1)) | torch.where(A > 0, p <= q, p >= q)
+    return -ratio_of(old, new).clamp(max=1.5).detach() * A * new * trusted.detach()
+
+
+def dro(old, new, A, mask):
+    return -A * new + 0.15 * (new - old) ** 2
+
+
+def clip_covariance(old, new, A, mask):
+    """Every token whose covariance is within the bounds is dropped, as clip_cov is 1."""
+    on, r = mask.bool(), ratio_of(old, new)
+    covariance = (A - A[on].mean()) * (new - new[on].mean())
+    outside = torch.where(A > 0, r > 1.3, r < 0.9)
+    dropped = on & ~outside & (covariance > 0.2) & (covariance < 9.0)
+    assert dropped.any() and not dropped[on].all()
+    return clipped(r, A) * ~dropped
 
 
 def reinforce(old, new, A, mask):
@@ -109,7 +131,8 @@ def kl_covariance(old, new, A, mask):
 
 
 TERMS = {term.__name__: term for term in (
-    grpo, gspo, gspo_token, gmpo, cispo, sapo, dppo, reinforce, kl_covariance,
+    grpo, gspo, gspo_token, gmpo, cispo, sapo, dppo, dppo_kl, dro, reinforce, clip_covariance,
+    kl_covariance,
 )}  # fmt: skip
 
 
@@ -136,11 +159,15 @@ def aggregated(term, mask, mode, info):
 def check(name, mode, info, **weights):
     inputs = make_inputs()
     tensors = list(inputs.values())
-    term = TERMS[name](*tensors) * weights.get("rollout_is_weights", 1.0)
-    expected = aggregated(term, tensors[3], mode, info)
-    loss, _ = verl.make_policy_loss(name)(
-        **inputs, loss_agg_mode=mode, config=make_actor(info), **weights
-    )
+    weight = weights.get("rollout_is_weights", torch.ones(B, T, dtype=torch.float64))
+    if name == "gmpo":
+        weight = sequence_mean((weight + 1e-10).log(), tensors[3]).exp()
+    own = "seq-mean-token-mean" if name in verl.SEQUENCE_MEANS else mode
+    expected = aggregated(TERMS[name](*tensors) * weight, tensors[3], own, info)
+    with pytest.warns(UserWarning) if own != mode else contextlib.nullcontext():
+        loss, _ = verl.make_policy_loss(name)(
+            **inputs, loss_agg_mode=mode, config=make_actor(info), **weights
+        )
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, inputs["log_prob"]) for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
@@ -153,19 +180,40 @@ def test_objectives_match_formulas(name, mode, info):
     check(name, mode, info)
 
 
-@pytest.mark.parametrize("name", sorted(TERMS.keys() - {"kl_covariance"}))
+@pytest.mark.parametrize("name", TERMS)
 def test_rollout_weights_scale_tokens(name):
     weights = normal(9, B, T, dtype=torch.float64).abs()
     weights[0, :2] = 0
     check(name, "token-mean", WHOLE, rollout_is_weights=weights)
 
 
-@pytest.mark.parametrize("name", ["clip_covariance", "kl_covariance"])
-def test_rollout_weights_with_covariance_raise(name):
-    with pytest.raises(ValueError, match="rollout_is_weights must be None with clip_cov"):
-        verl.make_policy_loss(name)(
-            **make_inputs(), config=make_actor(), rollout_is_weights=torch.ones(B, T)
-        )
+def one_token(name, log_ratio, **actor):
+    """Return the gradient of a loss on one token with A = 1 and verl's default clip of 0.2."""
+    new = torch.tensor([[log_ratio - 1.0]], requires_grad=True)
+    actor = make_actor(clip_ratio_low=0.2, clip_ratio_high=0.2, **actor)
+    inputs = {"old_log_prob": torch.tensor([[-1.0]]), "log_prob": new}
+    inputs |= {"advantages": torch.ones(1, 1), "response_mask": torch.ones(1, 1)}
+    loss, _ = verl.make_policy_loss(name)(**inputs, config=actor)
+    return torch.autograd.grad(loss, new)[0].item()
+
+
+def test_cispo_reads_both_clip_settings():
+    assert one_token("cispo", 0.5) == pytest.approx(-1.2)
+    assert one_token("cispo", -0.7) == pytest.approx(-0.8)
+    assert one_token("cispo", 0.1) == pytest.approx(-math.exp(0.1))
+
+
+def test_gmpo_takes_the_geometric_mean_of_the_weights():
+    logprob = torch.full((1, 2), -1.0, requires_grad=True)
+    inputs = {"old_log_prob": logprob.detach(), "log_prob": logprob}
+    inputs |= {"advantages": torch.ones(1, 2), "response_mask": torch.ones(1, 2)}
+    loss, _ = verl.make_policy_loss("gmpo")(
+        **inputs,
+        loss_agg_mode="seq-mean-token-mean",
+        config=make_actor(),
+        rollout_is_weights=torch.tensor([[4.0, 1.0]]),
+    )
+    assert loss.item() == pytest.approx(-2.0)
 
 
 def test_actor_settings_reach_the_config():
@@ -174,9 +222,11 @@ def test_actor_settings_reach_the_config():
         epsilon_low=0.15, epsilon_high=0.3, dual_clip=1.5
     )
     assert verl.read_objective("clip_covariance", actor) == LossConfig.clip_covariance(
-        epsilon_low=0.15, epsilon_high=0.3, clip_cov=0.5, clip_cov_low=-9.0, clip_cov_high=9.0
+        epsilon_low=0.15, epsilon_high=0.3, clip_cov=1.0, clip_cov_low=0.2, clip_cov_high=9.0
     )
     assert verl.read_objective("vespo", actor) == LossConfig.vespo()
+    actor.policy_loss.dro_beta = None
+    assert verl.read_objective("dro", actor) == LossConfig.dro()
 
 
 def test_max_completion_length_of_config_is_ignored():
@@ -245,6 +295,10 @@ def test_all_masked():
             "got 9.0: verl weights",
         ),
         (
+            lambda: verl.make_policy_loss(LossConfig.ipo()),
+            "surrogate='ipo' needs the sampler's log-probs, which verl does not pass",
+        ),
+        (
             lambda: verl.make_policy_loss("grpo")(
                 **make_inputs(), loss_agg_mode="mean", config=make_actor()
             ),
@@ -257,7 +311,7 @@ def test_all_masked():
             "global_batch_info must have the counts of the whole batch with dp_size=2",
         ),
         (
-            lambda: verl.linear_cross_entropy(*make_head(), reduction="max"),
+            lambda: verl_head.linear_cross_entropy(*make_head(), reduction="max"),
             "reduction must be one of .*got 'max'",
         ),
     ],
@@ -268,60 +322,29 @@ def test_unsupported_arguments_raise(call, message):
 
 
 @pytest.fixture
-def fake_verl(monkeypatch):
-    """Stand-ins for the verl modules that the adapters import."""
-    registered = {}
-
-    def register_policy_loss(name):
-        return lambda function: registered.setdefault(name, function)
-
-    def linear_cross_entropy():
-        """verl's own."""
-
-    contents = {
-        "verl": {},
-        "verl.trainer": {},
-        "verl.trainer.ppo": {},
-        "verl.trainer.ppo.core_algos": {"register_policy_loss": register_policy_loss},
-        "verl.utils": {},
-        "verl.utils.kernel": {},
-        "verl.utils.kernel.linear_cross_entropy": {"linear_cross_entropy": linear_cross_entropy},
-    }
-    for name, content in contents.items():
-        module = types.ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
-    return registered
+def registered(monkeypatch):
+    """Policy losses that reach a stand-in for verl's registry, by name."""
+    found = {}
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["verl.trainer.ppo.core_algos"].register_policy_loss = lambda name: (
+        lambda function: found.setdefault(name, function)
+    )
+    return found
 
 
-def test_register(fake_verl):
+def test_register(registered):
     names = verl.register(mine=LossConfig.two_sided(epsilon_low=0.05))
     assert (
         set(names)
-        == set(fake_verl)
+        == set(registered)
         == {f"grpo_kernels/{name}" for name in (*verl.OBJECTIVES, "mine")}
     )
     inputs = make_inputs()
     for name, config in {"gspo": "gspo", "mine": LossConfig.two_sided(epsilon_low=0.05)}.items():
-        found, _ = fake_verl[f"grpo_kernels/{name}"](**inputs, config=make_actor())
+        found, _ = registered[f"grpo_kernels/{name}"](**inputs, config=make_actor())
         expected, _ = verl.make_policy_loss(config)(**inputs, config=make_actor())
         assert found == expected
-
-
-def test_plugin_registers_on_import(fake_verl, monkeypatch):
-    monkeypatch.delitem(sys.modules, "grpo_kernels.integrations.verl_plugin", raising=False)
-    import grpo_kernels.integrations.verl_plugin  # noqa: F401
-
-    assert "grpo_kernels/cispo" in fake_verl
-
-
-def test_install_kernel(fake_verl):
-    verl.install_kernel()
-    module = sys.modules["verl.utils.kernel.linear_cross_entropy"]
-    assert module.linear_cross_entropy is verl.linear_cross_entropy
 
 
 def make_head(V=7, H=3):
@@ -334,7 +357,7 @@ def make_head(V=7, H=3):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_linear_cross_entropy(reduction, temperature):
     hidden, weight, labels = make_head()
-    found = verl.linear_cross_entropy(
+    found = verl_head.linear_cross_entropy(
         hidden, weight, labels, temperature, reduction, impl_backend="triton"
     )
     divisor = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
@@ -342,6 +365,25 @@ def test_linear_cross_entropy(reduction, temperature):
     logprob = policy.log_prob(labels).flatten()
     logprob = {"none": logprob, "sum": logprob.sum(), "mean": logprob.sum() / 10}[reduction]
     expected = (logprob, policy.entropy().flatten())
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad(x[0].sum() + x[1].square().sum(), (hidden, weight))
+        for x in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, T)])
+def test_fused_linear_for_ppo(shape):
+    """Temperatures: a number, one, one per sequence, one per token."""
+    hidden, weight, labels = make_head()
+    temperature = 0.7 + coin(3, *shape).double() if shape else 0.7
+    found = verl_head.FusedLinearForPPO(chunk_size=3, impl_backend="liger")(
+        hidden, weight, labels.int(), temperature=temperature
+    )
+    divisor = torch.as_tensor(temperature).reshape(*shape, *[1] * (3 - len(shape)))
+    policy = torch.distributions.Categorical(logits=hidden @ weight.T / divisor)
+    expected = (policy.log_prob(labels), policy.entropy())
     torch.testing.assert_close(found, expected)
     gradients = [
         torch.autograd.grad(x[0].sum() + x[1].square().sum(), (hidden, weight))
