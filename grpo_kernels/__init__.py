@@ -6,10 +6,12 @@ from .advantages import (
     centred_advantage,
     group_normalised_advantage,
     leave_one_out_advantage,
+    length_weighted_advantage,
     max_rl_advantage,
     multi_reward_advantage,
     pass_at_k_advantage,
     process_advantage,
+    reinforce_plus_plus_advantage,
     weighted_reward,
 )
 from .entropy_controller import AdaptiveEntropy
@@ -44,6 +46,7 @@ __all__ = [
     "grpo_loss",
     "kl_divergence",
     "leave_one_out_advantage",
+    "length_weighted_advantage",
     "linear_grpo_loss",
     "linear_token_stats",
     "max_rl_advantage",
@@ -52,6 +55,7 @@ __all__ = [
     "pass_at_k_advantage",
     "policy_loss",
     "process_advantage",
+    "reinforce_plus_plus_advantage",
     "token_stats",
     "weighted_reward",
 ]

@@ -110,6 +110,53 @@ def max_rl_advantage(rewards: Tensor) -> Tensor:
     return torch.where(mean <= 0, 0.0, _deviation(rewards) / (mean + EPS))
 
 
+@suggest_keywords
+def length_weighted_advantage(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Compute OPO's advantage: reward minus the mean of its group, weighted by length.
+
+        A_i = r_i - Σ_j l_j r_j / Σ_j l_j
+
+    A group without tokens has advantages of its rewards minus their plain mean.
+
+    Args:
+        rewards: [B, G], any real dtype, G >= 2 completions for each of B prompts.
+        lengths: [B, G], any real dtype, >= 0: tokens of each completion.
+
+    Returns, Raises: see `group_normalised_advantage`.
+
+    Hao et al., 2025 (arXiv:2505.23585).
+    """
+    rewards = _prepare(rewards)
+    weights = _prepare_lengths(lengths, rewards)
+    weights = torch.where(weights.sum(dim=-1, keepdim=True) == 0, 1.0, weights)
+    shifted = rewards - rewards[..., :1]
+    mean = (weights * shifted).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
+    return shifted - mean
+
+
+@suggest_keywords
+def reinforce_plus_plus_advantage(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Compute REINFORCE++'s advantage: the reward normalised over all tokens of the batch.
+
+        A_i = (r_i - μ) / max(σ, floor)
+
+    μ and σ are the mean and the standard deviation (ddof = 1) over the tokens, each of which has
+    the reward of its completion. The floor is that of `group_normalised_advantage`, over the batch.
+    Rewards that are `centred_advantage` make it REINFORCE++ with a group baseline.
+
+    Args, Returns, Raises: see `length_weighted_advantage`.
+
+    Hu, 2025 (arXiv:2501.03262).
+    """
+    rewards = _prepare(rewards)
+    weights = _prepare_lengths(lengths, rewards)
+    tokens = weights.sum().clamp_min(1)
+    shifted = rewards - rewards[:1, :1]
+    deviation = shifted - (weights * shifted).sum() / tokens
+    variance = (weights * deviation.square()).sum() / (tokens - 1).clamp_min(1)
+    return deviation / torch.maximum(variance.sqrt(), _std_floor(rewards, (0, 1))[0])
+
+
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "group": group_normalised_advantage,
     "batch": batch_normalised_advantage,
@@ -288,6 +335,16 @@ def _prepare_stack(rewards: Tensor, weights: Sequence[float] | Tensor | None) ->
         for idx, weight in enumerate(weights):
             expect_number(f"weights[{idx}]", weight)
     return prepared
+
+
+def _prepare_lengths(lengths: Tensor, rewards: Tensor) -> Tensor:
+    """Check the lengths of completions; return them in the dtype of the prepared rewards."""
+    _expect_real("lengths", lengths)
+    expect_tensor("lengths", lengths, shape=rewards.shape, device_of=rewards)
+    expect_finite("lengths", lengths)
+    if values_are_readable(lengths) and (lengths < 0).any():
+        raise ValueError(f"lengths must be at least 0, got {lengths.min()}")
+    return lengths.detach().to(rewards.dtype)
 
 
 def _expect_real(name: str, tensor: Tensor) -> None:

@@ -19,6 +19,9 @@ FUNCTIONS = {
     **grpo_kernels.ADVANTAGES,
     "pass_at_k": partial(grpo_kernels.pass_at_k_advantage, k=2),
     "multi_reward": lambda rewards: grpo_kernels.multi_reward_advantage(rewards[None]),
+    "length_weighted": lambda rewards: grpo_kernels.length_weighted_advantage(
+        rewards, torch.ones_like(rewards)
+    ),
 }
 FORMULAS = {
     **{
@@ -27,6 +30,7 @@ FORMULAS = {
     },
     "pass_at_k": partial(advantage_formulas.pass_at_k_advantage, k=2),
     "multi_reward": lambda rewards: advantage_formulas.multi_reward_advantage(rewards[None]),
+    "length_weighted": advantage_formulas.centred_advantage,
 }
 NAMES = list(FUNCTIONS)
 every_advantage = pytest.mark.parametrize("name", NAMES)
@@ -114,7 +118,7 @@ def test_rounding_differences_stay_small(name, value, group):
     rewards[:, 0] = rewards[:, 0].nextafter(torch.tensor(torch.inf))
     assert (rewards[:, 0] != rewards[:, 1]).all()
     largest = FUNCTIONS[name](rewards).abs().max()
-    is_in_reward_units = name in ("centered", "leave_one_out", "pass_at_k")
+    is_in_reward_units = name in ("centered", "leave_one_out", "length_weighted", "pass_at_k")
     assert largest <= (2**-22 * value if is_in_reward_units else 1 / 16)
 
 
@@ -173,7 +177,7 @@ def test_wrong_rewards_raise(name, error, rewards, message):
         FUNCTIONS[name](rewards)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "multi_reward"])
+@pytest.mark.parametrize("name", [*grpo_kernels.ADVANTAGES, "pass_at_k"])
 def test_wrong_shape_or_type_raises(name):
     advantage = FUNCTIONS[name]
     with pytest.raises(ValueError, match=r"rewards must be \[B, G\], got shape \(4,\)"):

@@ -228,3 +228,31 @@ ENDS = torch.zeros(1, 2, 2).long()
 def test_wrong_steps_raise(error, rewards, ends, length, message):
     with pytest.raises(error, match=message):
         grpo_kernels.process_advantage(rewards, ends, length)
+
+
+def test_length_weighted():
+    """The weighted mean of 1, 0, 4 with lengths 1, 3, 2 is 9/6."""
+    rewards, lengths = torch.tensor([[1.0, 0.0, 4.0]]), torch.tensor([[1, 3, 2]])
+    for offset in (0.0, 1e5):
+        found = grpo_kernels.length_weighted_advantage(rewards + offset, lengths)
+        torch.testing.assert_close(found, torch.tensor([[-0.5, -1.5, 2.5]]))
+    without = grpo_kernels.length_weighted_advantage(rewards, torch.zeros(1, 3))
+    torch.testing.assert_close(without, torch.tensor([[1.0, 0.0, 4.0]]) - 5 / 3)
+    with pytest.raises(ValueError, match="lengths must be at least 0, got -1"):
+        grpo_kernels.length_weighted_advantage(rewards, lengths - 2)
+    with pytest.raises(ValueError, match=r"lengths must have shape \(1, 3\), got shape \(3,\)"):
+        grpo_kernels.length_weighted_advantage(rewards, lengths[0])
+
+
+def test_reinforce_plus_plus():
+    """Its tokens are 1, 0, 0, 0, 4, 4 and 2."""
+    rewards, lengths = torch.tensor([[1.0, 0.0], [4.0, 2.0]]), torch.tensor([[1, 3], [2, 1]])
+    tokens = [1, 0, 0, 0, 4, 4, 2]
+    expected = (rewards - statistics.mean(tokens)) / statistics.stdev(tokens)
+    for offset in (0.0, 1e5):
+        found = grpo_kernels.reinforce_plus_plus_advantage(rewards + offset, lengths)
+        torch.testing.assert_close(found, expected)
+    for equal in (torch.full((2, 2), 0.1), torch.tensor([[1 / 3, 1 / 3]])):
+        found = grpo_kernels.reinforce_plus_plus_advantage(equal, torch.ones_like(equal))
+        assert not found.any()
+    assert grpo_kernels.reinforce_plus_plus_advantage(rewards, lengths * 0).isfinite().all()

@@ -1,4 +1,4 @@
-"""Policy losses with the signature that verl calls.
+"""Policy losses with the signature that verl calls, and their registration.
 
 The contract is that of verl 0.9.1: its `trainer/ppo/core_algos.py`. verl is imported by `register`
 only. Its workers import their `external_lib`, so two settings choose an objective of this package:
@@ -23,6 +23,7 @@ from ..objective.ratios import MAX_LOG_RATIO, PolicyRatios
 from ..objective.sequences import Sequences
 from ..objective.surrogates import Dppo
 from ..validation import expect_choice
+from .verl_advantages import ESTIMATORS
 from .weighted_loss import weighted_policy_loss
 
 
@@ -139,11 +140,15 @@ def read_objective(name: str, actor: Any) -> LossConfig:
 def register(prefix: str = "grpo_kernels/", **configs: LossConfig) -> list[str]:
     """Register every objective, and each config under its name, as a `loss_mode` of verl.
 
-    Returns:
-        The names: prefix + a key of OBJECTIVES or of `configs`.
-    """
-    from verl.trainer.ppo.core_algos import register_policy_loss
+    The estimators of `verl_advantages` are registered as `algorithm.adv_estimator`.
 
+    Returns:
+        The names of the losses: prefix + a key of OBJECTIVES or of `configs`.
+    """
+    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+
+    for name, estimator in ESTIMATORS.items():
+        register_adv_est(prefix + name)(estimator)
     losses = {name: name for name in OBJECTIVES} | configs
     for name, config in losses.items():
         register_policy_loss(prefix + name)(make_policy_loss(config))

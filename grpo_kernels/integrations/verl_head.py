@@ -123,22 +123,19 @@ def _head_outputs(
     vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     request = temperature if isinstance(temperature, HeadRequest) else None
-    if request is not None:
-        temperature = request.temperature
-    if isinstance(temperature, Tensor):
-        temperature = _per_token(temperature, labels)
-    squares = {"sum_sq_probs": True} if request is not None and request.sum_pi_squared else {}
+    given = temperature.temperature if isinstance(temperature, HeadRequest) else temperature
+    squares = request is not None and request.sum_pi_squared
     stats = linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.flatten().long(),
-        temperature=temperature,
+        temperature=_per_token(given, labels) if isinstance(given, Tensor) else given,
         vocab_group=vocab_group,
-        **squares,
+        sum_sq_probs=squares,
     )
     assert stats.entropy is not None
     if squares:
-        assert request is not None and stats.sum_sq_probs is not None
+        assert stats.sum_sq_probs is not None
         request.result = stats.sum_sq_probs.detach().exp().view_as(labels)
     return stats.logprob.view_as(labels), stats.entropy.view_as(labels)
 
@@ -167,7 +164,7 @@ def install_kernel() -> None:
     previous = kernel.linear_cross_entropy
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is previous:
-            module.linear_cross_entropy = linear_cross_entropy
+            vars(module)["linear_cross_entropy"] = linear_cross_entropy
     torch_functional.FusedLinearForPPO = FusedLinearForPPO
     for name, wrap in (
         ("prepare_model_inputs", _wrap_model_inputs),

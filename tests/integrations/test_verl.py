@@ -11,6 +11,7 @@ import torch
 
 from grpo_kernels import LossConfig
 from grpo_kernels.integrations import verl, verl_head
+from grpo_kernels.integrations.verl_advantages import ESTIMATORS
 from tests.helpers.tensors import coin, normal, token_ids
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
@@ -323,13 +324,13 @@ def test_unsupported_arguments_raise(call, message):
 
 @pytest.fixture
 def registered(monkeypatch):
-    """Policy losses that reach a stand-in for verl's registry, by name."""
+    """Policy losses and estimators that reach a stand-in for verl's registries, by name."""
     found = {}
     for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["verl.trainer.ppo.core_algos"].register_policy_loss = lambda name: (
-        lambda function: found.setdefault(name, function)
-    )
+    core_algos = sys.modules["verl.trainer.ppo.core_algos"]
+    for function in ("register_policy_loss", "register_adv_est"):
+        setattr(core_algos, function, lambda name: lambda x: found.setdefault(name, x))
     return found
 
 
@@ -337,9 +338,10 @@ def test_register(registered):
     names = verl.register(mine=LossConfig.two_sided(epsilon_low=0.05))
     assert (
         set(names)
-        == set(registered)
+        == set(registered) - {f"grpo_kernels/{name}" for name in ESTIMATORS}
         == {f"grpo_kernels/{name}" for name in (*verl.OBJECTIVES, "mine")}
     )
+    assert registered["grpo_kernels/opo"] is ESTIMATORS["opo"]
     inputs = make_inputs()
     for name, config in {"gspo": "gspo", "mine": LossConfig.two_sided(epsilon_low=0.05)}.items():
         found, _ = registered[f"grpo_kernels/{name}"](**inputs, config=make_actor())
