@@ -24,8 +24,10 @@ Estimator = Callable[..., tuple[Tensor, Tensor]]
 def by_group(function: Callable[..., Tensor], index: Any, *values: Tensor) -> Tensor:
     """Apply an advantage of [B, G] rewards to completions [N] whose groups differ in size.
 
-    index: [N], the group of each completion: strings or numbers. values: [N] each, arguments of the function;
-    the first are the rewards.
+    Args:
+        function: takes the values as [B, G] each; a completion that is alone keeps the first.
+        index: [N], the group of each completion: strings or numbers.
+        values: [N] each, the first are the rewards.
     """
     rows_of_group = defaultdict(list)
     for row, group in enumerate(index.tolist() if hasattr(index, "tolist") else index):

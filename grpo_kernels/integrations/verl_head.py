@@ -30,7 +30,7 @@ class HeadRequest:
     It is not a tensor, so FSDP neither casts nor copies it.
     """
 
-    temperature: Tensor  # one, or one per sequence or token of the labels
+    temperature: float | Tensor  # a number, one, or one per sequence or token of the labels
     sum_pi_squared: bool
     result: Tensor | None = None  # Σπ² of each label, once the head ran
 
@@ -122,19 +122,20 @@ def _head_outputs(
     temperature: float | Tensor | HeadRequest,
     vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    request = temperature if isinstance(temperature, HeadRequest) else None
-    given = temperature.temperature if isinstance(temperature, HeadRequest) else temperature
-    squares = request is not None and request.sum_pi_squared
+    request = temperature
+    if not isinstance(request, HeadRequest):
+        request = HeadRequest(request, sum_pi_squared=False)
+    given = request.temperature
     stats = linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.flatten().long(),
         temperature=_per_token(given, labels) if isinstance(given, Tensor) else given,
         vocab_group=vocab_group,
-        sum_sq_probs=squares,
+        sum_sq_probs=request.sum_pi_squared,
     )
     assert stats.entropy is not None
-    if squares:
+    if request.sum_pi_squared:
         assert stats.sum_sq_probs is not None
         request.result = stats.sum_sq_probs.detach().exp().view_as(labels)
     return stats.logprob.view_as(labels), stats.entropy.view_as(labels)
