@@ -97,7 +97,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *arguments: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        with scored_by_stats(model):
+        with scored_by_stats(model, entropy_grad=self._entropy_bonus_enabled):
             return super()._get_per_token_logps_and_entropies(model, *arguments, **keywords)
 
 
@@ -126,9 +126,10 @@ def fuse_trainer(trainer: Any, *, fuse_loss: bool = False) -> Any:
         setattr(trainer, LOSS, partial(fused_loss, trainer, compute_loss))
     if SCORES not in vars(trainer):
         scores = getattr(trainer, SCORES)
+        has_entropy_bonus = getattr(trainer, "_entropy_bonus_enabled", False)  # not in RLOO
 
         def scores_by_stats(model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-            with scored_by_stats(model):
+            with scored_by_stats(model, entropy_grad=has_entropy_bonus):
                 return scores(model, *arguments, **keywords)
 
         setattr(trainer, SCORES, scores_by_stats)

@@ -49,6 +49,7 @@ def chunked_logprob(
     outputs: tuple[str, ...] = OPTIONAL_OUTPUTS,
     *,
     head_of: nn.Module | None = None,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Compute what TRL's `ChunkedLogProbFunction.apply` does, by `linear_token_stats`.
 
@@ -57,6 +58,7 @@ def chunked_logprob(
         chunk_size: read by TRL's own function only.
         outputs: names of the optional results; the others are None.
         head_of: a model whose head is read through PEFT, instead of `weight` and `bias`.
+        entropy_grad: as in `linear_token_stats`.
 
     Returns:
         (log-prob, entropy, log Σ p², mean logit, whether the target is the argmax), [N] each, the
@@ -76,6 +78,7 @@ def chunked_logprob(
             sum_sq_probs="log_sum_sq_probs" in outputs,
             mean_logit="mean_logits" in outputs,
             is_top1="is_top1" in outputs,
+            entropy_grad=entropy_grad,
         )
     sum_sq_probs, mean_logit, is_top1 = (
         None if x is None else x.detach()
@@ -280,9 +283,10 @@ def scored_by(apply: Callable[..., Any]) -> Iterator[None]:
             setattr(trl_utils, name, value)
 
 
-def scored_by_stats(model: nn.Module) -> Any:
+def scored_by_stats(model: nn.Module, *, entropy_grad: bool) -> Any:
     """Compute the log-probs of a model by `chunked_logprob`, with the adapters on its head."""
-    return scored_by(partial(chunked_logprob, head_of=adapted_model(model)))
+    head_of = adapted_model(model)
+    return scored_by(partial(chunked_logprob, head_of=head_of, entropy_grad=entropy_grad))
 
 
 def adapted_model(model: nn.Module) -> nn.Module | None:

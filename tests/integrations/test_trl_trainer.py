@@ -13,6 +13,8 @@ pytest.importorskip("trl")
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
+from grpo_kernels import linear_token_stats
+from grpo_kernels.integrations import transformers
 from grpo_kernels.integrations import trl as trl_integration
 from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trainer
@@ -264,6 +266,26 @@ def test_unsupported_adapters_on_head_raise_at_construction(config, cast, error,
         make_trainer(FusedGRPOTrainer, **settings)
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
         make_trainer(GRPOTrainer, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_bonus"),
+    [({}, False), ({"entropy_coef": 0.1}, True), ({"use_adaptive_entropy": True}, True)],
+)
+def test_frozen_head_prepares_for_the_gradient_of_an_entropy_bonus(
+    pytorch_backend, monkeypatch, settings, has_bonus
+):
+    calls = []
+
+    def recorded(*arguments, **keywords):
+        calls.append(keywords["entropy_grad"])
+        return linear_token_stats(*arguments, **keywords)
+
+    monkeypatch.setattr(transformers, "linear_token_stats", recorded)
+    fused = make_trainer(FusedGRPOTrainer, **settings)
+    for trainer in (fused, fuse_trainer(make_trainer(GRPOTrainer, **settings))):
+        score(trainer, *batch(), compute_entropy=True)
+    assert calls == [has_bonus] * 2
 
 
 class OwnScores(GRPOTrainer):
