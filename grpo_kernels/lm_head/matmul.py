@@ -90,15 +90,18 @@ def vocab_tiles(V: int, H: int) -> Iterator[slice]:
 
 
 def is_upcast(d_logits: Tensor, operand: Tensor) -> bool:
-    """Tell whether the product is made after a conversion to fp32, because that is faster.
+    """Tell whether the product is made of operands that are converted to fp32 first.
 
-    On a CPU, operands of two dtypes have no product without one, and that of fp16 has no range.
+    Only CUDA returns fp32 for half-precision operands. Elsewhere operands of two dtypes have no
+    product without a conversion, and that of fp16 has no range. On a CPU without units for bf16
+    the conversion is faster.
     """
-    if d_logits.device.type != "cpu":
+    if d_logits.is_cuda:
         return False
     if d_logits.dtype != operand.dtype or operand.dtype == torch.float16:
         return True
-    return operand.dtype == torch.bfloat16 and not has_bf16_units()
+    is_bf16_on_cpu = operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
+    return is_bf16_on_cpu and not has_bf16_units()
 
 
 @cache

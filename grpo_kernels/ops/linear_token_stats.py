@@ -54,9 +54,10 @@ def _forward(
             kept = Logits(logits, None if inputs.kl is None else ref_logits)
             logits[len(groups) :].zero_()  # rows of masked tokens
             ref_logits[len(groups) :].zero_()
-        head = ChunkedLMHead(inputs, len(groups), chunk_tokens, grad=False, logits=kept)
-        for chunk in head.chunks(groups):
-            write_stats(stats, chunk.token_idx, chunk.stats())
+        if len(groups) > 0:  # a head may copy the weight
+            head = ChunkedLMHead(inputs, len(groups), chunk_tokens, grad=False, logits=kept)
+            for chunk in head.chunks(groups):
+                write_stats(stats, chunk.token_idx, chunk.stats())
     return *stats.as_outputs(), logits, ref_logits, hidden_grads
 
 
@@ -186,7 +187,7 @@ def _select_logits(
     """Select the rows of these groups among the logits that forward left, in its order."""
     num_counted = sum(packing.counts.tolist())
     left = RowGroups.of(packing.order[:num_counted], inputs.token_rows).row_idx
-    # On a GPU tokens with rows of their own are never left out of the middle.
+    # On a GPU `_tokens_with_grad` leaves no token out, and the comparison would wait.
     is_prefix = inputs.token_rows is None and left.device.type != "cpu"
     if is_prefix or torch.equal(left[: len(groups)], groups.row_idx):
         return logits
@@ -300,7 +301,8 @@ def linear_token_stats(
     products with a KL). With the gradient it is
 
         4 products     trained head: backward makes the logits again
-        3              trained head, and all tokens fit one chunk: the logits are kept
+        3              trained head, and all tokens fit one chunk: the logits are kept until
+                       backward
         2              frozen head, as in LoRA training: forward computes d logprob / d hidden,
                        which backward multiplies by the upstream gradient; one more with a KL
         3              frozen head and `entropy_grad`
@@ -331,7 +333,8 @@ def linear_token_stats(
             token_rows[i] of hidden, flattened to [N, H]. For batches packed as a tree, where the
             row at a branch predicts the first token of every branch: the products are of the rows
             that any token reads, not of the tokens. Everything that is given per token is [M] too;
-            the tokens of a row must have the same temperature.
+            the tokens of a row must have the same temperature. Finding the rows waits for the
+            device.
         entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
             will have an upstream gradient. The results are the same. Without the hint such a
             gradient costs four products, as backward makes the logits again.

@@ -20,8 +20,8 @@ def small_blocks(pytorch_backend, monkeypatch):
     assert 2 * softmax.BLOCK_BYTES < LARGE
 
 
-def large_allocations(call) -> int:
-    """Number of allocations of at least LARGE bytes during the call.
+def allocations(call) -> list[int]:
+    """Bytes of each allocation during the call.
 
     Scratch memory inside a matmul belongs to the library and does not count: oneDNN takes 300 KiB
     for bf16 on an EPYC with AVX-512.
@@ -36,7 +36,7 @@ def large_allocations(call) -> int:
         if event.name not in MATMULS:
             events += event.children
     assert max(sizes) >= CHUNK * V * 4, "the workspace was not seen"
-    return sum(size >= LARGE for size in sizes)
+    return sizes
 
 
 def loss_and_gradient(inputs, config, **reference):
@@ -48,7 +48,7 @@ def loss_and_gradient(inputs, config, **reference):
 def test_large_allocations_do_not_grow_with_chunks(dtype, kind):
     weight = normal(1, V, H).to(dtype).requires_grad_(kind != "frozen")
 
-    def allocations(chunks: int) -> int:
+    def large_allocations(chunks: int) -> int:
         N = chunks * CHUNK - 7
         hidden = normal(2, 1, N, H).to(dtype).requires_grad_()
         inputs = (hidden, weight, torch.zeros(1, N, dtype=torch.long), torch.ones(1))
@@ -64,6 +64,13 @@ def test_large_allocations_do_not_grow_with_chunks(dtype, kind):
                 *inputs[:3], chunk_tokens=CHUNK, entropy_grad=True
             ),
         }
-        return large_allocations(calls[kind])
+        return sum(size >= LARGE for size in allocations(calls[kind]))
 
-    assert allocations(3) == allocations(5)
+    assert large_allocations(3) == large_allocations(5)
+
+
+def test_frozen_weight_is_cast_once():
+    hidden = normal(2, 2 * CHUNK, H).bfloat16().requires_grad_()
+    weight, tokens = normal(1, V, H), torch.zeros(2 * CHUNK, dtype=torch.long)
+    sizes = allocations(lambda: linear_token_stats(hidden, weight, tokens, chunk_tokens=CHUNK))
+    assert sizes.count(V * H * 2) == 1
