@@ -209,9 +209,13 @@ def call_to_hidden(call: Callable[..., Any], model: Any, inputs: dict[str, Any])
         layer.register_forward_pre_hook(remove_positions),
         layer.register_forward_hook(check_and_return_probe, with_kwargs=True),
     ]
+    # torch.compile checks whether a module has a forward of its own, but not whether it has hooks.
+    forward, own_forward = layer.forward, vars(layer).get("forward")
+    layer.forward = lambda *arguments, **keywords: forward(*arguments, **keywords)
     try:
         output = call(**inputs)
     finally:
+        delattr(layer, "forward") if own_forward is None else setattr(layer, "forward", own_forward)
         for handle in handles:
             handle.remove()
     # Read now: FSDP gathers, and PEFT may merge or unmerge, the weight when the model runs.

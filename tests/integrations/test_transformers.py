@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -206,6 +207,21 @@ def test_gradient_checkpointing():
     stats, grads = stats_and_gradients(fused_token_stats, model)
     torch.testing.assert_close(stats, expected)
     torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.slow
+def test_compiled_model_alternates_with_its_own_forward():
+    """torch.compile does not see hooks that are added after a module has run."""
+    model, (ids, _), counter = make_model("llama"), make_batch(), CompileCounter()
+    expected = model(ids).logits
+    compiled, frames = torch.compile(model, backend=counter), []
+    for _ in range(3):
+        torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+        hidden, head, _ = forward_to_hidden(compiled, input_ids=ids)
+        torch.testing.assert_close(hidden @ head.weight.T, expected)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[2], "nothing is compiled again"
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_first_call_under_ddp_with_find_unused_parameters():
