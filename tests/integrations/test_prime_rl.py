@@ -77,12 +77,25 @@ def sequence_clipped(inputs):
     return torch.maximum(-A * r, -A * r.clamp(0.97, 1.04))
 
 
+def near_sampler(inputs, adv_tau=0.7, kl_tau=0.3):
+    d = inputs.trainer_logprobs - inputs.inference_logprobs
+    near = (inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()).abs() <= 0.1
+    return torch.where(near, -adv_tau * inputs.advantages * d.exp(), 0.0) + kl_tau * d**2
+
+
+def pulled_back(inputs):
+    d = inputs.trainer_logprobs - inputs.inference_logprobs
+    return -inputs.advantages * inputs.trainer_logprobs + (0.15 + 0.2) * d**2
+
+
 CASES = {
     "grpo": ({}, clipped),
     "dapo": ({}, lambda inputs: clipped(inputs, high=0.28)),
     "dppo": ({"epsilon_low": 0.2, "epsilon_high": 0.2}, trusted),
     "cispo": ({"ratio_cap": 1.2}, capped),
     "gspo": ({"epsilon_low": 0.03, "epsilon_high": 0.04}, sequence_clipped),
+    "ipo": ({"adv_tau": 0.7, "kl_tau": 0.3}, near_sampler),
+    "dro": ({"proximal_coef": 0.3, "kl_tau": 0.2}, pulled_back),
 }
 
 
@@ -107,16 +120,38 @@ def test_loss_is_weighted_sum_over_tokens(objective, weighted):
 
 def test_ipo_matches_formula():
     inputs = make_inputs()
-    log_ratio, A = inputs.trainer_logprobs - inputs.inference_logprobs, inputs.advantages
     near = (inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()).abs() <= 0.1
     assert near[inputs.loss_mask].any() and not near[inputs.loss_mask].all()
-    terms = torch.where(near, -A * log_ratio.exp(), 0.0) + 0.001 * log_ratio**2
-    found = check(inputs, terms[inputs.loss_mask].sum(), "ipo")
+    found = check(inputs, near_sampler(inputs, 1.0, 0.001)[inputs.loss_mask].sum(), "ipo")
     torch.testing.assert_close(
         found.metrics["is_masked"], (~near)[inputs.loss_mask].double().mean()
     )
-    with pytest.raises(ValueError, match="loss_weights must be None with surrogate='ipo'"):
-        prime_rl.loss(make_inputs(loss_weights=torch.ones(N)), objective="ipo")
+
+
+def test_default_loss_of_prime_rl_0_8():
+    """Its policy term is -A r while the probability is near, of which ours has the gradient."""
+    inputs = make_inputs(loss_weights=normal(7, N, dtype=torch.float64).abs())
+    new, old, A = inputs.trainer_logprobs, inputs.inference_logprobs, 0.7 * inputs.advantages
+    gap, r = (new.exp() - old.exp()).detach(), (new - old).exp()
+    masked = torch.where(A > 0, gap > 0.05, gap < -0.05)
+    terms = (-A * r * ~masked + 0.001 * (new - old) ** 2) * inputs.loss_weights
+    found = prime_rl.loss(
+        inputs, objective="dppo", epsilon_low=0.05, epsilon_high=0.05, adv_tau=0.7, kl_tau=0.001
+    )
+    losses = (found.loss, terms[inputs.loss_mask].sum())
+    torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in losses))
+    mismatch, kept = (r - 1 - r.log()).detach(), inputs.loss_mask & ~masked
+    dropped = inputs.loss_mask & masked
+    assert dropped.any() and kept.any()
+    expected = {
+        "masked_mismatch_kl": mismatch[dropped].mean(),
+        "unmasked_mismatch_kl": mismatch[kept].mean(),
+        "masked_advantage_positive": (A > 0)[dropped].double().mean(),
+        "masked_advantage_negative": (A < 0)[dropped].double().mean(),
+        "is_masked": dropped.sum() / inputs.loss_mask.sum(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found.metrics[name], value.double())
 
 
 def test_samples_add_up_to_batch_mean():
@@ -182,7 +217,9 @@ def test_all_masked():
         ({"objective": "__init__"}, "objective must be one of"),
         ({"aggregation": "sequence_mean"}, "aggregation must be 'token_mean', got 'sequence_mean'"),
         ({"beta": 0.1}, "ref_logprob"),
-        ({"entropy_coef": 0.1}, "entropy"),
+        ({"entropy_coef": 0.1}, "entropy_coef must be off, got 0.1: LossInputs has no entropy"),
+        ({"adv_tau": -1.0}, "adv_tau must be at least 0, got -1"),
+        ({"kl_tau": -1.0}, "kl_tau must be at least 0, got -1"),
     ],
 )
 def test_unsupported_settings_raise(settings, message):
@@ -190,21 +227,25 @@ def test_unsupported_settings_raise(settings, message):
         prime_rl.loss(make_inputs(), **settings)
 
 
-@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"kl_cov": 0.1}, {"clip_cov": 0.1}])
-def test_weights_with_other_terms_raise(settings):
-    inputs = make_inputs(loss_weights=torch.ones(N), ref_logprobs=torch.zeros(N))
-    with pytest.raises(ValueError, match="must be off with loss_weights"):
-        prime_rl.loss(inputs, **settings)
+def test_weights_scale_the_kl():
+    weights, ref = normal(7, N, dtype=torch.float64).abs(), -normal(5, N, dtype=torch.float64).abs()
+    inputs = make_inputs(loss_weights=weights, ref_logprobs=ref)
+    d = inputs.trainer_logprobs - ref
+    terms = weights * (clipped(inputs) + 0.1 * (torch.exp(-d) - 1 + d))
+    check(inputs, terms[inputs.loss_mask].sum(), "grpo", beta=0.1)
 
 
-def test_head_log_probs_and_entropies():
-    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3).double()
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_head_log_probs_and_entropies(softcap):
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3, softcap=softcap).double()
     hidden = normal(0, 2, 5, 4, dtype=torch.float64).requires_grad_()
     labels = token_ids(1, 2, 5, V=7)
     temperature = torch.linspace(0.5, 2, 10, dtype=torch.float64).view(2, 5)
-    found = head(hidden, labels, temperature=temperature)
-    logits = hidden @ head.weight.T / temperature[..., None]
-    policy = torch.distributions.Categorical(logits=logits)
+    found = head(hidden, labels, temperature=temperature, sampling_mask=None)
+    logits = hidden @ head.weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    policy = torch.distributions.Categorical(logits=logits / temperature[..., None])
     expected = {"logprobs": policy.log_prob(labels), "entropy": policy.entropy()}
     torch.testing.assert_close(found, expected)
     gradients = [
@@ -212,6 +253,24 @@ def test_head_log_probs_and_entropies():
         for x in (found, expected)
     ]  # fmt: skip
     torch.testing.assert_close(*gradients)
+
+
+def test_head_in_fp32_with_hidden_states_in_bf16():
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3)
+    hidden = normal(0, 2, 5, 4).bfloat16().requires_grad_()
+    found = head(hidden, token_ids(1, 2, 5, V=7), temperature=torch.ones(2, 5))["logprobs"]
+    found.sum().backward()
+    logits = hidden.double() @ head.weight.bfloat16().double().T
+    expected = torch.distributions.Categorical(logits=logits).log_prob(token_ids(1, 2, 5, V=7))
+    torch.testing.assert_close(found, expected.float())
+    assert (head.weight.grad.dtype, hidden.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_head_with_sampling_mask_raises():
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=None)
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="sampling_mask must be None, got a tensor"):
+        head(torch.zeros(1, 2, 4), labels, torch.ones(1, 2), sampling_mask=labels[..., None])
 
 
 @pytest.mark.parametrize("missing", ["labels", "temperature"])
