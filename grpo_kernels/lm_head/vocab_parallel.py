@@ -16,7 +16,7 @@ The partial results are all-gathered and not reduced. That moves half the bytes,
 and every rank sums the same numbers in the same order, so that all ranks have the same bits. Each
 rank receives 12 bytes per token and rank, 4 more with an entropy, 12 more with a KL, 4 with Σ p²,
 8 with the mean, and 8 K with the K largest logits, which are merged by value; in fp64 twice as
-many.
+many. With `token_rows` these are per row, and the log-probs of the tokens are gathered after them.
 """
 
 import math
