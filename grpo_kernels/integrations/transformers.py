@@ -3,6 +3,13 @@
     hidden, head, _ = forward_to_hidden(model, input_ids=ids, attention_mask=attention)
     loss, metrics = head.grpo_loss(hidden[:, :-1], ids[:, 1:], advantages, mask=mask)
 
+With PEFT, the model without its adapters is the reference policy of a KL:
+
+    with torch.no_grad(), model.disable_adapter():
+        ref_hidden, ref_head, _ = forward_to_hidden(model, input_ids=ids, attention_mask=attention)
+    reference = {"ref_hidden": ref_hidden[:, :-1], "ref_head": ref_head}
+    head.grpo_loss(hidden[:, :-1], ids[:, 1:], advantages, mask=mask, config=config, **reference)
+
 The model's own forward runs, with every wrapper around it (PEFT, FSDP, checkpointing). Hooks on the
 LM head record its input and pass it zero positions, so no logits are computed.
 """

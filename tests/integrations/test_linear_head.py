@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from grpo_kernels import LossConfig
 from grpo_kernels.integrations.transformers import forward_to_hidden, unwrap
 from reference import losses
 from tests.helpers.causal_lms import (
@@ -215,6 +216,26 @@ def test_in_fp32_converts_the_adapter():
 
 def head_of(model, **inputs):
     return forward_to_hidden(model, input_ids=make_batch()[0], **inputs).head
+
+
+@pytest.mark.parametrize("estimator", ["k3", "reverse"])
+def test_model_without_adapters_is_the_reference_policy(estimator):
+    model, (ids, attention) = adapted(lora()), make_batch()
+    inputs = {"input_ids": ids, "attention_mask": attention}
+    arguments = {"advantages": torch.tensor([1.0, -0.5, 2.0]), "mask": attention[:, 1:]}
+    arguments["config"] = LossConfig.dapo(beta=0.5, kl_estimator=estimator)
+    hidden, head, _ = forward_to_hidden(model, **inputs)
+    with torch.no_grad(), model.disable_adapter():
+        ref_hidden, ref_head, _ = forward_to_hidden(model, **inputs)
+        ref_logits = model(**inputs).logits[:, :-1]
+    reference = {"ref_hidden": ref_hidden[:, :-1], "ref_head": ref_head}
+    loss = head.grpo_loss(hidden[:, :-1], ids[:, 1:], **arguments, **reference).loss
+    logits = model(**inputs).logits[:, :-1]
+    expected = losses.grpo_loss(logits, ids[:, 1:], ref_logits=ref_logits, **arguments).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    params = [param for param in model.parameters() if param.requires_grad]
+    grads, expected_grads = (torch.autograd.grad(x, params) for x in (loss, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-7, atol=1e-9)
 
 
 def test_ref_head_with_adapter_raises():
