@@ -15,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -27,6 +29,8 @@ from transformers import (
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -46,6 +50,30 @@ SMALL = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+VISION = {"hidden_size": 16, "intermediate_size": 32}
+
+
+def qwen3_5():
+    """A class with a vision tower; the batch has no image."""
+    text = SMALL | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+    text |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 16}
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
+
+
+def gemma4():
+    """A class with a vision tower and a softcap; the batch has no image."""
+    text = SMALL | {"head_dim": 8, "global_head_dim": 8, "final_logit_softcapping": 2.5}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    text |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": V}
+    vision = VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    vision |= {"num_key_value_heads": 2}
+    return Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    )
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
@@ -59,6 +87,8 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     ),
+    "qwen3.5, vision": qwen3_5,
+    "gemma4, vision, softcap": gemma4,
 }
 MORE_MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
