@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import HeadAdapter, LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
-from grpo_kernels.integrations.verl import linear_cross_entropy
+from grpo_kernels.integrations.verl_head import linear_cross_entropy
 from grpo_kernels.lm_head import chunk_loop
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
 from tests.helpers.tensors import coin, normal
