@@ -31,7 +31,8 @@ class HeadRequest:
     """
 
     temperature: float | Tensor  # a number, one, or one per sequence or token of the labels
-    sum_pi_squared: bool
+    sum_pi_squared: bool = False
+    softcap: float | None = None
     result: Tensor | None = None  # Σπ² of each label, once the head ran
 
 
@@ -124,13 +125,14 @@ def _head_outputs(
 ) -> tuple[Tensor, Tensor]:
     request = temperature
     if not isinstance(request, HeadRequest):
-        request = HeadRequest(request, sum_pi_squared=False)
+        request = HeadRequest(request)
     given = request.temperature
     stats = linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.flatten().long(),
         temperature=_per_token(given, labels) if isinstance(given, Tensor) else given,
+        softcap=request.softcap,
         vocab_group=vocab_group,
         sum_sq_probs=request.sum_pi_squared,
     )
@@ -156,7 +158,7 @@ def install_kernel() -> None:
     transformers models look verl's function and module up at each call. Megatron models import the
     function: where they have been imported, it is replaced there too. With the FSDP engine a
     temperature per sample and `calculate_sum_pi_squared` then work with fused kernels; elsewhere
-    verl refuses them.
+    verl refuses them. The softcap of a model's config is applied there too; verl leaves it out.
     """
     from verl.utils.experimental import torch_functional
     from verl.utils.kernel import linear_cross_entropy as kernel
@@ -177,7 +179,7 @@ def install_kernel() -> None:
 
 
 def _wrap_model_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass what verl refuses, a temperature per sample and Σπ², to the head in a HeadRequest."""
+    """Pass what verl lacks, a temperature per sample, Σπ² and a softcap, in a HeadRequest."""
     from verl.utils import tensordict_utils as tu
 
     @functools.wraps(method)
@@ -185,20 +187,23 @@ def _wrap_model_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
         def setting(name: str, default: bool = False) -> bool:
             return tu.get_non_tensor_data(data=micro_batch, key=name, default=default)
 
-        squares = setting("calculate_sum_pi_squared")
-        is_plain = not (squares or isinstance(micro_batch["temperature"], Tensor))
         # A subclass with a method of its own has kernels of its own.
         is_ours = type(self).prepare_model_inputs is prepare_model_inputs
-        if is_plain or not is_ours or not setting("use_fused_kernels"):
+        if not is_ours or not setting("use_fused_kernels"):
+            return method(self, micro_batch)
+        squares = setting("calculate_sum_pi_squared")
+        model_config = self.module.config.get_text_config()
+        softcap = getattr(model_config, "final_logit_softcapping", None)
+        if not (squares or softcap or isinstance(micro_batch["temperature"], Tensor)):
             return method(self, micro_batch)
         unfused = micro_batch.copy()
         tu.assign_non_tensor(unfused, use_fused_kernels=False)
         inputs, output_args = method(self, unfused)
         if setting("use_remove_padding", True):
-            request = HeadRequest(output_args["temperature_rmpad"], squares)
+            request = HeadRequest(output_args["temperature_rmpad"], squares, softcap)
             inputs["shift_labels"] = output_args["input_ids_rmpad_rolled"].unsqueeze(0)
         else:
-            request = HeadRequest(output_args["temperature"], squares)
+            request = HeadRequest(output_args["temperature"], squares, softcap)
         output_args["head_request"] = request
         return inputs | {"temperature": request, "return_dict": True}, output_args
 

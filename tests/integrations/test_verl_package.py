@@ -49,23 +49,22 @@ def head_calls(monkeypatch):
     return calls
 
 
-def make_engine(module, *, fused, backend="torch"):
+def make_engine(module, *, fused, backend="torch", softcap=None):
     """verl's engine around a tiny model that its own monkey patch prepared, without FSDP."""
     import verl.utils.torch_functional as verl_functional
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = Qwen2Config(
-        vocab_size=V, **sizes, num_attention_heads=2, num_key_value_heads=1,
-        attn_implementation="eager", use_cache=False,
-    )  # fmt: skip
-
-    class TinyModel(Qwen2ForCausalLM):
-        """A class of its own, because verl patches the class."""
-
-    model = TinyModel(config)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": V}
+    plain = {"attn_implementation": "eager", "use_cache": False}
+    family, config = Qwen2ForCausalLM, Qwen2Config(**sizes, **plain)
+    if softcap is not None:
+        family = Gemma2ForCausalLM
+        config = Gemma2Config(**sizes, **plain, head_dim=8, final_logit_softcapping=softcap)
+    model = type("TinyModel", (family,), {})(config)  # verl patches the class
+    torch.nn.init.normal_(model.lm_head.weight)
     patch_forward_with_backends(model, use_fused_kernels=fused, fused_kernels_backend=backend)
     engine = object.__new__(module.FSDPEngineWithLMHead)
     vars(engine).update(
@@ -119,8 +118,8 @@ def predicted(nested):
     return torch.cat([row[:-1] for row in nested.unbind()])
 
 
-def forward(module, *, fused, temperature, backend="torch", **settings):
-    engine = make_engine(module, fused=fused, backend=backend)
+def forward(module, *, fused, temperature, backend="torch", softcap=None, **settings):
+    engine = make_engine(module, fused=fused, backend=backend, softcap=softcap)
     batch = make_batch(temperature, fused=fused, **settings)
     _, output = engine.forward_step(batch, loss_function=None, forward_only=True)
     return {name: predicted(x) for name, x in output["model_output"].items()}
@@ -151,6 +150,15 @@ def test_engine_forward(engine_module, head_calls, temperature, remove_padding, 
 def test_every_backend_calls_our_kernel(engine_module, head_calls, backend):
     expected = forward(engine_module, fused=False, temperature=0.7)
     found = forward(engine_module, fused=True, temperature=0.7, backend=backend)
+    assert len(head_calls) == 1
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_softcap(engine_module, head_calls, backend):
+    settings = {"temperature": 0.7, "softcap": 1.5}
+    expected = forward(engine_module, fused=False, **settings)
+    found = forward(engine_module, fused=True, backend=backend, **settings)
     assert len(head_calls) == 1
     torch.testing.assert_close(found, expected)
 
