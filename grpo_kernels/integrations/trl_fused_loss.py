@@ -60,7 +60,7 @@ def fused_loss(
 
     def score(model: nn.Module, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         scores = getattr(GRPOTrainer, SCORES)
-        with scored_by(loss_of_labelled_tokens):
+        with scored_by(loss_of_labelled_tokens, head_of):
             logprob, entropy, aux_loss = scores(trainer, model, *arguments, **keywords)
         carriers.append(logprob)
         logprob, old = logprob.detach(), inputs.get("old_per_token_logps")

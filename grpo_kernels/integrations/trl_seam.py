@@ -271,14 +271,23 @@ def _exchange(new_of: Mapping[Any, Any], compacts: Callable[[torch.device], bool
 
 
 @contextmanager
-def scored_by(apply: Callable[..., Any]) -> Iterator[None]:
-    """Call `apply` in place of TRL's log-prob function in the models that run inside the block."""
+def scored_by(apply: Callable[..., Any], head_of: Any = None) -> Iterator[None]:
+    """Call `apply` in place of TRL's log-prob function in the models that run inside the block.
+
+    head_of: the model that runs if PEFT wraps its head.
+    """
+    head: Any = None if head_of is None else head_of.get_output_embeddings()
+    lacks_bias = head_of is not None and not hasattr(head, "bias")
+    if lacks_bias:  # trainable_token_indices; TRL reads it
+        head.bias = None
     before = {name: getattr(trl_utils, name) for name in (LOGPROB, COMPACTS)}
     setattr(trl_utils, LOGPROB, _Function(apply))
     setattr(trl_utils, COMPACTS, _compacts)
     try:
         yield
     finally:
+        if lacks_bias:
+            del head.bias
         for name, value in before.items():
             setattr(trl_utils, name, value)
 
@@ -286,7 +295,8 @@ def scored_by(apply: Callable[..., Any]) -> Iterator[None]:
 def scored_by_stats(model: nn.Module, *, entropy_grad: bool) -> Any:
     """Compute the log-probs of a model by `chunked_logprob`, with the adapters on its head."""
     head_of = adapted_model(model)
-    return scored_by(partial(chunked_logprob, head_of=head_of, entropy_grad=entropy_grad))
+    apply = partial(chunked_logprob, head_of=head_of, entropy_grad=entropy_grad)
+    return scored_by(apply, head_of)
 
 
 def adapted_model(model: nn.Module) -> nn.Module | None:

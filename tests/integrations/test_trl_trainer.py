@@ -221,23 +221,30 @@ def test_cast_lm_head_to_fp32_of_bf16_model():
     torch.testing.assert_close(found[counts], expected[counts], rtol=1e-5, atol=1e-5)
 
 
-LORA_ON_HEAD = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+ADAPTERS_ON_HEAD = {
+    "lora": LoraConfig(r=2, target_modules=["q_proj", "lm_head"]),
+    "tokens": LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 5]}
+    ),
+}
 
 
 @pytest.mark.usefixtures("pytorch_backend")
-def test_lora_on_head():
-    """GRPOTrainer refuses it, so the ground truth is the logits of the model in fp64."""
-    settings = {"peft_config": LORA_ON_HEAD, "beta": 0.04, "learning_rate": 0.05, **REUSED}
+@pytest.mark.parametrize("adapter", ADAPTERS_ON_HEAD.values(), ids=ADAPTERS_ON_HEAD)
+def test_adapter_on_head(adapter):
+    """GRPOTrainer cannot train it, so the ground truth is the logits of the model in fp64."""
+    settings = {"peft_config": adapter, "beta": 0.04, "learning_rate": 0.05, **REUSED}
     trainer = make_trainer(FusedGRPOTrainer, **settings)
     logs, changes = train(trainer)
     for name, change in changes.items():
-        assert ("lora_" in name) == bool(change.any()), name
+        is_trained = "lora_" in name or "trainable_tokens_delta" in name
+        assert is_trained == bool(change.any()), name
 
     fused = train(make_trainer(partial(FusedGRPOTrainer, fuse_loss=True), **settings))
     check_same(fused, (logs, changes))
     ids, attention = batch()
     found = score(trainer, ids, attention, compute_entropy=True)
-    exact_model = get_peft_model(make_llama(), deepcopy(LORA_ON_HEAD))
+    exact_model = get_peft_model(make_llama(), deepcopy(adapter))
     exact_model.load_state_dict(trainer.model.state_dict())
     exact_model.double()
     expected = exact_scores(exact_model, ids, attention, 1.0)
