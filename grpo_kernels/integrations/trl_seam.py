@@ -261,7 +261,7 @@ def patch() -> Patch:
 
 def _exchange(new_of: Mapping[Any, Any], compacts: Callable[[torch.device], bool]) -> None:
     """Replace objects in all modules of TRL that are loaded, by whatever name."""
-    modules = [x for name, x in sys.modules.items() if name.split(".")[0] == "trl"]
+    modules = [x for name, x in list(sys.modules.items()) if name.split(".")[0] == "trl"]
     for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, (type, _Function)) and value in new_of:

@@ -195,6 +195,20 @@ def test_nothing_is_left_behind():
     assert not [name for name, value in after.items() if any(value is x for x in ours)]
 
 
+def test_a_module_that_is_loaded_meanwhile(monkeypatch):
+    """Another thread may import while `patch` searches the modules."""
+
+    class Importing(str):
+        def split(self, separator):
+            monkeypatch.setitem(sys.modules, f"loaded_{len(sys.modules)}", sys)
+            return super().split(separator)
+
+    monkeypatch.setitem(sys.modules, Importing("importing"), sys)
+    with patch():
+        assert getattr(trl_utils, trl_seam.LOGPROB) is not trl_seam.TRL_LOGPROB
+    assert getattr(trl_utils, trl_seam.LOGPROB) is trl_seam.TRL_LOGPROB
+
+
 # Trainers.
 
 
