@@ -93,7 +93,7 @@ class LossConfig(_Derived):
     ratio_cap: float | None = _setting(None, above=0)
     """cispo, dppo, dppo_kl: cap of r."""
     ratio_floor: float = _setting(0.0, at_least=0)
-    """cispo: lower bound of r, below ratio_cap."""
+    """cispo: lower bound of r, at most ratio_cap."""
     tau_positive: float = _setting(1.0, above=0)
     """sapo: steepness of the sigmoid where A > 0."""
     tau_negative: float = _setting(1.05, above=0)
@@ -215,9 +215,9 @@ class LossConfig(_Derived):
             raise ValueError("aggregation='fixed_length' needs max_completion_length, got None")
         if self.delta is not None:
             expect_number("delta", self.delta, above=1 + self.epsilon_high)
-        if self.ratio_cap is not None and self.ratio_floor >= self.ratio_cap:
+        if self.ratio_cap is not None and self.ratio_floor > self.ratio_cap:
             raise ValueError(
-                f"ratio_floor must be less than ratio_cap={self.ratio_cap}, got {self.ratio_floor}"
+                f"ratio_floor must be at most ratio_cap={self.ratio_cap}, got {self.ratio_floor}"
             )
         if self.ratio_level != "token" and term.only_token_ratio:
             raise ValueError(

@@ -191,7 +191,7 @@ def test_rollout_weights_scale_tokens(name):
 def one_token(name, log_ratio, **actor):
     """Return the gradient of a loss on one token with A = 1 and verl's default clip of 0.2."""
     new = torch.tensor([[log_ratio - 1.0]], requires_grad=True)
-    actor = make_actor(clip_ratio_low=0.2, clip_ratio_high=0.2, **actor)
+    actor = make_actor(**{"clip_ratio_low": 0.2, "clip_ratio_high": 0.2} | actor)
     inputs = {"old_log_prob": torch.tensor([[-1.0]]), "log_prob": new}
     inputs |= {"advantages": torch.ones(1, 1), "response_mask": torch.ones(1, 1)}
     loss, _ = verl.make_policy_loss(name)(**inputs, config=actor)
@@ -202,6 +202,7 @@ def test_cispo_reads_both_clip_settings():
     assert one_token("cispo", 0.5) == pytest.approx(-1.2)
     assert one_token("cispo", -0.7) == pytest.approx(-0.8)
     assert one_token("cispo", 0.1) == pytest.approx(-math.exp(0.1))
+    assert one_token("cispo", 0.5, clip_ratio_low=0, clip_ratio_high=0) == pytest.approx(-1.0)
 
 
 def test_gmpo_takes_the_geometric_mean_of_the_weights():

@@ -180,8 +180,8 @@ def test_decode_inverts_encode_except_for_entropy_coef():
         (ValueError, {"ratio_cap": 5.0}, "ratio_cap is read by surrogate='cispo' or 'dppo' or"),
         (
             ValueError,
-            {"surrogate": "cispo", "ratio_cap": 0.5, "ratio_floor": 0.5},
-            "ratio_floor must be less than ratio_cap=0.5, got 0.5",
+            {"surrogate": "cispo", "ratio_cap": 0.5, "ratio_floor": 0.6},
+            "ratio_floor must be at most ratio_cap=0.5, got 0.6",
         ),
         (
             ValueError,
