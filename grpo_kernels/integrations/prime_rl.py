@@ -69,7 +69,12 @@ def loss(
     if kl_tau is not None:
         expect_number("kl_tau", kl_tau, at_least=0)
         if objective == "ipo":
-            settings, kl_tau = {"sampler_penalty": kl_tau, **settings}, None
+            if "sampler_penalty" in settings:
+                raise ValueError(
+                    "kl_tau is the sampler_penalty of 'ipo': give one of them, "
+                    f"got {kl_tau} and {settings['sampler_penalty']}"
+                )
+            settings, kl_tau = settings | {"sampler_penalty": kl_tau}, None
     config = _loss_config(objective, **settings)
     old_logprob = inputs.inference_logprobs[None]
     ref_logprob = None if config.beta == 0 else inputs.ref_logprobs

@@ -220,6 +220,10 @@ def test_all_masked():
         ({"entropy_coef": 0.1}, "entropy_coef must be off, got 0.1: LossInputs has no entropy"),
         ({"adv_tau": -1.0}, "adv_tau must be at least 0, got -1"),
         ({"kl_tau": -1.0}, "kl_tau must be at least 0, got -1"),
+        (
+            {"objective": "ipo", "kl_tau": 0.1, "sampler_penalty": 0.2},
+            "kl_tau is the sampler_penalty of 'ipo': give one of them, got 0.1 and 0.2",
+        ),
     ],
 )
 def test_unsupported_settings_raise(settings, message):
