@@ -1,7 +1,7 @@
 """TRL's trainers on our operators.
 
-`patch()` serves every trainer of TRL: log-probs and entropies of SFT, DPO, KTO, RLOO, GRPO and
-AsyncGRPO, and the KL divergence of Distillation.
+`patch()` serves the trainers of TRL that have a fused head: log-probs and entropies of SFT, DPO,
+KTO, RLOO, GRPO and AsyncGRPO, and the KL divergence of Distillation.
 
     from grpo_kernels.integrations.trl import patch
 

@@ -1,4 +1,4 @@
-"""Put our operators behind the fused LM head of TRL, which all of its trainers call.
+"""Put our operators behind the fused LM head of TRL's trainers.
 
 `trl.trainer.utils.add_fused_lm_head` runs a model without its head and calls
 `_ChunkedLogProbFunction.apply` on the hidden states of the tokens that have a label.
@@ -244,13 +244,14 @@ class Patch:
 
 
 def patch() -> Patch:
-    """Make every trainer of TRL compute its log-probs and divergences by our operators.
+    """Make TRL compute the log-probs and divergences of its fused heads by our operators.
 
         patch()                  until the end of the process
         with patch(): ...        inside the block
 
     SFT, DPO, KTO, RLOO, GRPO, AsyncGRPO and Distillation trainers are covered, made before or
-    after, on text and images, with PEFT, FSDP2 and DeepSpeed as in TRL. Patches may be nested.
+    after, on text and images, with PEFT, FSDP2 and DeepSpeed as in TRL. Experimental trainers that
+    compute logits, such as ORPO and GKD, are not. Patches may be nested.
     """
     handle = Patch()
     if not _active:
