@@ -35,7 +35,7 @@ def by_group(function: Callable[..., Tensor], index: Any, *values: Tensor) -> Te
     groups_of_size = defaultdict(list)
     for rows in rows_of_group.values():
         groups_of_size[len(rows)].append(rows)
-    result = values[0].clone()
+    result = values[0].detach().clone()
     for size, groups in groups_of_size.items():
         if size > 1:
             rows = torch.tensor(groups, device=result.device)
@@ -71,10 +71,11 @@ def reinforce_plus_plus(
 
     Masked tokens within a completion, such as those of a tool, are skipped: they do not discount.
     """
-    mask = response_mask.to(token_level_rewards.dtype)
-    returns, later = torch.zeros_like(token_level_rewards), torch.zeros_like(mask[:, 0])
+    rewards = token_level_rewards.detach()
+    mask = response_mask.to(rewards.dtype)
+    returns, later = torch.zeros_like(rewards), torch.zeros_like(mask[:, 0])
     for token in reversed(range(mask.shape[1])):
-        keep, here = mask[:, token], token_level_rewards[:, token] + config.gamma * later
+        keep, here = mask[:, token], rewards[:, token] + config.gamma * later
         returns[:, token] = here * keep
         later = torch.where(keep > 0, here, later)
     return _whiten(returns, mask), returns

@@ -67,3 +67,11 @@ def test_reinforce_plus_plus():
 def test_reinforce_plus_plus_with_baseline():
     centred = torch.tensor(CENTRED, dtype=torch.float64)[:, None].expand(6, 3)
     torch.testing.assert_close(estimate("reinforce_plus_plus_baseline"), whitened(centred))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_gradient(name):
+    rewards = MASK.clone().requires_grad_()
+    inputs = {"token_level_rewards": rewards, "response_mask": MASK, "index": INDEX}
+    found = ESTIMATORS[name](**inputs, config=SimpleNamespace(gamma=0.5))
+    assert [x.requires_grad for x in found] == [False, False]
