@@ -96,7 +96,8 @@ def make_policy_loss(config: LossConfig | str) -> Callable[..., tuple[Tensor, di
     The aggregation and the denominator follow verl: `loss_agg_mode` with `global_batch_info` and
     `loss_scale_factor` of the actor's config. As in verl, "sapo" and "gmpo" ("geo_mean" there) are
     averaged over each sequence and then over sequences instead, and warn if `loss_agg_mode` is
-    another. verl adds the entropy bonus and the KL itself.
+    another. "gmpo" divides by the sequences of the global batch, where verl's divides by those of
+    the micro-batch. verl adds the entropy bonus and the KL itself.
 
     Args:
         config: a key of OBJECTIVES, which lists the settings that are then read from verl's actor
@@ -107,8 +108,8 @@ def make_policy_loss(config: LossConfig | str) -> Callable[..., tuple[Tensor, di
         loss_agg_mode, config, rollout_is_weights [B, T] >= 0 or None. The weights multiply the
         terms of the tokens; for "gmpo" it is their geometric mean over the sequence. It returns
         the 0-dim loss and metrics, floats: actor/pg_clipfrac, actor/pg_clipfrac_lower and
-        actor/ppo_kl as verl computes them for this objective, or 0 where it has none, and the
-        metrics of `policy_loss` prefixed by "actor/".
+        actor/ppo_kl as verl computes them for this objective, or 0 where it has none, with
+        log-ratios of at most 20; and the metrics of `policy_loss` prefixed by "actor/".
 
     Raises:
         ValueError: an unknown name or mode, or a LossConfig that needs inputs verl does not pass.
