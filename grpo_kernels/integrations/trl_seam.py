@@ -16,21 +16,26 @@ from functools import partial
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor, nn
-from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
-from trl.trainer import distillation_trainer
-from trl.trainer import utils as trl_utils
+
+try:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
+    from trl.trainer import distillation_trainer
+    from trl.trainer import utils as trl_utils
+except ImportError as error:
+    raise ImportError(
+        f"grpo_kernels.integrations.trl needs the fused LM head of TRL 1.16, got TRL "
+        f"{trl.__version__}: {error}"
+    ) from error
 
 from .linear_head import LinearHead, linear_head
 from .transformers import LMHead, unwrap
 
-LOGPROB, DIVERGENCE, COMPACTS = (
-    "_ChunkedLogProbFunction",
-    "ChunkedDivergenceFunction",
-    "_use_triton",
-)
-TRL_LOGPROB: Any = getattr(trl_utils, LOGPROB)
-TRL_DIVERGENCE: Any = getattr(distillation_trainer, DIVERGENCE)
+LOGPROB, COMPACTS = "_ChunkedLogProbFunction", "_use_triton"  # names in trl.trainer.utils
+TRL_LOGPROB: Any = ChunkedLogProbFunction
+TRL_DIVERGENCE: Any = ChunkedDivergenceFunction
 _DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -207,6 +208,13 @@ def test_a_module_that_is_loaded_meanwhile(monkeypatch):
     with patch():
         assert getattr(trl_utils, trl_seam.LOGPROB) is not trl_seam.TRL_LOGPROB
     assert getattr(trl_utils, trl_seam.LOGPROB) is trl_seam.TRL_LOGPROB
+
+
+def test_other_versions_of_trl_are_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", None)
+    monkeypatch.delitem(sys.modules, trl_seam.__name__)
+    with pytest.raises(ImportError, match=r"needs the fused LM head of TRL 1\.16, got TRL 1"):
+        import_module(trl_seam.__name__)
 
 
 # Trainers.
