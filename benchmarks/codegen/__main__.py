@@ -41,11 +41,14 @@ def table_row(report: KernelReport) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every target and dtype")
+    parser.add_argument("--target", choices=TARGETS, help="every dtype for this target")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     targets, dtypes = (TARGETS, LAYOUTS) if arguments.all else (("sm_90",), ("bf16",))
+    if arguments.target:
+        targets, dtypes = (arguments.target,), LAYOUTS
     cases = product((variant.name for variant in variants()), targets, dtypes)
     print(f"Predicted from machine code for {N} rows of {V:,} entries; nothing was timed.\n{HEAD}")
     reports = []
