@@ -1,4 +1,4 @@
-"""What the forward of `linear_token_stats` leaves for its backward, beside the statistics.
+"""Choice of the tensors that the forward of `linear_token_stats` saves for its backward.
 
     nothing         backward makes the logits again: 4 products with a trained head
     logits          all tokens fit one chunk, so the logits are kept: 3 products, 2 with a frozen
@@ -34,15 +34,15 @@ class Trained(NamedTuple):
 
     @property
     def head(self) -> bool:
-        """Whether anything but the hidden states gets a gradient."""
+        """True if anything but the hidden states gets a gradient."""
         return self.weight or self.bias or self.adapter_a or self.adapter_b
 
 
 class BackwardPlan(NamedTuple):
-    """What forward leaves; at most one of the two."""
+    """Tensors that forward saves beside the statistics; at most one of the two kinds."""
 
     logits: tuple[int, int] | None  # their shape [rows, V]
-    statistics: tuple[str, ...]  # those whose gradient in the hidden states [N, H] is left
+    statistics: tuple[str, ...]  # names; the gradient of each in the hidden states [N, H] is saved
 
     def allocate(self, inputs: LMHeadInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Make (logits, ref_logits, hidden_grads); empty where the plan has none."""

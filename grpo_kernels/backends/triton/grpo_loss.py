@@ -137,18 +137,9 @@ def _grpo_loss_kernel(
 
     # Second pass: the gradient of the logits.
     scalars = GradientScalars(
-        scale,
-        results.pivot,
-        results.log_sum,
-        None,
-        None,
-        d_logprob,
-        weight,
-        weight_log,
-        None,
-        None,
-        None,
-    )
+        scale, results.pivot, results.log_sum, None, None,
+        d_logprob, weight, weight_log, None, None, None,
+    )  # fmt: skip
     token = tl.load(tokens_ptr + row)
     store_row_gradient(
         logits_row, None, d_row, 0, V, token, scalars, offsets,
