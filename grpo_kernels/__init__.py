@@ -28,6 +28,7 @@ from .ops.grpo_loss import grpo_loss
 from .ops.linear_grpo_loss import linear_grpo_loss
 from .ops.linear_token_stats import linear_token_stats
 from .ops.token_stats import TokenStats, token_stats
+from .sampling_support import TokenSupport
 
 __all__ = [
     "ADVANTAGES",
@@ -37,6 +38,7 @@ __all__ = [
     "LossOutput",
     "TokenPacking",
     "TokenStats",
+    "TokenSupport",
     "approximate_kl_divergence",
     "batch_normalised_advantage",
     "centred_advantage",
