@@ -25,6 +25,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Any = None,
     inplace: bool = False,
 ) -> LossOutput:
     """Compute `policy_loss` from the `token_stats` of `logits`.
@@ -45,7 +46,12 @@ def grpo_loss(
         ValueError: an input that `config` needs is missing.
     """
     over_vocabulary = config.kl_estimator in ("forward", "reverse")
-    settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "mask": mask}
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "mask": mask,
+        "support": support,
+    }
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
     stats = token_stats(logits, tokens, ref_logits=ref_logits, kl=kl, **settings)
     if not over_vocabulary and ref_logprob is None and ref_logits is not None:
@@ -87,6 +93,7 @@ def linear_grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Any = None,
     adapter: Any = None,
     token_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -126,4 +133,5 @@ def linear_grpo_loss(
         cu_seqlens=cu_seqlens,
         temperature=temperature,
         softcap=softcap,
+        support=support,
     )

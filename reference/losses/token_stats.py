@@ -33,6 +33,7 @@ def token_stats(
     mean_logit: bool = False,
     is_top1: bool = False,
     top_logprobs: int = 0,
+    support: Any = None,
 ) -> TokenStats:
     """Compute the log-prob of each token, the entropy of its distribution and a KL.
 
@@ -54,13 +55,16 @@ def token_stats(
         is_top1: whether the token has the largest logit and is the first that has it.
         top_logprobs: K <= V, how many of the largest logits' ids and log-probs; of equal logits the
             smaller id comes first.
+        support: (token_ids [S], offsets [N + 1]): token i was drawn from the entries
+            token_ids[offsets[i] : offsets[i + 1]]; no ids: from all. The other entries count as
+            -inf in both policies.
 
     Returns:
         TokenStats, fp32 (fp64 for fp64 logits), shape of `tokens`, differentiable in `logits`;
         is_top1, top_logprobs [..., K] and top_ids [..., K] have no gradient.
 
     Raises:
-        ValueError: wrong shape, token id, K or KL, or missing ref_logits.
+        ValueError: wrong shape, token id, K, KL or support, or missing ref_logits.
     """
     if tokens.shape != logits.shape[:-1]:
         raise ValueError(
@@ -73,6 +77,12 @@ def token_stats(
 
     if not 0 <= top_logprobs <= logits.shape[-1]:
         raise ValueError(f"top_logprobs must lie in [0, {logits.shape[-1]}]: {top_logprobs}")
+
+    if support is not None:
+        outside = ~_kept_entries(support, tokens, keep, V=logits.shape[-1])
+        logits = logits.masked_fill(outside, -torch.inf)
+        if ref_logits is not None:
+            ref_logits = ref_logits.masked_fill(outside, -torch.inf)
 
     x = _scaled_logits(logits, keep, temperature, softcap)
     logp = torch.log_softmax(x, dim=-1)
@@ -133,6 +143,7 @@ def linear_token_stats(
     mean_logit: bool = False,
     is_top1: bool = False,
     top_logprobs: int = 0,
+    support: Any = None,
     chunk_tokens: int | None = None,
 ) -> TokenStats:
     """Compute `token_stats` of logits = hidden @ weight.T + bias.
@@ -171,6 +182,7 @@ def linear_token_stats(
         mean_logit=mean_logit,
         is_top1=is_top1,
         top_logprobs=top_logprobs,
+        support=support,
     )
 
 
@@ -206,6 +218,29 @@ def lm_head_logits(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _kept_entries(support: Any, tokens: Tensor, keep: Tensor, V: int) -> Tensor:
+    """Make the dense mask of a support, bool [..., V]; a masked token has all entries."""
+    token_ids, offsets = (part.to(tokens.device).long() for part in support)
+    N, S = tokens.numel(), len(token_ids)
+    lengths = offsets.diff()
+    if offsets.shape != (N + 1,) or offsets[0] != 0 or offsets[-1] != S or (lengths < 0).any():
+        raise ValueError(f"support.offsets must hold {N + 1} ascending numbers from 0 to {S}")
+    rows = torch.arange(N, device=tokens.device).repeat_interleave(lengths)
+    is_read = keep.flatten()[rows]
+    rows, token_ids = rows[is_read], token_ids[is_read]
+    if ((token_ids < 0) | (token_ids >= V)).any():
+        raise ValueError(f"support.token_ids must lie in [0, {V})")
+
+    counts = torch.zeros(N * V, dtype=torch.int64, device=tokens.device)
+    counts = counts.index_add(0, rows * V + token_ids, torch.ones_like(rows)).view(N, V)
+    if (counts > 1).any():
+        raise ValueError("support must hold each id of a token once")
+    kept = (counts == 1) | (counts.sum(-1, keepdim=True) == 0)
+    if not kept.gather(1, tokens.flatten().long().unsqueeze(1))[keep.flatten()].all():
+        raise ValueError("support must hold the sampled token")
+    return kept.view(*tokens.shape, V)
 
 
 def _scaled_logits(

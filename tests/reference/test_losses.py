@@ -262,6 +262,95 @@ def test_token_outside_the_vocabulary_is_an_error():
             token_stats(randn(1, V), torch.tensor([token]))
 
 
+SUPPORT = [[2, 0, 4], [], [1], [4, 3, 2, 1, 0]]
+
+
+def csr(ids):
+    offsets = torch.tensor([0, *(len(x) for x in ids)]).cumsum(0)
+    return torch.tensor([id for x in ids for id in x], dtype=torch.int64), offsets
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_support_equals_a_smaller_vocabulary(kind, softcap):
+    """Entry by entry of each token's ids; NaN outside them changes nothing."""
+    logits, ref_logits, tokens = randn(4, V), randn(4, V, seed=1), torch.tensor([4, 3, 1, 0])
+    outside = torch.ones(4, V, dtype=torch.bool)
+    for n, ids in enumerate(SUPPORT):
+        outside[n, ids or slice(None)] = False
+    common = {"softcap": softcap, "kl": kind, "sum_sq_probs": True, "mean_logit": True}
+    leaf = logits.masked_fill(outside, torch.nan).requires_grad_()
+    ours = token_stats(
+        leaf, tokens, ref_logits=ref_logits.masked_fill(outside, torch.nan),
+        support=csr(SUPPORT), is_top1=True, top_logprobs=1, **common,
+    )  # fmt: skip
+    sum(x.sum() for x in ours[:5]).backward()
+    assert (leaf.grad[outside] == 0).all()
+    for n, ids in enumerate(SUPPORT):
+        ids = torch.tensor(sorted(ids) or list(range(V)))
+        small = logits[n : n + 1, ids].requires_grad_()
+        expected = token_stats(
+            small, (ids == tokens[n]).nonzero()[0], ref_logits=ref_logits[n : n + 1, ids],
+            is_top1=True, top_logprobs=1, **common,
+        )  # fmt: skip
+        sum(x.sum() for x in expected[:5]).backward()
+        torch.testing.assert_close(leaf.grad[n, ids], small.grad[0], rtol=1e-12, atol=1e-14)
+        assert ours.top_ids[n] == ids[expected.top_ids[0]] and ours.is_top1[n] == expected.is_top1
+        for name in ("logprob", "entropy", "kl", "sum_sq_probs", "mean_logit", "top_logprobs"):
+            actual = getattr(ours, name)[n]
+            torch.testing.assert_close(actual, getattr(expected, name)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "reverse"])
+def test_support_counts_in_both_policies_of_a_loss(estimator):
+    """It is that of logits of -inf outside, at both levels."""
+    policy, ref, tokens = make_linear()
+    outside = torch.ones(2, 3, V, dtype=torch.bool)
+    ids = [[0, 3], [], [1, 4], [0, 2, 1], [2], [4, 3]]
+    for entries, kept in zip(outside.view(6, V), ids, strict=True):
+        entries[kept or slice(None)] = False
+    logits, ref_logits = F.linear(*policy.values()), F.linear(*ref.values())
+    config = LossConfig(beta=0.1, entropy_coef=0.1, kl_estimator=estimator)
+    common = {"advantages": torch.tensor([1.0, -1.0]), "config": config, "softcap": 5.0}
+    dense = grpo_loss(
+        logits.masked_fill(outside, -torch.inf), tokens,
+        ref_logits=ref_logits.masked_fill(outside, -torch.inf), **common,
+    )  # fmt: skip
+    common["support"] = csr(ids)
+    from_logits = grpo_loss(logits, tokens, ref_logits=ref_logits, **common)
+    from_hidden = linear_grpo_loss(**policy, tokens=tokens, **ref, **common)
+    for ours in (from_logits, from_hidden):
+        torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-13)
+        leaves = list(policy.values())
+        gradients = [torch.autograd.grad(x.loss, leaves, retain_graph=True) for x in (ours, dense)]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "message"),
+    [
+        ([0, 5, 1], [0, 2, 3], r"support.token_ids must lie in \[0, 5\)"),
+        ([0, -1, 1], [0, 2, 3], r"support.token_ids must lie in \[0, 5\)"),
+        ([0, 0, 1], [0, 2, 3], "support must hold each id of a token once"),
+        ([1, 0, 2], [0, 2, 3], "support must hold the sampled token"),
+        ([0, 1, 1], [0, 3], "support.offsets must hold 3 ascending numbers from 0 to 3"),
+        ([0, 1, 1], [0, 2, 4], "support.offsets must hold 3"),
+        ([0, 1, 1], [1, 2, 3], "support.offsets must hold 3"),
+        ([0, 1, 1], [0, 4, 3], "support.offsets must hold 3"),
+    ],
+)
+def test_wrong_support_is_an_error(ids, offsets, message):
+    support, tokens = (torch.tensor(ids), torch.tensor(offsets)), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=message):
+        token_stats(randn(2, V), tokens, support=support)
+
+
+def test_support_of_a_masked_token_is_not_read():
+    support, mask = csr([[9, 9, -1], [1, 2]]), torch.tensor([0, 1])
+    stats = token_stats(randn(2, V), torch.tensor([-100, 1]), support=support, mask=mask)
+    assert stats.logprob[0] == 0 and stats.logprob[1] < 0
+
+
 # mini-GRPO: the formulas of its README
 
 
