@@ -28,7 +28,7 @@ from .ops.grpo_loss import grpo_loss
 from .ops.linear_grpo_loss import linear_grpo_loss
 from .ops.linear_token_stats import linear_token_stats
 from .ops.token_stats import TokenStats, token_stats
-from .sampling_support import TokenSupport
+from .sampling_support import TokenSupport, support_from_logits
 
 __all__ = [
     "ADVANTAGES",
@@ -58,6 +58,7 @@ __all__ = [
     "policy_loss",
     "process_advantage",
     "reinforce_plus_plus_advantage",
+    "support_from_logits",
     "token_stats",
     "weighted_reward",
 ]
