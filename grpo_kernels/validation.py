@@ -22,6 +22,8 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+OUT_OF_VOCAB = -2  # an id that gives NaN: of no token, on no rank
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Names in TRL, verl and Liger, and the arguments or settings here that do the same.
@@ -63,6 +65,7 @@ _OTHER_NAMES = {
     "num_items_in_batch": "normalizer",
     "lora": "adapter",
     "rows": "token_rows",
+    "sampling_mask": "support",
 }
 
 

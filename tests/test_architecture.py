@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "grpo_kernels.validation",
     "grpo_kernels.workspace",
+    "grpo_kernels.sampling_support",
     "grpo_kernels.objective",
     "grpo_kernels.backends",
     "grpo_kernels.lm_head",

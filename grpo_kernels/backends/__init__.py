@@ -5,10 +5,12 @@
     approximate_kl_forward, approximate_kl_backward
     scale_
 
+`row_support.py` runs them on the entries that a sampler kept, where tokens have a support.
 `interface.py` documents the tensors that go in and come out. The statistics of a row return to the
 backend that computed them.
 """
 
+from . import row_support
 from .availability import HAS_TRITON, INTERPRETED
 from .choice import backend_for, use
 from .interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumulation_dtype
@@ -22,5 +24,6 @@ __all__ = [
     "StatsRequest",
     "accumulation_dtype",
     "backend_for",
+    "row_support",
     "use",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends.interface import StatsRequest, accumulation_dtype, scalar_tensor
 from ..validation import (
+    OUT_OF_VOCAB,
     expect_choice,
     expect_ids,
     expect_mask,
@@ -17,7 +18,7 @@ from ..validation import (
     shape_of,
     values_are_readable,
 )
-from .vocab_parallel import OUT_OF_VOCAB, local_tokens, unshard
+from .vocab_parallel import local_tokens, unshard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

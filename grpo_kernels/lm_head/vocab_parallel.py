@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from ..backends import RowStats
-from ..validation import expect_number, expect_token_ids, values_are_readable
+from ..validation import OUT_OF_VOCAB, expect_number, expect_token_ids, values_are_readable
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 ON_OTHER_RANK = -1  # the token lies in another rank's shard
-OUT_OF_VOCAB = -2  # the token lies in no shard
 NO_ENTRY = -1
 
 

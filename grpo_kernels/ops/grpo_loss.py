@@ -7,7 +7,8 @@ wanted. Any other objective is `token_stats` followed by `policy_loss`.
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, StatsRequest, backend_for
+from ..backends import RowInputs, StatsRequest, row_support
+from ..backends.row_support import RowSupport
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
@@ -19,6 +20,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level
+from ..sampling_support import TokenSupport
 from ..validation import expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
 from .precomputed_gradient import attach_gradient
@@ -34,11 +36,11 @@ from .token_stats import (
 # The operator has one argument per field of a bundle. The config reaches it as text.
 @bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
 def _forward_(
-    rows: RowInputs, loss_inputs: LossInputs, config: str, d_logits: Tensor
+    rows: RowInputs, support: RowSupport, loss_inputs: LossInputs, config: str, d_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
-    backend = backend_for(rows.logits)
-    return backend.grpo_loss(rows, loss_inputs, LossConfig.decode(config), d_logits)
+    loss_config = LossConfig.decode(config)
+    return row_support.grpo_loss(rows, support, loss_inputs, loss_config, d_logits)
 
 
 @_forward_.register_fake
@@ -64,6 +66,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: TokenSupport | None = None,
     inplace: bool = False,
 ) -> LossOutput:
     """Compute the loss of GRPO and its relatives from logits, without a probability tensor.
@@ -89,9 +92,9 @@ def grpo_loss(
         inplace: overwrite the logits with their gradient, in this call or in backward, so that no
             second tensor of their size is made. Nothing else may need them, and a second use
             raises.
-        mask, temperature, softcap, ref_logits: as in `token_stats`.
-        Others: as in `policy_loss`. `old_logprob` and `sampling_logprob` must be log-probabilities
-            at the same temperature.
+        mask, temperature, softcap, ref_logits, support: as in `token_stats`.
+        Others: as in `policy_loss`. `old_logprob`, `ref_logprob` and `sampling_logprob` must be
+            log-probabilities at the same temperature and over the same support.
 
     Returns:
         LossOutput(loss, metrics); the loss is 0-dim, fp32 (fp64 for fp64 logits), differentiable
@@ -114,10 +117,12 @@ def grpo_loss(
         with torch.no_grad():
             ref_logprob = token_stats(
                 ref_logits, tokens, entropy=False, temperature=temperature, softcap=softcap,
-                mask=mask,
+                mask=mask, support=support,
             ).logprob  # fmt: skip
     check_kl_input(config, ref_logprob, kl_logits)
-    rows = prepare_rows(logits, tokens, temperature, softcap, kl_logits, kl, mask)
+    rows, prepared_support = prepare_rows(
+        logits, tokens, temperature, softcap, kl_logits, kl, mask, support
+    )
     prepared = prepare_loss_inputs(
         tokens.shape,
         rows.temperature.dtype,
@@ -138,22 +143,22 @@ def grpo_loss(
     if wants_grad and kl is None and is_token_level(config, has_sampling=has_sampling):
         if inplace:
             mark_consumed(logits)
-        return _loss_with_gradient(logits, rows, prepared, inplace)
-    stats = run_token_stats(rows, tokens.shape, StatsRequest(), inplace=inplace)
+        return _loss_with_gradient(logits, rows, prepared_support, prepared, inplace)
+    stats = run_token_stats(rows, prepared_support, tokens.shape, StatsRequest(), inplace=inplace)
     if inplace:  # not before: a call that raises leaves the logits usable
         mark_consumed(logits)
     return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl)
 
 
 def _loss_with_gradient(
-    logits: Tensor, rows: RowInputs, prepared: PreparedLoss, inplace: bool
+    logits: Tensor, rows: RowInputs, support: RowSupport, prepared: PreparedLoss, inplace: bool
 ) -> LossOutput:
     """Compute a token-level loss and, in the same launch, its gradient."""
     rows = rows._replace(logits=rows.logits.detach())
     d_logits = rows.logits if inplace else rows.logits.new_empty(rows.logits.shape)
     loss_inputs = prepared.inputs.map(lambda x: x.contiguous().view(rows.tokens.shape))
     with torch.no_grad():
-        stats = _forward_(rows, loss_inputs, prepared.config.encode(), d_logits)
+        stats = _forward_(rows, support, loss_inputs, prepared.config.encode(), d_logits)
         logprob, entropy = (x.view(logits.shape[:-1]) for x in stats)
         loss, metrics = compute_loss(prepared, logprob, entropy, None)
     return LossOutput(attach_gradient(loss, [logits], [d_logits.view(logits.shape)]), metrics)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import RowInputs, RowStats, StatsRequest, backend_for
+from ..backends import RowInputs, RowStats, StatsRequest, row_support
 from ..backends.interface import StatsOutputs, accumulation_dtype, scalar_tensor
+from ..backends.row_support import RowSupport, check_support, prepare_support
 from ..objective.token_gradients import TokenGrads
+from ..sampling_support import TokenSupport
 from ..validation import (
     expect_choice,
     expect_mask,
@@ -43,13 +45,15 @@ class TokenStats(NamedTuple):
 
 
 @bundled_op("grpo_kernels::token_stats_forward")
-def _forward(rows: RowInputs, request: StatsRequest, inplace: bool) -> StatsOutputs:
+def _forward(
+    rows: RowInputs, support: RowSupport, request: StatsRequest, inplace: bool
+) -> StatsOutputs:
     expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
-    return backend_for(rows.logits).token_stats_forward(rows, request).as_outputs()
+    return row_support.token_stats_forward(rows, support, request).as_outputs()
 
 
 @_forward.register_fake
-def _(rows: RowInputs, request: StatsRequest, inplace: bool) -> StatsOutputs:
+def _(rows: RowInputs, support: RowSupport, request: StatsRequest, inplace: bool) -> StatsOutputs:
     return RowStats.allocate(rows.temperature, request, kl=rows.kl is not None).as_outputs()
 
 
@@ -96,44 +100,46 @@ def load_stats(
 
 
 @bundled_op("grpo_kernels::token_stats_backward")
-def _backward(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> Tensor:
+def _backward(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> Tensor:
     d_logits = rows.logits.new_empty(rows.logits.shape)
-    backend_for(rows.logits).token_stats_backward(rows, stats, grads, d_logits)
+    row_support.token_stats_backward(rows, support, stats, grads, d_logits)
     return d_logits
 
 
 @_backward.register_fake
-def _(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> Tensor:
+def _(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> Tensor:
     return rows.logits.new_empty(rows.logits.shape)
 
 
 @bundled_op("grpo_kernels::token_stats_backward_", mutates_args={"rows_logits"})
-def _backward_(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> None:
-    backend_for(rows.logits).token_stats_backward(rows, stats, grads, rows.logits)
+def _backward_(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> None:
+    row_support.token_stats_backward(rows, support, stats, grads, rows.logits)
 
 
 @_backward_.register_fake
-def _(rows: RowInputs, stats: RowStats, grads: TokenGrads) -> None:
+def _(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> None:
     return None
 
 
 def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
-    rows, request, ctx.inplace = bundles
+    rows, support, request, ctx.inplace = bundles
     *tensors, ctx.softcap, ctx.kl = rows
-    save_stats(ctx, request, output, *tensors)
+    save_stats(ctx, request, output, *support, *tensors)
 
 
 def _autograd(ctx: Any, *grads_of_outputs: Tensor | None) -> tuple[Tensor | None]:
-    tensors, stats, grads = load_stats(ctx, grads_of_outputs, kl=ctx.kl is not None)
+    saved, stats, grads = load_stats(ctx, grads_of_outputs, kl=ctx.kl is not None)
+    ids, ranges, sizes, *tensors = saved
+    support = RowSupport(ids, ranges, sizes)
     if all(grad is None for grad in grads):
         return (None,)
     rows = RowInputs._make((*tensors, ctx.softcap, ctx.kl))
     if grads.kl is None:  # the reference policy is not read
         rows = rows._replace(ref_logits=None, kl=None)
     if ctx.inplace:
-        _backward_(rows, stats, grads)
+        _backward_(rows, support, stats, grads)
         return (rows.logits.detach(),)
-    return (_backward(rows, stats, grads),)
+    return (_backward(rows, support, stats, grads),)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -154,6 +160,7 @@ def token_stats(
     mean_logit: bool = False,
     is_top1: bool = False,
     top_logprobs: int = 0,
+    support: TokenSupport | None = None,
 ) -> TokenStats:
     """Compute each token's log-probability, its distribution's entropy, and the KL to a reference.
 
@@ -182,6 +189,12 @@ def token_stats(
         top_logprobs: K in [0, V]; the log-probs and ids of the K largest logits, in descending
             order, of equal logits the smaller id first. Where fewer than K logits are not -inf, the
             ids of the others follow with log-prob -inf.
+        support: the ids that each token was drawn among, `TokenSupport(token_ids, offsets)`. All
+            results are then those of the distribution renormalised over them, as if the other
+            logits were -inf, in both models. No other logit is read, and their gradient is 0. A
+            token without ids has the whole vocabulary; the ids of masked tokens are ignored. Where
+            a support has fewer than K ids, the rest of `top_ids` is any. Its sizes must be known
+            on the host: offsets on a GPU are waited for, those on the CPU are not.
 
     Returns:
         TokenStats(logprob, entropy, kl, sum_sq_probs, mean_logit, is_top1, top_logprobs, top_ids),
@@ -194,15 +207,18 @@ def token_stats(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or value. An unmasked id outside [0, V)
             is a ValueError on the CPU. On a GPU, where reading ids would wait for the device, it
-            gives a NaN log-probability.
+            gives a NaN log-probability. So does a support with an id outside [0, V), with an id
+            twice, or without its token.
 
     Entropy and KL accumulate relative to the row's maximum (online softmax, Milakov and
     Gimelshein, arXiv:1805.02867), so that a common offset of the logits costs no precision.
     """
-    rows = prepare_rows(logits, tokens, temperature, softcap, ref_logits, kl, mask)
+    rows, prepared = prepare_rows(
+        logits, tokens, temperature, softcap, ref_logits, kl, mask, support
+    )
     request = StatsRequest(entropy, sum_sq_probs, mean_logit, is_top1, top_logprobs)
     request.check(logits.shape[-1])
-    return run_token_stats(rows, tokens.shape, request)
+    return run_token_stats(rows, prepared, tokens.shape, request)
 
 
 def prepare_rows(
@@ -213,7 +229,8 @@ def prepare_rows(
     ref_logits: Tensor | None,
     kl: str | None,
     mask: Tensor | None,
-) -> RowInputs:
+    support: TokenSupport | None,
+) -> tuple[RowInputs, RowSupport]:
     """Check the arguments of `token_stats` and lay them out as rows [B, T, ...]."""
     check_logits("logits", logits)
     expect_tokens(tokens, logits)
@@ -228,27 +245,41 @@ def prepare_rows(
         temperature = temperature.detach().to(dtype).expand(tokens.shape).contiguous()
     else:
         temperature = scalar_tensor(temperature, dtype, logits.device).expand(tokens.shape)
+    flat_tokens = tokens.to(torch.int64).contiguous().flatten()
+    mask = None if mask is None else (mask != 0).contiguous()
+    prepared = RowSupport()
+    if support is not None:
+        check_support(support, tokens)
+        V = torch.full((), logits.shape[-1], device=logits.device)
+        flat_mask = None if mask is None else mask.flatten()
+        prepared, flat_tokens = prepare_support(support, flat_tokens, flat_mask, V)
     packed = tokens.dim() == 1  # one long sequence
 
     def as_rows(x: Tensor) -> Tensor:
         return x.unsqueeze(0) if packed else x
 
-    return RowInputs(
+    rows = RowInputs(
         as_rows(logits),
-        as_rows(tokens.to(torch.int64).contiguous()),
+        as_rows(flat_tokens.view(tokens.shape)),
         as_rows(temperature),
-        None if mask is None else as_rows((mask != 0).contiguous()),
+        None if mask is None else as_rows(mask),
         None if kl is None or ref_logits is None else as_rows(ref_logits.detach()),
         softcap,
         kl,
     )
+    return rows, prepared
 
 
 def run_token_stats(
-    rows: RowInputs, shape: torch.Size, request: StatsRequest, *, inplace: bool = False
+    rows: RowInputs,
+    support: RowSupport,
+    shape: torch.Size,
+    request: StatsRequest,
+    *,
+    inplace: bool = False,
 ) -> TokenStats:
     """Run the operator; with inplace, backward overwrites the logits with their gradient."""
-    stats = RowStats._make(_forward(rows, request, inplace))
+    stats = RowStats._make(_forward(rows, support, request, inplace))
     return as_token_stats(stats, shape, request, kl=rows.kl is not None)
 
 
