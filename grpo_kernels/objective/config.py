@@ -64,7 +64,7 @@ class LossConfig(_Derived):
 
     surrogate: Literal[
         "clip", "ratio", "gmpo", "cispo", "sapo", "dppo", "reinforce", "vespo", "ipo", "dppo_kl",
-        "dro",
+        "dro", "topr", "rollout_is",
     ] = "clip"  # fmt: skip
     """Policy term of a token. clip: -min(r·A, clip(r)·A). ratio: -r·A. gmpo: -A times the geometric
     mean of the sequence's bounded ratios. cispo: -A·logprob weighted by the clipped r, a constant.
@@ -72,18 +72,20 @@ class LossConfig(_Derived):
     far. reinforce: -A·logprob. vespo: -A·logprob weighted by a function of the sequence's r, a
     constant. ipo: -r·A with the ratio to the sampler, 0 where the token's probability is far from
     the sampler's, plus a penalty on the squared log-ratio. dppo_kl: as dppo, with a bound on a
-    binary KL. dro: -A·logprob plus a penalty on the squared log-ratio."""
+    binary KL. dro: -A·logprob plus a penalty on the squared log-ratio. topr: -A·logprob, weighted
+    by the capped r where A <= 0. rollout_is: -A·logprob weighted by the ratio to the sampler, and 0
+    where that is out of bounds."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
     """Level of the ratio r. token: each token has its own. sequence: the geometric mean of the
     sequence's token ratios. sequence_token: its value, with the gradient of the token's own."""
     epsilon_low: float = _setting(0.2, at_least=0)
-    """Lower bound. clip: of r, at 1 - this. gmpo: of the log-ratio, at -this, where A < 0. dppo: of
-    the change of the token's probability, at -this, where A <= 0. ipo: of that change, whatever A
-    is. dppo_kl: of the binary KL, where A <= 0 and the probability fell."""
+    """Lower bound. clip, rollout_is: of r, at 1 - this. gmpo: of the log-ratio, at -this, where
+    A < 0. dppo: of the change of the token's probability, at -this, where A <= 0. ipo: of that
+    change, whatever A is. dppo_kl: of the binary KL, where A <= 0 and the probability fell."""
     epsilon_high: float = _setting(0.2, at_least=0)
-    """Upper bound. clip: of r, at 1 + this. gmpo: of the log-ratio, where A > 0. dppo: of the
-    change of the token's probability, where A > 0. ipo: of that change, whatever A is. dppo_kl: of
-    the binary KL, where A > 0 and the probability rose."""
+    """Upper bound. clip, rollout_is: of r, at 1 + this. gmpo: of the log-ratio, where A > 0. dppo:
+    of the change of the token's probability, where A > 0. ipo: of that change, whatever A is.
+    dppo_kl: of the binary KL, where A > 0 and the probability rose."""
     delta: float | None = _setting(None, above=0)
     """clip: cap of r before the minimum is taken, above 1 + epsilon_high. It bounds the loss where
     A < 0 (arXiv:2505.07291)."""
@@ -91,7 +93,7 @@ class LossConfig(_Derived):
     """clip: the loss is at most this times |A| where A < 0 (arXiv:1912.09729). It is the same bound
     as delta, but it may lie below 1 + epsilon_high."""
     ratio_cap: float | None = _setting(None, above=0)
-    """cispo, dppo, dppo_kl: cap of r."""
+    """cispo, dppo, dppo_kl, topr: cap of r."""
     ratio_floor: float = _setting(0.0, at_least=0)
     """cispo: lower bound of r, at most ratio_cap."""
     tau_positive: float = _setting(1.0, above=0)
@@ -413,6 +415,23 @@ class LossConfig(_Derived):
         """CISPO without tokens whose binary KL is above 0.05 (arXiv:2602.04879)."""
         bounds = {"epsilon_low": 0.05, "epsilon_high": 0.05, "ratio_cap": 20.0}
         return cls(**{"surrogate": "dppo_kl", **bounds, "aggregation": "token_mean", **overrides})
+
+    @classmethod
+    def topr(cls, **overrides: Any) -> Self:
+        """Policy gradient, weighted by the ratio up to 1 where A <= 0 (arXiv:2503.14286).
+
+        r is the token's; the paper's is the sequence's: ratio_level="sequence".
+        """
+        defaults = {"surrogate": "topr", "ratio_cap": 1.0, "aggregation": "token_mean"}
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
+    def rollout_is(cls, **overrides: Any) -> Self:
+        """Policy gradient weighted by the ratio to the sampler within bounds (arXiv:2602.15763).
+
+        It needs `sampling_logprob` and does not read `old_logprob`.
+        """
+        return cls(**{"surrogate": "rollout_is", "aggregation": "token_mean", **overrides})
 
     @classmethod
     def dro(cls, **overrides: Any) -> Self:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ratios import MAX_LOG_RATIO, saturated_exp, saturated_exp_grad
+from .ratios import MAX_LOG_RATIO, at_least, saturated_exp, saturated_exp_grad
 
 VOCABULARY_KL = ("forward", "reverse")  # not estimates: sums over the vocabulary
 
@@ -27,7 +27,7 @@ class KLEstimator(NamedTuple):
 
 
 def _k3(d: Tensor) -> Tensor:
-    d = d.clamp(min=-MAX_LOG_RATIO)  # for large d, e^(-d) only vanishes
+    d = at_least(d, -MAX_LOG_RATIO)  # for large d, e^(-d) only vanishes
     return torch.expm1(-d) + d
 
 

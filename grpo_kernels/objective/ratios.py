@@ -12,8 +12,18 @@ from .sequences import Sequences
 MAX_LOG_RATIO = 20.0
 
 
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """min(x, bound), with gradient 1 on the bound; that of clamp is 1 or 0, by torch's version."""
+    return torch.where(x > bound, bound, x)
+
+
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """max(x, bound), with gradient 1 on the bound."""
+    return torch.where(x < bound, bound, x)
+
+
 def saturated_exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return at_most(at_least(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO).exp()
 
 
 def saturated_exp_grad(log_ratio: Tensor, ratio: Tensor) -> Tensor:

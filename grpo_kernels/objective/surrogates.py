@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .ratios import MAX_LOG_RATIO, PolicyRatios, saturated_exp
+from .ratios import MAX_LOG_RATIO, PolicyRatios, at_least, at_most, saturated_exp
 
 Flags = tuple[Tensor, Tensor]
 
@@ -90,8 +90,8 @@ class Clip(Surrogate):
         return min(x for x in (self.delta, self.dual_clip, math.inf) if x is not None)
 
     def value(self, ratios: PolicyRatios) -> Tensor:
-        falling = ratios.ratio.clamp(min=1 - self.epsilon_low, max=self.cap())
-        rising = ratios.ratio.clamp(max=1 + self.epsilon_high)
+        falling = at_most(at_least(ratios.ratio, 1 - self.epsilon_low), self.cap())
+        rising = at_most(ratios.ratio, 1 + self.epsilon_high)
         return -ratios.advantage * torch.where(ratios.advantage < 0, falling, rising)
 
     def grad(self, ratios: PolicyRatios) -> Tensor:
@@ -138,7 +138,8 @@ class Gmpo(Surrogate):
 
     def value(self, ratios: PolicyRatios) -> Tensor:
         log_ratio, advantage = ratios.log_ratio, ratios.advantage
-        rising, falling = log_ratio.clamp(max=self.epsilon_high), log_ratio.clamp(-self.epsilon_low)
+        rising = at_most(log_ratio, self.epsilon_high)
+        falling = at_least(log_ratio, -self.epsilon_low)
         bounded = torch.where(advantage > 0, rising, torch.where(advantage < 0, falling, log_ratio))
         return -advantage * saturated_exp(ratios.sequences.mean(bounded))
 
@@ -214,6 +215,46 @@ class Cispo(WeightedScore):
 
     def kernel_form(self) -> KernelForm:
         return KernelForm("score", self.ratio_floor, 0.0, self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class Topr(WeightedScore):
+    """-A logprob where A > 0; -s(min(r, ratio_cap)) A logprob elsewhere.
+
+    Right completions count in full, as in imitation; wrong ones no more than the policy still
+    writes them (arXiv:2503.14286). The paper's ratio is that of the sequence, and its cap is 1.
+    """
+
+    ratio_cap: float
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        return torch.where(ratios.advantage > 0, 1.0, ratios.ratio.clamp(max=self.ratio_cap))
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("topr", 0.0, 0.0, self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class RolloutIs(WeightedScore):
+    """-s(r) A logprob where 1 - epsilon_low < r < 1 + epsilon_high, else 0; r is to the sampler.
+
+    sampling_logprob takes the place of old_logprob, as in `Ipo`. A token is dropped whatever the
+    sign of A; `clipped` reports the dropped tokens, below and above (GLM-5, arXiv:2602.15763).
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    relative_to_sampler = True
+
+    def weight(self, ratios: PolicyRatios) -> Tensor:
+        return torch.where(torch.logical_or(*self.clipped(ratios)), 0.0, ratios.ratio)
+
+    def clipped(self, ratios: PolicyRatios) -> Flags:
+        ratio = ratios.ratio.detach()
+        return ratio <= 1 - self.epsilon_low, ratio >= 1 + self.epsilon_high
+
+    def kernel_form(self) -> KernelForm:
+        return KernelForm("rollout_is", 1 - self.epsilon_low, 1 + self.epsilon_high, 0.0)
 
 
 @dataclass(frozen=True)
@@ -369,4 +410,6 @@ SURROGATES: dict[str, type[Surrogate]] = {
     "ipo": Ipo,
     "dppo_kl": DppoKl,
     "dro": Dro,
+    "topr": Topr,
+    "rollout_is": RolloutIs,
 }

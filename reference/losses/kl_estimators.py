@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from reference.losses.ratios import clamp, saturated_exp
+
 
 def sampled_kl(logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
     """Estimate KL(policy‖ref) from d = logprob - ref_logprob; s() stops the gradient.
@@ -16,13 +18,13 @@ def sampled_kl(logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, estima
     """
     d = logprob - ref_logprob
     k2 = d * d / 2
-    bounded = d.clamp(min=-20)  # e^(-d) overflows on this side only
+    bounded = clamp(d, -20)  # e^(-d) overflows on this side only
     k3 = torch.expm1(-bounded) + bounded
     return {
         "k1": d,
         "k2": k2,
         "k3": k3,
         "k3+": k3.detach() + (k2 - k2.detach()),
-        "k3_corrected": (logprob - old_logprob).clamp(-20, 20).exp() * k3,
+        "k3_corrected": saturated_exp(logprob - old_logprob) * k3,
         "abs": d.abs(),
     }[estimator]

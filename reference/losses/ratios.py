@@ -14,9 +14,14 @@ def log_ratio(tokens: Tokens) -> Tensor:
     return tokens.logprob - tokens.old_logprob
 
 
+def clamp(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Clamp with gradient 1 on the bounds too; torch.clamp's is 1 or 0 there, by version."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def saturated_exp(x: Tensor) -> Tensor:
     """Return e^x with x clamped to ±20; the gradient is 0 beyond."""
-    return x.clamp(-20, 20).exp()
+    return clamp(x, -20, 20).exp()
 
 
 def policy_ratio(tokens: Tokens, level: str) -> Tensor:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.losses.ratios import importance_weight, log_ratio, policy_ratio, saturated_exp
+from reference.losses.ratios import (
+    clamp,
+    importance_weight,
+    log_ratio,
+    policy_ratio,
+    saturated_exp,
+)
 from reference.losses.sequences import Tokens, sequence_mean, sequence_sum
 
 
@@ -23,8 +29,8 @@ def clip(tokens: Tokens, config: Any) -> Tensor:
     dual_clip (1912.09729) bounds the loss by dual_clip·|A| for A < 0.
     """
     r, advantage = policy_ratio(tokens, config.ratio_level), tokens.advantage
-    capped = r if config.delta is None else r.clamp(max=config.delta)
-    clipped = r.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+    capped = r if config.delta is None else clamp(r, high=config.delta)
+    clipped = clamp(r, 1 - config.epsilon_low, 1 + config.epsilon_high)
     loss = -torch.minimum(capped * advantage, clipped * advantage)
     if config.dual_clip is not None:
         ceiling = config.dual_clip * advantage.abs()
@@ -90,6 +96,23 @@ def dro(tokens: Tokens, config: Any) -> Tensor:
     return config.proximal_coef * log_ratio(tokens) ** 2 / 2 - tokens.advantage * tokens.logprob
 
 
+def topr(tokens: Tokens, config: Any) -> Tensor:
+    """-A·logprob for A > 0, else -s(min(r, ratio_cap))·A·logprob (2503.14286)."""
+    r = policy_ratio(tokens, config.ratio_level)
+    weight = torch.where(tokens.advantage > 0, 1.0, r.clamp(max=config.ratio_cap))
+    return -weight.detach() * tokens.advantage * tokens.logprob
+
+
+def rollout_is(tokens: Tokens, config: Any) -> Tensor:
+    """-s(r)·A·logprob where 1 - epsilon_low < r < 1 + epsilon_high, else 0 (2602.15763).
+
+    The sampler takes the place of the old policy.
+    """
+    r = policy_ratio(tokens, config.ratio_level).detach()
+    inside = (r > 1 - config.epsilon_low) & (r < 1 + config.epsilon_high)
+    return -torch.where(inside, r, 0.0) * tokens.advantage * tokens.logprob
+
+
 def prob_change(tokens: Tokens) -> Tensor:
     """p - p_old, a constant."""
     return tokens.logprob.detach().exp() - tokens.old_logprob.exp()
@@ -129,8 +152,8 @@ def gmpo(tokens: Tokens, config: Any) -> Tensor:
     b = min(l, epsilon_high) for A > 0, max(l, -epsilon_low) for A < 0, l for A = 0.
     """
     b, advantage = log_ratio(tokens), tokens.advantage
-    b = torch.where(advantage > 0, b.clamp(max=config.epsilon_high), b)
-    b = torch.where(advantage < 0, b.clamp(min=-config.epsilon_low), b)
+    b = torch.where(advantage > 0, clamp(b, high=config.epsilon_high), b)
+    b = torch.where(advantage < 0, clamp(b, low=-config.epsilon_low), b)
     return -advantage * saturated_exp(sequence_mean(b, tokens.mask))
 
 
@@ -147,11 +170,14 @@ def ipo(tokens: Tokens, config: Any) -> Tensor:
 
 SURROGATES: dict[str, Callable[[Tokens, Any], Tensor]] = {
     function.__name__: function
-    for function in (clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo, ipo, dppo_kl, dro)
+    for function in (
+        *(clip, ratio, cispo, sapo, dppo, reinforce, vespo, gmpo, ipo, dppo_kl, dro, topr),
+        rollout_is,
+    )
 }
 
 # Surrogates for which the sampler takes the place of the old policy.
-RELATIVE_TO_SAMPLER = ("ipo",)
+RELATIVE_TO_SAMPLER = ("ipo", "rollout_is")
 
 
 def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
@@ -173,6 +199,9 @@ def clipped(tokens: Tokens, config: Any) -> tuple[Tensor, Tensor]:
     elif config.surrogate == "ipo":
         change = prob_change(tokens)
         return change < -config.epsilon_low, change > config.epsilon_high
+    elif config.surrogate == "rollout_is":
+        r = policy_ratio(tokens, config.ratio_level)
+        return r <= 1 - config.epsilon_low, r >= 1 + config.epsilon_high
     return low & (tokens.advantage < 0), high & (tokens.advantage > 0)
 
 

@@ -32,6 +32,8 @@ CONFIGS = {
     "dppo_kl": LossConfig.dppo_kl(epsilon_low=0.01, epsilon_high=0.01),
     "dro": LossConfig.dro(proximal_coef=0.5),
     "ipo": LossConfig.ipo(epsilon_low=0.01, epsilon_high=0.01, sampler_penalty=0.5),
+    "topr": LossConfig.topr(),
+    "rollout_is": LossConfig.rollout_is(epsilon_low=0.5, epsilon_high=0.9),
     "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
     **{f"beta, {kl}": LossConfig(beta=0.2, kl_estimator=kl) for kl in ESTIMATORS},
     **{f"metric, {kl}": LossConfig(kl_estimator=kl) for kl in ("k3", "forward")},

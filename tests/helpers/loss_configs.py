@@ -33,9 +33,11 @@ OF_SURROGATE = {
     "gmpo": BOUNDS,
     "sapo": {"tau_positive": [1.0, 3.0], "tau_negative": [1.05, 0.2]},
     "ipo": {"sampler_penalty": [0.0, 1e-3, 0.5], **BOUNDS},
+    "topr": {"ratio_cap": [0.9, 1.0]},
+    "rollout_is": BOUNDS,
     "vespo": {"k_positive": [2.0, 0.0], "lambda_negative": [2.0, 0.0]},
 }
-ANY_LEVEL = ["clip", "ratio", "cispo", "sapo"]
+ANY_LEVEL = ["clip", "ratio", "cispo", "sapo", "topr", "rollout_is"]
 
 
 @st.composite

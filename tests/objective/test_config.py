@@ -41,6 +41,8 @@ def test_named_constructors_and_overrides():
     assert LossConfig.ipo() == point(surrogate="ipo", **near, **of_tokens)
     near = {"epsilon_low": 0.05, "epsilon_high": 0.05, "ratio_cap": 20.0}
     assert LossConfig.dppo_kl() == point(surrogate="dppo_kl", **near, **of_tokens)
+    assert LossConfig.topr() == point(surrogate="topr", ratio_cap=1.0, **of_tokens)
+    assert LossConfig.rollout_is() == point(surrogate="rollout_is", **of_tokens)
     assert LossConfig.dro() == point(surrogate="dro", proximal_coef=0.1, **of_tokens)
 
 
@@ -168,7 +170,7 @@ def test_decode_inverts_encode_except_for_entropy_coef():
             ValueError,
             {"surrogate": "cispo", "ratio_cap": 5.0, "epsilon_high": 3.0},  # TRL's name of the cap
             "epsilon_high is read by surrogate='clip' or 'gmpo' or 'dppo' or 'ipo' or "
-            "'dppo_kl' only, got 3.0",
+            "'dppo_kl' or 'rollout_is' only, got 3.0",
         ),
         (TypeError, {"epsilon_low": None}, "epsilon_low must be a number, got NoneType"),
         (

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from grpo_kernels import LossConfig
+from grpo_kernels.objective.ratios import LossInputs
 from grpo_kernels.objective.surrogates import SURROGATES, Surrogate
-from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate
+from grpo_kernels.objective.token_gradients import token_gradients
+from tests.helpers.hand_formulas import IMPLEMENTATIONS, close, evaluate, f64
 
 e, ln = math.exp, math.log
 
@@ -36,6 +39,7 @@ def dppo_kl(**fields):
 
 
 DRO = {"surrogate": "dro", "proximal_coef": 0.3}
+TOPR = {"surrogate": "topr", "ratio_cap": 1.5}
 RATIO = {"surrogate": "ratio"}
 CISPO = {"surrogate": "cispo", "ratio_cap": 1.5}
 TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
@@ -86,6 +90,10 @@ TAU = {"surrogate": "sapo", "tau_positive": 3.0, "tau_negative": 0.7}
         (DRO, 0.5, 2.0, 3.0375, -1.85),
         (DRO, 0.5, -2.0, -2.9625, 2.15),
         (DRO, 0.5, 0.0, 0.0375, 0.15),
+        (TOPR, 0.5, 2.0, 3.0, -2.0),
+        (TOPR, -3.0, 2.0, 10.0, -2.0),
+        (TOPR, 1.0, -2.0, -3.0, 3.0),
+        (TOPR, -3.0, -2.0, -10 * e(-3), 2 * e(-3)),
     ],
 )
 def test_one_token(implementation, fields, log_ratio, advantage, loss, grad):
@@ -123,11 +131,41 @@ def test_ipo(implementation, fields, log_ratio, advantage, loss, grad, clipped):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
+    ("fields", "log_ratio", "advantage", "loss", "grad", "clipped"),
+    [
+        ({}, 0.1, 2.0, 3.8 * e(0.1), -2 * e(0.1), (0, 0)),
+        ({}, 0.5, 2.0, 0.0, 0.0, (0, 1)),
+        ({}, 0.5, -2.0, 0.0, 0.0, (0, 1)),
+        ({}, -0.5, 2.0, 0.0, 0.0, (1, 0)),
+        ({}, -0.5, -2.0, 0.0, 0.0, (1, 0)),
+        ({"epsilon_low": 0.4}, -0.5, -2.0, -5 * e(-0.5), 2 * e(-0.5), (0, 0)),
+        ({"epsilon_high": 0.0}, 0.0, 2.0, 0.0, 0.0, (0, 1)),  # r must lie strictly inside
+        ({"epsilon_low": 0.0}, 0.0, 2.0, 0.0, 0.0, (1, 0)),
+    ],
+)
+def test_rollout_is(implementation, fields, log_ratio, advantage, loss, grad, clipped):
+    """The ratio is that to the sampler, and the old log-prob is not read."""
+    ours = evaluate(
+        implementation,
+        [1 + log_ratio],
+        [advantage],
+        old=-3.0,
+        sampling=[-1.0],
+        surrogate="rollout_is",
+        **fields,
+    )
+    assert ours[0] == close(loss)
+    assert ours[1] == [close([grad])]
+    assert (ours[2]["clip_ratio/low_mean"], ours[2]["clip_ratio/high_mean"]) == clipped
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
     "surrogate",
-    ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo", "dppo_kl", "dro"],
+    ["clip", "ratio", "cispo", "sapo", "dppo", "reinforce", "gmpo", "dppo_kl", "dro", "topr"],
 )
 def test_on_policy_gradient(implementation, surrogate):
-    fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo", "dppo_kl") else {}
+    fields = {"ratio_cap": 5.0} if surrogate in ("cispo", "dppo", "dppo_kl", "topr") else {}
     call = {"old_logprob": None}
     for advantage in (2.0, -2.0):
         _, grads, _ = evaluate(
@@ -267,6 +305,46 @@ def test_importance_weights(implementation, surrogate, fields, log_weights, weig
     assert ours[2][name + "min"] == close(min(weights))
     assert ours[2][name + "mean"] == close(sum(weights) / 2)
     assert ours[2][name + "max"] == close(max(weights))
+
+
+# Exactly on a bound the gradient is that of the inside: with an epsilon of 0 r = 1 is a bound
+
+ON_BOUND = [
+    ({"epsilon_low": 0.0, "epsilon_high": 0.0}, 0.0),
+    ({"delta": e(0.5)}, 0.5),
+    ({"dual_clip": e(0.5)}, 0.5),
+    (RATIO, 20.0),
+    (RATIO, -20.0),
+    ({"surrogate": "gmpo", "epsilon_low": 0.25, "epsilon_high": 0.25}, 0.25),
+    ({"surrogate": "gmpo", "epsilon_low": 0.25, "epsilon_high": 0.25}, -0.25),
+]
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(("fields", "log_ratio"), ON_BOUND)
+def test_gradient_exactly_on_a_clip_bound(implementation, fields, log_ratio, advantage):
+    clipped = advantage > 0 and "surrogate" not in fields and log_ratio > 0.2  # r > 1.2
+    expected = close([0.0 if clipped else -advantage * e(log_ratio)])
+    ours = evaluate(implementation, [log_ratio], [advantage], old=0.0, **fields)
+    assert ours[1] == [expected]
+    config = LossConfig(**fields)
+    if config.policy_term.token_level:  # the closed form, as the fused ops compute it
+        one = f64([1.0])
+        inputs = LossInputs(advantage * one, one, None, 0 * one, None, None)
+        assert token_gradients(log_ratio * one, inputs, config).logprob.tolist() == expected
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("estimator", "grad"), [("k3", 1 - e(20)), ("k3_corrected", -20.0), ("k3+", -20.0)]
+)
+def test_kl_gradient_exactly_where_k3_saturates(implementation, estimator, grad):
+    call = {"ref_logprob": f64([[20.0]])}
+    fields = {"beta": 1.0, "kl_estimator": estimator}
+    ours = evaluate(implementation, [0.0], [0.0], old=0.0, call=call, **fields)
+    cancelled = 1e-6 if estimator == "k3_corrected" else 0  # two terms of e^20 in autograd
+    assert ours[1][0][0] == pytest.approx(grad, rel=1e-11, abs=cancelled)
 
 
 @pytest.mark.parametrize("name", SURROGATES)

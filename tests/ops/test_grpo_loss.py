@@ -62,6 +62,17 @@ def test_packed_input_matches_reference_and_padded_batch(backend, name):
     torch.testing.assert_close(gradient, padded_gradient.flatten(0, 1)[[0, 1, 3, 4, 5]])
 
 
+def test_ratio_exactly_on_both_clip_bounds_keeps_its_gradient(backend):
+    logits, tokens, advantages, _ = make_inputs(7, B, T)
+    config = LossConfig(epsilon_low=0.0, epsilon_high=0.0)  # without old_logprob r is exactly 1
+    _, _, gradient = check_against_reference(logits, tokens, advantages, config)
+    _, _, expected = run(
+        losses.grpo_loss, logits, tokens, advantages, 1.7, config=LossConfig(surrogate="reinforce")
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    assert gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize("advantages", ["per sequence", "per token"])
 @pytest.mark.parametrize("optional", ["nothing", "ref_logprob"])
 def test_optional_inputs_match_reference(backend, advantages, optional):

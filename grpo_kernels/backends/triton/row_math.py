@@ -300,6 +300,8 @@ def surrogate_grad(
     ipo:   -r A, 0 where the probability has changed beyond [lowest, highest], plus cap (ln r)²
     dppo_kl: as dppo, with the binary KL(old‖policy), negative where the probability fell
     dro:   -A logprob + cap/2 (ln r)²
+    topr:  -A logprob where A > 0, else -s(min(r, cap)) A logprob
+    rollout_is: -s(r) A logprob where lowest < r < highest, else 0
     """
     if SURROGATE == "clip":
         falling = (ratio >= lowest) & (ratio <= cap)
@@ -318,6 +320,11 @@ def surrogate_grad(
         grad = tl.where(dropped, 0.0, -advantage * d_ratio) + 2.0 * cap * (logprob - old)
     elif SURROGATE == "dro":
         grad = cap * (logprob - old) - advantage
+    elif SURROGATE == "topr":
+        grad = -advantage * tl.where(advantage > 0, 1.0, at_most(ratio, cap))
+    elif SURROGATE == "rollout_is":
+        dropped = (ratio <= lowest) | (ratio >= highest)
+        grad = tl.where(dropped, 0.0, -advantage * ratio)
     else:
         prob, old_prob = tl.exp2(logprob * LOG2E), tl.exp2(old * LOG2E)
         change = prob - old_prob

@@ -103,8 +103,8 @@ def test_fixed_length_defaults_to_max_new_tokens():
     [
         (
             {"ratio_cap": 2.0},
-            "--loss grpo: --ratio-cap is read by --surrogate 'cispo' or 'dppo' or 'dppo_kl' only, "
-            "got 2.0 with --surrogate 'clip'",
+            "--loss grpo: --ratio-cap is read by --surrogate 'cispo' or 'dppo' or 'dppo_kl' or "
+            "'topr' only, got 2.0 with --surrogate 'clip'",
         ),
         ({"delta": 1.1}, "--loss grpo: --delta must be greater than 1.2, got 1.1"),
         (
