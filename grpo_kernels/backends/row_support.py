@@ -130,7 +130,7 @@ def _prepare(
 def _(
     token_ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor | None, V: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, S = len(tokens), len(token_ids)
+    (N,), (S,) = tokens.shape, token_ids.shape  # len() would make S a constant of the graph
     sizes = torch.empty(N, dtype=torch.int64)
     return tokens.new_empty(S), tokens.new_empty((N, 2)), sizes, torch.empty_like(tokens)
 
@@ -210,16 +210,17 @@ def token_stats_forward(rows: RowInputs, support: RowSupport, request: StatsRequ
     V = rows.logits.shape[-1]
     for block in _Block.split(support, V):
         K = block.ids.shape[-1]
-        part = forward(
-            block.gather(rows), request._replace(top_logprobs=min(K, request.top_logprobs))
-        )
+        compact = block.gather(rows)
+        part = forward(compact, request._replace(top_logprobs=min(K, request.top_logprobs)))
         if part.top_logprobs is not None and part.top_ids is not None:
             missing = (0, request.top_logprobs - part.top_ids.shape[-1])
             top_ids = block.ids.gather(-1, part.top_ids.squeeze(0)).unsqueeze(0)
+            top_ids = torch.nn.functional.pad(top_ids, missing)
             top_logprobs = torch.nn.functional.pad(part.top_logprobs, missing, value=-torch.inf)
-            part = part._replace(
-                top_logprobs=top_logprobs, top_ids=torch.nn.functional.pad(top_ids, missing)
-            )
+            if compact.mask is not None:
+                keep = compact.mask.unsqueeze(-1)
+                top_logprobs, top_ids = (torch.where(keep, x, 0) for x in (top_logprobs, top_ids))
+            part = part._replace(top_logprobs=top_logprobs, top_ids=top_ids)
         _write(stats, block.row, part)
     return stats
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import HeadAdapter, LossConfig, linear_grpo_loss, linear_token_stats
 from tests.helpers.linear import make_linear_case, relative_error
+from tests.helpers.record_operators import RecordOperators
 from tests.helpers.tensors import coin, normal
 
 ADVANTAGES = torch.tensor([1.0, -0.5])
@@ -52,19 +52,6 @@ def test_gradcheck_of_loss(backend, name):
     torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=True)
 
 
-class RecordOperators(TorchDispatchMode):
-    """Record the arguments of every call of a grpo_kernels operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "grpo_kernels":
-            self.calls[function._opname] = args
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence", "frozen"])
 def test_opcheck(backend, kl, level):
@@ -92,14 +79,8 @@ def test_opcheck(backend, kl, level):
         },
     }  # fmt: skip
     assert recorder.calls.keys() == expected[level]
-    for name, arguments in recorder.calls.items():
-        arguments = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
-        if name == "linear_token_stats_forward":  # the operator that has an autograd formula
-            arguments[0].requires_grad_()
-            arguments[1].requires_grad_(level != "frozen")
-            if not kl:
-                arguments[4].requires_grad_(level != "frozen")  # b of the adapter
-        torch.library.opcheck(getattr(torch.ops.grpo_kernels, name), tuple(arguments))
+    trained = ((1,) if kl else (1, 4)) if level != "frozen" else ()  # weight, b of the adapter
+    recorder.opcheck({"linear_token_stats_forward": (0, *trained)})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
