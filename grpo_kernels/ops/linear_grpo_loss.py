@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import StatsRequest, accumulation_dtype
-from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad
+from ..lm_head.chunk_loop import ChunkedLMHead
+from ..lm_head.head_gradient import LMHeadGrad
 from ..lm_head.inputs import (
     HIDDEN_LAYOUT,
     HeadAdapter,

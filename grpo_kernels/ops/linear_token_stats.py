@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..backends import RowStats, StatsRequest
 from ..lm_head.backward_plan import Trained, plan_backward
-from ..lm_head.chunk_loop import ChunkedLMHead, LMHeadGrad, Logits
+from ..lm_head.chunk_loop import ChunkedLMHead, Logits
+from ..lm_head.head_gradient import LMHeadGrad
 from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.row_groups import RowGroups
 from ..lm_head.token_order import TokenPacking, resolve_token_order
