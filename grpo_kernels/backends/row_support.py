@@ -31,6 +31,13 @@ class RowSupport(NamedTuple):
     ranges: Tensor | None = None  # [N, 2], int64: the first of a token's ids and their number
     sizes: Tensor | None = None  # [N], int64, on the CPU: their number; 0: the whole vocabulary
 
+    def shard(self, start: Tensor, V: int) -> "RowSupport":
+        """Replace the ids by their places in a shard of V ids from `start`; NO_ID elsewhere."""
+        if self.ids is None:
+            return self
+        is_inside = (self.ids >= start) & (self.ids < start + V)
+        return self._replace(ids=torch.where(is_inside, self.ids - start, NO_ID))
+
     def entries(self, index: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """List the entries of the tokens index [n]: (the place in index of each, its id).
 
@@ -64,7 +71,12 @@ def check_support(support: object, tokens: Tensor) -> None:
 
 
 def prepare_support(
-    support: TokenSupport | None, tokens: Tensor, mask: Tensor | None, V: Tensor
+    support: TokenSupport,
+    tokens: Tensor,
+    mask: Tensor | None,
+    V: Tensor,
+    token_rows: Tensor | None = None,
+    num_rows: int = 0,
 ) -> tuple[RowSupport, Tensor]:
     """Sort the ids of each token; return the supports and the tokens [N].
 
@@ -74,16 +86,21 @@ def prepare_support(
     Args:
         tokens: [N], int64; mask: [N], bool.
         V: size of the vocabulary, 0-dim.
+        token_rows: [N], int64, in [0, num_rows): the tokens of a row must have one support.
     """
-    if support is None:
-        return RowSupport(), tokens
-    *prepared, tokens = _prepare(*support, tokens, mask, V)
+    *prepared, tokens = _prepare(*support, tokens, mask, V, token_rows, num_rows)
     return RowSupport(*prepared), tokens
 
 
 @torch.library.custom_op("grpo_kernels::prepare_support", mutates_args=())
 def _prepare(
-    token_ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor | None, V: Tensor
+    token_ids: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    V: Tensor,
+    token_rows: Tensor | None,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, S, device = len(tokens), len(token_ids), tokens.device
     ends = offsets.to("cpu", torch.int64)  # the one place where a support waits for a GPU
@@ -99,18 +116,18 @@ def _prepare(
     beyond = (1 << 32) - 1
     ids = torch.where((ids >= 0) & (ids < V), ids, beyond)
     ids = ((row << 32) + ids).sort().values & beyond
-    is_wrong = ids == beyond
-    is_wrong[1:] |= (ids[1:] == ids[:-1]) & (row[1:] == row[:-1])
+    is_invalid = ids == beyond
+    is_invalid[1:] |= (ids[1:] == ids[:-1]) & (row[1:] == row[:-1])
 
     def count(entries: Tensor) -> Tensor:
         return torch.zeros_like(tokens).index_add_(0, row, entries.to(torch.int64))
 
-    num_wrong = count(is_wrong)
+    num_invalid = count(is_invalid)
     misses = (lengths > 0) & (count(ids == tokens[row]) == 0)
     if mask is not None:
-        num_wrong, misses = num_wrong * mask, misses & mask
+        num_invalid, misses = num_invalid * mask, misses & mask
     if device.type == "cpu":
-        for i in num_wrong.nonzero()[:1, 0].tolist():
+        for i in num_invalid.nonzero()[:1, 0].tolist():
             own = token_ids[ends[i] : ends[i + 1]]
             raise ValueError(
                 f"support.token_ids must be different ids in [0, {int(V)}) for each token that is "
@@ -121,14 +138,39 @@ def _prepare(
                 f"support must have every token that is not masked among its ids, got token {i}, "
                 f"{int(tokens[i])}, with {_shorten(token_ids[ends[i] : ends[i + 1]])}"
             )
-    tokens = torch.where((num_wrong > 0) | misses, OUT_OF_VOCAB, tokens)
+    is_wrong = (num_invalid > 0) | misses
     ids = torch.where(ids == beyond, NO_ID, ids)
+    if token_rows is not None:
+        # Compare each token with the last one of its row.
+        place = torch.arange(N, device=device)
+        kept = place if mask is None else torch.where(mask, place, -1)
+        last = tokens.new_full((num_rows,), -1).scatter_reduce_(0, token_rows, kept, "amax")
+        last = last[token_rows].clamp_min(0)
+        index = torch.arange(S, device=device) + (starts[last] - starts)[row]
+        differs = count(ids[index.clamp_max(S - 1)] != ids) + (lengths != lengths[last])
+        if mask is not None:
+            differs = differs * mask
+        if device.type == "cpu":
+            for i in differs.nonzero()[:1, 0].tolist():
+                raise ValueError(
+                    "support must be the same for all tokens of a row of hidden, got several for "
+                    f"row {int(token_rows[i])}"
+                )
+        row_differs = tokens.new_zeros(num_rows).index_add_(0, token_rows, differs)
+        is_wrong |= row_differs[token_rows] > 0
+    tokens = torch.where(is_wrong, OUT_OF_VOCAB, tokens)
     return ids, torch.stack((starts, lengths), dim=-1), sizes, tokens
 
 
 @_prepare.register_fake
 def _(
-    token_ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor | None, V: Tensor
+    token_ids: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    V: Tensor,
+    token_rows: Tensor | None,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N,), (S,) = tokens.shape, token_ids.shape  # len() would make S a constant of the graph
     sizes = torch.empty(N, dtype=torch.int64)

@@ -61,6 +61,8 @@ def plan_backward(inputs: LMHeadInputs, chunk_tokens: int | None, trained: Train
     is_frozen = not trained.head
     if is_frozen and not trained.hidden:
         return BackwardPlan(None, ())
+    if inputs.support_ids is not None and chunk_tokens is None:
+        return BackwardPlan(None, ())  # products with a few rows of the head: support.py
     rows = N if chunk_tokens is None else chunk_tokens
     token_bytes = bytes_per_token(
         V, H, inputs.matmul_dtype, kl=inputs.kl is not None, gradient=True, overwrite=False

@@ -9,7 +9,7 @@ tokens that count, so that the others are in no product.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from .inputs import LMHeadInputs
 from .matmul import write_logits
 from .row_groups import NO_TOKEN, RowGroups, TokenLogits
 from .row_scale import gradient_bound, power_of_two_scale
+from .support import exclude_others
 from .vocab_parallel import TopLogits, all_gather, all_reduce_min, merge_over_ranks
 
 
@@ -62,11 +63,13 @@ class Chunk(NamedTuple):
         )
         stats = backend_for(self.rows.logits).token_stats_forward(self.rows, row_request)
         stats = stats.map(lambda x: x.squeeze(0))
+        columns = stats.top_ids
+        if columns is not None:
+            stats = stats._replace(top_ids=inputs.ids_of_columns(columns))
         if group:
             top = None
-            if stats.top_ids is not None and inputs.vocab_start is not None:
-                logits = self.rows.logits.squeeze(0)
-                top = TopLogits.read(logits, stats.top_ids, inputs.vocab_start, K)
+            if columns is not None and stats.top_ids is not None:
+                top = TopLogits.read(self.rows.logits.squeeze(0), columns, stats.top_ids, K)
             tokens, temperature = self.rows.tokens.squeeze(0), self.rows.temperature.squeeze(0)
             stats = merge_over_ranks(
                 group, stats, tokens, temperature, inputs.kl, top, inputs.softcap
@@ -257,7 +260,8 @@ class ChunkedLMHead:
             return
         inputs, workspace = self.inputs, self.workspace
         V, dtype = inputs.weight.shape[0], inputs.temperature.dtype
-        for chunk_groups in groups.split(self.size):
+        support_sizes = self._support_sizes(groups)
+        for chunk_groups, sizes in zip(groups.split(self.size), support_sizes, strict=True):
             row_idx, n = chunk_groups.row_idx, len(chunk_groups)
             m = self.size if self.pad_last_chunk else n
             hidden = self._gather("states", inputs.hidden, row_idx, m, inputs.matmul_dtype)
@@ -278,12 +282,14 @@ class ChunkedLMHead:
                 if not self._is_made:
                     self._write_ref_logits(reference[:m], row_idx)
                 reference = reference[:n].unsqueeze(0)
-            if chunk_groups.first is None:
-                tokens, temperature = inputs.tokens[row_idx], inputs.temperature[row_idx]
-            else:
-                first = chunk_groups.token_idx[chunk_groups.first]
-                temperature = inputs.temperature[first]
-                tokens = torch.full_like(first, NO_TOKEN)
+            first = chunk_groups.first_tokens
+            tokens, temperature = inputs.tokens[first], inputs.temperature[first]
+            if chunk_groups.position is not None:
+                tokens = torch.full_like(tokens, NO_TOKEN)
+            if sizes is not None and not self._is_made:
+                exclude_others(policy[:n], inputs, first, sizes)
+                if reference is not None:
+                    exclude_others(reference.squeeze(0), inputs, first, sizes)
             rows = RowInputs(
                 policy[:n].unsqueeze(0),
                 tokens.unsqueeze(0),
@@ -301,6 +307,13 @@ class ChunkedLMHead:
                 d_logits = d_logits[:m]
                 d_logits[n:].zero_()
             yield Chunk(inputs, chunk_groups, hidden, adapter_states, rows, d_logits)
+
+    def _support_sizes(self, groups: RowGroups) -> Iterable[Tensor | None]:
+        """Return the sizes of the supports of each chunk's rows, on the CPU."""
+        sizes = self.inputs.support_sizes
+        if sizes is None:
+            return [None] * -(-len(groups) // self.size)
+        return sizes[groups.first_tokens.cpu()].split(self.size)  # waits for a GPU once
 
     def _adapt(self, hidden: Tensor, a: Tensor) -> Tensor:
         """Compute scale · hidden [m, H] @ a [r, H].T in the dtype of a."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import backend_for
 from .chunk_loop import Chunk, ChunkedLMHead, LogitGrad
-from .inputs import HeadTensors
+from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient
 from .row_scale import LARGEST, power_of_two_scale
 from .vocab_parallel import all_reduce_sum
@@ -15,7 +15,7 @@ class LMHeadGrad:
     """Accumulates the gradients of the head's tensors over the chunks of `num_rows` rows.
 
     wanted: which of `LMHeadInputs.leaves` get one; the others have None.
-    d_hidden: memory for that gradient.
+    d_hidden: memory for that gradient, filled with 0.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class LMHeadGrad:
         self._dtype, self._first = inputs.grad_dtype, True
         new = inputs.temperature.new_empty
         if hidden and d_hidden is None:
-            d_hidden = new(inputs.hidden.shape, dtype=self._dtype)
-        self.d_hidden = None if d_hidden is None else d_hidden.zero_()
+            d_hidden = new(inputs.hidden.shape, dtype=self._dtype).zero_()
+        self.d_hidden = d_hidden
         # A single chunk's product is the result; several are summed in fp32.
         single = num_rows <= head.size
         dtype = self._dtype if single else None
@@ -129,27 +129,51 @@ class LMHeadGrad:
         # A GPU multiplies two tensors of one dtype.
         return self._workspace.cast(name, states, dtype) if states.is_cuda else states
 
-    def finish(self, vocab_group: str | None) -> HeadTensors:
-        """Return the gradients; those of hidden and weight in `LMHeadInputs.grad_dtype`.
-
-        Those of hidden and adapter_a are summed over the ranks of the group in fp32, by one
-        collective each.
-        """
-        d_hidden, d_weight = self.d_hidden, self.d_weight
-        d_adapter_a, d_adapter_b = self.d_adapter_a, self.d_adapter_b
+    def finish(self) -> HeadTensors:
+        """Return the gradients; those of hidden and weight in `LMHeadInputs.grad_dtype`."""
+        d_weight, d_adapter_b = self.d_weight, self.d_adapter_b
         if self._scale is not None:
             for total in (d_weight, self.d_bias, d_adapter_b):
                 if total is not None:
                     total.div_(self._scale)
         if d_adapter_b is not None and self._states_scale is not None:
             d_adapter_b.div_(self._states_scale)
-        if d_hidden is not None and vocab_group:
-            dtype = self._inputs.temperature.dtype
-            d_hidden.copy_(all_reduce_sum(d_hidden.to(dtype), vocab_group))
         if d_weight is not None:
             d_weight = (d_weight.zero_() if self._first else d_weight).to(self._dtype)
-        if d_adapter_a is not None and vocab_group:
-            d_adapter_a = all_reduce_sum(d_adapter_a, vocab_group)
         if d_adapter_b is not None and self._first:
             d_adapter_b.zero_()
-        return HeadTensors(d_hidden, d_weight, self.d_bias, d_adapter_a, d_adapter_b)
+        return HeadTensors(self.d_hidden, d_weight, self.d_bias, self.d_adapter_a, d_adapter_b)
+
+
+def sum_parts(inputs: LMHeadInputs, parts: list[tuple[HeadTensors, Tensor | None]]) -> HeadTensors:
+    """Sum the gradients of parts of the tokens; those of the whole head have its shape.
+
+    Those of hidden and adapter_a are summed over the ranks of a vocab_group in fp32, by one
+    collective each.
+
+    Args:
+        parts: (gradients, the rows of the head that they are of; None: all). Their d_hidden is the
+            same tensor, in which each part wrote rows of its own.
+    """
+    total = HeadTensors(None, None, None, None, None)._asdict()
+    for grads, vocab_ids in parts:
+        for name, grad in grads._asdict().items():
+            whole = total[name]
+            if grad is None or grad is whole:
+                continue
+            if vocab_ids is None or name in ("hidden", "adapter_a"):
+                total[name] = grad if whole is None else whole.add_(grad)
+            else:
+                if whole is None:
+                    whole = grad.new_zeros((len(inputs.weight), *grad.shape[1:]))
+                total[name] = whole.index_add_(0, vocab_ids, grad)
+    sums = HeadTensors(**total)
+    if inputs.vocab_group is None:
+        return sums
+    d_hidden, d_adapter_a = sums.hidden, sums.adapter_a
+    if d_hidden is not None:
+        in_fp32 = d_hidden.to(inputs.temperature.dtype)
+        d_hidden.copy_(all_reduce_sum(in_fp32, inputs.vocab_group))
+    if d_adapter_a is not None:
+        d_adapter_a = all_reduce_sum(d_adapter_a, inputs.vocab_group)
+    return sums._replace(adapter_a=d_adapter_a)

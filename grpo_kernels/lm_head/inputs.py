@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import StatsRequest, accumulation_dtype, scalar_tensor
+from ..backends.row_support import RowSupport, check_support, prepare_support
+from ..sampling_support import TokenSupport
 from ..validation import (
     OUT_OF_VOCAB,
     expect_choice,
@@ -68,8 +70,12 @@ class LMHeadInputs(NamedTuple):
     ref_hidden: Tensor | None  # [N, H of the reference policy]; None without kl
     ref_weight: Tensor | None
     ref_bias: Tensor | None
-    vocab_tokens: Tensor | None  # [M], int64; with a vocab_group ids in the whole vocabulary
+    vocab_tokens: Tensor | None  # [M], int64: ids in the vocabulary; None: those in `tokens`
     vocab_start: Tensor | None  # [], int64; with a vocab_group the id of this rank's first row
+    vocab_ids: Tensor | None  # [V], int64: rows of the whole head that are here; None: all
+    support_ids: Tensor | None  # this and the next two: RowSupport, its ids are rows of `weight`
+    support_ranges: Tensor | None
+    support_sizes: Tensor | None
     adapter_scale: float
     softcap: float | None
     entropy: bool  # this and the next four: StatsRequest
@@ -90,6 +96,16 @@ class LMHeadInputs(NamedTuple):
     def request(self) -> StatsRequest:
         """The statistics that are asked for."""
         return StatsRequest(*(getattr(self, name) for name in StatsRequest._fields))
+
+    @property
+    def support(self) -> RowSupport:
+        """The ids that each token was drawn among."""
+        return RowSupport(*(getattr(self, f"support_{name}") for name in RowSupport._fields))
+
+    def ids_of_columns(self, columns: Tensor) -> Tensor:
+        """Map columns of the logits to ids in the vocabulary."""
+        ids = columns if self.vocab_ids is None else self.vocab_ids[columns]
+        return ids if self.vocab_start is None else ids + self.vocab_start
 
     @property
     def ref_matmul_dtype(self) -> torch.dtype:
@@ -131,6 +147,7 @@ def prepare_inputs(
     mask: Tensor | None = None,
     adapter: HeadAdapter | None = None,
     token_rows: Tensor | None = None,
+    support: TokenSupport | None = None,
     vocab_group: "ProcessGroup | None" = None,
 ) -> LMHeadInputs:
     """Check the arguments, flatten tokens to [M], gather DTensors, drop what is not read."""
@@ -172,20 +189,34 @@ def prepare_inputs(
         temperature = scalar_tensor(temperature, dtype, device)
     temperature = temperature.expand(tokens.shape).reshape(tokens.numel())
     flat_tokens, group_name = tokens.to(torch.int64).flatten(), None
-    vocab_tokens = vocab_start = None
-    if token_rows is not None:
-        num_rows = hidden.shape[:-1].numel()
-        token_rows = token_rows.to(torch.int64)
-        _check_token_rows(token_rows, temperature, mask, num_rows)
-        # A row that does not exist gives NaN on a GPU, as a token id does.
-        exists = (token_rows >= 0) & (token_rows < num_rows)
-        flat_tokens = torch.where(exists, flat_tokens, OUT_OF_VOCAB)
-        token_rows = torch.where(exists, token_rows, 0)
+    flat_mask = None if mask is None else mask.flatten() != 0
+    vocab_tokens = vocab_start = vocab_size = None
     if vocab_group is not None:
         group_name = vocab_group.group_name
-        flat_mask = None if mask is None else mask.flatten() != 0
         vocab_tokens = flat_tokens
-        flat_tokens, vocab_start = local_tokens(flat_tokens, flat_mask, V, K, group_name)
+        flat_tokens, vocab_start, vocab_size = local_tokens(
+            flat_tokens, flat_mask, V, K, group_name
+        )
+    num_rows, exists = hidden.shape[:-1].numel(), None
+    if token_rows is not None:
+        token_rows = token_rows.to(torch.int64)
+        _check_token_rows(token_rows, temperature, mask, num_rows)
+        exists = (token_rows >= 0) & (token_rows < num_rows)
+        token_rows = torch.where(exists, token_rows, 0)
+    row_support = RowSupport()
+    if support is not None:
+        check_support(support, tokens)
+        drawn = flat_tokens if vocab_tokens is None else vocab_tokens
+        if vocab_size is None:
+            vocab_size = torch.full((), V, device=device)
+        row_support, drawn = prepare_support(
+            support, drawn, flat_mask, vocab_size, token_rows, num_rows
+        )
+        flat_tokens = torch.where(drawn == OUT_OF_VOCAB, OUT_OF_VOCAB, flat_tokens)
+        if vocab_start is not None:
+            row_support = row_support.shard(vocab_start, V)
+    if exists is not None:  # a row that does not exist gives NaN on a GPU, as a token id does
+        flat_tokens = torch.where(exists, flat_tokens, OUT_OF_VOCAB)
     uses_autocast = is_autocast and hidden.dtype != torch.float64
     return LMHeadInputs(
         hidden.flatten(0, -2),
@@ -201,6 +232,8 @@ def prepare_inputs(
         ref_bias,
         vocab_tokens,
         vocab_start,
+        None,
+        *row_support,
         1.0 if adapter is None else adapter.scale,
         softcap,
         *request,

@@ -36,6 +36,11 @@ class RowGroups(NamedTuple):
         )
         return cls(row_idx, token_idx[order], position, counts.cumsum(0) - counts)
 
+    @property
+    def first_tokens(self) -> Tensor:
+        """Indices of each row's first token, [n]."""
+        return self.token_idx if self.first is None else self.token_idx[self.first]
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.row_idx)

@@ -44,12 +44,12 @@ def local_ids(tokens: Tensor, sizes: Tensor, rank: int) -> Tensor:
 @torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
 def local_tokens(
     tokens: Tensor, mask: Tensor | None, rows: int, top_logprobs: int, vocab_group: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Map tokens [N] to this rank's shard of that many rows, by one small all-gather.
 
     Returns:
-        (local ids [N], the id of the shard's first row []). Where values are readable, the ids and
-        top_logprobs are checked against the size of the whole vocabulary.
+        (local ids [N], the id of the shard's first row [], the size of the whole vocabulary []).
+        Where values are readable, the ids and top_logprobs are checked against that size.
     """
     num_kept = tokens.new_tensor(len(tokens)) if mask is None else (mask != 0).sum()
     mine = torch.stack([tokens.new_tensor(rows), num_kept])
@@ -64,14 +64,14 @@ def local_tokens(
         expect_token_ids(tokens, mask, V)
         expect_number("top_logprobs", top_logprobs, at_most=V)
     rank = torch.distributed.get_rank(_group(vocab_group))
-    return local_ids(tokens, sizes, rank), sizes[:rank].sum()
+    return local_ids(tokens, sizes, rank), sizes[:rank].sum(), sizes.sum()
 
 
 @local_tokens.register_fake
 def _(
     tokens: Tensor, mask: Tensor | None, rows: int, top_logprobs: int, vocab_group: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tokens), tokens.new_empty(())
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(tokens), tokens.new_empty(()), tokens.new_empty(())
 
 
 def as_shard(stats: RowStats, tokens: Tensor) -> RowStats:
@@ -91,12 +91,12 @@ class TopLogits(NamedTuple):
     ids: Tensor  # [..., K], int64, in the whole vocabulary
 
     @classmethod
-    def read(cls, logits: Tensor, local_ids: Tensor, start: Tensor, K: int) -> "TopLogits":
-        """Read the logits [n, V] at local ids [n, at most K]; start: the shard's first id."""
-        padding = (0, K - local_ids.shape[-1])
+    def read(cls, logits: Tensor, columns: Tensor, ids: Tensor, K: int) -> "TopLogits":
+        """Read the logits [n, V] in columns [n, at most K], whose entries have these ids."""
+        padding = (0, K - columns.shape[-1])
         return cls(
-            torch.nn.functional.pad(logits.gather(-1, local_ids), padding, value=-torch.inf),
-            torch.nn.functional.pad(local_ids + start, padding, value=NO_ENTRY),
+            torch.nn.functional.pad(logits.gather(-1, columns), padding, value=-torch.inf),
+            torch.nn.functional.pad(ids, padding, value=NO_ENTRY),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.interface import StatsRequest, accumulation_dtype
 from ..lm_head.chunk_loop import ChunkedLMHead
-from ..lm_head.head_gradient import LMHeadGrad
+from ..lm_head.head_gradient import LMHeadGrad, sum_parts
 from ..lm_head.inputs import (
     HIDDEN_LAYOUT,
     HeadAdapter,
@@ -22,6 +22,7 @@ from ..lm_head.inputs import (
     prepare_inputs,
 )
 from ..lm_head.row_groups import split_by_gradient
+from ..lm_head.support import split_by_support
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
 from ..objective.config import LossConfig, expect_config
 from ..objective.kl_estimators import VOCABULARY_KL
@@ -33,6 +34,7 @@ from ..objective.policy_loss import (
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
+from ..sampling_support import TokenSupport
 from ..validation import expect_tensor, suggest_keywords
 from .bundled_op import bundled_op
 from .linear_token_stats import (
@@ -64,25 +66,31 @@ def _forward(
     num_with_grad = int(packing.counts[0]) if skip_zero_grad else len(token_idx)
     loss_config = LossConfig.decode(config)
     stats = new_stats(inputs)
+    d_hidden = None
+    if wanted[0]:
+        d_hidden = inputs.temperature.new_zeros(inputs.hidden.shape, dtype=inputs.grad_dtype)
+    grads = []
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        with_grad, without_grad = split_by_gradient(
-            token_idx, num_with_grad, inputs.token_rows, len(inputs.hidden)
-        )
-        num_rows = len(with_grad) + len(without_grad)
-        head = ChunkedLMHead(inputs, num_rows, chunk_tokens, grad=True)
-        head_grad = LMHeadGrad(head, len(with_grad), wanted)
-        # Tokens with a gradient: statistics, loss and gradients while their logits exist.
-        for chunk in head.chunks(with_grad):
-            chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
-            chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
-            write_stats(stats[:3], chunk.token_idx, chunk_stats)
-            head_grad.add(chunk, d_logits)
-        # Tokens without one: statistics, for the metrics.
-        for chunk in head.chunks(without_grad):
-            write_stats(stats, chunk.token_idx, chunk.stats())
+        for part in split_by_support(inputs, token_idx, num_with_grad, chunk_tokens):
+            with_grad, without_grad = split_by_gradient(
+                part.token_idx, part.num_with_grad, inputs.token_rows, len(inputs.hidden)
+            )
+            num_rows = len(with_grad) + len(without_grad)
+            head = ChunkedLMHead(part.inputs, num_rows, chunk_tokens, grad=True)
+            head_grad = LMHeadGrad(head, len(with_grad), wanted, d_hidden)
+            # Tokens with a gradient: statistics, loss and gradients while their logits exist.
+            for chunk in head.chunks(with_grad):
+                chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
+                chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
+                write_stats(stats[:3], chunk.token_idx, chunk_stats)
+                head_grad.add(chunk, d_logits)
+            # Tokens without one: statistics, for the metrics.
+            for chunk in head.chunks(without_grad):
+                write_stats(stats, chunk.token_idx, chunk.stats())
+            grads.append((head_grad.finish(), part.inputs.vocab_ids))
     d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
         inputs.temperature.new_empty(0) if grad is None else grad
-        for grad in head_grad.finish(inputs.vocab_group)
+        for grad in sum_parts(inputs, grads)
     )
     return *stats.as_outputs()[:3], d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
 
@@ -120,6 +128,7 @@ def linear_grpo_loss(
     softcap: float | None = None,
     adapter: HeadAdapter | None = None,
     token_rows: Tensor | None = None,
+    support: TokenSupport | None = None,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
     vocab_group: "ProcessGroup | None" = None,
@@ -146,6 +155,8 @@ def linear_grpo_loss(
             device.
         token_rows: [M], as in `linear_token_stats`; tokens, advantages and all that is given per
             token are then [M], or per sequence with `cu_seqlens` of the tokens.
+        support: as in `linear_token_stats`. `old_logprob`, `ref_logprob` and `sampling_logprob`
+            must be over the same support.
         adapter, chunk_tokens, temperature, softcap, vocab_group: as in `linear_token_stats`. A
             token-level loss takes three products in shards of the vocabulary too: the statistics
             of a chunk are merged over the ranks before its gradient.
@@ -198,7 +209,7 @@ def linear_grpo_loss(
         with torch.no_grad():
             ref_logprob = linear_token_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
-                softcap=softcap, mask=mask, entropy=False, token_rows=token_rows,
+                softcap=softcap, mask=mask, entropy=False, token_rows=token_rows, support=support,
                 chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
             ).logprob  # fmt: skip
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
@@ -215,6 +226,7 @@ def linear_grpo_loss(
         mask=mask,
         adapter=adapter,
         token_rows=token_rows,
+        support=support,
         vocab_group=vocab_group,
         **(reference if over_vocabulary else {}),
     )

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..backends import RowStats, StatsRequest
 from ..lm_head.backward_plan import Trained, plan_backward
 from ..lm_head.chunk_loop import ChunkedLMHead, Logits
-from ..lm_head.head_gradient import LMHeadGrad
+from ..lm_head.head_gradient import LMHeadGrad, sum_parts
 from ..lm_head.inputs import HeadAdapter, LMHeadInputs, prepare_inputs
 from ..lm_head.row_groups import RowGroups
+from ..lm_head.support import split_by_support
 from ..lm_head.token_order import TokenPacking, resolve_token_order
 from ..objective.token_gradients import TokenGrads
+from ..sampling_support import TokenSupport
 from ..validation import expect_flag, expect_number, expect_token_ids, suggest_keywords
 from .bundled_op import bundled_op
 from .token_stats import TokenStats, as_token_stats, load_stats, save_stats
@@ -50,15 +52,18 @@ def _forward(
         if plan.statistics:
             groups = RowGroups.of(token_idx[:num_with_grad], None)
             _write_hidden_grads(hidden_grads, stats, inputs, groups, chunk_tokens, plan.statistics)
-        groups, kept = RowGroups.of(token_idx[num_with_grad:], inputs.token_rows), None
-        if plan.logits is not None:
-            kept = Logits(logits, None if inputs.kl is None else ref_logits)
-            logits[len(groups) :].zero_()  # rows of masked tokens
-            ref_logits[len(groups) :].zero_()
-        if len(groups) > 0:  # a head may copy the weight
-            head = ChunkedLMHead(inputs, len(groups), chunk_tokens, grad=False, logits=kept)
-            for chunk in head.chunks(groups):
-                write_stats(stats, chunk.token_idx, chunk.stats())
+        for part in split_by_support(inputs, token_idx[num_with_grad:], 0, chunk_tokens):
+            groups, kept = RowGroups.of(part.token_idx, inputs.token_rows), None
+            if plan.logits is not None:
+                kept = Logits(logits, None if inputs.kl is None else ref_logits)
+                logits[len(groups) :].zero_()  # rows of masked tokens
+                ref_logits[len(groups) :].zero_()
+            if len(groups) > 0:  # a head may copy the weight
+                head = ChunkedLMHead(
+                    part.inputs, len(groups), chunk_tokens, grad=False, logits=kept
+                )
+                for chunk in head.chunks(groups):
+                    write_stats(stats, chunk.token_idx, chunk.stats())
     return *stats.as_outputs(), logits, ref_logits, hidden_grads
 
 
@@ -82,7 +87,9 @@ def _write_hidden_grads(
     head = ChunkedLMHead(
         inputs, len(groups), chunk_tokens, grad=True, overwrite=len(statistics) == 1
     )
-    head_grads = [LMHeadGrad(head, len(groups), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads]
+    head_grads = [
+        LMHeadGrad(head, len(groups), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads.zero_()
+    ]
     for chunk in head.chunks(groups):
         chunk_stats = chunk.stats()
         write_stats(stats, chunk.token_idx, chunk_stats)
@@ -91,7 +98,7 @@ def _write_hidden_grads(
             unit = TokenGrads(None, None, None)._replace(**{name: ones})
             head_grad.add(chunk, chunk.grad(chunk_stats, unit))
     for head_grad in head_grads:
-        head_grad.finish(inputs.vocab_group)
+        sum_parts(inputs, [(head_grad.finish(), None)])
 
 
 def counted_tokens(inputs: LMHeadInputs, packing: TokenPacking) -> Tensor:
@@ -129,30 +136,37 @@ def _backward(
     ref_logits: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    group = inputs.vocab_group
-    inputs = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
+    local = inputs._replace(vocab_group=None)  # the statistics are known: no chunk waits for ranks
     candidates = gradient_order(packing, skip_zero_grad)
     token_idx = _tokens_with_grad(candidates, grads)
-    kept = None
-    if logits is None:
-        groups = RowGroups.of(token_idx, inputs.token_rows)
-    else:
-        if 2 * len(token_idx) > len(candidates):  # not worth a copy of the others' logits
-            token_idx = candidates
-        groups = RowGroups.of(token_idx, inputs.token_rows)
-        kept = _select_logits(Logits(logits, ref_logits), inputs, packing, groups)
+    if logits is not None and 2 * len(token_idx) > len(candidates):
+        token_idx = candidates  # not worth a copy of the others' logits
+    d_hidden = None
+    if wanted[0]:
+        d_hidden = inputs.temperature.new_zeros(inputs.hidden.shape, dtype=inputs.grad_dtype)
+    parts = []
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        head = ChunkedLMHead(
-            inputs, len(groups), chunk_tokens, grad=True, logits=kept, is_made=kept is not None
-        )
-        head_grad = LMHeadGrad(head, len(groups), wanted)
-        for chunk in head.chunks(groups):
-            chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
-            chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
-            head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
+        for part in split_by_support(local, token_idx, 0, chunk_tokens):
+            groups, kept = RowGroups.of(part.token_idx, inputs.token_rows), None
+            if logits is not None:
+                kept = _select_logits(Logits(logits, ref_logits), inputs, packing, groups)
+            head = ChunkedLMHead(
+                part.inputs,
+                len(groups),
+                chunk_tokens,
+                grad=True,
+                logits=kept,
+                is_made=kept is not None,
+            )
+            head_grad = LMHeadGrad(head, len(groups), wanted, d_hidden)
+            for chunk in head.chunks(groups):
+                chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
+                chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
+                head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
+            parts.append((head_grad.finish(), part.inputs.vocab_ids))
     d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
         inputs.hidden.new_empty(0) if grad is None or leaf is None else grad.to(leaf.dtype)
-        for grad, leaf in zip(head_grad.finish(group), inputs.leaves, strict=True)
+        for grad, leaf in zip(sum_parts(inputs, parts), inputs.leaves, strict=True)
     )
     return d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
 
@@ -291,6 +305,7 @@ def linear_token_stats(
     is_top1: bool = False,
     top_logprobs: int = 0,
     token_rows: Tensor | None = None,
+    support: TokenSupport | None = None,
     entropy_grad: bool = False,
     chunk_tokens: int | None = None,
     packing: TokenPacking | None = None,
@@ -334,8 +349,13 @@ def linear_token_stats(
             token_rows[i] of hidden, flattened to [N, H]. For batches packed as a tree, where the
             row at a branch predicts the first token of every branch: the products are of the rows
             that any token reads, not of the tokens. Everything that is given per token is [M] too;
-            the tokens of a row must have the same temperature. Finding the rows waits for the
-            device.
+            the tokens of a row must have the same temperature and support. Finding the rows waits
+            for the device.
+        support: as in `token_stats`. Tokens with at most 1,024 ids then need a row of `weight` for
+            each id that any of them has, U rows in all. Where U is at most a quarter of V and
+            `chunk_tokens` is None, the products are with these rows: 2·n·U·H operations each, four
+            of them with the gradient, and as much memory less. Else the products are those of the
+            whole head, four with the gradient if `chunk_tokens` is None.
         entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
             will have an upstream gradient. The results are the same. Without the hint such a
             gradient costs four products, as backward makes the logits again.
@@ -377,6 +397,7 @@ def linear_token_stats(
         mask=mask,
         adapter=adapter,
         token_rows=token_rows,
+        support=support,
         vocab_group=vocab_group,
     )
     check_chunk_tokens(chunk_tokens)

@@ -52,7 +52,9 @@ def shard_results(
         request = StatsRequest(**sums, top_logprobs=min(top_logprobs, size))
         stats = as_shard(functions.token_stats_forward(rows, request), rows.tokens)
         if top_logprobs:
-            tops.append(TopLogits.read(rows.logits, stats.top_ids, start, top_logprobs))
+            tops.append(
+                TopLogits.read(rows.logits, stats.top_ids, stats.top_ids + start, top_logprobs)
+            )
         found.append(stats._replace(top_logprobs=None, top_ids=None))
         start = start + size
     stacked = (None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
