@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels import TokenSupport
 from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS, to_device
 from reference.training.model.policy import Policy, SampledCompletions
-from reference.training.rollout.generate import Completions, Prompts
+from reference.training.rollout.generate import Completions, Prompts, number_tokens
 from reference.training.rollout.samplers import Sampler
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import score, total_reward
@@ -42,10 +43,9 @@ class Rollouts:
         """Return these groups only; the token counts stay."""
         G = self.rewards.shape[1]
         rows = [b * G + g for b in groups for g in range(G)]
-        completions = self.samples.completions
         samples = SampledCompletions(
             self.samples.prompts[groups],
-            Completions(**{name: value[rows] for name, value in vars(completions).items()}),
+            self.samples.completions[rows],
             [self.samples.texts[row] for row in rows],
         )
         return replace(
@@ -177,6 +177,11 @@ def concat(first: Rollouts, second: Rollouts, pad_id: int) -> Rollouts:
     both = (first.samples, second.samples)
     prompts = [samples.prompts for samples in both]
     completions = [samples.completions for samples in both]
+    supports = [x.support for x in completions if x.support is not None]
+    if supports:
+        a, b = (number_tokens(x.tokens) for x in completions)
+        number = _pad_and_concat([a, b + a.numel()], -1)
+        supports = [TokenSupport.cat(supports).select(number)]
     samples = SampledCompletions(
         Prompts(
             _pad_and_concat([x.ids for x in prompts], pad_id, left=True),
@@ -187,6 +192,7 @@ def concat(first: Rollouts, second: Rollouts, pad_id: int) -> Rollouts:
             _pad_and_concat([x.mask for x in completions], False),
             _pad_and_concat([x.logprob for x in completions], 0.0),
             torch.cat([x.finished for x in completions]),
+            *supports,
         ),
         first.samples.texts + second.samples.texts,
     )

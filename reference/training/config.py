@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 from grpo_kernels import LossConfig
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from reference.training.errors import UserError, one_line
+from reference.training.rollout.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,19 @@ class SamplingSettings:
     """Longest completion, in tokens."""
     temperature: float = 1.0
     """Temperature of the sampling, and of the log-probs in the loss."""
+    top_k: int | None = None
+    """Sample among the tokens with the k largest logits. 0 or None: no limit. Like --top-p and
+    --min-p, it acts wherever completions are sampled and not greedy, and the loss normalises over
+    the tokens that the sampler kept."""
+    top_p: float | None = None
+    """Sample among the most likely tokens whose probabilities add up to this, after --top-k."""
+    min_p: float | None = None
+    """Sample among the tokens with at least this share of the largest probability, before --top-k
+    and --top-p."""
+    support: bool = True
+    """With --top-k, --top-p or --min-p: normalise the loss's log-probs over the tokens that the
+    sampler kept. With --no-support they are normalised over the vocabulary: the sampler then is
+    another policy than the trained one."""
     sampler: str = "shared-prompt"
     """shared-prompt, generate or continuous (both of transformers), or the URL of an
     OpenAI-compatible server such as vLLM."""
@@ -272,6 +286,7 @@ MINIMA = {
     "inner_iterations": 1,
     "minibatches": 1,
     "warmup_steps": 0,
+    "top_k": 0,
     "dynamic_sampling": 0,
     "overlong_buffer": 0,
     "pass_k": 2,  # the best of one is its own reward
@@ -321,6 +336,9 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         for name in ("beta", "entropy_coef", "entropy_target"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")
+        top_p, min_p = self.top_p, self.min_p
+        self._require("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", min_p is None or 0 <= min_p <= 1, "0 to 1")
         self._require(
             "overlong_buffer", self.overlong_buffer < self.max_new_tokens, "below --max-new-tokens"
         )
@@ -348,7 +366,28 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         refresh = self.reference_refresh is not None
         fixed_length = self.loss == "dr_grpo" or self.aggregation == "fixed_length"
         each_reward = self.normalise_each_reward
+        truncates = self.truncation is not None
+        continuous, is_server = self.sampler == "continuous", "://" in self.sampler
         return [
+            (
+                not self.support and not truncates,
+                "--no-support concerns --top-k, --top-p and --min-p: set one of them",
+            ),
+            (
+                continuous and bool(self.min_p),
+                "--min-p: the continuous batching of transformers has none: take --sampler "
+                "shared-prompt or generate",
+            ),
+            (
+                continuous and truncates and self.support,
+                "--sampler continuous does not return the tokens that --top-k and --top-p keep: "
+                "take shared-prompt or generate, or train without them with --no-support",
+            ),
+            (
+                is_server and truncates,
+                "--top-k, --top-p and --min-p are not sent to a server: take --sampler "
+                "shared-prompt or generate",
+            ),
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
             (
                 self.resume is not None and (self.chat or self.eval_only),
@@ -418,6 +457,14 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "--reference-refresh: with --lora-rank the reference is the base model",
             ),
         ]
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """The truncation of --top-k, --top-p and --min-p; None if they drop no tokens."""
+        rules = {"top_k": self.top_k or 0, "top_p": self.top_p or 1.0, "min_p": self.min_p or 0.0}
+        if rules == {"top_k": 0, "top_p": 1.0, "min_p": 0.0}:
+            return None
+        return Truncation(**rules, return_support=self.support)
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON, without --resume, --accept-changes and --overwrite.

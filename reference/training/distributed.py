@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from grpo_kernels import TokenSupport
 from reference.training.errors import UserError
 from reference.training.model.activation_checkpointing import checkpointable_layers
 
@@ -196,7 +197,7 @@ def shard_like(value: Tensor, like: Any) -> Tensor:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Copy a nested value with every tensor in it on the device."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, TokenSupport)):
         return value.to(device)
     if isinstance(value, dict):
         return {name: to_device(item, device) for name, item in value.items()}

@@ -65,8 +65,8 @@ OTHER_NAMES = {
 }
 # Flags of other trainers without a counterpart here.
 ABSENT = {
-    "min-p repetition-penalty top-k top-p": "completions are sampled from the whole distribution, "
-    "whose log-probs the loss reads",
+    "frequency-penalty presence-penalty repetition-penalty": "a penalty would make the sampler "
+    "another policy than the one that the loss reads",
     "lr-schedule lr-scheduler lr-scheduler-type scheduler": "the learning rate is constant after "
     "--warmup-steps",
     "optim optimizer weight-decay": "the optimiser is AdamW without weight decay",

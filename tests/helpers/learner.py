@@ -17,10 +17,11 @@ def make_learner(scorer=PLAIN, **changes):
     """Make a learner on a random model in fp64, and four completions of each of four questions."""
     config = TrainConfig(model="scratch", task="reverse", group_size=4, max_new_tokens=6, **changes)
     torch.manual_seed(0)
-    policy = Policy.load(config, torch.device("cpu"), config.max_new_tokens)
+    device, truncation = torch.device("cpu"), config.truncation
+    policy = Policy.load(config, device, config.max_new_tokens, truncation=truncation)
     policy.model.double()
     loss_config = config.loss_config()
-    samples = policy.sample(QUESTIONS, 4, 1.0)
+    samples = policy.sample(QUESTIONS, 4, config.temperature)
     return Learner(policy, scorer, loss_config, config), samples
 
 

@@ -181,6 +181,8 @@ def test_default_output_dirs_are_numbered(tmp_path, monkeypatch):
         ["--advantage", "pass_at_k", "--entropy-target", "1", "--micro-batch", "8"],
         ["--advantage", "centered", "--loss", "cispo", "--top-entropy", "0.2"],
         ["--normalise-each-reward", "--loss", "luspo"],
+        ["--top-p", "0.8", "--top-k", "9", "--beta", "0.1", "--pass-at", "4", "--minibatches", "2"],
+        ["--min-p", "0.1", "--no-support", "--sampler", "generate"],
     ],
     ids=" ".join,
 )
@@ -226,6 +228,6 @@ def test_eval_only_and_chat(tmp_path, weak_start, monkeypatch, capsys):
     assert f"lenient {after['lenient']:.1%}" in capsys.readouterr().out.splitlines()[-1]
     lines = iter(["123456=", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert train.main(["--preset", "tiny", "--chat", *model]) == 0
+    assert train.main(["--preset", "tiny", "--chat", "--top-p", "0.5", *model]) == 0
     assert "model> " in capsys.readouterr().out
     assert not (tmp_path / "none").exists()

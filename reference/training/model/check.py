@@ -39,7 +39,8 @@ def choose_sampler(policy) -> Sampler:
     if policy.sampler not in (shared_prompt, hf_generate):  # it was asked for, and raises itself
         return policy.sampler
     name, ranks, device = type(unwrap(policy.model)).__name__, policy.ranks, policy.device
-    policy = replace(policy, precision="off", ranks=SINGLE_PROCESS, max_new_tokens=T)
+    options = {"precision": "off", "ranks": SINGLE_PROCESS, "truncation": None}
+    policy = replace(policy, max_new_tokens=T, **options)
     prompts = _random_prompts(policy)
     devices = [] if device.type == "cpu" else [device]
     problems = []

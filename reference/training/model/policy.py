@@ -25,6 +25,7 @@ from reference.training.model.check import check_questions, choose_sampler, lear
 from reference.training.rollout.chat_template import Messages, common_opening
 from reference.training.rollout.generate import Completions, Prompts, encode
 from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
+from reference.training.rollout.truncation import Truncation
 from reference.training.tasks.tasks import Question
 
 
@@ -46,6 +47,7 @@ class Policy:
         opening: the turns with which all questions begin, and a chat too.
         precision: the precision of `autocast`.
         sampler: the default of `sample`, and the sampler of `chat_reply`.
+        truncation: top-k, top-p and min-p of every sampler, except where it is greedy.
         ranks: the ranks that sample at the same time, each its shard.
         without_adapter: run the base model of a LoRA model.
         max_positions: the length of the model's table of positions, if it has one.
@@ -61,6 +63,7 @@ class Policy:
     precision: Literal["auto", "bf16", "off"] = "auto"
     gradient_checkpointing: bool = False
     sampler: Sampler = shared_prompt
+    truncation: Truncation | None = None
     ranks: Ranks = SINGLE_PROCESS
     without_adapter: bool = False
     max_positions: int | None = None
@@ -201,6 +204,7 @@ def load_policy(
         system=system,
         opening=opening,
         sampler=sampler,
+        truncation=config.truncation,
         ranks=ranks,
     )
     check_questions(policy, questions)

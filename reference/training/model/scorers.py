@@ -34,7 +34,7 @@ class Scorer:
         """Return the log-probs [B·G, T] of the batch's tokens, 0 outside the loss mask."""
         token_stats, _ = self._forward(policy, batch)
         with policy.autocast():
-            return token_stats(mask=batch.loss_mask, temperature=temperature, entropy=False)
+            return token_stats(entropy=False, **_common_keywords(batch, temperature))
 
     def loss(
         self,
@@ -56,17 +56,16 @@ class Scorer:
         if store_old_logprob and batch.old_logprob is None:
             # An autocast context of its own: one would cache weights cast without gradient.
             with torch.no_grad(), policy.autocast():
-                stats = token_stats(mask=batch.loss_mask, temperature=temperature, entropy=False)
+                stats = token_stats(entropy=False, **_common_keywords(batch, temperature))
             batch.old_logprob = stats.logprob
         with policy.autocast():
             return grpo_loss(
                 batch.advantages,
-                mask=batch.loss_mask,
+                **_common_keywords(batch, temperature),
                 old_logprob=batch.old_logprob,
                 ref_logprob=batch.ref_logprob,
                 sampling_logprob=batch.sampling_logprob,
                 config=config,
-                temperature=temperature,
                 **denominators,
             )
 
@@ -78,6 +77,11 @@ class Scorer:
     def score(self, model: Any, packed: Packed, tokens: Tensor) -> Scores:
         """Run the model; return token_stats and grpo_loss of its predictions of the tokens."""
         raise NotImplementedError
+
+
+def _common_keywords(batch: MicroBatch, temperature: float) -> dict[str, Any]:
+    support = {} if batch.support is None else {"support": batch.support}
+    return {"mask": batch.loss_mask, "temperature": temperature, **support}
 
 
 class FusedScorer(Scorer):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from grpo_kernels import TokenSupport
 from reference.training.rollout.chat_template import Messages, apply_chat_template
+from reference.training.rollout.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,50 @@ class Completions:
         tokens: [B·G, T].
         mask: [B·G, T], True up to and including the end-of-sequence token. It is made from
             positions, never from token ids, because many tokenizers pad with that very token.
-        logprob: [B·G, T], the sampler's log-probs of its tokens, 0 under the mask.
+        logprob: [B·G, T], the sampler's log-probs of its tokens, 0 under the mask. Those of a
+            truncated distribution are normalised over the tokens that it kept.
         finished: [B·G], True if the completion has its end-of-sequence token.
+        support: the tokens that a truncated distribution kept, one range per entry of `tokens`,
+            empty under the mask; None if it was not truncated, or with --no-support.
     """
 
     tokens: Tensor
     mask: Tensor
     logprob: Tensor
     finished: Tensor
+    support: TokenSupport | None = None
 
     @classmethod
     def from_lists(
-        cls, tokens: list[list[int]], logprobs: list[list[float]], policy
+        cls,
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+        policy,
+        support: TokenSupport | None = None,
     ) -> Completions:
-        """Pad completions for a policy; a finished one includes its end token."""
+        """Pad completions for a policy; a finished one includes its end token.
+
+        support: one range per token, completion after completion.
+        """
         device = policy.device
+        mask = _pad([[True] * len(row) for row in tokens], False, "right").to(device)
+        if support is not None:
+            support = support.to(device).select(_number_true(mask))
         return cls(
             _pad(tokens, policy.tokenizer.pad_token_id, "right").to(device),
-            _pad([[True] * len(row) for row in tokens], False, "right").to(device),
+            mask,
             _pad(logprobs, 0.0, "right").to(device),
             torch.tensor([row[-1] in policy.eos_ids for row in tokens], device=device),
+            support,
+        )
+
+    def __getitem__(self, rows) -> Completions:
+        """Select completions."""
+        support = self.support
+        if support is not None:
+            support = support.select(number_tokens(self.tokens)[rows])
+        return Completions(
+            self.tokens[rows], self.mask[rows], self.logprob[rows], self.finished[rows], support
         )
 
 
@@ -85,6 +111,16 @@ def encode(
     return Prompts(ids.to(device), mask.to(device))
 
 
+def number_tokens(tokens: Tensor) -> Tensor:
+    """Number the entries of `tokens` as the ranges of their support are numbered."""
+    return torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
+
+
+def _number_true(mask: Tensor) -> Tensor:
+    """Number the True entries row by row; the others are -1."""
+    return torch.where(mask, mask.flatten().cumsum(0).view(mask.shape) - 1, -1)
+
+
 def _pad(rows: Sequence[Sequence], value: float, side: str) -> Tensor:
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
@@ -100,9 +136,10 @@ def generate(
     eos_ids: Sequence[int],
     pad_id: int,
     temperature: float = 1.0,
+    truncation: Truncation | None = None,
     draw: Callable[[], Tensor] | None = None,
 ) -> Completions:
-    """Sample `group_size` completions per prompt; temperature 0 decodes greedily.
+    """Sample `group_size` completions per prompt; temperature 0 decodes greedily, untruncated.
 
     A completion that has ended leaves the batch; sampling stops when all have. T is the length of
     the longest completion. `draw` returns a random number in [0, 1) per completion.
@@ -127,12 +164,18 @@ def generate(
     mask = torch.zeros((R, max_new_tokens), dtype=torch.bool, device=device)
     finished = torch.zeros(R, dtype=torch.bool, device=device)
     rows = torch.arange(R, device=device)  # the completions that have not ended
+    truncation = None if temperature == 0 else truncation
+    supports = []  # of each step, of the completions that had not ended
     draw = draw or partial(torch.rand, R, device=device)
     attention = prompts.mask.repeat_interleave(group_size, dim=0)
     position = attention.sum(-1, keepdim=True)
     for step in range(max_new_tokens):
         # A number is drawn for every row, so no draw depends on which other rows have ended.
-        token, logprob[rows, step] = _choose(logits.float(), temperature, draw()[rows])
+        logits = logits.float()
+        if truncation is not None:
+            logits, support = truncation(logits, temperature)
+            supports += [support] if truncation.return_support else []
+        token, logprob[rows, step] = _choose(logits, temperature, draw()[rows])
         tokens[rows, step], mask[rows, step] = token, True
         ended = torch.isin(token, eos)
         finished[rows] = ended
@@ -153,7 +196,12 @@ def generate(
         )
         logits = output.logits[:, -1]
     longest = step + 1
-    return Completions(tokens[:, :longest], mask[:, :longest], logprob[:, :longest], finished)
+    support = None
+    if supports:
+        support = TokenSupport.cat(supports).select(_number_true(mask[:, :longest].T).T)
+    return Completions(
+        tokens[:, :longest], mask[:, :longest], logprob[:, :longest], finished, support
+    )
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Samplers: the loop of `generate`, two engines of transformers, or a server.
 
 A sampler is a callable (policy, prompts, group_size, temperature) -> Completions. Every sampler
-draws from softmax(logits / temperature), untruncated: the top-k, top-p or repetition penalty of a
-model's generation_config.json would make sampler and trainer two policies. A sampler returns its
-own log-probs. Engines that sum in another order or precision differ from the trainer; the metric
-sampling/sampling_logp_difference shows by how much.
+draws from softmax(logits / temperature), truncated by `policy.truncation` alone. The settings of a
+model's generation_config.json are not followed: a repetition penalty would make sampler and trainer
+two policies. A sampler returns its own log-probs and, of a truncated distribution, the tokens that
+it kept, over which the loss then normalises. Engines that sum in another order or precision differ
+from the trainer; the metric sampling/sampling_logp_difference shows by how much.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels import TokenSupport
 from reference.training.errors import UserError
-from reference.training.rollout.generate import Completions, Prompts, generate
+from reference.training.rollout.generate import Completions, Prompts, generate, number_tokens
+from reference.training.rollout.truncation import Truncation
 from reference.training.rollout.vllm_client import ServerSampler
 
 Sampler = Callable[[Any, Prompts, int, float], Completions]
@@ -51,6 +54,7 @@ def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float)
             eos_ids=policy.eos_ids,
             pad_id=policy.tokenizer.pad_token_id,
             temperature=temperature,
+            truncation=policy.truncation,
             draw=draw,
         )
 
@@ -60,7 +64,7 @@ def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -
     from transformers import LogitsProcessorList
 
     rows = prompts[torch.arange(len(prompts.ids)).repeat_interleave(group_size)]
-    recorder = RecordLogprobs(temperature)
+    recorder = Recorder(temperature, policy.truncation)
     settings = generation_config(policy, do_sample=temperature > 0)
     with policy.autocast(), override_generation_config(policy.model, settings):
         ids = policy.model.generate(
@@ -74,23 +78,37 @@ def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -
     ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=tokens.device))
     # After its first end token a row is padding, whichever token pads it.
     mask = ends.long().cumsum(-1) - ends.long() == 0
-    return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1))
+    support = None
+    if recorder.supports:  # one step after another, each of all rows
+        number = number_tokens(tokens.T).T.where(mask, -1)
+        support = TokenSupport.cat(recorder.supports).select(number)
+    return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1), support)
 
 
-class RecordLogprobs:
-    """A logits processor that applies the temperature and records the log-probs of drawn tokens.
+class Recorder:
+    """A logits processor that applies temperature and truncation, and records what is drawn.
 
     `generate` can return the scores of all steps instead: T times the vocabulary per completion.
+
+    Attributes:
+        logprobs: [R, 1] of each step, those of the drawn tokens.
+        supports: of each step, if the truncation returns them.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, truncation: Truncation | None) -> None:
         self.temperature = temperature or 1.0  # 0 is greedy and scored at 1
+        self.truncation = truncation if temperature > 0 else None
         self.logprobs: list[Tensor] = []
+        self.supports: list[TokenSupport] = []
         self.last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.record(input_ids)
-        self.last = (scores.float() / self.temperature).log_softmax(-1)
+        scores = scores.float()
+        if self.truncation is not None:
+            scores, support = self.truncation(scores, self.temperature)
+            self.supports += [support] if self.truncation.return_support else []
+        self.last = (scores / self.temperature).log_softmax(-1)
         return self.last
 
     def record(self, input_ids: Tensor) -> None:
@@ -103,7 +121,7 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
     """Sample with `model.generate_batch` of transformers: continuous batching.
 
     It runs in another thread, where autocast has no effect: the model computes in the dtype of its
-    weights.
+    weights. Top-k and top-p are those of transformers, which returns no tokens that it kept.
     """
     if not hasattr(policy.model, "generate_batch"):
         raise UserError(
@@ -115,6 +133,8 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
     settings = generation_config(policy, do_sample=temperature > 0)
     if temperature > 0:
         settings.temperature = temperature
+        if policy.truncation is not None:
+            settings.top_k, settings.top_p = policy.truncation.top_k, policy.truncation.top_p
     from transformers.generation import ContinuousBatchingConfig
 
     # By default the cache takes most of the memory. Here it holds as many completions as a
@@ -149,7 +169,7 @@ def continuous(policy, prompts: Prompts, group_size: int, temperature: float) ->
 
 
 def generation_config(policy, **options):
-    """Make a config that samples the model's own distribution; by default top-k would be 50."""
+    """Make a config that truncates nothing; by default top-k would be 50."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

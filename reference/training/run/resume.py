@@ -47,15 +47,17 @@ CODE = ("reward", "step_reward")
 COMMAND_LINE_ONLY = (*CODE, "cache_dir")
 
 
+# A setting that did not exist yet and changes nothing by default has its default.
+NEUTRAL = {
+    field.name: field.default
+    for field in fields(TrainConfig)
+    if field.default is None or field.name in {*MAY_CHANGE, *LOSS_SETTINGS, "support"}
+}
+
+
 def load_settings(run: Path) -> TrainConfig:
     """Load the settings of a run, except the code and the --cache-dir that they name."""
-    # A setting that did not exist yet and changes nothing by default has its default.
-    neutral = {
-        field.name: field.default
-        for field in fields(TrainConfig)
-        if field.default is None or field.name in MAY_CHANGE or field.name in LOSS_SETTINGS
-    }
-    settings = neutral | _read_settings(run)
+    settings = NEUTRAL | _read_settings(run)
     types = get_type_hints(TrainConfig)
     unknown = sorted(settings.keys() ^ types.keys())
     if unknown:
@@ -119,9 +121,9 @@ def find_checkpoint(
     return checkpoint
 
 
-def check_settings_match(config: TrainConfig, saved: Mapping[str, Any], step: int) -> None:
+def check_settings_match(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
     """Raise a UserError if settings that decide the numbers of a run were changed."""
-    new = config.as_json()
+    new, saved = config.as_json(), NEUTRAL | saved
     code = {name: saved[name] for name in CODE if saved.get(name) and not new[name]}
     if code:
         raise UserError(

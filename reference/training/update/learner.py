@@ -5,6 +5,7 @@ Sizes: B questions, G completions per question, T tokens per completion.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -67,6 +68,8 @@ class Learner:
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
         self.steps = 0
+        self.measures_kept_mass = config.truncation is not None and not config.support
+        self.kept_mass_is_reported = not ranks.is_first
         # Halved micro-batches would make more passes than those of the other ranks.
         may_halve = not compares_tokens(loss_config) and ranks.size == 1
         self.splitter = MicroBatchSplitter(config.micro_batch, may_halve=may_halve)
@@ -136,6 +139,14 @@ class Learner:
         mean_norm = sum(grad_norms) / max(1, len(grad_norms))
         metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
         metrics |= combine_metrics(updates, sequence_means)
+        if "sampling/kept_mass" in metrics and not self.kept_mass_is_reported:
+            self.kept_mass_is_reported = True
+            print(
+                "warning: with --no-support the sampler is another policy than the trained one: "
+                f"the tokens that it kept have {metrics['sampling/kept_mass']:.1%} of the "
+                "probability, the mean of exp(log-prob of the policy - log-prob of the sampler)",
+                file=sys.stderr,
+            )
         if control is not None:
             metrics["entropy_coef"] = self.loss_config.entropy_coef
             if "entropy" in metrics:
@@ -172,6 +183,11 @@ class Learner:
                 (output.loss * self.policy.ranks.size).backward()
             losses.append(output.loss.detach())
             metrics.append(output.metrics | {"num_sequences": batch.loss_mask.any(dim=-1).sum()})
+            if self.measures_kept_mass:
+                assert batch.old_logprob is not None and batch.sampling_logprob is not None
+                mass = (batch.old_logprob - batch.sampling_logprob).exp()
+                total = torch.where(batch.loss_mask, mass, 0.0).sum()
+                metrics[-1]["sampling/kept_mass"] = total / batch.loss_mask.sum().clamp(min=1)
         return losses, metrics
 
     def loss(self, batch: MicroBatch, denominators: dict[str, int]) -> LossOutput:
@@ -183,7 +199,7 @@ class Learner:
             batch,
             self.loss_config,
             self.config.temperature,
-            store_old_logprob=self.config.inner_iterations > 1,
+            store_old_logprob=self.config.inner_iterations > 1 or self.measures_kept_mass,
             **denominators,
         )
 
@@ -208,6 +224,7 @@ class Learner:
             loss_mask,
             advantages,
             completions.logprob,
+            completions.support,
         )
         # Advantages of 0 have no gradient, unless the loss has a KL, an entropy bonus or a penalty,
         # or selects among all tokens of a micro-batch.

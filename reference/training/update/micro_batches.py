@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grpo_kernels import LossConfig
+from grpo_kernels import LossConfig, TokenSupport
 from reference.training.errors import UserError
 from reference.training.guards import is_out_of_memory
-from reference.training.rollout.generate import Prompts
+from reference.training.rollout.generate import Prompts, number_tokens
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ class MicroBatch:
     loss_mask: Tensor  # [B·G, T], True on those of them that are in the loss
     advantages: Tensor | None = None  # [B·G] or [B·G, T]
     sampling_logprob: Tensor | None = None  # [B·G, T]
+    support: TokenSupport | None = None  # the tokens that a truncated distribution kept
     old_logprob: Tensor | None = None  # [B·G, T], with more than one optimiser step per batch
     ref_logprob: Tensor | None = None  # [B·G, T], with a KL to the reference policy
 
@@ -48,7 +49,10 @@ class MicroBatch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, prompts=self.prompts[groups], **selected)
+        support = self.support
+        if support is not None:
+            support = support.select(number_tokens(self.tokens)[rows, :longest])
+        return replace(self, prompts=self.prompts[groups], support=support, **selected)
 
     def split(self, size: int) -> list[MicroBatch]:
         """Split into micro-batches of at most `size` questions."""

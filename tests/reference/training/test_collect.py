@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo_kernels import TokenSupport
 from reference.training import collect
 from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
@@ -41,6 +42,10 @@ class ScriptedPolicy:
             mask,
             torch.full(mask.shape, -0.5),
             torch.ones(len(numbers), dtype=torch.bool),
+            # The first token of completion n was drawn among n ids, the others among all.
+            TokenSupport.from_lists(
+                [range(n) if t == 0 else [] for n in numbers for t in range(width)]
+            ),
         )
         ids = torch.tensor([int(q.text) for q in questions])[:, None].expand(-1, width)
         return SampledCompletions(
@@ -124,6 +129,9 @@ def test_dynamic_sampling_replaces_groups_without_signal():
         prompts = found.samples.prompts
         assert set(prompts.ids[b][prompts.mask[b]].tolist()) == {int(question.text)}
         assert prompts.mask[b, -1] and done.mask[row, 0]
+    lengths = done.support.lengths.view(done.tokens.shape)
+    assert torch.equal(lengths[:, 0], done.tokens[:, 0]) and not lengths[:, 1:].any()
+    assert done.support.token_ids.tolist() == [i for n in done.tokens[:, 0] for i in range(n)]
     assert found.num_sampled_tokens > done.mask.sum(), "discarded tokens are counted"
 
 

@@ -195,6 +195,12 @@ EARLY = {
     "--task jsonl --data nowhere.jsonl --model x": "error: cannot read nowhere.jsonl",
     "--reward nowhere.py:f": "error: reward 'nowhere.py:f': there is no file nowhere.py",
     "--sampler vlm": "error: --sampler must be shared-prompt",
+    "--top-k -1": "error: --top-k must be at least 0; got -1",
+    "--top-p 0": "error: --top-p must be above 0 and at most 1; got 0",
+    "--min-p nan": "error: --min-p must be 0 to 1; got nan",
+    "--no-support": "error: --no-support concerns --top-k, --top-p and --min-p: set one of them",
+    "--sampler continuous --top-p 0.8": "error: --sampler continuous does not return the tokens",
+    "--sampler continuous --min-p 0.1 --no-support": "error: --min-p: the continuous batching of",
     "--epsilon-low -1": "error: --loss grpo: --epsilon-low",
     "--output-dir mine": "error: --output-dir mine is not empty: name a new one, or leave the flag "
     "out; or go on with its run by --resume mine, or replace it by --overwrite",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_kernels import TokenSupport
 from reference.training.distributed import SINGLE_PROCESS, Ranks, to_device
 from reference.training.errors import UserError
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
@@ -172,8 +173,10 @@ def test_single_process_needs_no_collectives():
 
 
 def test_to_device_moves_nested_tensors():
-    value = {"a": [torch.ones(1)], "b": (1, "text")}
-    assert to_device(value, torch.device("meta"))["a"][0].is_meta
+    value = {"a": [torch.ones(1)], "b": (1, "text"), "c": TokenSupport.from_lists([[1]])}
+    moved = to_device(value, torch.device("meta"))
+    assert moved["a"][0].is_meta and moved["b"] == value["b"]
+    assert moved["c"].token_ids.is_meta and moved["c"].offsets.is_meta
 
 
 def test_settings_unsuited_to_several_ranks_are_named():

@@ -52,7 +52,7 @@ def test_unknown_flag_suggests_the_right_one(flag, meant, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--top-k 3", "there is no flag --top-k: completions are sampled from the whole"),
+        ("--repetition-penalty 1.1", "there is no flag --repetition-penalty: a penalty would make"),
         ("--weight_decay 0", "there is no flag --weight_decay: the optimiser is AdamW without"),
         ("--bias", "there is no flag --bias; --help all lists every flag"),
         ("-x", "there is no flag -x; --help all lists every flag"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_kernels import TokenSupport
 from reference.training.rollout.generate import (
     Completions,
     _choose,
@@ -213,9 +214,16 @@ def test_from_lists_pads_and_marks_finished_completions():
         tokenizer=SimpleNamespace(pad_token_id=END), eos_ids=[END, 9], device=torch.device("cpu")
     )
     completions = Completions.from_lists(
-        [[5, 9, END], [7], [5, 6, 8]], [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]], policy
+        [[5, 9, END], [7], [5, 6, 8]],
+        [[-0.5, -1.5, -0.25], [-2.0], [-1.0, -1.0, -1.0]],
+        policy,
+        TokenSupport.from_lists([[5], [9, 2], [], [7, 3], [5], [6], [8]]),
     )
     assert completions.tokens.tolist() == [[5, 9, END], [7, END, END], [5, 6, 8]]
     assert completions.mask.tolist() == [[True] * 3, [True, False, False], [True] * 3]
     assert completions.logprob[1].tolist() == [-2.0, 0.0, 0.0]
     assert completions.finished.tolist() == [True, False, False]
+    selected = completions[[1, 0]]
+    assert selected.tokens.tolist() == [[7, END, END], [5, 9, END]]
+    assert selected.support.lengths.tolist() == [2, 0, 0, 1, 2, 0]
+    assert selected.support.token_ids.tolist() == [7, 3, 5, 9, 2]

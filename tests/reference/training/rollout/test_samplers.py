@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo_kernels import support_from_logits
+from reference import losses
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.load import from_scratch
-from reference.training.rollout.generate import encode
+from reference.training.rollout.generate import encode, number_tokens
 from reference.training.rollout.samplers import SAMPLERS, pick_sampler
+from reference.training.rollout.truncation import Truncation
 from tests.helpers.rollout import END, QUESTIONS, completion_logits
 
 LOCAL = ["shared-prompt", "generate", "continuous"]
@@ -34,9 +37,16 @@ def policy():
         device=torch.device("cpu"),
         max_new_tokens=6,
         autocast=nullcontext,
+        truncation=None,
         ranks=SINGLE_PROCESS,
     )
     torch.set_num_threads(threads)
+
+
+def truncated(policy, **rules):
+    """Truncate a policy, and end completions at a token that is likely enough to be kept."""
+    changes = {"truncation": Truncation(**rules), "eos_ids": [END, 14]}
+    return SimpleNamespace(**{**vars(policy), **changes})
 
 
 def sample(policy, name, group_size=3, temperature=1.0, questions=QUESTIONS):
@@ -60,6 +70,54 @@ def test_logprobs_match_the_trainer(policy, name, temperature):
     expected = trainer_logprobs(policy, prompts, completions, temperature)
     assert torch.allclose(completions.logprob[mask], expected[mask], atol=1e-4)
     assert (completions.logprob[~mask] == 0).all()
+
+
+RULES = [
+    {"top_k": 3},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("name", ["shared-prompt", "generate"])
+def test_supports_are_those_of_the_logits_and_logprobs_those_of_the_trainer(policy, name, rules):
+    prompts, done = sample(truncated(policy, **rules), name, group_size=20, temperature=2.0)
+    assert not done.mask.all() and done.support is not None
+    with torch.no_grad():
+        logits = completion_logits(policy.model, prompts, done.tokens, done.mask)
+    expected = support_from_logits(logits, temperature=2.0, **rules)
+    expected = expected.select(torch.where(done.mask, number_tokens(done.tokens), -1))
+    assert len(expected.token_ids) > 0
+    assert all(map(torch.equal, done.support, expected))
+    # This raises if a token was drawn outside of its support.
+    stats = losses.token_stats(
+        logits, done.tokens, temperature=2.0, mask=done.mask, support=done.support
+    )
+    torch.testing.assert_close(stats.logprob, done.logprob, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_without_support_samplers_truncate_alike(policy, name):
+    rules = {"top_k": 3, "top_p": 0.9}
+    prompts, done = sample(truncated(policy, **rules, return_support=False), name, group_size=20)
+    assert done.support is None
+    with torch.no_grad():
+        logits = completion_logits(policy.model, prompts, done.tokens, done.mask)
+    support = support_from_logits(logits, **rules)
+    expected = losses.token_stats(logits, done.tokens, mask=done.mask, support=support).logprob
+    torch.testing.assert_close(done.logprob, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_greedy_completions_are_not_truncated(policy, name):
+    ours, expected = (
+        sample(truncated(policy, top_k=k), name, group_size=2, temperature=0.0)[1] for k in (1, 0)
+    )
+    assert ours.support is expected.support is None
+    assert torch.equal(ours.tokens, expected.tokens)
+    assert torch.equal(ours.logprob, expected.logprob)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

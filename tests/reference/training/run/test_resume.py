@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[4]
 KILL_RUN = ROOT / "tests" / "helpers" / "kill_run.py"
 FLAGS = ["--minibatches", "2", "--inner-iterations", "2", "--entropy-target", "1", "--beta", "0.1"]
 FLAGS += ["--reference-refresh", "3", "--print-every", "2", "--learning-rate", "1e-3"]
+FLAGS += ["--top-p", "0.9"]
 
 
 @pytest.fixture(autouse=True)
@@ -486,6 +487,7 @@ WRONG = {
     "--learning-rate 1": "--learning-rate was 0.0004, not 1.0: these would make another run",
     "--prompts 4 --seed 1": "--prompts was 32, not 4, --seed was 0, not 1: these would make",
     "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
+    "--top-p 0.8": "--top-p was None, not 0.8: these",
     "--steps 1": "has 2 steps behind it; got --steps 1",
     "--chat": "--resume goes on with training: for --chat and --eval-only name --model",
     "--overwrite --output-dir x": "--resume goes on with a run, and --overwrite removes it",
@@ -580,9 +582,11 @@ def test_settings_from_before_a_field_of_loss_config_load(tmp_path, started):
 
 def test_settings_from_before_neutral_settings_load(tmp_path, started):
     found = json.loads((started / "settings.json").read_text())
-    del found["accept_changes"], found["pass_at"]
+    del found["accept_changes"], found["pass_at"], found["support"], found["top_p"]
     (tmp_path / "settings.json").write_text(json.dumps(found))
-    assert load_settings(tmp_path).pass_at is None
+    config = load_settings(tmp_path)
+    assert config.pass_at is config.truncation is None and config.support
+    resume.check_settings_match(config, found, 2)
 
 
 def test_settings_of_the_wrong_type_raise(tmp_path, started, capsys):

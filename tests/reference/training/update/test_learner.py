@@ -34,8 +34,8 @@ def test_slices_of_wider_tensors_are_accepted():
     learner, samples = make_learner()
     expected = learner.step(samples, ADVANTAGES)
     learner, samples = make_learner()
-    columns = vars(samples.completions).items()
-    wider = {name: torch.cat([x, x], dim=1)[:, : x.shape[1]] for name, x in columns if x.dim() == 2}
+    columns = {name: getattr(samples.completions, name) for name in ("tokens", "mask", "logprob")}
+    wider = {name: torch.cat([x, x], dim=1)[:, : x.shape[1]] for name, x in columns.items()}
     sliced = replace(samples, completions=replace(samples.completions, **wider))
     assert learner.step(sliced, ADVANTAGES) == expected
 
@@ -46,6 +46,38 @@ def test_first_inner_iteration_has_ratio_one_and_a_gradient():
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-12)
     assert metrics["policy_loss"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["grad_norm"] > 1e-3
+
+
+PLAIN = PlainScorer()
+SCORERS = {"plain": PLAIN}
+RULES = {"top_p": 0.8, "temperature": 1.7}
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 1, "beta": 0.1}, {"minibatches": 2}])
+def test_ratio_to_a_truncated_sampler_is_one_at_the_first_update(scorer, changes, pytorch_backend):
+    learner, samples = make_learner(SCORERS[scorer], **RULES, **changes)
+    assert (samples.completions.support.lengths > 0).any()
+    metrics = learner.step(samples, ADVANTAGES)
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics.get("kl", 0.0) == pytest.approx(0.0, abs=1e-12)
+    assert "sampling/kept_mass" not in metrics
+
+
+def test_without_support_the_kept_mass_is_reported_once(capsys):
+    learner, samples = make_learner(**RULES, support=False)
+    assert samples.completions.support is None
+    done, (minibatch,) = samples.completions, learner.minibatches(samples, torch.ones(16))
+    with torch.no_grad():
+        logprob = PLAIN.token_stats(learner.policy, minibatch.micro_batches[0], 1.7).logprob
+    mass = (logprob - done.logprob).exp()[done.mask].mean().item()
+    first = learner.step(samples, torch.ones(16))
+    assert first["sampling/kept_mass"] == pytest.approx(mass, abs=1e-6) and mass < 0.9
+    assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(mass, abs=1e-6)
+    assert 0 < learner.step(samples, torch.ones(16))["sampling/kept_mass"] < 1
+    said = capsys.readouterr().err
+    assert said.startswith("warning: with --no-support") and said.count("\n") == 1
+    assert f"have {mass:.1%} of the probability, the mean of exp(" in said
 
 
 def test_later_inner_iterations_have_ratios():
