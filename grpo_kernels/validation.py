@@ -61,6 +61,8 @@ _OTHER_NAMES = {
     "hidden_states": "hidden",
     "ref_input": "ref_hidden",
     "chunk_size": "chunk_tokens",
+    "rollout_rs": "rejection",
+    "m2_threshold": "second_moment",
     "rollout_log_probs": "sampling_logprob",
     "num_items_in_batch": "normalizer",
     "lora": "adapter",

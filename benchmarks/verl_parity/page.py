@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from benchmarks.core.results import DIRECTORY
 from benchmarks.report import tables
-from benchmarks.verl_parity import estimators, losses
+from benchmarks.verl_parity import estimators, losses, rejection
 
 RESULTS = DIRECTORY / "verl_parity.md"
 TEMPLATE = """\
@@ -37,6 +37,13 @@ completion. verl adds 1e-6 to a standard deviation and 1e-8 to a variance; ours 
 unchanged number.
 
 {estimators}
+
+## Rejection
+
+verl's `rollout_rs` with its threshold, and the same rules as `LossConfig.rejection`, on random
+log-ratios.
+
+{rejection}
 """
 
 
@@ -65,10 +72,22 @@ def format_page() -> str:
         ]
         for name, (estimator, keywords) in estimators.NAMES.items()
     ]
+    rejections = [
+        [
+            f"`{option}`",
+            f"`{threshold}`",
+            ", ".join(f"`{rule}`" for rule in rules),
+            *map(str, rejection.kept_tokens(option, threshold)),
+        ]
+        for (option, threshold), rules in rejection.RULES.items()
+    ]
     return TEMPLATE.format(
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "verl")),
         metrics=", ".join(f"`{name}`" for name in losses.METRICS),
         losses=tables.table(["ours", "verl", "batches", "loss", "gradient", "metrics"], rows),
         differences="\n".join(items),
         estimators=tables.table(["ours", "verl", *estimators.GROUPS], advantages),
+        rejection=tables.table(
+            ["rollout_rs", "threshold", "ours", "tokens", "kept by verl", "different"], rejections
+        ),
     )

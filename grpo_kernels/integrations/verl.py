@@ -73,12 +73,16 @@ OBJECTIVES: dict[str, Fields] = {
 SEQUENCE_MEANS = frozenset({"sapo", "gmpo"})
 
 # Fields of a LossConfig that must have their default, because verl does what they would do.
-_VERL_DOES = dict.fromkeys(
-    ("beta", "entropy_coef", "top_entropy"),
-    "passes no reference log-probs and no entropies, and adds both terms itself",
-) | dict.fromkeys(
-    ("importance_mode", "importance_level", "importance_floor", "importance_cap"),
-    "weights the tokens of a sampler itself, by rollout_is_weights",
+_VERL_DOES = (
+    dict.fromkeys(
+        ("beta", "entropy_coef", "top_entropy"),
+        "passes no reference log-probs and no entropies, and adds both terms itself",
+    )
+    | dict.fromkeys(
+        ("importance_mode", "importance_level", "importance_floor", "importance_cap"),
+        "weights the tokens of a sampler itself, by rollout_is_weights",
+    )
+    | {"rejection": "rejects tokens itself, by rollout_rs"}
 )
 
 _AGGREGATIONS = {
@@ -236,7 +240,11 @@ def _aggregation(
     loss_scale_factor: int | None = None,
 ) -> tuple[dict[str, Any], float | Tensor]:
     """Return (fields of LossConfig, normalizer); verl does not count fully masked sequences."""
-    fields = {"aggregation": _AGGREGATIONS[mode], "max_completion_length": None}
+    fields: dict[str, Any] = {
+        "aggregation": _AGGREGATIONS[mode],
+        "max_completion_length": None,
+        "completions_per_prompt": None,
+    }
     if mode == "token-sum":
         return fields, 1 / dp_size
     count = batch_num_tokens if mode == "token-mean" else global_batch_size

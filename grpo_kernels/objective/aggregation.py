@@ -5,7 +5,7 @@ the whole batch's denominator, then add up to the whole batch's loss.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,28 @@ from .sequences import Sequences
 
 
 class Aggregation(NamedTuple):
-    """A sum over tokens, each divided by its sequence's length or not, over a denominator."""
+    """A sum over tokens, each divided by a length of its own or not, over a denominator."""
 
-    over_length: bool
-    denominator: Callable[[Tensor, int, LossConfig], Tensor | int]  # (tokens, sequences, config)
+    length: Callable[[Sequences, torch.dtype, Any], Tensor] | None
+    denominator: Callable[[Tensor, int, Any], Tensor | int]  # (tokens, sequences, config)
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
-    "sequence_mean": Aggregation(True, lambda tokens, sequences, config: sequences),
-    "token_mean": Aggregation(False, lambda tokens, sequences, config: tokens.clamp(min=1)),
-    "fixed_length": Aggregation(
-        False, lambda tokens, sequences, config: sequences * config.max_completion_length
+    "sequence_mean": Aggregation(
+        lambda sequences, dtype, config: sequences.lengths(dtype),
+        lambda tokens, sequences, config: sequences,
     ),
-    "sequence_sum_mean": Aggregation(False, lambda tokens, sequences, config: sequences),
+    "token_mean": Aggregation(None, lambda tokens, sequences, config: tokens.clamp(min=1)),
+    "fixed_length": Aggregation(
+        None, lambda tokens, sequences, config: sequences * config.max_completion_length
+    ),
+    "sequence_sum_mean": Aggregation(None, lambda tokens, sequences, config: sequences),
+    "prompt_mean": Aggregation(
+        lambda sequences, dtype, config: sequences.prompt_lengths(
+            dtype, config.completions_per_prompt
+        ),
+        lambda tokens, sequences, config: sequences // config.completions_per_prompt,
+    ),
 }
 
 
@@ -42,10 +51,10 @@ def token_weights(
 
     The loss is the weighted sum of the terms. `normalizer` replaces the denominator.
     """
-    over_length, denominator = AGGREGATIONS[config.aggregation]
+    length, denominator = AGGREGATIONS[config.aggregation]
     weight = sequences.keep.to(dtype)
-    if over_length:
-        weight = weight / sequences.lengths(dtype)
+    if length is not None:
+        weight = weight / length(sequences, dtype, config)
     if normalizer is None:
         return weight / denominator(sequences.keep.sum(), sequences.count, config)
     return (weight / _nonzero(normalizer)).to(dtype)

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
 from ..validation import expect_choice, expect_number, nearest, suggest_keywords
+from .rejection import RejectionRule
 from .surrogates import SURROGATES, Surrogate
 
 
@@ -44,6 +45,7 @@ class _Derived(metaclass=_Objectives):
     """Attributes that LossConfig computes at construction. They are not settings."""
 
     policy_term: Surrogate
+    rejection_rules: tuple[RejectionRule, ...]
     text: str
 
 
@@ -123,15 +125,18 @@ class LossConfig(_Derived):
     entropy_coef: float = _setting(0.0)
     """Coefficient of the entropy bonus. mini-GRPO writes the same bonus with a negative coefficient
     in front of the entropy."""
-    aggregation: Literal["sequence_mean", "token_mean", "fixed_length", "sequence_sum_mean"] = (
-        "sequence_mean"
-    )
+    aggregation: Literal[
+        "sequence_mean", "token_mean", "fixed_length", "sequence_sum_mean", "prompt_mean"
+    ] = "sequence_mean"
     """From token terms to one number. sequence_mean: mean over sequences of their token means.
     token_mean: mean over tokens. fixed_length: sum over (sequences · max_completion_length).
-    sequence_sum_mean: mean over sequences of their token sums. A sequence without an unmasked token
-    counts as 0."""
+    sequence_sum_mean: mean over sequences of their token sums. prompt_mean: mean over prompts of
+    the mean over all tokens of their completions (ScaleRL, 2510.13786). A sequence or a prompt
+    without an unmasked token counts as 0."""
     max_completion_length: int | None = _setting(None, at_least=1)
     """fixed_length: number of tokens in the denominator for each sequence."""
+    completions_per_prompt: int | None = _setting(None, at_least=1)
+    """prompt_mean: number of sequences, one after the other, that belong to one prompt."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
     """Treatment of the importance weight exp(old - sampling log-prob) of a policy term, where the
     sampler's log-probs are given. truncate: bound it to [importance_floor, importance_cap]. mask:
@@ -162,6 +167,15 @@ class LossConfig(_Derived):
     kl_cov_coef·|logprob - old| (arXiv:2505.22617)."""
     kl_cov_coef: float = _setting(1.0, at_least=0, read_with="kl_cov")
     """KL-Cov: coefficient of the penalty."""
+    second_moment: float | None = _setting(None, above=0)
+    """M2PO: drop the policy term of the tokens with the largest (logprob - old_logprob)², until the
+    mean of that over the other unmasked tokens of the call is at most this (arXiv:2510.01161)."""
+    rejection: tuple[str, ...] = ()
+    """Drop the policy term of tokens whose estimate of KL(sampler‖old policy) is out of bounds, as
+    verl's rollout_rs. Each entry is LEVEL_ESTIMATOR=BOUND and all must hold. Levels are token and,
+    for whole sequences, seq_sum, seq_mean and seq_max. Estimators are k1, k2 and k3. A bound is an
+    upper one, such as seq_mean_k3=0.01. The bounds of k1 are those of the ratio sampler / policy:
+    token_k1=0.5:2; one alone, U, stands for 1/U:U."""
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -173,6 +187,12 @@ class LossConfig(_Derived):
                 plain = int if isinstance(value, numbers.Integral) else float
                 # A NumPy number has another repr, which `decode` would not read.
                 object.__setattr__(self, name, plain(cast(Any, value)))
+        is_list = isinstance(self.rejection, tuple | list)
+        if not is_list or not all(isinstance(text, str) for text in self.rejection):
+            got = f"got {type(self.rejection).__name__} {self.rejection!r}"
+            raise TypeError(f"rejection must be a tuple of texts, {got}")
+        object.__setattr__(self, "rejection", tuple(self.rejection))
+        object.__setattr__(self, "rejection_rules", tuple(map(RejectionRule.parse, self.rejection)))
         self._check_unread_settings()
         self._check_combination()
         reads = _READS[self.surrogate]
@@ -194,7 +214,8 @@ class LossConfig(_Derived):
                     f"{name} is read by surrogate={' or '.join(map(repr, readers))} only, "
                     f"got {value!r} with surrogate={self.surrogate!r}"
                 )
-            if name.startswith("importance_") and SURROGATES[self.surrogate].relative_to_sampler:
+            compares_old = name == "rejection" or name.startswith("importance_")
+            if compares_old and SURROGATES[self.surrogate].relative_to_sampler:
                 raise ValueError(
                     f"{name} is not read by surrogate={self.surrogate!r}, whose ratio is the one "
                     f"to the sampler, got {value!r}"
@@ -202,19 +223,21 @@ class LossConfig(_Derived):
             needed = setting.metadata.get("read_with")
             if needed is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} is read with {needed} only, got {value!r} without")
-        if self.max_completion_length is not None and self.aggregation != "fixed_length":
-            raise ValueError(
-                "max_completion_length is read by aggregation='fixed_length' only, "
-                f"got {self.max_completion_length!r} with aggregation={self.aggregation!r}"
-            )
+        for name, reader in _OF_AGGREGATION.items():
+            if getattr(self, name) is not None and self.aggregation != reader:
+                raise ValueError(
+                    f"{name} is read by aggregation={reader!r} only, "
+                    f"got {getattr(self, name)!r} with aggregation={self.aggregation!r}"
+                )
 
     def _check_combination(self) -> None:
         surrogate, term = self.surrogate, SURROGATES[self.surrogate]
         for name, kind in _READS[surrogate].items():
             if kind is float and getattr(self, name) is None:
                 raise ValueError(f"surrogate={surrogate!r} needs {name}, got None")
-        if self.aggregation == "fixed_length" and self.max_completion_length is None:
-            raise ValueError("aggregation='fixed_length' needs max_completion_length, got None")
+        for name, reader in _OF_AGGREGATION.items():
+            if self.aggregation == reader and getattr(self, name) is None:
+                raise ValueError(f"aggregation={reader!r} needs {name}, got None")
         if self.delta is not None:
             expect_number("delta", self.delta, above=1 + self.epsilon_high)
         if self.ratio_cap is not None and self.ratio_floor > self.ratio_cap:
@@ -272,7 +295,11 @@ class LossConfig(_Derived):
     @property
     def needs_sampling(self) -> bool:
         """Tell if the sampler's log-probs must be given."""
-        return self.importance_mode == "mask" or self.policy_term.relative_to_sampler
+        return (
+            self.importance_mode == "mask"
+            or self.policy_term.relative_to_sampler
+            or len(self.rejection) > 0
+        )
 
     @property
     def reads_sequences(self) -> bool:
@@ -283,6 +310,7 @@ class LossConfig(_Derived):
             or not self.policy_term.token_level
             or self.importance_level == "sequence"
             or self.off_policy_threshold is not None
+            or any(rule.level != "token" for rule in self.rejection_rules)
         )
 
     @classmethod
@@ -395,6 +423,12 @@ class LossConfig(_Derived):
         return cls(**{**defaults, **overrides})
 
     @classmethod
+    def m2po(cls, **overrides: Any) -> Self:
+        """Plain ratio without the largest log-ratios, for old samples (arXiv:2510.01161)."""
+        defaults = {"surrogate": "ratio", "second_moment": 0.04, "aggregation": "token_mean"}
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
     def dppo(cls, **overrides: Any) -> Self:
         """CISPO without tokens whose probability moved by more than 0.15 (arXiv:2602.04879)."""
         bounds = {"epsilon_low": 0.15, "epsilon_high": 0.15, "ratio_cap": 20.0}
@@ -450,7 +484,9 @@ _RULES = {
         setting.metadata.get("bounds", {}),
     )
     for setting in fields(LossConfig)
+    if get_origin(setting.type) is not tuple
 }
+_OF_AGGREGATION = {"max_completion_length": "fixed_length", "completions_per_prompt": "prompt_mean"}
 _READS = {
     name: {setting.name: setting.type for setting in fields(surrogate)}
     for name, surrogate in SURROGATES.items()

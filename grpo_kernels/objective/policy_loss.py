@@ -91,11 +91,12 @@ def policy_loss(
         sampling_logprob: log-probs as the sampler computed them, without gradient.
         config: settings of the loss.
         normalizer: > 0, replaces the denominator of the aggregation. It is a number of sequences
-            ("sequence_mean", "sequence_sum_mean"), of tokens ("token_mean"), or of sequences ·
-            max_completion_length ("fixed_length"). With the normalizer of the whole batch, the
-            losses of micro-batches and ranks add up to exactly the loss of one big batch, unless a
-            filter ranks the tokens of the call. A 0-dim tensor that holds 0 divides by 1. DDP and
-            FSDP average gradients over ranks: divide the count of all ranks by their number.
+            ("sequence_mean", "sequence_sum_mean"), of prompts ("prompt_mean"), of tokens
+            ("token_mean"), or of sequences · max_completion_length ("fixed_length"). With the
+            normalizer of the whole batch, the losses of micro-batches and ranks add up to exactly
+            the loss of one big batch, unless a filter ranks the tokens of the call. A 0-dim tensor
+            that holds 0 divides by 1. DDP and FSDP average gradients over ranks: divide the count
+            of all ranks by their number.
         entropy_normalizer: likewise the number of tokens that the mean entropy divides by: all
             tokens, even if `config.top_entropy` averages over some. None follows `normalizer` for
             "token_mean"; otherwise the two must be given together.
@@ -175,7 +176,8 @@ def prepare_loss_inputs(
         check_cu_seqlens(cu_seqlens, shape)
     elif len(shape) == 1 and config.reads_sequences:
         settings = (
-            "surrogate", "ratio_level", "aggregation", "importance_level", "off_policy_threshold",
+            "surrogate", "ratio_level", "aggregation", "importance_level", "rejection",
+            "off_policy_threshold",
         )  # fmt: skip
         given = ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
         raise ValueError(f"packed [N] input needs cu_seqlens with {given}, got None")
@@ -191,6 +193,7 @@ def prepare_loss_inputs(
             expect_tensor(name, logprob, floating=True, shape=shape)
     if config.needs_sampling and sampling_logprob is None:
         reader = "importance_mode" if config.importance_mode == "mask" else "surrogate"
+        reader = "rejection" if config.rejection else reader
         raise ValueError(f"{reader}={getattr(config, reader)!r} needs sampling_logprob, got None")
     if config.policy_term.relative_to_sampler:
         logprobs |= {"old_logprob": sampling_logprob, "sampling_logprob": None}

@@ -29,18 +29,48 @@ class Sequences:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum x over each sequence; every token gets the sum of its sequence."""
+        return self._to_tokens(self._sums(x))
+
+    def max(self, x: Tensor) -> Tensor:
+        """Take the largest x of each sequence, for every token; -inf if all are masked."""
+        x = x.masked_fill(self.drop, -torch.inf)
+        if self._cu_seqlens is None:  # padded, because there may be no token
+            return self._to_tokens(torch.nn.functional.pad(x, (0, 1), value=-torch.inf).amax(-1))
+        lengths = self._cu_seqlens.diff()
+        return self._to_tokens(torch.segment_reduce(x, "max", lengths=lengths, unsafe=True))
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """Sum x over each sequence: [sequences]."""
         x = x.masked_fill(self.drop, 0)
         if self._cu_seqlens is None:
-            return x.sum(-1, keepdim=True).expand_as(x)
+            return x.sum(-1)
         # Not index_add: its atomics on a GPU would change the last bits from run to run.
-        sums = torch.segment_reduce(x, "sum", lengths=self._cu_seqlens.diff(), unsafe=True)
-        return sums[_sequence_ids(x.shape[0], self._cu_seqlens)]
+        return torch.segment_reduce(x, "sum", lengths=self._cu_seqlens.diff(), unsafe=True)
+
+    def _to_tokens(self, values: Tensor) -> Tensor:
+        """Give every token the value of its sequence."""
+        if self._cu_seqlens is None:
+            return values.unsqueeze(-1).expand(self.keep.shape)
+        return values[_sequence_ids(self.keep.shape[0], self._cu_seqlens)]
 
     def lengths(self, dtype: torch.dtype) -> Tensor:
         """Count the unmasked tokens of each token's sequence, at least 1."""
         if self._lengths is None:
             self._lengths = self.sum(self.keep.to(dtype)).clamp(min=1)
         return self._lengths.to(dtype)
+
+    def prompt_lengths(self, dtype: torch.dtype, completions: int) -> Tensor:
+        """Count the unmasked tokens of all completions of each token's prompt, at least 1.
+
+        completions: how many sequences in a row belong to one prompt.
+        """
+        if self.count % completions:
+            raise ValueError(
+                f"completions_per_prompt={completions} must divide the number of sequences, "
+                f"got {self.count}"
+            )
+        lengths = self._sums(self.keep.to(dtype)).view(-1, completions).sum(-1)
+        return self._to_tokens(lengths.clamp(min=1).repeat_interleave(completions))
 
     def mean(self, x: Tensor) -> Tensor:
         """Average x over each sequence; every token gets the mean of its sequence."""

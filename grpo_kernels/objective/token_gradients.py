@@ -36,6 +36,7 @@ def is_token_level(config: LossConfig, *, has_sampling: bool) -> bool:
         and config.policy_term.token_level
         and not (has_sampling and config.importance_level == "sequence")
         and config.kl_cov is None
+        and not config.rejection
         and all(getattr(config, name) is None for name in FILTERS)
     )
 

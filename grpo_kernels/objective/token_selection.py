@@ -4,14 +4,16 @@ LossConfig documents the settings. Nothing here is differentiated except the pen
 waits for the device.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .config import LossConfig
-from .ratios import PolicyRatios
+from .ratios import MAX_LOG_RATIO, PolicyRatios
 
 # Settings that turn a filter on. A filter looks at other tokens of the batch.
-FILTERS = ("off_policy_threshold", "top_entropy", "clip_cov")
+FILTERS = ("off_policy_threshold", "top_entropy", "clip_cov", "second_moment")
 
 
 def kept_by_filters(
@@ -34,6 +36,14 @@ def kept_by_filters(
         eligible &= (covariance > config.clip_cov_low) & (covariance < config.clip_cov_high)
         key = torch.where(eligible, torch.rand_like(covariance), torch.inf)
         kept["clip_cov"] = ~(eligible & _smallest(key, config.clip_cov, keep))
+    if config.second_moment is not None:
+        log_ratio = ratios.log_ratio.detach()
+        kept["second_moment"] = within_second_moment(log_ratio, keep, config.second_moment)
+    if config.rejection:
+        assert ratios.sampling_logprob is not None
+        difference = ratios.old_logprob - ratios.sampling_logprob
+        rules = (rule.keeps(difference, ratios.sequences) for rule in config.rejection_rules)
+        kept["rejection"] = functools.reduce(torch.logical_and, rules)
     return kept
 
 
@@ -45,6 +55,19 @@ def high_entropy(entropy: Tensor, keep: Tensor, fraction: float) -> Tensor:
     # Not ranked[...]: indexing with a number on the device would wait for it.
     below, above = ranked.take(torch.stack((position.floor(), position.ceil())).long()).unbind()
     return keep & ~(entropy < torch.lerp(below, above, position - position.floor()))
+
+
+def within_second_moment(log_ratio: Tensor, keep: Tensor, limit: float) -> Tensor:
+    """M2PO: find as many of the smallest (log-ratio)² as have a mean of at most the limit."""
+    square = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).square()
+    key = torch.where(keep & ~square.isnan(), square, torch.inf)
+    ranked = key.flatten().sort(stable=True).values
+    # Summed in fixed point: on a GPU a cumsum of floats changes in the last bits from run to run.
+    unit = 2.0**26
+    sums = (ranked.clamp(max=MAX_LOG_RATIO**2) * unit).round().long().cumsum(0)
+    counts = torch.arange(1, len(ranked) + 1, device=key.device)
+    fits = (sums <= limit * unit * counts) & (counts <= keep.sum())
+    return keep & (_rank(key) < fits.sum())
 
 
 def covariance_penalty(ratios: PolicyRatios, config: LossConfig) -> Tensor:
@@ -71,7 +94,11 @@ def _covariance(ratios: PolicyRatios) -> Tensor:
 
 def _smallest(key: Tensor, fraction: float, keep: Tensor) -> Tensor:
     """Find the smallest keys, as many as a fraction of the unmasked tokens, at least one."""
-    count = (fraction * keep.sum().to(key.dtype)).floor().clamp(min=1)
+    return _rank(key) < (fraction * keep.sum().to(key.dtype)).floor().clamp(min=1)
+
+
+def _rank(key: Tensor) -> Tensor:
+    """Return how many keys come before each when they are sorted."""
     order = key.flatten().argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device))
-    return (rank < count).view(key.shape)
+    return rank.view(key.shape)

@@ -57,7 +57,10 @@ def objective_metrics(
     if config.surrogate == "vespo":
         weights = vespo_weight(tokens, config)
         metrics["vespo/phi_seq_mean"] = _mean(means_by_sequence(weights, mask))
-    filters = (config.off_policy_threshold, config.top_entropy, config.clip_cov)
+    filters = (
+        *(config.off_policy_threshold, config.top_entropy, config.clip_cov, config.second_moment),
+        config.rejection or None,
+    )
     if any(setting is not None for setting in filters):
         metrics["filters/kept_mean"] = token_mean(kept.to(dtype), mask)
     if kl is not None:

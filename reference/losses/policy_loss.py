@@ -61,6 +61,7 @@ def policy_loss(
         or config.surrogate in ("vespo", "gmpo")
         or config.off_policy_threshold is not None
         or config.importance_level == "sequence"
+        or any(rule.startswith("seq_") for rule in config.rejection)
     )
     if logprob.dim() == 1 and cu_seqlens is None and reads_sequences:
         raise ValueError("a packed logprob needs cu_seqlens wherever sequences matter")
@@ -127,6 +128,10 @@ def _aggregate(x: Tensor, tokens: Tokens, config: Any, normalizer: float | Tenso
         total, denominator = (x.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), sequences
     elif config.aggregation == "fixed_length":
         total, denominator = x.sum(), sequences * config.max_completion_length
+    elif config.aggregation == "prompt_mean":
+        by_prompt = (-1, config.completions_per_prompt)
+        sums, lengths = (values.sum(-1).view(by_prompt).sum(-1) for values in (x, mask))
+        total, denominator = (sums / lengths.clamp(min=1)).sum(), max(len(sums), 1)
     else:  # sequence_sum_mean
         total, denominator = x.sum(-1).sum(), sequences
     return total / _nonzero(denominator if normalizer is None else normalizer)

@@ -41,7 +41,7 @@ def arrange(
         if cu_seqlens is None:  # packed tokens without boundaries are one row
             return x if x.dim() == 2 else x.unsqueeze(0)
         if len(cu_seqlens) == 1:
-            return x.reshape(1, 0)
+            return x.reshape(0, 0)
         return pad_sequence(list(x.split(cu_seqlens.diff().tolist())), batch_first=True)
 
     unmasked = rows(torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool())

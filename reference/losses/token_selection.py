@@ -1,12 +1,13 @@
 """Token filters, and the tokens that KL-Cov penalises. Numbers are arXiv ids."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reference.losses.ratios import log_ratio
-from reference.losses.sequences import Tokens, sequence_mean, token_mean
+from reference.losses.sequences import Tokens, sequence_mean, sequence_sum, token_mean
 from reference.losses.surrogates import clipped
 
 
@@ -19,6 +20,10 @@ def kept_tokens(tokens: Tokens, config: Any) -> Tensor:
         kept = kept & high_entropy(tokens, config.top_entropy)
     if config.clip_cov is not None:
         kept = kept & ~clip_cov(tokens, config)
+    if config.second_moment is not None:
+        kept = kept & within_second_moment(tokens, config.second_moment)
+    for text in config.rejection:
+        kept = kept & ~rejected(tokens, text)
     return kept
 
 
@@ -41,6 +46,45 @@ def high_entropy(tokens: Tokens, fraction: float) -> Tensor:
     if not tokens.mask.any():
         return tokens.mask
     return tokens.mask & (entropies >= entropies[tokens.mask].quantile(1 - fraction))
+
+
+def within_second_moment(tokens: Tokens, limit: float) -> Tensor:
+    """Tokens that M2PO keeps: the most with the smallest l² whose mean is <= limit (2510.01161).
+
+    l is clamped to ±20.
+    """
+    squares = torch.where(tokens.mask, log_ratio(tokens).detach().clamp(-20, 20) ** 2, torch.inf)
+    order = squares.flatten().argsort(stable=True)[: int(tokens.mask.sum())]
+    sums = squares.flatten()[order].cumsum(0)
+    count = int((sums <= limit * torch.arange(1, len(order) + 1, device=sums.device)).sum())
+    kept = torch.zeros_like(tokens.mask).flatten()
+    kept[order[:count]] = True
+    return kept.view_as(tokens.mask)
+
+
+def rejected(tokens: Tokens, text: str) -> Tensor:
+    """Tokens that a rule such as "seq_mean_k3=0.01" or "token_k1=0.5:2" drops.
+
+    With x = old_logprob - sampling_logprob, clamped to ±20, k1 = -x, k2 = x²/2, k3 = e^x - 1 - x,
+    per token, or reduced over the sequence. A bound U is the largest that is kept; of k1 the
+    bounds are logarithms, and U alone is 1/U:U.
+    """
+    assert tokens.sampling_logprob is not None
+    name, _, bounds = text.partition("=")
+    level, _, estimator = name.rpartition("_")
+    x = (tokens.old_logprob - tokens.sampling_logprob).clamp(-20, 20)
+    value = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x}[estimator]
+    if level == "seq_sum":
+        value = sequence_sum(value, tokens.mask)
+    elif level == "seq_mean":
+        value = sequence_mean(value, tokens.mask)
+    elif level == "seq_max" and value.numel():
+        value = torch.where(tokens.mask, value, -torch.inf).amax(-1, keepdim=True)
+    lower, _, upper = bounds.rpartition(":")
+    if estimator != "k1":
+        return value > float(upper)
+    lowest = -math.log(float(upper)) if lower == "" else math.log(float(lower))
+    return (value < lowest) | (value > math.log(float(upper)))
 
 
 def clip_cov(tokens: Tokens, config: Any) -> Tensor:

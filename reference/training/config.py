@@ -147,8 +147,8 @@ class UpdateSettings:
     """Optimiser steps per pass, each on its share of the questions."""
     micro_batch: int | None = None
     """Questions per forward and backward pass. Fewer need less memory and give the same gradient,
-    except with --top-entropy, --clip-cov and --kl-cov, which compare the tokens of a micro-batch.
-    None: all at once."""
+    except with --top-entropy, --clip-cov, --kl-cov and --second-moment, which compare the tokens of
+    a micro-batch. None: all at once."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: each process has the whole model; fsdp: weights, gradients and AdamW's
     moments are sharded (FSDP2)."""
@@ -365,6 +365,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         scratch, lora = self.model == "scratch", self.lora_rank is not None
         refresh = self.reference_refresh is not None
         fixed_length = self.loss == "dr_grpo" or self.aggregation == "fixed_length"
+        per_prompt = self.completions_per_prompt
         each_reward = self.normalise_each_reward
         truncates = self.truncation is not None
         continuous, is_server = self.sampler == "continuous", "://" in self.sampler
@@ -430,6 +431,10 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 self.max_completion_length is not None and not fixed_length,
                 "--max-completion-length is the denominator of --aggregation fixed_length; the "
                 "longest completion is --max-new-tokens",
+            ),
+            (
+                per_prompt is not None and per_prompt != self.group_size,
+                "--completions-per-prompt is --group-size in this script: leave it out",
             ),
             (
                 self.kl_estimator != "k3" and self.beta == 0,
@@ -498,7 +503,9 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         aggregation = self.aggregation or ("fixed_length" if self.loss == "dr_grpo" else None)
         if aggregation == "fixed_length":
             given.setdefault("max_completion_length", self.max_new_tokens)
-        elif self.loss == "dr_grpo":
+        elif aggregation == "prompt_mean":
+            given.setdefault("completions_per_prompt", self.group_size)
+        if aggregation != "fixed_length" and self.loss == "dr_grpo":
             given.setdefault("max_completion_length", None)  # an argument that it requires
         try:
             return LossConfig.objectives()[self.loss](**given)

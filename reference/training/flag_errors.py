@@ -137,9 +137,9 @@ def _check_values(flag: str, kind: Any, values: list[str]) -> None:
         if values:
             raise UserError(f"{flag} is on or off and takes no value; got {shlex.join(values)}")
         return
-    if get_origin(kind) is tuple:
-        return
     options = (kind, *get_args(kind))  # of int | None too
+    if any(get_origin(option) is tuple for option in options):
+        return
     is_text = {str, Path} & {*options}
     if not values:
         dash = f"; one that begins with - is written {flag}=-..." if is_text else ""

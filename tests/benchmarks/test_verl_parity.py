@@ -7,7 +7,7 @@ import runpy
 
 import pytest
 
-from benchmarks.verl_parity import estimators, losses, page
+from benchmarks.verl_parity import estimators, losses, page, rejection
 
 pytest.importorskip("verl", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")  # verl's own, when it is imported
@@ -30,10 +30,16 @@ def test_advantages_equal_verls(name, groups):
     assert estimators.largest_difference(name, estimators.GROUPS[groups]) <= limit
 
 
+@pytest.mark.parametrize(("rollout_rs", "threshold"), rejection.RULES)
+def test_rejection_equals_verls(rollout_rs, threshold):
+    tokens, kept, different = rejection.kept_tokens(rollout_rs, threshold)
+    assert 0.2 * tokens < kept < 0.8 * tokens and different == 0
+
+
 def test_page_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "SEEDS", range(1))
     monkeypatch.setattr("sys.argv", ["verl_parity", "--out", str(tmp_path / "page.md")])
     runpy.run_module("benchmarks.verl_parity", run_name="__main__")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert text.startswith(page.TEMPLATE.split("\n")[0])
-    assert "not a number" not in text and text.count("\n| `") == 66
+    assert "not a number" not in text and text.count("\n| `") == 78

@@ -272,6 +272,10 @@ def _objective(draw, name: str, numbers: Numbers, shape, acc, logprob: Tensor) -
         cu_seqlens = sorted([0, *cuts, shape[0]])
         arguments["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
         sequences = len(cu_seqlens) - 1
+    if config.aggregation == "prompt_mean":
+        divisors = [n for n in range(1, max(sequences, 1) + 1) if sequences % n == 0]
+        completions = draw(st.sampled_from(divisors))
+        arguments["config"] = config = replace(config, completions_per_prompt=completions)
     per_sequence = draw(st.booleans()) and (len(shape) == 2 or "cu_seqlens" in arguments)
     advantages = numbers.normal(*((sequences,) if per_sequence else shape), dtype=acc)
     arguments["advantages"] = advantages * numbers.coin(*advantages.shape, p=0.8)

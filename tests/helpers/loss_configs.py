@@ -15,6 +15,13 @@ FILTERS = {
     "top_entropy": [0.2, 0.5],
     "clip_cov": [1.0],
     "kl_cov": [1e-4, 0.4],
+    "second_moment": [0.04, 0.3],
+    "rejection": [
+        ("token_k1=0.6:1.7",),
+        ("seq_sum_k1=3", "token_k3=0.2"),
+        ("seq_mean_k2=0.15",),
+        ("seq_max_k3=0.4", "seq_max_k1=0.5:2", "seq_mean_k3=0.3"),
+    ],
 }
 ANY = {
     "beta": [0.0, 0.04, 2.0],
@@ -53,12 +60,16 @@ def loss_configs(draw, *, filters=tuple(FILTERS), estimators=(*SAMPLED, "forward
     elif surrogate != "vespo":
         choices["importance_level"] = ["token", "token", "sequence"]
     names = draw(st.sets(st.sampled_from(filters), max_size=2)) if filters else set()
+    if SURROGATES[surrogate].relative_to_sampler:
+        names.discard("rejection")
     if names >= {"clip_cov", "kl_cov"}:
         names.remove("clip_cov")
     choices |= {name: FILTERS[name] for name in names}
     fields = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
     if fields["aggregation"] == "fixed_length":
         fields["max_completion_length"] = 7
+    if fields["aggregation"] == "prompt_mean":
+        fields["completions_per_prompt"] = 2
     if fields.get("importance_cap", 2.0) is None and fields["importance_floor"] is None:
         fields["importance_mode"] = "truncate"
     return LossConfig(surrogate=surrogate, **fields)

@@ -41,6 +41,7 @@ def test_named_constructors_and_overrides():
     assert LossConfig.ipo() == point(surrogate="ipo", **near, **of_tokens)
     near = {"epsilon_low": 0.05, "epsilon_high": 0.05, "ratio_cap": 20.0}
     assert LossConfig.dppo_kl() == point(surrogate="dppo_kl", **near, **of_tokens)
+    assert LossConfig.m2po() == point(surrogate="ratio", second_moment=0.04, **of_tokens)
     assert LossConfig.topr() == point(surrogate="topr", ratio_cap=1.0, **of_tokens)
     assert LossConfig.rollout_is() == point(surrogate="rollout_is", **of_tokens)
     assert LossConfig.dro() == point(surrogate="dro", proximal_coef=0.1, **of_tokens)
@@ -206,6 +207,23 @@ def test_decode_inverts_encode_except_for_entropy_coef():
             {"importance_mode": "mask", "importance_cap": None},
             "importance_mode='mask' needs importance_floor or importance_cap",
         ),
+        (ValueError, {"second_moment": 0}, "second_moment must be greater than 0, got 0"),
+        (TypeError, {"rejection": "token_k1=2"}, "rejection must be a tuple of texts, got str"),
+        (TypeError, {"rejection": ("token_k1=2", 3)}, "rejection must be a tuple of texts, got"),
+        (ValueError, {"rejection": ("token_k4=2",)}, "rejection must be LEVEL_ESTIMATOR=BOUND"),
+        (ValueError, {"rejection": ("seq_mean_k3",)}, "such as 'seq_mean_k3=0.01', got 'seq_"),
+        (ValueError, {"rejection": ("token_k2=one",)}, "rejection must be .*, got 'token_k2=one'"),
+        (ValueError, {"rejection": ("token_k2=0",)}, "bound of 'token_k2=0' .* be greater than 0"),
+        (ValueError, {"rejection": ("token_k2=inf",)}, "bound of 'token_k2=inf' .* must be finite"),
+        (ValueError, {"rejection": ("token_k2=1:2",)}, "'token_k2=1:2' .* one bound, of k2"),
+        (ValueError, {"rejection": ("token_k1=2:1",)}, "bounds of 'token_k1=2:1' .* must rise"),
+        (
+            ValueError,
+            {"surrogate": "rollout_is", "rejection": ("token_k1=2",)},
+            "rejection is not read by surrogate='rollout_is', .* got",
+        ),
+        (ValueError, {"aggregation": "prompt_mean"}, "needs completions_per_prompt, got None"),
+        (ValueError, {"completions_per_prompt": 4}, "is read by aggregation='prompt_mean' only"),
         (ValueError, {"clip_cov": 0.1, "kl_cov": 0.1}, "clip_cov and kl_cov .*: set only one"),
         (
             ValueError,
@@ -272,6 +290,11 @@ TOKEN_MEAN = LossConfig(aggregation="token_mean")
         ),
         (ValueError, {"config": LossConfig(top_entropy=0.2)}, "top_entropy=0.2 needs entropy"),
         (ValueError, {"config": LossConfig.icepop()}, "'mask' needs sampling_logprob, got None"),
+        (
+            ValueError,
+            {"config": LossConfig(rejection=("token_k2=1",))},
+            r"rejection=\('token_k2=1',\) needs sampling_logprob, got None",
+        ),
         (ValueError, {"config": LossConfig.ipo()}, "surrogate='ipo' needs sampling_logprob, got"),
         (TypeError, PACKED | {"cu_seqlens": torch.tensor([0.0, 4])}, "must be int32 or int64"),
         (ValueError, PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 4 tokens"),

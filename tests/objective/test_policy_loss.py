@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 2**31)
 quick = settings(max_examples=80, deadline=None)
 
 
-def make_inputs(seed, config, sequences=3, length=5, spread=0.5):
+def make_inputs(seed, config, sequences=4, length=5, spread=0.5):
     """Make padded fp64 inputs that `config` reads, with a ragged mask."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,6 +62,11 @@ def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
+def double(lengths):
+    """Make the sequences two per prompt."""
+    return [*lengths, *lengths[::-1]]
+
+
 def pack(inputs, keep):
     return {k: v[keep] for k, v in inputs.items() if k != "mask"}
 
@@ -81,7 +86,7 @@ def test_matches_reference(config, seed, per_token, normalized):
 
 
 @quick
-@given(CONFIGS, SEEDS, st.booleans(), st.lists(st.integers(0, 4), max_size=5))
+@given(CONFIGS, SEEDS, st.booleans(), st.lists(st.integers(0, 4), max_size=5).map(double))
 def test_packed_matches_reference_and_padded(config, seed, per_sequence, lengths):
     logprob, advantages, inputs = make_inputs(seed, config, len(lengths), 5)
     keep = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
@@ -160,16 +165,17 @@ def test_masked_tokens_have_no_effect(config, seed, garbage):
 
 
 @quick
-@given(loss_configs(filters=("off_policy_threshold",)), SEEDS)  # others look at the whole batch
+@given(loss_configs(filters=("off_policy_threshold", "rejection")), SEEDS)  # others rank tokens
 def test_micro_batches_add_up_to_one_batch(config, seed):
-    logprob, advantages, inputs = make_inputs(seed, config, sequences=5)
+    logprob, advantages, inputs = make_inputs(seed, config, sequences=6)
     loss, metrics, grads = run(policy_loss, logprob, advantages, inputs, config=config)
     tokens = inputs["mask"].sum()
     normalizer = {
-        "sequence_mean": 5,
+        "sequence_mean": 6,
         "token_mean": tokens,
-        "fixed_length": 5 * 7,
-        "sequence_sum_mean": 5,
+        "fixed_length": 6 * 7,
+        "sequence_sum_mean": 6,
+        "prompt_mean": 3,
     }[config.aggregation]
     parts = [
         run(
@@ -181,7 +187,7 @@ def test_micro_batches_add_up_to_one_batch(config, seed):
             normalizer=normalizer,
             entropy_normalizer=tokens,
         )
-        for part in (slice(0, 1), slice(1, 3), slice(3, 5))
+        for part in (slice(0, 2), slice(2, 6))
     ]
     assert_same(sum(part[0] for part in parts), loss)
     assert_same(sum(part[1]["policy_loss"] for part in parts), metrics["policy_loss"])
@@ -190,7 +196,7 @@ def test_micro_batches_add_up_to_one_batch(config, seed):
 
 
 @pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
-@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0), (0,)])
+@pytest.mark.parametrize("shape", [(4, 3), (0, 4), (4, 0), (0,)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("normalizer", [None, torch.tensor(0)])
 def test_all_masked_or_empty_gives_zero(aggregation, shape, level, normalizer):
@@ -198,6 +204,7 @@ def test_all_masked_or_empty_gives_zero(aggregation, shape, level, normalizer):
         aggregation=aggregation,
         ratio_level=level,
         max_completion_length=4 if aggregation == "fixed_length" else None,
+        completions_per_prompt=2 if aggregation == "prompt_mean" else None,
         beta=0.1,
         entropy_coef=0.1,
     )
@@ -231,7 +238,9 @@ def test_half_precision_accumulates_in_fp32(dtype):
     assert_same(half, single, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["off_policy_threshold", "top_entropy", "clip_cov"])
+@pytest.mark.parametrize(
+    "name", ["off_policy_threshold", "top_entropy", "clip_cov", "second_moment"]
+)
 def test_nan_logprob_passes_every_filter(name):
     config = LossConfig(**{name: 0.3})
     logprob = torch.tensor([[torch.nan, -1.0, -2.0]])
@@ -290,6 +299,12 @@ COMPILED = [
     LossConfig.gmpo(importance_level="sequence"),
     LossConfig.dppo(clip_cov=1.0),
     LossConfig.kl_covariance(),
+    LossConfig.m2po(
+        surrogate="reinforce",
+        aggregation="prompt_mean",
+        completions_per_prompt=2,
+        rejection=("token_k1=2", "seq_max_k3=1", "seq_mean_k2=1"),
+    ),
 ]
 
 
@@ -324,15 +339,15 @@ def test_compile_dynamic_length(packed, config):
     spread=st.sampled_from([0.1, 3.0, 40.0]),
 )
 def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
-    logprob = -normal(seed, 5, 6, dtype=torch.float64).abs().requires_grad_()
-    entropy = normal(seed + 1, 5, 6, dtype=torch.float64).abs().requires_grad_()
+    logprob = -normal(seed, 4, 6, dtype=torch.float64).abs().requires_grad_()
+    entropy = normal(seed + 1, 4, 6, dtype=torch.float64).abs().requires_grad_()
     if config.needs_sampling:
         given_logprobs = given_logprobs | {"sampling_logprob"}
     others = {
-        name: logprob.detach() + normal(seed + i, 5, 6, dtype=torch.float64, std=spread)
+        name: logprob.detach() + normal(seed + i, 4, 6, dtype=torch.float64, std=spread)
         for i, name in enumerate((*sorted(given_logprobs), "ref_logprob"), 2)
     }
-    advantages = normal(seed + 9, 5, 6, dtype=torch.float64)
+    advantages = normal(seed + 9, 4, 6, dtype=torch.float64)
     keywords = {"old_logprob": None, "sampling_logprob": None, **others}
     prepared = prepare_loss_inputs(
         logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
@@ -345,5 +360,5 @@ def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
     # Of r·k3 autograd adds two terms of up to e^20, which cancel.
     cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
     torch.testing.assert_close(grads.logprob, expected[0], rtol=1e-12, atol=cancelled)
-    of_entropy = torch.zeros(()).expand(5, 6) if grads.entropy is None else grads.entropy
+    of_entropy = torch.zeros(()).expand(4, 6) if grads.entropy is None else grads.entropy
     torch.testing.assert_close(of_entropy.double(), expected[1], rtol=1e-12, atol=1e-14)

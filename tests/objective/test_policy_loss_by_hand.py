@@ -7,6 +7,7 @@ import torch
 
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
+from reference import losses
 
 
 def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
@@ -88,16 +89,48 @@ def test_kl_estimators_by_hand(d):
         ("token_mean", 6.0 / 3),
         ("fixed_length", 6.0 / (3 * 10)),
         ("sequence_sum_mean", 6.0 / 3),
+        ("prompt_mean", 6.0 / 3),
     ],
 )
 def test_aggregations_by_hand(aggregation, expected):
     # Token terms 1 and 2 in the first sequence, 3 in the second, none in the third.
-    length = 10 if aggregation == "fixed_length" else None
-    config = LossConfig(aggregation=aggregation, max_completion_length=length)
+    settings = {
+        "fixed_length": {"max_completion_length": 10},
+        "prompt_mean": {"completions_per_prompt": 3},
+    }
+    config = LossConfig(aggregation=aggregation, **settings.get(aggregation, {}))
     terms = torch.tensor([[1.0, 2.0], [3.0, 9.0], [9.0, 9.0]])
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
     output = policy_loss(torch.zeros(3, 2), -terms, mask=mask, config=config)
     assert output.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompt_mean_by_hand(packed):
+    """Two sequences for each of three prompts: terms 1, 2 and 6; 4 and 8; none."""
+    terms = f64([[1, 2], [6, 9], [4, 9], [8, 9], [9, 9], [9, 9]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0], [0, 0], [0, 0]])
+    config = LossConfig(aggregation="prompt_mean", completions_per_prompt=2)
+    inputs = {"advantages": -terms, "mask": mask}
+    if packed:
+        keep = mask.bool()
+        inputs = {"advantages": -terms[keep], "cu_seqlens": torch.tensor([0, 2, 3, 4, 5, 5, 5])}
+    for function in (policy_loss, losses.policy_loss):
+        logprob = torch.zeros_like(inputs["advantages"], requires_grad=True)
+        loss = function(logprob, **inputs, config=config).loss
+        assert loss.item() == pytest.approx((9 / 3 + 12 / 2 + 0) / 3, rel=1e-12)
+        (grad,) = torch.autograd.grad(loss, logprob)
+        if not packed:
+            grad = grad[mask.bool()]
+        assert grad.tolist() == pytest.approx([1 / 9, 2 / 9, 6 / 9, 4 / 6, 8 / 6], rel=1e-12)
+        loss = function(logprob, **inputs, config=config, normalizer=5).loss
+        assert loss.item() == pytest.approx((9 / 3 + 12 / 2) / 5, rel=1e-12)
+
+
+def test_prompt_mean_of_incomplete_groups_raises():
+    config = LossConfig(aggregation="prompt_mean", completions_per_prompt=2)
+    with pytest.raises(ValueError, match=r"completions_per_prompt=2 must divide .*, got 3"):
+        policy_loss(torch.zeros(3, 2), torch.zeros(3), config=config)
 
 
 def test_sequence_ratio_is_geometric_mean():

@@ -73,6 +73,102 @@ def test_top_entropy(implementation, fraction, kept, normalizer):
     assert metrics["entropy"] == close(3.0)
 
 
+# M2PO: squared log-ratios of 0.01, 0.04, 0.16, 0.25, whose means are 0.01, 0.025, 0.07, 0.115
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (0.2, (1, 1, 1, 1)),
+        (0.11, (1, 0, 1, 1)),
+        (0.04, (1, 0, 0, 1)),
+        (0.02, (0, 0, 0, 1)),
+        (0.009, (0, 0, 0, 0)),
+    ],
+)
+def test_second_moment(implementation, limit, kept):
+    log_ratio = [0.2, -0.5, 0.4, -0.1]
+    fields = {"surrogate": "ratio", "second_moment": limit}
+    call = {"mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    _, grads, metrics = evaluate(implementation, [*log_ratio, 0.0], [2.0] * 5, call=call, **fields)
+    assert grads == [close([-2 * k * e(x) for k, x in zip(kept, log_ratio, strict=True)] + [0])]
+    assert metrics["filters/kept_mean"] == close(sum(kept) / 4)
+
+
+@IMPLEMENTATIONS
+def test_second_moment_of_log_ratios_that_saturate(implementation):
+    fields = {"surrogate": "ratio", "second_moment": 200.0}
+    log_ratio = [1e30, 0.0, -1e30, 0.0]
+    _, grads, metrics = evaluate(implementation, log_ratio, [1.0] * 4, **fields)
+    assert grads == [[0, -1, 0, -1]]
+    assert metrics["filters/kept_mean"] == 1.0  # a mean of 400 / 2
+
+
+# Rejection: l = old - sampling; k1 = -l, k2 = l²/2, k3 = e^l - 1 - l. The last token is masked.
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("rejection", "kept"),
+    [
+        # k1 is -0.5, 0.1, 0.2 and -0.1, 0.3: its exponential is the ratio sampler to policy.
+        (("token_k1=0.7:1.2",), [(0, 1, 0), (1, 0)]),
+        (("token_k1=1.2",), [(0, 1, 0), (1, 0)]),  # at least 1 / 1.2
+        (("seq_sum_k1=0.7:1.2",), [(1, 1, 1), (0, 0)]),
+        (("seq_sum_k1=0.9:1.3",), [(0, 0, 0), (1, 1)]),
+        (("seq_mean_k1=0.9:1.05",), [(1, 1, 1), (0, 0)]),
+        (("seq_max_k1=0.5:1.25",), [(1, 1, 1), (0, 0)]),
+        # k2 is 0.125, 0.005, 0.02 and 0.005, 0.045.
+        (("token_k2=0.04",), [(0, 1, 1), (1, 0)]),
+        (("seq_sum_k2=0.06",), [(0, 0, 0), (1, 1)]),
+        (("seq_mean_k2=0.04",), [(0, 0, 0), (1, 1)]),
+        (("seq_max_k2=0.1",), [(0, 0, 0), (1, 1)]),
+        # k3 is 0.1487, 0.0048, 0.0187 and 0.0052, 0.0408.
+        (("token_k3=0.005",), [(0, 1, 0), (0, 0)]),
+        (("seq_sum_k3=0.0461",), [(0, 0, 0), (1, 1)]),
+        (("seq_mean_k3=0.0573",), [(0, 0, 0), (1, 1)]),
+        (("seq_mean_k3=0.0575",), [(1, 1, 1), (1, 1)]),
+        (("seq_max_k3=0.04",), [(0, 0, 0), (0, 0)]),
+        (("token_k2=0.04", "seq_max_k1=0.5:1.25"), [(0, 1, 1), (0, 0)]),
+        (("seq_sum_k2=9", "token_k3=0.02"), [(0, 1, 1), (1, 0)]),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rejection(implementation, rejection, kept, packed):
+    log_weights = [[0.5, -0.1, -0.2, 9.0], [0.1, -0.3, 9.0, 9.0]]
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    sampling = -2.0 - f64(log_weights)
+    config = LossConfig(
+        surrogate="reinforce", aggregation="sequence_sum_mean", rejection=rejection,
+        importance_cap=None,
+    )  # fmt: skip
+    logprob = torch.full((2, 4), -2.0, dtype=torch.float64).requires_grad_()
+    old, call = logprob.detach(), {"mask": mask}
+    inputs = [logprob, old, sampling]
+    if packed:
+        keep = mask.bool()
+        inputs = [x[keep] for x in inputs]
+        call = {"cu_seqlens": torch.tensor([0, 3, 5])}
+    loss, metrics = implementation.policy_loss(
+        inputs[0], f64([2.0, 2.0]), old_logprob=inputs[1], sampling_logprob=inputs[2],
+        config=config, **call,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, logprob)
+    for row, row_kept, row_weights in zip(grad.tolist(), kept, log_weights, strict=True):
+        # The terms that stay keep their importance weight; the loss is a mean of two sequences.
+        expected = [-k * e(w) for k, w in zip(row_kept, row_weights, strict=False)]
+        assert row[: len(expected)] == close(expected)
+    assert metrics["filters/kept_mean"].item() == close(sum(map(sum, kept)) / 5)
+
+
+@IMPLEMENTATIONS
+def test_rejection_saturates_log_ratios(implementation):
+    fields = {"surrogate": "reinforce", "importance_cap": None, "rejection": ("token_k2=200",)}
+    _, grads, _ = evaluate(implementation, [0.0], [1.0], sampling=[1e30], **fields)
+    assert grads == [close([-e(20)])]
+
+
 # Covariances: mean A = 0 and mean logprob = -2, so that they are A·(logprob + 2)
 
 
@@ -229,6 +325,7 @@ def test_vespo_phi_metric(implementation):
         {"surrogate": "gmpo"},
         {"off_policy_threshold": 0.1},
         {"importance_level": "sequence"},
+        {"rejection": ("token_k1=2", "seq_max_k3=1")},
     ],
 )
 def test_packed_needs_cu_seqlens_if_sequences_matter(implementation, fields):

@@ -15,8 +15,8 @@ from tests.helpers.linear import make_linear_case, relative_error
 from tests.helpers.loss_configs import loss_configs
 from tests.helpers.tensors import assert_same_bits, coin, normal
 
-B, T = 3, 4
-ADVANTAGES = torch.tensor([1.2, -0.7, 0.0], dtype=torch.float64)
+B, T = 4, 3
+ADVANTAGES = torch.tensor([1.2, -0.7, 0.0, 0.4], dtype=torch.float64)
 
 
 def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, device="cpu"):
@@ -97,7 +97,7 @@ def test_any_config_and_chunk_size_matches_reference(
 def test_packed_input_matches_reference(backend, name):
     case, advantages, keywords = make_inputs(2, 7, advantages=ADVANTAGES)
     check_against_reference(
-        case, advantages, config=CONFIGS[name], cu_seqlens=torch.tensor([0, 2, 5, 7]), **keywords
+        case, advantages, config=CONFIGS[name], cu_seqlens=torch.tensor([0, 2, 3, 5, 7]), **keywords
     )
 
 
@@ -184,7 +184,7 @@ def test_micro_batches_add_up_to_batch(backend, aggregation, level):
     whole_loss, _, whole = run(grpo_kernels, case, advantages, config=config, **keywords)
     num_tokens = keywords["mask"].sum()
     total, weight = 0.0, 0.0
-    for sequences in (slice(0, 1), slice(1, 3)):
+    for sequences in (slice(0, 1), slice(1, 4)):
         batch = {
             name: value[sequences] if name in ("hidden", "tokens", "ref_hidden") else value
             for name, value in case.items()

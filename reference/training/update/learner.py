@@ -248,9 +248,11 @@ class Learner:
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
             # The denominators of the minibatch make the losses of micro-batches add up.
-            normalizer = num_tokens if loss.aggregation == "token_mean" else num_sequences
-            if loss.aggregation == "fixed_length":
-                normalizer *= loss.max_completion_length or 1
+            normalizer = {
+                "token_mean": num_tokens,
+                "fixed_length": num_sequences * (loss.max_completion_length or 1),
+                "prompt_mean": len(groups),
+            }.get(loss.aggregation, num_sequences)
             # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
             denominators = {
                 "normalizer": max(1, normalizer),

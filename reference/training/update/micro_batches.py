@@ -76,7 +76,7 @@ class Minibatch:
 
 def compares_tokens(loss: LossConfig) -> bool:
     """Return True if the loss compares the tokens of a micro-batch with each other."""
-    return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is None)
+    return not (loss.top_entropy is loss.clip_cov is loss.kl_cov is loss.second_moment is None)
 
 
 class MicroBatchSplitter:

@@ -75,6 +75,9 @@ SET = {
     "clip_cov_high": (2.0, ["--loss", "clip_covariance"]),
     "kl_cov": (0.1, ["--minibatches", "2"]),
     "kl_cov_coef": (0.5, ["--loss", "kl_covariance", "--minibatches", "2"]),
+    "completions_per_prompt": (8, ["--aggregation", "prompt_mean"]),
+    "second_moment": (0.1, ["--loss", "m2po", "--minibatches", "2"]),
+    "rejection": (("token_k1=0.5:2", "seq_mean_k3=0.01"), []),
 }
 
 
@@ -83,12 +86,20 @@ def test_flag_sets_only_its_setting(name):
     value, needed = SET[name]
     flag = "--" + name.replace("_", "-")
     before = parse_command_line(needed).loss_config()
-    after = parse_command_line([*needed, flag, str(value)])
+    values = value if isinstance(value, tuple) else [str(value)]
+    after = parse_command_line([*needed, flag, *values])
     expected = {**asdict(before), name: value}
     if name == "aggregation":
         expected["max_completion_length"] = None
     assert asdict(after.loss_config()) == expected
     after.check_loss()
+
+
+def test_prompt_mean_counts_the_completions_of_a_group():
+    config = TrainConfig(aggregation="prompt_mean", group_size=5)
+    assert config.loss_config().completions_per_prompt == 5
+    with pytest.raises(UserError, match="--completions-per-prompt is --group-size"):
+        TrainConfig(aggregation="prompt_mean", group_size=5, completions_per_prompt=3)
 
 
 def test_fixed_length_defaults_to_max_new_tokens():
@@ -119,6 +130,10 @@ def test_fixed_length_defaults_to_max_new_tokens():
         (
             {"loss": "icepop", "importance_floor": 6.0},
             "--loss icepop: --importance-floor must be less than --importance-cap 5.0, got 6.0",
+        ),
+        (
+            {"rejection": ("token_k2=0",)},
+            "--loss grpo: the bound of 'token_k2=0' in --rejection must be greater than 0, got 0.0",
         ),
         ({"top_entropy": 1.5}, "--loss grpo: --top-entropy must be at most 1, got 1.5"),
     ],

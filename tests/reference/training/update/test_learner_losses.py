@@ -23,14 +23,16 @@ FUSED = FusedScorer()
 EAGER = pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 LOSSES = list(LossConfig.objectives())
 # Losses that do not compare the tokens of a micro-batch with each other.
-SPLITTABLE = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance")]
+SPLITTABLE = [name for name in LOSSES if name not in ("clip_covariance", "kl_covariance", "m2po")]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("loss", SPLITTABLE)
-@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "entropy_coef": 0.01}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"beta": 0.1, "entropy_coef": 0.01, "aggregation": "prompt_mean"}]
+)
 def test_micro_batch_gradients_add_up(loss, extra):
     changes = {"loss": loss, "max_grad_norm": 1e6, **extra}
     whole = gradient(*make_learner(**changes), REWARDS)
@@ -96,6 +98,7 @@ def test_skipping_groups_keeps_the_gradient(loss):
         {"kl_cov": 0.1},
         {"clip_cov": 0.1},
         {"top_entropy": 0.5},
+        {"second_moment": 0.1},
         {"loss": "ipo"},
     ],
     ids=str,
@@ -107,11 +110,12 @@ def test_groups_stay_if_another_loss_term_needs_them(settings):
 
 @EAGER
 @pytest.mark.parametrize("scorer", [PLAIN, FUSED], ids=["plain", "fused"])
-@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "luspo", "prompt_mean"])
 @pytest.mark.parametrize("top_entropy", [None, 0.3])
 def test_denominators_match_the_defaults_of_the_loss(backend, scorer, loss, top_entropy):
+    named = {"aggregation": loss} if loss == "prompt_mean" else {"loss": loss}
     learner, samples = make_learner(
-        scorer, loss=loss, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
+        scorer, **named, entropy_coef=0.1, top_entropy=top_entropy, mask_truncated=True
     )
     (minibatch,) = learner.minibatches(samples, ADVANTAGES)
     (batch,) = minibatch.micro_batches
