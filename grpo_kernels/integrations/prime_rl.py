@@ -20,7 +20,8 @@ from ..objective.policy_loss import LossConfig, check_kl_input
 from ..objective.ratios import MAX_LOG_RATIO, PolicyRatios
 from ..objective.surrogates import Dppo
 from ..ops.linear_token_stats import linear_token_stats
-from ..validation import expect_choice, expect_number
+from ..sampling_support import TokenSupport
+from ..validation import expect_choice, expect_ids, expect_number, expect_tensor, shape_of
 from .weighted_loss import weighted_policy_loss
 
 
@@ -162,29 +163,48 @@ class FusedOutputLinear(torch.nn.Linear):
             hidden_states: [B, L, H].
             labels: [B, L], the token that each hidden state predicts.
             temperature: [B, L], > 0.
-            sampling_mask: None; prime-rl passes the token ids that the sampler kept with
-                `return_sampling_mask` only.
+            sampling_mask: [B, L, K], the token ids that the sampler kept, -1 after them. Log-probs
+                are renormalised over them; a position without ids, or whose label is not among
+                them, has the whole vocabulary. As in prime-rl, the entropy is always that of the
+                whole vocabulary. With a mask it has no gradient, and takes one more product.
 
         Raises:
-            ValueError, TypeError: labels or temperature is None, or sampling_mask is not; else as
-                `linear_token_stats`.
+            ValueError, TypeError: labels or temperature is None; else as `linear_token_stats`.
         """
-        if sampling_mask is not None:
-            raise ValueError(
-                "sampling_mask must be None, got a tensor: this head does not renormalise over the "
-                "tokens that the sampler kept; sample with top_p = 1 and without top_k and min_p"
-            )
         if labels is None or temperature is None:
             name = "labels" if labels is None else "temperature"
             raise ValueError(
                 f"{name} must be a tensor, got None: this head computes no logits, "
                 "to which a LoRA around it could add"
             )
-        stats = linear_token_stats(
-            hidden_states, self.weight, labels, temperature=temperature, softcap=self.softcap
-        )
+        settings = {"temperature": temperature, "softcap": self.softcap}
+        if sampling_mask is None:
+            stats = linear_token_stats(hidden_states, self.weight, labels, **settings)
+        else:
+            stats = linear_token_stats(
+                hidden_states, self.weight, labels, **settings,
+                entropy=False, support=_as_support(sampling_mask, labels),
+            )  # fmt: skip
+            with torch.no_grad():
+                whole = linear_token_stats(hidden_states, self.weight, labels, **settings)
+            stats = stats._replace(entropy=whole.entropy)
         assert stats.entropy is not None
         return {"logprobs": stats.logprob, "entropy": stats.entropy}
+
+
+def _as_support(sampling_mask: Tensor, labels: Tensor) -> TokenSupport:
+    """Convert prime-rl's mask [B, L, K] for labels [B, L]."""
+    expect_ids("sampling_mask", sampling_mask)
+    expect_tensor("sampling_mask", sampling_mask, dims=(3,), layout="[B, L, K]")
+    if sampling_mask.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"sampling_mask must have the positions of labels, {tuple(labels.shape)}, "
+            f"got {shape_of(sampling_mask)}"
+        )
+    has_label = (sampling_mask == labels.unsqueeze(-1)).any(-1, keepdim=True)
+    is_kept = (sampling_mask >= 0) & has_label
+    offsets = torch.nn.functional.pad(is_kept.sum(-1).flatten().cumsum(0), (1, 0))
+    return TokenSupport(sampling_mask[is_kept], offsets)
 
 
 @functools.cache

@@ -270,11 +270,36 @@ def test_head_in_fp32_with_hidden_states_in_bf16():
     assert (head.weight.grad.dtype, hidden.grad.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_head_with_sampling_mask_raises():
+def test_head_with_sampling_mask():
+    """Log-probs are over the kept tokens; without a usable mask they are over the vocabulary."""
+    head = prime_rl.FusedOutputLinear(4, 7, chunk_size=3).double()
+    hidden = normal(0, 1, 4, 4, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([[3, 0, 6, 2]])
+    mask = torch.tensor([[[3, 5, -1], [-1, -1, -1], [1, 2, 4], [6, 2, 0]]], dtype=torch.int32)
+    temperature = torch.tensor([[0.5, 1.0, 2.0, 1.5]], dtype=torch.float64)
+    found = head(hidden, labels, temperature=temperature, sampling_mask=mask)
+    logits = (hidden @ head.weight.T) / temperature[..., None]
+    kept = torch.ones(1, 4, 7, dtype=torch.bool)  # the third mask lacks its label
+    kept[0, 0], kept[0, 3] = False, False
+    kept[0, 0, [3, 5]], kept[0, 3, [6, 2, 0]] = True, True
+    expected = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    expected = expected.gather(-1, labels[..., None]).squeeze(-1)
+    torch.testing.assert_close(found["logprobs"], expected)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(found["entropy"], entropy.detach())
+    leaves = (hidden, head.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(found["logprobs"].square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+    )
+
+
+def test_head_with_sampling_mask_of_other_positions_raises():
     head = prime_rl.FusedOutputLinear(4, 7, chunk_size=None)
     labels = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="sampling_mask must be None, got a tensor"):
-        head(torch.zeros(1, 2, 4), labels, torch.ones(1, 2), sampling_mask=labels[..., None])
+    with pytest.raises(ValueError, match=r"the positions of labels, \(1, 2\), got shape \(1, 3"):
+        mask = torch.zeros(1, 3, 1, dtype=torch.int64)
+        head(torch.zeros(1, 2, 4), labels, torch.ones(1, 2), sampling_mask=mask)
 
 
 @pytest.mark.parametrize("missing", ["labels", "temperature"])
