@@ -2,7 +2,9 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from reference.training.errors import UserError
 from reference.training.rollout import vllm_client as server
 from reference.training.rollout.generate import Prompts
 from reference.training.rollout.samplers import pick_sampler
+from reference.training.rollout.truncation import Truncation
 
 END, PAD, VOCABULARY = 1, 0, 16
 TOKENIZER = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: VOCABULARY})()
@@ -21,15 +24,20 @@ POLICY = SimpleNamespace(
     device=torch.device("cpu"),
     eos_ids=[END],
     max_new_tokens=4,
+    truncation=None,
     ranks=SINGLE_PROCESS,
 )
+TOP_P = Truncation(top_p=0.8)
 PROMPTS = Prompts(
     torch.tensor([[PAD, 5, 6], [7, 8, 9]]), torch.tensor([[False, True, True], [True, True, True]])
 )
 
 
 class Emulator(BaseHTTPRequestHandler):
-    """Completion i of a prompt is its last token, then i more and the end; -0.5 each."""
+    """Completion i of a prompt is its last token, then i more and the end; -0.5 each.
+
+    At the other endpoint each token was drawn from it, token 2 and, in completion i, i more.
+    """
 
     def do_GET(self):
         self.answer(self.server.models)
@@ -37,10 +45,15 @@ class Emulator(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
+        self.server.paths.append(self.path)
         if self.server.failures:
             code, message = self.server.failures.pop()
             return self.answer({"error": {"message": message, "code": code}}, code)
-        choices = [self.choice(body, i) for i in range(body["n"])]
+        if self.path == "/inference/v1/generate":
+            sampling = body["sampling_params"] | {"prompt": body["token_ids"]}
+            choices = [self.choice_with_mask(sampling, i) for i in range(sampling["n"])]
+        else:
+            choices = [self.choice(body, i) for i in range(body["n"])]
         self.answer({"choices": [self.server.change(each) for each in reversed(choices)]})
 
     def choice(self, body, i):
@@ -53,6 +66,13 @@ class Emulator(BaseHTTPRequestHandler):
             "top_logprobs": [{f"token_id:{each}": -0.5 - i} for each in ids],
         }
         return {"index": i, "token_ids": ids, "logprobs": logprobs, "finish_reason": reason}
+
+    def choice_with_mask(self, sampling, i):
+        choice = self.choice(sampling, i)
+        ids = choice["token_ids"]
+        mask = [[2, *range(10, 10 + i), token] for token in ids]
+        content = [{"token_id": token, "logprob": -0.5 - i, "rank": 1} for token in ids]
+        return choice | {"logprobs": {"content": content}, "sampling_mask": mask}
 
     def answer(self, content, code=200):
         data = json.dumps(content).encode()
@@ -70,16 +90,18 @@ def emulator(monkeypatch):
     monkeypatch.setattr(server, "BACK_OFF_S", 0.001)
     emulated = ThreadingHTTPServer(("127.0.0.1", 0), Emulator)
     emulated.models = {"data": [{"id": "served"}, {"id": "an adapter"}]}
-    emulated.bodies, emulated.failures, emulated.change = [], [], lambda choice: choice
-    threading.Thread(target=emulated.serve_forever, daemon=True).start()
+    emulated.bodies, emulated.paths, emulated.failures = [], [], []
+    emulated.change = lambda choice: choice
+    threading.Thread(target=emulated.serve_forever, args=[0.01], daemon=True).start()
     emulated.url = f"http://127.0.0.1:{emulated.server_port}"
     yield emulated
     emulated.shutdown()
     emulated.server_close()
 
 
-def sample(emulator, group_size=3, temperature=0.7):
-    return pick_sampler(emulator.url)(POLICY, PROMPTS, group_size, temperature)
+def sample(emulator, group_size=3, temperature=0.7, truncation=None):
+    policy = SimpleNamespace(**vars(POLICY) | {"truncation": truncation})
+    return pick_sampler(emulator.url)(policy, PROMPTS, group_size, temperature)
 
 
 def without_ids(choice):
@@ -109,8 +131,74 @@ def test_request_has_no_truncation_and_names_the_first_model(emulator):
     body = min(emulator.bodies, key=lambda each: len(each["prompt"]))
     assert body["prompt"] == [5, 6]  # without the padding
     named = ("model", "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    assert [body[name] for name in named] == ["served", 3, 0.7, 1.0, 0, 0.0, 1.0]
+    assert [body[name] for name in named] == [*("served", 3, 0.7, 1.0, server.NO_TOP_K, 0.0, 1.0)]
     assert (body["max_tokens"], body["stop_token_ids"]) == (4, [END])
+
+
+def test_support_is_read_from_the_endpoint_that_returns_it(emulator):
+    completions = sample(emulator, truncation=TOP_P)
+    assert emulator.paths == ["/inference/v1/generate"] * 2
+    plain = sample(emulator)
+    for name in ("tokens", "mask", "logprob", "finished"):
+        assert torch.equal(getattr(completions, name), getattr(plain, name)), name
+    assert plain.support is None
+    kept = [
+        [2, *range(10, 10 + i), token] if here else []
+        for i, row, mask in zip([0, 1, 2] * 2, completions.tokens, completions.mask, strict=True)
+        for token, here in zip(row.tolist(), mask.tolist(), strict=True)
+    ]
+    ids, offsets = completions.support
+    assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == kept
+
+
+@pytest.mark.parametrize(
+    ("truncation", "expected"),
+    [
+        (Truncation(top_k=3), (3, 1.0, 0.0)),
+        (TOP_P, (server.NO_TOP_K, 0.8, 0.0)),  # vLLM refuses a top_k of 0
+        (Truncation(min_p=0.1, top_k=5, top_p=0.9), (5, 0.9, 0.1)),
+    ],
+)
+def test_truncation_is_requested_with_and_without_the_support(emulator, truncation, expected):
+    sample(emulator, truncation=truncation)
+    completions = sample(emulator, truncation=replace(truncation, return_support=False))
+    assert completions.support is None
+    assert emulator.paths == ["/inference/v1/generate"] * 2 + ["/v1/completions"] * 2
+    with_support, without = emulator.bodies[0]["sampling_params"], emulator.bodies[-1]
+    for body in (with_support, without):
+        assert tuple(body[name] for name in ("top_k", "top_p", "min_p")) == expected
+    named = ("n", "temperature", "repetition_penalty", "max_tokens", "stop_token_ids", "logprobs")
+    assert [with_support[name] for name in named] == [without[name] for name in named]
+    assert "seed" in with_support and "seed" in without
+
+
+def test_greedy_completions_are_not_truncated(emulator):
+    assert sample(emulator, temperature=0.0, truncation=TOP_P).support is None
+    assert emulator.paths == ["/v1/completions"] * 2
+    assert {(body["top_k"], body["top_p"]) for body in emulator.bodies} == {(server.NO_TOP_K, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling_mask": None}, "gave no sampling mask: .* vLLM >= 0.28.*--no-support"),
+        ({"sampling_mask": [[6, 9]]}, "gave 2 tokens but 1 sampling masks"),
+        ({"sampling_mask": [[6, 9], [2, 3]]}, "drew token 1 and gave a sampling mask of 2 tokens"),
+        ({"logprobs": {"content": None}}, "gave no log-probs"),
+        ({"logprobs": {"content": [{"logprob": -1.0}]}}, "gave 2 tokens but 1 log-probs"),
+    ],
+)
+def test_incomplete_or_wrong_support_raises(emulator, change, message):
+    emulator.change = lambda choice: choice | change
+    with pytest.raises(UserError, match=message):
+        sample(emulator, group_size=1, truncation=TOP_P)
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_server_without_the_endpoint_of_supports_raises_with_its_flags(emulator, code):
+    emulator.failures = [(code, "Not here.")] * 2
+    with pytest.raises(UserError, match=rf"answered {code}: Not here. \(.*--return-sampling-mask"):
+        sample(emulator, truncation=TOP_P)
 
 
 def test_request_seeds_follow_the_seed_of_the_run(emulator):
