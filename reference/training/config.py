@@ -368,7 +368,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         per_prompt = self.completions_per_prompt
         each_reward = self.normalise_each_reward
         truncates = self.truncation is not None
-        continuous, is_server = self.sampler == "continuous", "://" in self.sampler
+        continuous = self.sampler == "continuous"
         return [
             (
                 not self.support and not truncates,
@@ -383,11 +383,6 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 continuous and truncates and self.support,
                 "--sampler continuous does not return the tokens that --top-k and --top-p keep: "
                 "take shared-prompt or generate, or train without them with --no-support",
-            ),
-            (
-                is_server and truncates,
-                "--top-k, --top-p and --min-p are not sent to a server: take --sampler "
-                "shared-prompt or generate",
             ),
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
             (
