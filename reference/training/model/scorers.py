@@ -80,8 +80,7 @@ class Scorer:
 
 
 def _common_keywords(batch: MicroBatch, temperature: float) -> dict[str, Any]:
-    support = {} if batch.support is None else {"support": batch.support}
-    return {"mask": batch.loss_mask, "temperature": temperature, **support}
+    return {"mask": batch.loss_mask, "temperature": temperature, "support": batch.support}
 
 
 class FusedScorer(Scorer):

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[3] / "reference" / "train.py"
 TINY = (
     *("--preset", "tiny", "--steps", "4", "--prompts", "5", "--minibatches", "2", "--beta", "0.05"),
     *("--eval-questions", "33", "--eval-every", "2", "--checkpoint-every", "1"),
-    *("--print-every", "1", "--no-tensorboard"),
+    *("--print-every", "1", "--no-tensorboard", "--top-p", "0.9"),
 )
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CLOCKS = ("time", "per_second", "memory")

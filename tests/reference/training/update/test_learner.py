@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reference.training.model.scorers import PlainScorer
+from reference.training.model.scorers import FusedScorer, PlainScorer
 from tests.helpers.learner import ADVANTAGES, REWARDS, advantages, make_learner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +49,7 @@ def test_first_inner_iteration_has_ratio_one_and_a_gradient():
 
 
 PLAIN = PlainScorer()
-SCORERS = {"plain": PLAIN}
+SCORERS = {"fused": FusedScorer(), "plain": PLAIN}
 RULES = {"top_p": 0.8, "temperature": 1.7}
 
 
