@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grpo_kernels
+from grpo_kernels import TokenSupport
 from reference import losses
 from tests.helpers.loss_configs import SAMPLED, loss_configs
 
@@ -216,8 +217,10 @@ def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     excluded = (chosen == -torch.inf) & (not may_be_excluded)
     tokens = torch.where(excluded, logits.argmax(-1), tokens)
+    if name != "policy_loss" and draw(st.integers(0, 2)) == 0:
+        arguments["support"] = _support(draw, numbers, logits, tokens)
     if name in OBJECTIVES:
-        scaling = {n: arguments[n] for n in ("temperature", "softcap") if n in arguments}
+        scaling = {n: arguments[n] for n in ("temperature", "softcap", "support") if n in arguments}
         logprob = losses.token_stats(logits.double(), tokens, **scaling).logprob
         arguments |= _objective(draw, name, numbers, shape, acc, logprob)
         estimator = arguments["config"].kl_estimator
@@ -243,6 +246,15 @@ def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
     names = [n for n in sorted(arguments) if isinstance(arguments[n], Tensor)]
     varied = draw(st.sets(st.sampled_from(names), max_size=4))
     return Call(name, arguments, leaves, shape, upstream, _layouts(draw, sorted(varied)))
+
+
+def _support(draw, numbers: Numbers, logits: Tensor, tokens: Tensor) -> TokenSupport:
+    """Ids at random, among them the token and the largest logit; none for some tokens."""
+    kept = numbers.coin(*logits.shape, p=draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])))
+    for ids in (tokens, logits.argmax(-1)):
+        kept.scatter_(-1, ids.unsqueeze(-1), True)
+    kept &= numbers.coin(*tokens.shape, 1, p=0.8)
+    return TokenSupport.from_lists([row.nonzero()[:, 0] for row in kept.flatten(0, -2)])
 
 
 def _temperature(draw, numbers: Numbers, shape, acc: torch.dtype) -> float | Tensor:

@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grpo_kernels import TokenSupport
 from tests.helpers.fuzz_cases import Call
 
 FLOATING = (
@@ -45,6 +46,13 @@ def _wrong_values(call: Call, name: str) -> list[object]:
     if name == "temperature":
         wrong = [*NOT_NUMBERS, *NOT_POSITIVE]
         return [*wrong, torch.zeros(()), torch.ones(7, 7, 7)] if _has_tokens(call) else wrong
+    if isinstance(value, TokenSupport):
+        ids, offsets = value
+        wrong = [*NOT_TENSORS, tuple(value), TokenSupport(ids.double(), offsets)]
+        wrong += [TokenSupport(ids[None], offsets), TokenSupport(ids, offsets + 1)]
+        wrong += [TokenSupport(ids, offsets[:-1])]
+        lacking = TokenSupport.from_lists([[-1]] * (len(offsets) - 1))
+        return [*wrong, lacking] if _has_tokens(call) else wrong
     if not isinstance(value, Tensor):
         return [*NOT_TENSORS] if name == "mask" else []
     return _wrong_tensors(call, name, value)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.helpers.fuzz_cases import OBJECTIVES, ROWS, Call
 from tests.helpers.fuzz_oracle import assert_same_bits, results
+from tests.helpers.supports import with_wrong_ids
 
 GARBAGE = (torch.nan, torch.inf, -torch.inf)
 
@@ -34,7 +35,7 @@ def _sums_over_batch(call: Call) -> bool:
 
 
 def _fill_masked(call: Call) -> Call:
-    """Fill masked tokens with NaN, inf, -inf or id -100."""
+    """Fill masked tokens with NaN, inf, -inf, id -100 or the ids of no support."""
     drop = call.mask == 0
     filled = {}
     for number, name in enumerate(sorted(call.arguments)):
@@ -43,6 +44,8 @@ def _fill_masked(call: Call) -> Call:
         x = call.arguments[name]
         masked = drop.unsqueeze(-1) if name in ROWS else drop
         filled[name] = x.masked_fill(masked, GARBAGE[number % 3] if name != "tokens" else -100)
+    if "support" in call.arguments:
+        filled["support"] = with_wrong_ids(call.arguments["support"], ~drop)
     upstream = {
         name: g.masked_fill(drop, torch.nan) if g.shape == drop.shape else g
         for name, g in call.upstream.items()
@@ -53,6 +56,9 @@ def _fill_masked(call: Call) -> Call:
 def _check_rows(call: Call, ours: dict, rows: Tensor, device: str) -> None:
     """Check that reordered or selected rows give the same bits."""
     arguments = {name: x[rows] for name, x in call.arguments.items() if _is_by_row(call, name)}
+    if "support" in call.arguments:
+        index = torch.arange(torch.Size(call.shape).numel()).view(call.shape)[rows]
+        arguments["support"] = call.arguments["support"].select(index)
     upstream = {name: g[rows] if g.dim() else g for name, g in call.upstream.items()}
     selected = replace(
         call.with_arguments(**arguments), shape=(len(rows), *call.shape[1:]), upstream=upstream

@@ -18,6 +18,7 @@ import grpo_kernels
 from reference import losses
 from tests.helpers import advantage_formulas
 from tests.helpers.fuzz_cases import LOGITS, OBJECTIVES, Call, Numbers, log_size, with_layout
+from tests.helpers.supports import kept_entries
 
 MARGIN = 8
 FEW, MANY = 2, 48  # perturbations: a few pass most calls, many decide about the rest
@@ -111,6 +112,12 @@ def _perturb(call: Call, arguments: dict, numbers: Numbers, eps: float) -> tuple
         half = call.arguments["hidden"].dtype in (torch.bfloat16, torch.float16)
         if half and arguments["logits"].requires_grad:  # products of the gradient are in bf16
             arguments["logits"].register_hook(lambda g: g * (1 + _noise(g, numbers) * 2**-8))
+    support = arguments.pop("support", None)
+    if support is not None:  # the rest of the row, added below, is in it
+        outside = ~kept_entries(support, call.arguments["tokens"], arguments["logits"].shape[-1])
+        for logits in ("logits", "ref_logits"):
+            if logits in arguments:
+                arguments[logits] = arguments[logits].masked_fill(outside, -torch.inf)
     temperature, softcap = arguments.get("temperature", 1.0), arguments.get("softcap")
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = temperature.unsqueeze(-1)
@@ -275,7 +282,7 @@ def _logprob(call: Call) -> Tensor:
         return call.arguments["logprob"].double()
     linear = call.name.startswith("linear")
     function, first = ("linear_token_stats", "hidden") if linear else ("token_stats", "logits")
-    names = (first, "weight", "bias", "tokens", "mask", "temperature", "softcap")
+    names = (first, "weight", "bias", "tokens", "mask", "temperature", "softcap", "support")
     arguments = {name: call.arguments[name] for name in names if name in call.arguments}
     return getattr(losses, function)(**_in_float64(arguments)).logprob
 

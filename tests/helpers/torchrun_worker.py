@@ -15,10 +15,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import HeadAdapter, LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
+from grpo_kernels import (
+    HeadAdapter,
+    LossConfig,
+    TokenSupport,
+    linear_grpo_loss,
+    linear_token_stats,
+    pack_tokens,
+)
 from grpo_kernels.integrations.verl_head import linear_cross_entropy
 from grpo_kernels.lm_head import chunk_loop
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
+from tests.helpers.supports import with_wrong_ids
 from tests.helpers.tensors import coin, normal
 
 SHARD_SIZES = {2: (5, 18), 4: (1, 9, 2, 11)}  # by world size
@@ -273,23 +281,74 @@ def statistics_on_request():
     assert ours["is_top1"][1]
 
 
+# Among them ids of one shard only, ids of all, a single one, and the whole vocabulary.
+IDS = ([4, 0, 2], [22, 17], [0], [], list(range(V)), [8, 20, 3, 1], [5], [11, 9, 10])
+TOKENS = torch.tensor([2, 17, 0, 13, 22, 8, 5, 9])
+
+
+def case_with_support(seed, dtype=torch.float64, kl=True):
+    case = make_case(seed, dtype, kl) | {"tokens": TOKENS.view(2, 4)}
+    return case, TokenSupport.from_lists(IDS)
+
+
+def supports_in_shards_of_the_vocabulary():
+    request = {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 1}
+    names = ("logprob", "entropy", "kl", "sum_sq_probs", "mean_logit")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for kl in ("forward", "reverse"):
+            case, support = case_with_support(40, dtype)
+            given = upstream(case, *names)
+            keywords = {"upstream": given, "kl": kl, "support": support, **request}
+            check(case, chunk_tokens=3 if kl == "forward" else None, **keywords)
+    mask = coin(41, 2, 4)
+    case, support = case_with_support(40)
+    settings = {"temperature": normal(42, 2, 4, dtype=torch.float64).exp(), "softcap": 3.0}
+    settings |= {"mask": mask, "support": with_wrong_ids(support, mask), "kl": "reverse"}
+    case["hidden"] = torch.where(mask[..., None], case["hidden"], torch.nan)
+    case["tokens"] = torch.where(mask, case["tokens"], -100)
+    check(case, upstream=upstream(case, *names[:3]), **settings)
+
+
+def losses_with_supports():
+    advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    for config, reference in LOSSES.values():
+        for chunk_tokens in (None, 3):
+            case, support = case_with_support(43, kl=bool(reference))
+            loss = {"advantages": advantages, "config": config, "support": support}
+            old = normal(44, 2, 4, dtype=torch.float64) - 1
+            check(case, linear_grpo_loss, old_logprob=old, chunk_tokens=chunk_tokens, **loss)
+    case, support = case_with_support(45, kl=False)
+    case = adapter_case(case, 46)
+    given = upstream(case, "logprob", "entropy")
+    check(case, with_adapter(linear_token_stats), upstream=given, support=support, chunk_tokens=3)
+    rows = torch.tensor([0, 1, 2, 3, 5, 5, 1, 6, 7])
+    case, _ = case_with_support(47)
+    case["tokens"] = torch.tensor([4, 22, 0, 6, 20, 3, 17, 5, 11])
+    support = TokenSupport.from_lists([IDS[row] for row in rows.tolist()])
+    check(
+        case, upstream=upstream(case, "logprob", "entropy", "kl"), token_rows=rows, kl="forward",
+        support=support, chunk_tokens=3,
+    )  # fmt: skip
+
+
 def frozen_head_in_shards_of_the_vocabulary():
-    case = make_case(28)
-    given = upstream(case, "logprob", "entropy", "kl")
-    d_hidden = []
-    for keywords, part in (({}, case), ({"vocab_group": group()}, shard(case))):
-        hidden = part["hidden"].clone().requires_grad_()
-        with count_collectives() as counts:
-            stats = linear_token_stats(
-                **(part | {"hidden": hidden}), kl="forward", chunk_tokens=3, entropy_grad=True,
-                **keywords,
-            )  # fmt: skip
-            in_forward = counts.get("all_reduce", 0)
-            sum((getattr(stats, name) * g).sum() for name, g in given.items()).backward()
-        assert counts.get("all_reduce", 0) == in_forward == (3 if keywords else 0)
-        d_hidden.append(hidden.grad)
-    torch.testing.assert_close(d_hidden[1], d_hidden[0], rtol=1e-12, atol=1e-12)
-    assert_same_on_all_ranks("d_hidden", d_hidden[1])
+    for support in (None, TokenSupport.from_lists(IDS)):
+        case = make_case(28) | {"tokens": TOKENS.view(2, 4)}
+        given = upstream(case, "logprob", "entropy", "kl")
+        d_hidden = []
+        for keywords, part in (({}, case), ({"vocab_group": group()}, shard(case))):
+            hidden = part["hidden"].clone().requires_grad_()
+            with count_collectives() as counts:
+                stats = linear_token_stats(
+                    **(part | {"hidden": hidden}), kl="forward", chunk_tokens=3, entropy_grad=True,
+                    support=support, **keywords,
+                )  # fmt: skip
+                in_forward = counts.get("all_reduce", 0)
+                sum((getattr(stats, name) * g).sum() for name, g in given.items()).backward()
+            assert counts.get("all_reduce", 0) == in_forward == (3 if keywords else 0)
+            d_hidden.append(hidden.grad)
+        torch.testing.assert_close(d_hidden[1], d_hidden[0], rtol=1e-12, atol=1e-12)
+        assert_same_on_all_ranks("d_hidden", d_hidden[1])
 
 
 @contextmanager
@@ -312,25 +371,26 @@ def count_collectives():
 
 
 def one_collective_per_chunk_and_one_for_the_gradient():
-    case = shard(make_case(17, kl=False))
-    hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    case |= {"vocab_group": group(), "chunk_tokens": 3}  # 8 tokens
-    with count_collectives() as counts:
-        loss = linear_grpo_loss(
-            hidden, weight, tokens, normal(1, 2, dtype=torch.float64), **case
-        ).loss
-        assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
-        loss.backward()
-        assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
-    with count_collectives() as counts:
-        stats = linear_token_stats(*leaves, tokens, **case)
-        assert counts == {"all_gather": 1 + 3}
-        stats.logprob.sum().backward()
-        assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
-    with count_collectives() as counts:
-        linear_token_stats(hidden.detach(), weight, tokens, **case).logprob.sum().backward()
-        assert counts == {"all_gather": 1 + 3}
+    for support in (None, TokenSupport.from_lists(IDS)):
+        case = shard(make_case(17, kl=False) | {"tokens": TOKENS.view(2, 4)})
+        hidden, weight, tokens = (case.pop(name) for name in ("hidden", "weight", "tokens"))
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        case |= {"vocab_group": group(), "chunk_tokens": 3, "support": support}  # 8 tokens
+        with count_collectives() as counts:
+            loss = linear_grpo_loss(
+                hidden, weight, tokens, normal(1, 2, dtype=torch.float64), **case
+            ).loss
+            assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
+            loss.backward()
+            assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
+        with count_collectives() as counts:
+            stats = linear_token_stats(*leaves, tokens, **case)
+            assert counts == {"all_gather": 1 + 3}
+            stats.logprob.sum().backward()
+            assert counts == {"all_gather": 1 + 3, "all_reduce": 1}
+        with count_collectives() as counts:
+            linear_token_stats(hidden.detach(), weight, tokens, **case).logprob.sum().backward()
+            assert counts == {"all_gather": 1 + 3}
 
 
 def ranks_agree_on_the_chunk_size():
@@ -414,6 +474,10 @@ def error_messages_on_every_rank():
         assert error == (
             f"ValueError: tokens must lie in [0, {V}) where they are not masked, got {outside}"
         )
+    for ids, wrong in (([V], "support.token_ids"), ([0], "support")):
+        support = TokenSupport.from_lists([ids, *[[]] * (tokens.numel() - 1)])
+        error = message(hidden, weight, torch.ones_like(tokens), group(), support=support)
+        assert error.startswith(f"ValueError: {wrong} must "), error
     assert message(hidden, weight, tokens, group(), top_logprobs=V + 1) == (
         f"ValueError: top_logprobs must be at most {V}, got {V + 1}"
     )
@@ -610,6 +674,8 @@ CASES = (
     linear_grpo_losses,
     adapter_in_shards_of_the_vocabulary,
     several_tokens_to_a_row,
+    supports_in_shards_of_the_vocabulary,
+    losses_with_supports,
     frozen_head_in_shards_of_the_vocabulary,
     padded_vocabulary,
     statistics_on_request,
