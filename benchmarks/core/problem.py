@@ -11,13 +11,15 @@ from torch import Tensor
 
 import grpo_kernels
 from benchmarks.core.shapes import Shape
+from grpo_kernels import TokenSupport
 
 SEQUENCES = 16
 STD = 4.0  # of the logits, as in a language model
 # Sizes of the log-ratio of policy and old policy. None lies within 0.08 of a clip boundary (-0.223
 # and 0.182), so that rounding cannot change which tokens are clipped.
 INSIDE, OUTSIDE = 0.1, 0.5
-Variant = Literal["plain", "reference", "frozen", "adapter", "tree"]
+Variant = Literal["plain", "reference", "frozen", "adapter", "tree", "support"]
+KEPT = 20  # ids that are drawn for the support of a token; duplicates are dropped
 RANK, ADAPTER_SCALE = 16, 2.0
 # Tensors that may be trained.
 LEAVES = ("logits", "hidden", "weight", "adapter_a", "adapter_b")
@@ -40,12 +42,30 @@ class Problem:
     adapter_a: Tensor | None = None  # [r, H]; logits += ADAPTER_SCALE · (hidden aᵀ) bᵀ
     adapter_b: Tensor | None = None  # [V, r]
     token_rows: Tensor | None = None  # [B, T], of a tree: the row of hidden of each token
+    support_ids: Tensor | None = None  # both of a TokenSupport
+    support_offsets: Tensor | None = None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """Tensors that get a gradient, by name."""
         tensors = {name: getattr(self, name) for name in LEAVES}
         return {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
+
+    @property
+    def support(self) -> TokenSupport | None:
+        """The ids that each token was drawn among."""
+        if self.support_ids is None:
+            return None
+        return TokenSupport(self.support_ids, self.support_offsets)
+
+    @property
+    def head_rows(self) -> int:
+        """Number of rows of the head that any unmasked token needs."""
+        if self.support is None:
+            return self.weight.shape[0]
+        tokens = torch.arange(self.N, device=self.tokens.device).view(self.tokens.shape)
+        unmasked = tokens if self.mask is None else tokens[self.mask]
+        return len(self.support.select(unmasked).token_ids.unique())
 
     @property
     def N(self) -> int:
@@ -101,7 +121,9 @@ def make_problem(
         level: "logits" or "hidden".
         variant: "plain": hidden states and head, or logits, are trained; "reference": and there
             are the tensors of a reference policy; "frozen": the head is frozen; "adapter": and has
-            a trained adapter; "tree": sequences in pairs share their rows of hidden states.
+            a trained adapter; "tree": sequences in pairs share their rows of hidden states;
+            "support": each token was drawn among about KEPT ids, small ids more often, as in a
+            vocabulary sorted by frequency.
     """
     generator = torch.Generator(device).manual_seed(0)
     V, H, B = shape.head.V, shape.head.H, min(SEQUENCES, shape.N)
@@ -111,13 +133,24 @@ def make_problem(
         return torch.randn(size, generator=generator, device=device, dtype=dtype).mul_(std)
 
     tokens = torch.randint(0, V, (B, T), generator=generator, device=device)
+    tensors: dict[str, Tensor] = {}
+    if variant == "support":
+        draws = torch.rand(B * T, KEPT, generator=generator, device=device)
+        ids = V**draws  # of a density that falls as 1 / id
+        ids = ids.to(torch.int64).clamp_max(V - 1).sort().values
+        is_new = torch.ones_like(ids, dtype=torch.bool)
+        is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        tensors["support_ids"] = ids[is_new]
+        ends = is_new.sum(-1).cumsum(0)
+        tensors["support_offsets"] = torch.nn.functional.pad(ends, (1, 0))
+        place = torch.randint(0, KEPT, (B * T, 1), generator=generator, device=device)
+        tokens = ids.gather(-1, place).view(B, T)
     mask = None
     if shape.masked:
         unmasked = round(T * (1 - shape.masked))
         mask = (torch.arange(T, device=device) < unmasked).expand(B, T).contiguous()
     advantages = normal(B, dtype=torch.float32)
     advantages[: round(B * shape.inert)] = 0.0
-    tensors: dict[str, Tensor] = {}
     if level == "logits":
         tensors["logits"] = _leaf(normal(B, T, V, std=STD))
         if variant == "reference":
@@ -144,7 +177,9 @@ def make_problem(
             stats = grpo_kernels.token_stats(problem.logits, tokens, entropy=False)
         else:
             hidden = problem.with_copied_rows().hidden
-            stats = grpo_kernels.linear_token_stats(hidden, problem.weight, tokens, entropy=False)
+            stats = grpo_kernels.linear_token_stats(
+                hidden, problem.weight, tokens, entropy=False, support=problem.support
+            )
     # One token in eight is far outside the clip range.
     uniform = torch.empty_like(stats.logprob).uniform_(-1, 1, generator=generator)
     outside = torch.empty_like(uniform).uniform_(generator=generator) < 1 / 8

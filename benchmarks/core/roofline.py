@@ -82,6 +82,7 @@ def bare_matmuls(task: Task, phase: str, problem: Problem) -> Callable[[], objec
     matmuls = task.matmuls(problem, phase)
     num_active, num_with_gradient = problem.num_active, task.num_with_gradient(problem)
     hidden, weight = problem.hidden.detach().flatten(0, -2), problem.weight.detach()
+    weight = weight[: problem.head_rows]
     if not hidden.is_cuda and not has_bf16_units():
         hidden, weight = hidden.float(), weight.float()
 

@@ -66,7 +66,7 @@ class Task:
         matmuls = self.matmuls(problem, phase)
         rows = matmuls.logits * problem.num_active
         rows += sum(matmuls[1:]) * self.num_with_gradient(problem)
-        return 2 * problem.weight.numel() * rows
+        return 2 * problem.head_rows * problem.weight.shape[1] * rows
 
     def matmuls(self, problem: Problem, phase: str) -> Matmuls:
         """Return the matmuls of a phase; a row of hidden states takes part in each once."""
@@ -156,6 +156,7 @@ TASKS = {
         Task("linear_grpo_loss", "hidden", ("loss",), _LINEAR_LOSS, skips_inert=True),
         Task("linear_grpo_loss_frozen", "hidden", ("loss",), _FROZEN, "frozen", skips_inert=True),
         Task("linear_grpo_loss_tree", "hidden", ("loss",), _TREE, "tree", skips_inert=True),
+        Task("linear_grpo_loss_support", "hidden", ("loss",), _LINEAR_LOSS, "support", True),
         Task("linear_grpo_loss_kl", "hidden", ("loss",), _LINEAR_LOSS_KL, "reference"),
         Task("linear_gspo_loss", "hidden", ("loss",), _LINEAR_GSPO, skips_inert=True),
         # Supervised training: the gradient of the mean log-prob, by any surrogate of that gradient.

@@ -61,6 +61,7 @@ def linear_grpo_loss(problem: Problem, package: Any, config: LossConfig) -> Outp
         mask=problem.mask,
         old_logprob=problem.old_logprob,
         config=config,
+        support=problem.support,
         **reference_policy,
     )
     return {"loss": output.loss}
@@ -113,6 +114,7 @@ def all_tasks(package: Any) -> dict[str, Adapter]:
         "linear_grpo_loss": partial(linear_grpo_loss, config=LossConfig()),
         "linear_grpo_loss_frozen": partial(linear_grpo_loss, config=LossConfig()),
         "linear_grpo_loss_tree": linear_grpo_loss_tree,
+        "linear_grpo_loss_support": partial(linear_grpo_loss, config=LossConfig()),
         "linear_grpo_loss_kl": partial(linear_grpo_loss, config=reverse_kl),
         "linear_gspo_loss": partial(linear_grpo_loss, config=LossConfig(ratio_level="sequence")),
         "linear_cross_entropy": linear_cross_entropy,

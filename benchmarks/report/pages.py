@@ -108,6 +108,7 @@ def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
             *head_table(results, "linear_grpo_loss", PLANS[kind].other_dtype),
             *head_table(results, "linear_token_stats_frozen", base),
             *head_table(results, "linear_grpo_loss_tree", base),
+            *head_table(results, "linear_grpo_loss_support", base),
             function_table(results),
             *lora_table(results),
             *trainer_table(results),

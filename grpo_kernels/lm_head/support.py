@@ -67,8 +67,9 @@ def _restrict(inputs: LMHeadInputs, token_idx: Tensor, sizes: Tensor) -> LMHeadI
     _, ids = support.entries(token_idx, sizes)
     is_used = torch.zeros(V + 1, dtype=torch.bool, device=ids.device)
     is_used[torch.where(ids == NO_ID, V, ids)] = True
-    is_used[0] = True  # a head has at least one row
     vocab_ids = is_used[:V].nonzero().flatten()
+    if len(vocab_ids) == 0:  # a shard without any; a head has at least one row
+        vocab_ids = vocab_ids.new_zeros(1)
     if inputs.vocab_group is None and len(vocab_ids) * SMALLEST_GAIN > V:
         return None
     place = torch.full((V,), NO_ID, device=ids.device).index_copy_(

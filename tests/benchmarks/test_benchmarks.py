@@ -19,7 +19,7 @@ from benchmarks.core.results import ResultFile, read
 from benchmarks.core.shapes import Shape
 from benchmarks.core.tasks import TASKS, gradients
 from benchmarks.peers import OURS, PEERS, Peer
-from grpo_kernels.lm_head import chunk_size
+from grpo_kernels.lm_head import chunk_size, support
 from tests.helpers.count_flops import count_flops
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")  # the harness is tested, not kernels
@@ -212,6 +212,7 @@ HIDDEN_TASKS = [task for task in TASKS.values() if task.level == "hidden"]
 def test_counted_products_are_those_of_this_package(task, in_one_chunk, monkeypatch):
     monkeypatch.setattr(chunk_size, "WORKSPACE", (1 << 20) if in_one_chunk else (1 << 16))
     monkeypatch.setattr(problem_module, "RANK", 1)
+    monkeypatch.setattr(support, "SMALLEST_GAIN", 1)
     problem = make_problem("hidden", replace(SHAPE, inert=0.5), CPU, task.variant)
     function = PEERS[OURS].tasks[task.name]
     made = count_flops(lambda: gradients(function(problem), problem))
