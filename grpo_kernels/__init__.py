@@ -28,11 +28,13 @@ from .ops.grpo_loss import grpo_loss
 from .ops.linear_grpo_loss import linear_grpo_loss
 from .ops.linear_token_stats import linear_token_stats
 from .ops.token_stats import TokenStats, token_stats
+from .reward_baseline import EMABaseline
 from .sampling_support import TokenSupport, support_from_logits
 
 __all__ = [
     "ADVANTAGES",
     "AdaptiveEntropy",
+    "EMABaseline",
     "HeadAdapter",
     "LossConfig",
     "LossOutput",

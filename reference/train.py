@@ -255,7 +255,9 @@ def train(
             # Compare each completion with the others of its group. All ranks use rank 0's result,
             # since a reward function may be random.
             advantages = policy.ranks.broadcast(
-                compute_advantages(rollouts, config, task.rewards, step_reward, decode)
+                compute_advantages(
+                    rollouts, config, task.rewards, step_reward, decode, learner.reward_baseline
+                )
             )
 
             # Compute the loss and its gradient, and update the policy.

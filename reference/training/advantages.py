@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import grpo_kernels
+from grpo_kernels import EMABaseline
 from reference.training.collect import Rollouts, replace_missing
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
@@ -23,6 +24,11 @@ Steps = list[list[tuple[int, float]]]  # per completion: (end of the step, rewar
 # Called like a reward; the ends of the steps that it returns are numbers of characters.
 StepReward = Callable[..., Steps]
 
+# The advantages that read the lengths of the completions.
+BY_LENGTH = {
+    "opo": grpo_kernels.length_weighted_advantage,
+    "reinforce_plus_plus": grpo_kernels.reinforce_plus_plus_advantage,
+}
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -32,12 +38,14 @@ def compute_advantages(
     rewards: Mapping[str, WeightedReward],
     step_reward: StepReward | None,
     decode: Callable[[list[int]], str],
+    baseline: EMABaseline,
 ) -> Tensor:
     """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
 
     A completion to which no reward applies has an advantage of 0. The others are compared as if its
     reward were their mean, which leaves the mean of the group as it is. Process supervision adds
-    the advantages of steps to that of the completion.
+    the advantages of steps to that of the completion. The call updates the baseline, which is that
+    of --advantage ema.
     """
     group_rewards = replace_missing(rollouts.rewards)
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")
@@ -48,6 +56,11 @@ def compute_advantages(
         outcome = grpo_kernels.multi_reward_advantage(replace_missing(each), weights)
     elif name == "pass_at_k":
         outcome = grpo_kernels.pass_at_k_advantage(group_rewards, config.pass_k)
+    elif name in BY_LENGTH:
+        lengths = rollouts.samples.completions.mask.sum(dim=-1).view_as(group_rewards)
+        outcome = BY_LENGTH[name](group_rewards, lengths)
+    elif name == "ema":
+        outcome = baseline.advantage(group_rewards)
     elif name == "max_rl" and (group_rewards < 0).any():
         raise UserError(
             f"--advantage max_rl needs rewards of at least 0; got {group_rewards.min():g}"

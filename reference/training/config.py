@@ -118,14 +118,22 @@ class AdvantageSettings:
     """The advantage of a completion over the others of its group."""
 
     advantage: (
-        Literal["group", "batch", "centered", "leave_one_out", "max_rl", "pass_at_k"] | None
-    ) = None
+        Literal[
+            "group", "batch", "centered", "leave_one_out", "max_rl", "pass_at_k", "opo",
+            "reinforce_plus_plus", "ema",
+        ]
+        | None
+    ) = None  # fmt: skip
     """The reward minus its group's mean, divided by: group, the group's std; batch, the std of all
     rewards (2508.08221); centered, nothing; max_rl, that mean (2602.02710). Or leave_one_out: minus
     the others' mean (2402.14740); pass_at_k: what the completion adds to the best of k
-    (2503.19595). None: centered for --loss dr_grpo, else group."""
+    (2503.19595); opo: minus the group's mean weighted by length (2505.23585); reinforce_plus_plus:
+    normalised over all tokens of the step (2501.03262); ema: minus a moving average of the rewards
+    of earlier steps. None: centered for --loss dr_grpo, else group."""
     pass_k: int = 4
     """The k of pass_at_k, 2 to --group-size."""
+    ema_decay: float = 0.9
+    """The weight of the earlier steps in the average of ema, at least 0 and below 1."""
     normalise_each_reward: bool = False
     """Normalise each reward within the group before the rewards are summed (2601.05242)."""
 
@@ -344,6 +352,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         )
         self._require("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits")
         self._require("minibatches", self.minibatches <= self.prompts, "at most --prompts")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         if self.advantage == "pass_at_k":
             self._require("pass_k", self.pass_k <= self.group_size, "at most --group-size")
         if self.entropy_target is not None:
@@ -404,6 +413,11 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             (
                 self.dynamic_sampling > 0 and each_reward,
                 "--dynamic-sampling looks at sums of rewards: not with --normalise-each-reward",
+            ),
+            (
+                self.dynamic_sampling > 0 and self.advantage in ("reinforce_plus_plus", "ema"),
+                "--dynamic-sampling replaces groups of equal rewards, from which --advantage "
+                f"{self.advantage} learns",
             ),
             (
                 self.advantage is not None and each_reward,

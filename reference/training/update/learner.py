@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from grpo_kernels import AdaptiveEntropy, LossConfig, LossOutput
+from grpo_kernels import AdaptiveEntropy, EMABaseline, LossConfig, LossOutput
 from grpo_kernels.objective.token_gradients import zero_advantage_has_zero_grad
 from reference.training.config import TrainConfig
 from reference.training.distributed import full_tensor
@@ -63,6 +63,7 @@ class Learner:
                 step=config.entropy_coef_step,
                 maximum=config.entropy_coef_max,
             )
+        self.reward_baseline = EMABaseline(config.ema_decay)  # of --advantage ema
         self.trained = [param for param in policy.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
@@ -81,11 +82,13 @@ class Learner:
             "steps": self.steps,
             "micro_batch": self.splitter.state_dict(),
             "entropy_control": None if control is None else control.state_dict(),
+            "reward_baseline": self.reward_baseline.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
         self.splitter.load_state_dict(state["micro_batch"])
+        self.reward_baseline.load_state_dict(state["reward_baseline"])
         if self.entropy_control is not None:
             self.entropy_control.load_state_dict(state["entropy_control"])
 

@@ -36,9 +36,10 @@ def make_rollouts(rewards, rows):
     return Rollouts(questions, answers, {}, rewards, has_signal, {}, int(mask.sum()), 0)
 
 
-def advantages(rollouts, step_reward=None, rewards=None, **settings):
+def advantages(rollouts, step_reward=None, rewards=None, baseline=None, **settings):
     config = TrainConfig(**settings)
-    return compute_advantages(rollouts, config, rewards or {}, step_reward, decode)
+    baseline = baseline or grpo_kernels.EMABaseline()
+    return compute_advantages(rollouts, config, rewards or {}, step_reward, decode, baseline)
 
 
 def test_default_advantage_is_group_normalised_and_centered_for_dr_grpo():
@@ -59,6 +60,23 @@ def test_pass_at_k_uses_pass_k():
     found = make_rollouts([[1.0, 0.0, 4.0]], [[1]] * 3)
     assert advantages(found, advantage="pass_at_k", pass_k=3).tolist() == [0.0, 0.0, 3.0]
     assert advantages(found, advantage="pass_at_k", pass_k=2).tolist() == [0.5, 0.0, 3.5]
+
+
+def test_advantages_by_length():
+    found = make_rollouts([[1.0, 0.0], [4.0, 0.0]], [[1], [1, 2, 3], [1, 2, 3], [2]])
+    assert advantages(found, advantage="opo").tolist() == [0.75, -0.25, 1.0, -3.0]
+    ours = advantages(found, advantage="reinforce_plus_plus")
+    tokens = torch.tensor([1.0, 0, 0, 0, 4, 4, 4, 0])
+    expected = (found.rewards.flatten() - tokens.mean()) / tokens.std()
+    torch.testing.assert_close(ours, expected)
+
+
+def test_ema_subtracts_the_average_of_earlier_steps():
+    baseline = grpo_kernels.EMABaseline(decay=0.5)
+    keywords = {"advantage": "ema", "baseline": baseline}
+    assert advantages(make_rollouts([[1.0, 3.0]], [[1]] * 2), **keywords).tolist() == [-1, 1]
+    assert advantages(make_rollouts([[4.0, 4.0]], [[1]] * 2), **keywords).tolist() == [2, 2]
+    assert baseline.state_dict() == {"policy": 3.0}
 
 
 def test_max_rl_with_a_negative_reward_is_a_user_error():

@@ -130,6 +130,11 @@ def test_help_does_not_wait_for_transformers():
             ["--dynamic-sampling", "1", "--normalise-each-reward"],
             "--dynamic-sampling looks at sums of rewards: not with --normalise-each-reward",
         ),
+        (
+            ["--dynamic-sampling", "1", "--advantage", "ema"],
+            "--dynamic-sampling replaces groups of equal rewards, from which --advantage ema",
+        ),
+        (["--ema-decay", "1"], "--ema-decay must be at least 0 and below 1; got 1.0"),
         (["--entropy-target", "-1"], "--entropy-target must be at least 0; got -1"),
         (
             ["--entropy-target", "0.5", "--entropy-coef", "2"],

@@ -23,6 +23,7 @@ TINY = (
     *("--preset", "tiny", "--steps", "4", "--prompts", "5", "--minibatches", "2", "--beta", "0.05"),
     *("--eval-questions", "33", "--eval-every", "2", "--checkpoint-every", "1"),
     *("--print-every", "1", "--no-tensorboard", "--top-p", "0.9"),
+    *("--loss", "topr", "--aggregation", "prompt_mean", "--advantage", "ema"),
 )
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CLOCKS = ("time", "per_second", "memory")
