@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .validation import expect_number, expect_temperature, expect_tensor, suggest_keywords
+from .validation import (
+    expect_ids,
+    expect_number,
+    expect_temperature,
+    expect_tensor,
+    shape_of,
+    suggest_keywords,
+)
 
 # Rows of logits are sorted and copied in blocks of this many entries, or single rows.
 BLOCK_ENTRIES = 1 << 22
@@ -30,24 +37,40 @@ class TokenSupport(NamedTuple):
     @classmethod
     def from_lists(cls, ids: Sequence[Sequence[int] | Tensor | None]) -> "TokenSupport":
         """Make the support of tokens from a list of ids for each; None or []: the vocabulary."""
-        parts = [torch.as_tensor([] if x is None else x, dtype=torch.int64) for x in ids]
+        parts = []
+        for i, own in enumerate(ids):
+            part = torch.as_tensor([] if own is None else own)
+            expect_tensor(f"ids[{i}]", part, dims=(1,), layout="[K], the ids of one token")
+            if len(part) > 0:  # [] is made floating point
+                expect_ids(f"ids[{i}]", part)
+            parts.append(part.to(torch.int64))
         lengths = torch.tensor([len(x) for x in parts], dtype=torch.int64)
         token_ids = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-        return cls(token_ids, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        return cls(token_ids, pad(lengths.cumsum(0), (1, 0)))
 
     @classmethod
     def cat(cls, parts: Sequence["TokenSupport"]) -> "TokenSupport":
         """Concatenate the supports of several runs of tokens."""
+        if len(parts) == 0:
+            return cls.from_lists([])
         starts = torch.tensor([0, *(len(x.token_ids) for x in parts)]).cumsum(0).tolist()
-        offsets = [x.offsets[:-1] + start for x, start in zip(parts, starts, strict=False)]
-        end = parts[-1].offsets[-1:] + starts[len(parts) - 1]
+        ends = [x.offsets.to(torch.int64) for x in parts]
+        offsets = [x[:-1] + start for x, start in zip(ends, starts, strict=False)]
+        end = ends[-1][-1:] + starts[-2]
         return cls(torch.cat([x.token_ids for x in parts]), torch.cat([*offsets, end]))
 
     def select(self, index: Tensor) -> "TokenSupport":
         """Select the tokens `index`, flattened, in that order; a negative index: no ids."""
-        index = index.flatten().to(self.offsets.device)
-        lengths = torch.where(index < 0, 0, self.lengths[index])
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        N = len(self.offsets) - 1
+        expect_ids("index", index)
+        index = index.flatten().to(self.offsets.device, torch.int64)
+        if (index >= N).any():
+            raise ValueError(
+                f"index must be less than {N}, the number of tokens, got {int(index.max())}"
+            )
+        index = torch.where(index < 0, N, index)
+        lengths = pad(self.lengths, (0, 1))[index]
+        offsets = pad(lengths.cumsum(0), (1, 0))
         place = torch.arange(int(offsets[-1]), device=index.device)
         shift = (self.offsets[index] - offsets[:-1]).repeat_interleave(lengths)
         return TokenSupport(self.token_ids[(place + shift).to(self.token_ids.device)], offsets)
@@ -90,9 +113,11 @@ def support_from_logits(
 
     Returns:
         The ids of each token, ascending. The range is empty, which is the whole vocabulary, if all
-        V are kept, and for a row with NaN or of -inf only.
+        V are kept, and for a row that holds NaN or +inf, or nothing but -inf.
     """
     expect_tensor("logits", logits, floating=True, dims=(2, 3), layout="[B, T, V] or packed [N, V]")
+    if logits.shape[-1] < 1:
+        raise ValueError(f"logits must have a vocabulary of at least 1, got {shape_of(logits)}")
     expect_number("top_k", top_k, integer=True, at_least=0)
     expect_number("top_p", top_p, above=0, at_most=1)
     expect_number("min_p", min_p, at_least=0, at_most=1)
@@ -119,7 +144,7 @@ def _kept_ids(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor
     """Return the number of kept ids of each row of scaled logits [R, V], and all of the ids."""
     R, V = x.shape
     kept = x > -torch.inf
-    kept &= ~x.isnan().any(-1, keepdim=True)
+    kept &= (x < torch.inf).all(-1, keepdim=True)  # no NaN either
     if min_p > 0:
         p = x.softmax(-1)
         kept &= p >= min_p * p.amax(-1, keepdim=True)

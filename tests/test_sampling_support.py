@@ -2,10 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from grpo_kernels import sampling_support, support_from_logits
+from grpo_kernels import TokenSupport, sampling_support, support_from_logits
 from tests.helpers.tensors import normal
 
 INF = torch.inf
@@ -74,6 +75,9 @@ def test_empty_range_is_the_whole_vocabulary_only_if_all_are_kept():
     for rules in ({}, {"top_k": 3}, {"top_k": 9}, {"top_p": 1.0}, {"min_p": 0.0}, {"top_p": 0.999}):
         assert ids(support_from_logits(logits, **rules)) == [[], [0, 2], [], []]
     assert ids(support_from_logits(torch.empty(0, 3), top_p=0.5, top_k=2)) == []
+    infinite = torch.tensor([[0.0, INF, 1.0]])
+    for rules in ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}):
+        assert ids(support_from_logits(infinite, **rules)) == [[]]
 
 
 def test_one_temperature_per_token_and_three_dimensions():
@@ -100,9 +104,53 @@ def test_one_temperature_per_token_and_three_dimensions():
         ({"temperature": 0.0}, ValueError, "temperature must be greater than 0, got 0.0"),
         ({"temperature": torch.ones(4)}, ValueError, "temperature must broadcast to shape"),
         ({"logits": torch.zeros(3)}, ValueError, r"logits must be \[B, T, V\] or packed \[N, V\]"),
+        (
+            {"logits": torch.zeros(2, 0)},
+            ValueError,
+            r"vocabulary of at least 1, got shape \(2, 0\)",
+        ),
         ({"logits": torch.ones(2, 3).long()}, TypeError, "logits must be floating point"),
     ],
 )
 def test_wrong_arguments_raise(changes, error, message):
     with pytest.raises(error, match=message):
         support_from_logits(**{"logits": torch.zeros(2, 3), **changes})
+
+
+def test_support_from_lists_of_any_kind():
+    own = [[3, 1], None, np.array([2]), [], (4,), torch.tensor([])]
+    assert ids(TokenSupport.from_lists(own)) == [[3, 1], [], [2], [], [4], []]
+    assert ids(TokenSupport.from_lists([])) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        ([True, False], TypeError, r"ids\[1\] must be integer ids, got torch.bool"),
+        ([1.5], TypeError, r"ids\[1\] must be integer ids, got torch.float32"),
+        (3, ValueError, r"ids\[1\] must be \[K\], the ids of one token, got shape \(\)"),
+        (torch.ones(2, 2).long(), ValueError, r"ids\[1\] must be \[K\].*got shape \(2, 2\)"),
+    ],
+)
+def test_lists_that_are_not_of_ids_raise(own, error, message):
+    with pytest.raises(error, match=message):
+        TokenSupport.from_lists([[0], own])
+
+
+SUPPORT = TokenSupport.from_lists([[1, 2], [], [5]])
+
+
+def test_select_takes_any_negative_index_as_no_ids():
+    assert ids(SUPPORT.select(torch.tensor([[2, -1], [-7, 0]]))) == [[5], [], [], [1, 2]]
+    assert ids(SUPPORT.select(torch.tensor([2, 0], dtype=torch.uint8))) == [[5], [1, 2]]
+    assert ids(TokenSupport.from_lists([]).select(torch.tensor([-1, -1]))) == [[], []]
+    with pytest.raises(ValueError, match="index must be less than 3, the number of tokens, got 3"):
+        SUPPORT.select(torch.tensor([0, 3]))
+    with pytest.raises(TypeError, match=r"index must be integer ids, got torch\.bool"):
+        SUPPORT.select(torch.tensor([True, False, True]))
+
+
+def test_cat_of_no_parts_and_of_short_integers():
+    assert ids(TokenSupport.cat([])) == []
+    small = TokenSupport(*(x.to(torch.uint8) for x in SUPPORT))
+    assert ids(TokenSupport.cat([small] * 100)) == [[1, 2], [], [5]] * 100
