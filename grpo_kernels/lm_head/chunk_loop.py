@@ -86,6 +86,13 @@ class Chunk(NamedTuple):
             stats = stats._replace(is_top1=is_largest & (stats.logprob > -torch.inf))
             if request.top_logprobs == 0:
                 stats = stats._replace(top_logprobs=None, top_ids=None)
+        if stats.top_logprobs is not None and stats.top_ids is not None:
+            # The rows of the head that supports have may be fewer than K.
+            missing = (0, request.top_logprobs - stats.top_ids.shape[-1])
+            stats = stats._replace(
+                top_logprobs=torch.nn.functional.pad(stats.top_logprobs, missing, value=-torch.inf),
+                top_ids=torch.nn.functional.pad(stats.top_ids, missing).clamp_min(0),
+            )
         return stats
 
     def grad(self, stats: RowStats, grads: TokenGrads) -> LogitGrad:

@@ -99,6 +99,24 @@ def test_logits_of_minus_infinity_in_the_support(backend, chunk_tokens, few):
     assert all(value.isfinite().all() for value in ours.values())
 
 
+@pytest.mark.parametrize("K", [5, WIDE])
+def test_more_top_logprobs_than_the_supports_have_ids(backend, K):
+    case = make_linear_case(6, 4, V=WIDE)
+    case = without_reference(case) | {"tokens": torch.tensor([7, 2, 7, 60])}
+    support = TokenSupport.from_lists([[7, 2], [2], [7], [60, 7]])
+    for mask in (None, torch.tensor([1, 1, 0, 1])):
+        keywords = {"support": support, "mask": mask, "top_logprobs": K, "is_top1": True}
+        ours = linear_results(linear_token_stats, case, {}, **keywords)
+        exact = exact_linear_results(case, {}, **keywords)
+        torch.testing.assert_close(
+            ours["top_logprobs"].double(), exact["top_logprobs"], rtol=2e-5, atol=2e-5
+        )
+        assert torch.equal(ours["is_top1"], exact["is_top1"])
+        kept = ours["top_logprobs"] > -torch.inf
+        assert torch.equal(ours["top_ids"][kept], exact["top_ids"][kept])
+        assert ((ours["top_ids"] >= 0) & (ours["top_ids"] < WIDE)).all()
+
+
 # An adapter, several tokens to a row
 
 
