@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from grpo_kernels import token_stats
 from grpo_kernels.backends import RowInputs, RowStats, StatsRequest
+from grpo_kernels.backends.row_support import RowSupport
 from grpo_kernels.objective.token_gradients import TokenGrads
 from reference import losses
 from tests.helpers.tensors import (
@@ -137,6 +138,15 @@ def test_largest_of_logits_with_many_ties(backend, seed, N, V, K, levels, share)
     assert (ours.top_logprobs[:, 1:] <= ours.top_logprobs[:, :-1]).all()
 
 
+@pytest.mark.parametrize("K", [17, 20, 33])
+def test_number_of_largest_logits_need_not_divide_the_most(backend, K):
+    logits, tokens = normal(1, 2, 70), token_ids(2, 2, V=70)
+    ours = token_stats(logits, tokens, top_logprobs=K)
+    exact = losses.token_stats(logits, tokens, top_logprobs=K)
+    torch.testing.assert_close(ours.top_logprobs, exact.top_logprobs, rtol=1e-6, atol=4e-6)
+    assert torch.equal(ours.top_ids, exact.top_ids)
+
+
 @pytest.mark.parametrize("shape", [(0, V), (2, 0, V)])
 def test_no_tokens(backend, device, shape):
     logits, tokens = make_case(1, *shape, device=device)
@@ -249,11 +259,12 @@ def test_opcheck(backend):
     rows, request = operator_arguments()
     forward = torch.ops.grpo_kernels.token_stats_forward
     leaf = rows._replace(logits=rows.logits.clone().requires_grad_())
-    torch.library.opcheck(forward, (*leaf, *request, False))
-    stats = RowStats._make(forward(*rows, *request, False))
+    support = RowSupport()
+    torch.library.opcheck(forward, (*leaf, *support, *request, False))
+    stats = RowStats._make(forward(*rows, *support, *request, False))
     g = torch.ones(1, 3)
     grads = TokenGrads(None, g, None, g, torch.ones(()).expand(1, 3).contiguous())
-    arguments = (*rows, *stats.keep_for_backward(grads), *grads)
+    arguments = (*rows, *support, *stats.keep_for_backward(grads), *grads)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward, arguments)
 
 

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import grpo_kernels  # registers the operators
 from grpo_kernels import token_stats
 from grpo_kernels.backends import RowInputs, RowStats, StatsRequest
+from grpo_kernels.backends.row_support import RowSupport
 from grpo_kernels.objective.token_gradients import TokenGrads
 from tests.helpers.tensors import coin, exact_results, make_case, normal, results, upstream_like
 
@@ -43,8 +44,8 @@ def forward_arguments(dtype=torch.float32, kl="reverse"):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.full((1, 3), 1.3, dtype=acc)
     mask = torch.tensor([[True, False, True]])
-    request = StatsRequest()
-    return logits, tokens, temperature, mask, ref_logits, None, kl, *request, False
+    rows = (logits, tokens, temperature, mask, ref_logits, None, kl)
+    return *rows, *RowSupport(), *StatsRequest(), False
 
 
 @pytest.mark.parametrize("kl", [None, "forward", "reverse"])
@@ -61,7 +62,7 @@ def test_opcheck_backward(backend, kl):
     stats = RowStats._make(torch.ops.grpo_kernels.token_stats_forward(*arguments))
     g = torch.ones(1, 3)
     grads = TokenGrads(g, g, g if kl else None)
-    arguments = (*rows, *stats.keep_for_backward(grads), *grads)
+    arguments = (*rows, *RowSupport(), *stats.keep_for_backward(grads), *grads)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward, arguments)
     torch.library.opcheck(torch.ops.grpo_kernels.token_stats_backward_, arguments)
 

@@ -181,7 +181,9 @@ def plan_top_entries(
     16 with one. The second kernel holds the entries of K groups at once.
     """
     K = max(request.top_logprobs, int(request.is_top1))
-    group_parts = 1 if split else max(1, min(4, MAX_TOP // max(K, 1)))
+    group_parts = 1
+    if not split:  # a power of two
+        group_parts = next((parts for parts in (4, 2) if parts * K <= MAX_TOP), 1)
     groups = launch.lanes * -(-logits.shape[-1] // (group_parts * launch.part))
     if K == 0 or K > MAX_TOP or groups > MAX_GROUPS or logits.dtype == torch.float64:
         return TopEntries(K, None, group_parts)
