@@ -217,7 +217,10 @@ def _token_call(draw, name: str, numbers: Numbers, shape, V: int) -> Call:
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     excluded = (chosen == -torch.inf) & (not may_be_excluded)
     tokens = torch.where(excluded, logits.argmax(-1), tokens)
-    if name != "policy_loss" and draw(st.integers(0, 2)) == 0:
+    # In fp16, a token's share of d_weight underflows beside one that is 1e8 times larger. Without
+    # supports both have the same ids, so that the larger one hides it.
+    may_underflow = name == "linear_grpo_loss" and dtype == torch.float16
+    if name != "policy_loss" and not may_underflow and draw(st.integers(0, 2)) == 0:
         arguments["support"] = _support(draw, numbers, logits, tokens)
     if name in OBJECTIVES:
         scaling = {n: arguments[n] for n in ("temperature", "softcap", "support") if n in arguments}

@@ -21,8 +21,10 @@ from tests.helpers.linear import (
     LEAVES,
     check_linear,
     exact_linear_results,
+    half_gradient_tolerance,
     linear_results,
     make_linear_case,
+    relative_error,
     without_reference,
 )
 from tests.helpers.peak_memory import peak_memory
@@ -32,22 +34,30 @@ from tests.helpers.tensors import DTYPES, assert_same_bits, coin, normal, token_
 
 V = 37
 SIZES = (1, 0, 5, V, 20, 17)  # ids of each token; 0: the whole vocabulary
-# Size of a vocabulary, and number of ids that all supports are taken from: with several chunks to
-# choose, the products are with the rows of these ids only.
+# Size of a vocabulary, and number of ids that all supports are taken from: so few that, with
+# chunk_tokens=None, the products are with the rows of these ids only.
 WIDE, FEW = 64, 12
 ALL = ("logprob", "entropy", "kl", "sum_sq_probs", "mean_logit")
 EVERY = {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 1}
+
+
+def draw_support(seed, case, sizes=SIZES, few=False):
+    """Support of a case; few: FEW different ids, and tokens among them, all over the vocabulary."""
+    if not few:
+        return make_support(seed, case["tokens"], len(case["weight"]), sizes)
+    case["tokens"] %= FEW
+    token_ids, offsets = make_support(seed, case["tokens"], FEW, sizes)
+    case["tokens"] = case["tokens"] * 5 + 3
+    return TokenSupport(token_ids * 5 + 3, offsets)
 
 
 def make_all(
     seed, *leading, V=V, H=8, dtype=torch.float32, device="cpu", sizes=SIZES, kl=True, few=False
 ):
     """A case, upstream gradients of every output, and the support; few: WIDE and FEW."""
-    V, largest = (WIDE, FEW) if few else (V, V)
-    case = make_linear_case(seed, *leading, V=V, H=H, dtype=dtype, device=device)
+    case = make_linear_case(seed, *leading, V=WIDE if few else V, H=H, dtype=dtype, device=device)
     case = case if kl else without_reference(case)
-    case["tokens"] %= largest
-    support = make_support(seed + 9, case["tokens"], largest, sizes)
+    support = draw_support(seed + 9, case, sizes, few)
     names = [name for name in ALL if kl or name != "kl"]
     return case, upstream_like(seed + 10, case["tokens"], names), support
 
@@ -88,10 +98,10 @@ def test_gradients_of_each_output(pytorch_backend, leaves, names, chunk_tokens, 
 
 @pytest.mark.parametrize(("chunk_tokens", "few"), [(None, True), (3, False)])
 def test_logits_of_minus_infinity_in_the_support(backend, chunk_tokens, few):
-    case, upstream, _ = make_all(4, 2, 4, few=few)
-    case["bias"][::3] = case["ref_bias"][::3] = -torch.inf
-    case["tokens"] += case["tokens"] % 3 == 0
-    support = make_support(5, case["tokens"], FEW if few else V, (5, 0, 9))
+    case, upstream, support = make_all(4, 2, 4, sizes=(5, 0, 9), few=few)
+    excluded = torch.arange(len(case["bias"])) % 3 == 0
+    excluded[case["tokens"]] = False
+    case["bias"][excluded] = case["ref_bias"][excluded] = -torch.inf
     ours = check_linear(
         linear_token_stats, case, upstream, support=support, kl="forward",
         chunk_tokens=chunk_tokens, **EVERY,
@@ -134,8 +144,9 @@ def value(package, case, kind, **keywords):
     if kind == "statistics":
         stats = package.linear_token_stats(*inputs, kl="reverse", **keywords)
         return (stats.logprob * 1.3 + stats.entropy * 0.5 - stats.kl).sum()
-    keywords |= {"config": LOSSES[kind], "old_logprob": -0.3 - 0.1 * inputs[2]}
-    return package.linear_grpo_loss(*inputs, ADVANTAGES, **keywords).loss
+    keywords |= {"config": LOSSES[kind], "old_logprob": -0.3 - 0.1 * inputs[2].double()}
+    advantages = ADVANTAGES.to(torch.promote_types(torch.float32, inputs[0].dtype))
+    return package.linear_grpo_loss(*inputs, advantages, **keywords).loss
 
 
 LOSSES = {
@@ -169,8 +180,7 @@ def test_losses_and_gradients_with_an_adapter_match_autograd(
 ):
     case, mask = make_adapted(6, 2, 5, V=WIDE if few else V), coin(1, 2, 5)
     keywords = {"mask": mask, "frozen": frozen, "chunk_tokens": chunk_tokens}
-    case["tokens"] %= FEW if few else V
-    keywords["support"] = make_support(2, case["tokens"], FEW if few else V, SIZES)
+    keywords["support"] = draw_support(2, case, few=few)
     exact = gradients(losses, case, kind, **keywords)
     case["hidden"] = torch.where(mask[..., None], case["hidden"], torch.nan)
     case["tokens"] = torch.where(mask, case["tokens"], -100)
@@ -179,14 +189,28 @@ def test_losses_and_gradients_with_an_adapter_match_autograd(
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("chunk_tokens", "few"), [(None, True), (4, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_losses_in_lower_precision(backend, kind, dtype, chunk_tokens, few):
+    case = make_adapted(6, 2, 5, V=WIDE if few else V)
+    support = draw_support(2, case, few=few)
+    case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
+    doubled = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
+    exact = gradients(losses, doubled, kind, support=support)
+    ours = gradients(grpo_kernels, case, kind, support=support, chunk_tokens=chunk_tokens)
+    for name, x, like in zip(("loss", *ADAPTED), ours, exact, strict=True):
+        is_rounded = dtype != torch.float32 and name != "loss"
+        assert relative_error(x, like) <= (half_gradient_tolerance() if is_rounded else 2e-6), name
+
+
 ROWS = torch.tensor([0, 1, 1, 2, 4, 4, 1, 5, 4, 4])  # row 3 has no token
 
 
 def make_shared(seed, few=False):
     """Several tokens to a row, and the support, the same for the tokens of a row."""
     case = make_adapted(seed, 6, V=WIDE if few else V)
-    largest = FEW if few else V
-    ids = lists_of_ids(make_support(seed, token_ids(seed, 6, V=largest), largest, (5, 0, 20, 1)))
+    ids = lists_of_ids(draw_support(seed, case, (5, 0, 20, 1), few))
     drawn = token_ids(seed + 1, len(ROWS), V=V).tolist()
     tokens = [
         int(ids[row][token % len(ids[row])]) if len(ids[row]) else token
@@ -315,8 +339,7 @@ def test_any_shape_mask_and_chunk_size(
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
 def test_gradcheck(pytorch_backend, kind, chunk_tokens):
     case = make_adapted(14, 2, 3, V=WIDE)
-    case["tokens"] %= FEW
-    support = make_support(15, case["tokens"], FEW, (3, 0, 9))
+    support = draw_support(15, case, (3, 0, 9), few=True)
     leaves = [case[name].requires_grad_() for name in ADAPTED]
 
     def function(*leaves):
