@@ -302,6 +302,7 @@ class DppoKl(Dppo):
         rest, old_rest = (-torch.expm1(x).clamp(max=0) for x in (logprob, old_logprob))
         token = old_logprob.exp() * (old_logprob - logprob)
         divergence = token + old_rest * ((old_rest + 1e-8) / (rest + 1e-8)).log()
+        divergence = divergence.clamp(min=0)  # rounding makes that of equal policies negative
         return torch.where(logprob < old_logprob, -divergence, divergence)
 
     def kernel_form(self) -> KernelForm:

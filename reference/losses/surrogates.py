@@ -88,6 +88,7 @@ def binary_kl(tokens: Tokens) -> Tensor:
     new, old = tokens.logprob.detach(), tokens.old_logprob
     rest, old_rest = ((1 - x.exp()).clamp(min=0) for x in (new, old))
     kl = old.exp() * (old - new) + old_rest * torch.log((old_rest + 1e-8) / (rest + 1e-8))
+    kl = kl.clamp(min=0)  # against rounding
     return torch.where(new < old, -kl, kl)
 
 

@@ -336,6 +336,16 @@ def test_gradient_exactly_on_a_clip_bound(implementation, fields, log_ratio, adv
 
 
 @IMPLEMENTATIONS
+def test_binary_kl_of_nearly_equal_policies_is_not_negative(implementation):
+    """Rounding made it so, and a token that rose by little counted as one that fell."""
+    log_ratios = [10.0**-k for k in range(5, 16)]
+    fields = {"surrogate": "dppo_kl", "epsilon_low": 0.0, "ratio_cap": 9.0}
+    for old in (-3.0, -0.7, -0.2):
+        ours = evaluate(implementation, log_ratios, [-1.0] * len(log_ratios), old=old, **fields)
+        assert ours[2]["clip_ratio/low_mean"] == 0
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("estimator", "grad"), [("k3", 1 - e(20)), ("k3_corrected", -20.0), ("k3+", -20.0)]
 )

@@ -331,7 +331,7 @@ def surrogate_grad(
         if SURROGATE == "dppo_kl":
             rest, old_rest = at_least(1.0 - prob, 0.0), at_least(1.0 - old_prob, 0.0)
             bits = tl.log2((old_rest + 1e-8) / (rest + 1e-8))
-            kl = old_prob * (old - logprob) + old_rest * bits * LN2
+            kl = at_least(old_prob * (old - logprob) + old_rest * bits * LN2, 0.0)
             change = tl.where(logprob < old, -kl, kl)
         else:
             tl.static_assert(SURROGATE == "dppo")
