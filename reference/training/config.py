@@ -384,6 +384,13 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "--no-support concerns --top-k, --top-p and --min-p: set one of them",
             ),
             (
+                (self.top_k == 1 or self.min_p == 1)
+                and self.support
+                and not (self.eval_only or self.chat),
+                "--top-k 1 and --min-p 1 keep one token, whose log-prob is always 0: nothing would "
+                "be learned",
+            ),
+            (
                 continuous and bool(self.min_p),
                 "--min-p: the continuous batching of transformers has none: take --sampler "
                 "shared-prompt or generate",

@@ -200,6 +200,8 @@ EARLY = {
     "--task jsonl --data nowhere.jsonl --model x": "error: cannot read nowhere.jsonl",
     "--reward nowhere.py:f": "error: reward 'nowhere.py:f': there is no file nowhere.py",
     "--sampler vlm": "error: --sampler must be shared-prompt",
+    "--top-k 1": "error: --top-k 1 and --min-p 1 keep one token, whose log-prob is always 0",
+    "--min-p 1": "error: --top-k 1 and --min-p 1 keep one token",
     "--top-k -1": "error: --top-k must be at least 0; got -1",
     "--top-p 0": "error: --top-p must be above 0 and at most 1; got 0",
     "--min-p nan": "error: --min-p must be 0 to 1; got nan",
