@@ -135,8 +135,9 @@ def _prepare(
             )
         for i in misses.nonzero()[:1, 0].tolist():
             raise ValueError(
-                f"support must have every token that is not masked among its ids, got token {i}, "
-                f"{int(tokens[i])}, with {_shorten(token_ids[ends[i] : ends[i + 1]])}"
+                "support must have the id of every token that is not masked, got "
+                f"{_shorten(token_ids[ends[i] : ends[i + 1]])} for token {i}, which is id "
+                f"{int(tokens[i])}"
             )
     is_wrong = (num_invalid > 0) | misses
     ids = torch.where(ids == beyond, NO_ID, ids)

@@ -439,7 +439,7 @@ def test_products_and_peak_memory_with_and_without_a_support(
         (
             TokenSupport.from_lists([[0], [2, 4]]),
             ValueError,
-            r"support must have every token.*got token 1, 1, with \[2, 4\]",
+            r"support must have the id of every.*got \[2, 4\] for token 1, which is id 1",
         ),
     ],
 )

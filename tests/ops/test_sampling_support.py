@@ -406,7 +406,7 @@ def test_forward_makes_no_tensor_of_the_size_of_the_logits(pytorch_backend):
         (
             TokenSupport.from_lists([[0], [2, 4]]),
             ValueError,
-            r"support must have every token.*got token 1, 1, with \[2, 4\]",
+            r"support must have the id of every.*got \[2, 4\] for token 1, which is id 1",
         ),
     ],
 )
