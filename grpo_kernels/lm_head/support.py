@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.row_support import NO_ID
 from .inputs import LMHeadInputs
+from .vocab_parallel import all_gather
 
 # A token with more ids takes the whole head, so that it does not enlarge that of the others.
 LARGEST_SUPPORT = 1024
@@ -33,8 +34,8 @@ def split_by_support(
     """Split the tokens into those of a small union of supports and the others.
 
     With fixed chunks there is one part with the whole head: the bits of a product may depend on the
-    size of the union, and so on the other tokens. With shards of the vocabulary all ranks make the
-    same parts, each with its own rows of them.
+    size of the union, and so on the other tokens. With shards of the vocabulary the union is that
+    of all ranks, which make the same parts, each with its own rows of them.
     """
     whole = [HeadPart(inputs, token_idx, num_with_grad)]
     sizes = inputs.support_sizes
@@ -68,10 +69,14 @@ def _restrict(inputs: LMHeadInputs, token_idx: Tensor, sizes: Tensor) -> LMHeadI
     is_used = torch.zeros(V + 1, dtype=torch.bool, device=ids.device)
     is_used[torch.where(ids == NO_ID, V, ids)] = True
     vocab_ids = is_used[:V].nonzero().flatten()
+    num_used, total = len(vocab_ids), V
+    if inputs.vocab_group is not None:  # the ranks choose alike
+        own = torch.tensor([num_used, V], device=ids.device)
+        num_used, total = all_gather(own, inputs.vocab_group).sum(0).tolist()
+    if num_used * SMALLEST_GAIN > total:
+        return None
     if len(vocab_ids) == 0:  # a shard without any; a head has at least one row
         vocab_ids = vocab_ids.new_zeros(1)
-    if inputs.vocab_group is None and len(vocab_ids) * SMALLEST_GAIN > V:
-        return None
     place = torch.full((V,), NO_ID, device=ids.device).index_copy_(
         0, vocab_ids, torch.arange(len(vocab_ids), device=ids.device)
     )

@@ -25,6 +25,8 @@ from grpo_kernels import (
 )
 from grpo_kernels.integrations.verl_head import linear_cross_entropy
 from grpo_kernels.lm_head import chunk_loop
+from grpo_kernels.lm_head import support as head_support
+from grpo_kernels.lm_head.inputs import prepare_inputs
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
 from tests.helpers.supports import with_wrong_ids
 from tests.helpers.tensors import coin, normal
@@ -291,6 +293,15 @@ def case_with_support(seed, dtype=torch.float64, kl=True):
     return case, TokenSupport.from_lists(IDS)
 
 
+@contextmanager
+def rows_of_any_union():
+    """Multiply with the rows of the supports only, however many they are."""
+    gain, head_support.SMALLEST_GAIN = head_support.SMALLEST_GAIN, 0
+    yield
+    head_support.SMALLEST_GAIN = gain
+
+
+@rows_of_any_union()
 def supports_in_shards_of_the_vocabulary():
     request = {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 1}
     names = ("logprob", "entropy", "kl", "sum_sq_probs", "mean_logit")
@@ -309,6 +320,7 @@ def supports_in_shards_of_the_vocabulary():
     check(case, upstream=upstream(case, *names[:3]), **settings)
 
 
+@rows_of_any_union()
 def losses_with_supports():
     advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
     for config, reference in LOSSES.values():
@@ -329,6 +341,18 @@ def losses_with_supports():
         case, upstream=upstream(case, "logprob", "entropy", "kl"), token_rows=rows, kl="forward",
         support=support, chunk_tokens=3,
     )  # fmt: skip
+
+
+def ranks_agree_on_the_rows_of_the_supports():
+    """At most a fourth of the whole vocabulary, wherever it lies."""
+    for num_ids, is_part in ((5, True), (6, False)):
+        for first in (0, V - num_ids):
+            tokens = torch.arange(first, first + num_ids)
+            support = TokenSupport(tokens, torch.arange(num_ids + 1))
+            hidden, weight = torch.zeros(num_ids, 2), torch.zeros(V, 2)[local_rows()]
+            inputs = prepare_inputs(hidden, weight, tokens, support=support, vocab_group=group())
+            parts = head_support.split_by_support(inputs, torch.arange(num_ids), 0, None)
+            assert [part.inputs.vocab_ids is not None for part in parts] == [is_part]
 
 
 def frozen_head_in_shards_of_the_vocabulary():
@@ -676,6 +700,7 @@ CASES = (
     several_tokens_to_a_row,
     supports_in_shards_of_the_vocabulary,
     losses_with_supports,
+    ranks_agree_on_the_rows_of_the_supports,
     frozen_head_in_shards_of_the_vocabulary,
     padded_vocabulary,
     statistics_on_request,
