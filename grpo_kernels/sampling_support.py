@@ -169,6 +169,9 @@ def _kept_ids(x: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor
     table = p.new_zeros(R, K)
     table[row, place] = p[row, ids]
     ascending, order = table.sort(dim=-1, stable=True)
+    # Sums of integers are exact. Those of floating-point numbers are in another order for another K
+    # on a GPU, and torch.use_deterministic_algorithms refuses them there.
+    ascending, dropped, limit = ((y * 2.0**62).to(torch.int64) for y in (ascending, dropped, limit))
     stays = dropped + ascending.cumsum(-1) > limit
     stays[:, -1:] = True
     stays = torch.zeros_like(stays).scatter(-1, order, stays)[row, place]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import TokenSupport, sampling_support, support_from_logits
 from tests.helpers.tensors import normal
@@ -55,6 +56,25 @@ def test_kept_ids_follow_the_rules(rules, dtype, device, monkeypatch):
     expected = [kept_by_the_rules(row, **rules) for row in logits]
     support = support_from_logits(logits.to(device), **rules)
     assert ids(support) == [row if len(row) < 41 else [] for row in expected]
+
+
+class RecordCumsum(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.cumsum.default:
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_cumulative_sums_are_exact():
+    """torch.use_deterministic_algorithms refuses those of floating-point numbers on a GPU."""
+    logits = normal(2, 4, 41)
+    with RecordCumsum() as recorder:
+        support_from_logits(logits, top_p=0.9)
+    assert recorder.dtypes and not any(dtype.is_floating_point for dtype in recorder.dtypes)
 
 
 def test_ties_stay_in_top_k_and_go_by_id_in_top_p():
