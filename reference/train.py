@@ -4,18 +4,20 @@
     python reference/train.py --preset tiny               75k parameters learn to reverse digits
     python reference/train.py --preset llama-3.2-1b       Llama 3.2 1B Instruct on GSM8K, on a GPU
     python reference/train.py --task capital-of-brazil    it learns to think and answer in tags
+    python reference/train.py --teacher runs/.../model    on-policy distillation from a teacher
     python reference/train.py --resume runs/...           continues a run that was stopped
     torchrun --nproc-per-node=8 reference/train.py ...    the same run on eight GPUs
     python reference/train.py --help                      the main settings; --help all: every one
 
 Each step samples groups of completions, one group per question, rewards the right ones, and makes
-the completions that beat their group's mean more likely. `train` below is that loop.
+the completions that beat their group's mean more likely. `train` below is that loop. With --teacher
+the update lowers the divergence from the teacher on the completions instead.
 
 The parts are in reference/training. In reading order:
 
     config, command_line           settings, their flags and presets; flag_errors: misspelt ones
     tasks/                         questions, ground truths and rewards
-    model/                         loading a model; LoRA; the policy; scorers (--loss-impl)
+    model/                         loading a model; LoRA; policy and teacher; scorers (--loss-impl)
     rollout/                       chat template, sampling, packing of completions into rows
     collect, advantages            completions with rewards, and how they compare in their group
     update/                        micro-batches, losses and optimiser steps
@@ -62,6 +64,7 @@ from reference.training.errors import UserError, discard_stdout
 from reference.training.evaluate import chat, evaluate
 from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
+from reference.training.model.teacher import load_teacher
 from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
 from reference.training.run.checkpoint import Checkpoints
 from reference.training.run.disk_use import describe_disk_use, describe_files
@@ -86,6 +89,10 @@ A note on the loss: its VALUE says nothing about progress. With one optimiser st
 ratio of new to old policy is 1 and the advantages of a group add up to 0. A loss of clipped ratios
 is then about 0, up to a remainder from completions of unequal length. Its gradient is not 0. Watch
 the reward.
+"""
+ABOUT_THE_DIVERGENCE = """\
+The loss is the divergence of the student from the teacher, in nats per token of the completions
+that the student sampled. Rewards are measured and not trained on.
 """
 CHAT_TOKENS = 256
 SCORERS = {"fused": FusedScorer(), "reference": PlainScorer()}  # --loss-impl
@@ -163,6 +170,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         policy = load_policy(config, device, sampler, task.system, questions, ranks)
         if not is_server(config.sampler):
             sampler = policy.sampler  # not every model can share the prompt of a group
+        teacher = None if config.teacher is None else load_teacher(config, policy, questions)
         scorer = SCORERS[config.loss_impl]  # log-probs and loss of a batch, fused or plain
         order = random.Random(config.seed)  # draws the questions of each step
         if config.model == "scratch" and checkpoint is None:
@@ -170,7 +178,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
             print(f"warm start: {warm_start(alone, scorer, task, order)} supervised steps")
 
         # Restore the state of a run that is resumed, and cut its logs back to the checkpoint.
-        learner = Learner(policy, scorer, config.loss_config(), config)
+        learner = Learner(policy, scorer, config.loss_config(), config, teacher)
         state = TrainingState(learner, order, config.as_json(), inputs)
         print(describe_disk_use(directory, learner))
         if checkpoint is not None:
@@ -240,8 +248,9 @@ def train(
         evaluate_if_due()
         draw_curves()
         state.save_if_due(checkpoints)
-        print(ABOUT_THE_LOSS)
-        for step in (bar := progress_bar(state.step, config.steps, policy.ranks.is_first)):
+        print(ABOUT_THE_LOSS if learner.teacher is None else ABOUT_THE_DIVERGENCE)
+        name = "GRPO" if learner.teacher is None else "distillation"
+        for step in (bar := progress_bar(name, state.step, config.steps, policy.ranks.is_first)):
             # Sample and reward groups of completions. A signal drops the step here; a resumed run
             # repeats it from the recorded state of the random generators.
             state.record()
@@ -280,7 +289,8 @@ def train(
             is_shown = (step - 1) % config.print_every == 0
             group = examples(rollouts, advantages) if is_shown else []
             log.step(row, group)
-            shown = {name: row[name] for name in ("reward", "accuracy/lenient") if name in row}
+            names = ("reward", "divergence", "accuracy/lenient")
+            shown = {name: row[name] for name in names if name in row}
             bar.set_postfix(shown, refresh=False)
 
             # Show some completions.

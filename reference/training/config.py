@@ -32,7 +32,7 @@ class ModelSettings:
     lora_alpha: float = 32.0
     """Scale of the adapters; it is divided by their rank."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations: less memory, more time."""
     autocast: Literal["auto", "bf16", "off"] = "auto"
     """Dtype of the forward pass; the weights are fp32. auto: bf16 on a GPU, off elsewhere."""
 
@@ -89,7 +89,7 @@ class SamplingSettings:
     max_new_tokens: int = 12
     """Longest completion, in tokens."""
     temperature: float = 1.0
-    """Temperature of the sampling, and of the log-probs in the loss."""
+    """Temperature of the sampling and of the loss."""
     top_k: int | None = None
     """Sample among the tokens with the k largest logits. 0 or None: no limit. Like --top-p and
     --min-p, it acts wherever completions are sampled and not greedy, and the loss normalises over
@@ -111,6 +111,19 @@ class SamplingSettings:
     rounds of sampling (DAPO)."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """On-policy distillation: the loss is the divergence from a teacher, on the completions of the
+    student."""
+
+    teacher: str | None = None
+    """A model of any size to distil from. It is a directory or a model hub id with the tokenizer of
+    --model. Its distribution replaces advantages in the loss; rewards are only logged."""
+    distill: Literal["reverse", "forward"] = "reverse"
+    """The divergence over the whole vocabulary, a mean over tokens. reverse: KL(student‖teacher),
+    forward: KL(teacher‖student)."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,7 @@ class RunSettings:
     """Hardware, output and checkpoints."""
 
     seed: int = 0
-    """Seed of the question split, of the order of questions and of the sampling."""
+    """Seed of question split, question order and sampling."""
     print_every: int = 8
     """Print a question with a sampled completion and its reward every so many steps."""
     dashboard_every: int = 10
@@ -270,6 +283,7 @@ SECTIONS = {
     "model": ModelSettings,
     "task": TaskSettings,
     "sampling": SamplingSettings,
+    "distillation": DistillationSettings,
     "advantage": AdvantageSettings,
     "loss": LossSettings,
     "update": UpdateSettings,
@@ -277,6 +291,14 @@ SECTIONS = {
     "run": RunSettings,
 }
 
+
+# What a loss of completions reads and a divergence does not.
+UNUSED_WITH_TEACHER = (
+    *("support", "dynamic_sampling", "overlong_buffer", "step_reward"),
+    *(setting.name for setting in fields(AdvantageSettings)),
+    *(setting.name for setting in fields(LossSettings)),
+    *("reference_refresh", "entropy_target", "entropy_coef_step", "entropy_coef_max"),
+)
 
 POSITIVE = (
     "temperature",
@@ -319,6 +341,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
     UpdateSettings,
     LossSettings,
     AdvantageSettings,
+    DistillationSettings,
     SamplingSettings,
     TaskSettings,
     ModelSettings,
@@ -336,6 +359,8 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
     def __post_init__(self) -> None:
         for name, minimum in MINIMA.items():
             value = getattr(self, name)
+            if name == "group_size" and self.teacher is not None:
+                minimum = 1  # nothing is compared
             holds = value is None or value == "auto" or value >= minimum
             self._require(name, holds, f"at least {minimum}")
         for name in POSITIVE:
@@ -378,7 +403,23 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         each_reward = self.normalise_each_reward
         truncates = self.truncation is not None
         continuous = self.sampler == "continuous"
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        unused = [name for name in UNUSED_WITH_TEACHER if getattr(self, name) != defaults[name]]
+        flags = [("--no-" if x == "support" else "--") + x.replace("_", "-") for x in unused]
         return [
+            (
+                self.teacher is not None and bool(unused),
+                "--teacher: the loss is the divergence from the teacher, without rewards: not with "
+                f"{', '.join(flags)}",
+            ),
+            (
+                self.teacher is None and self.distill != defaults["distill"],
+                "--distill chooses the divergence from a --teacher: name one",
+            ),
+            (
+                self.teacher == "scratch",
+                "--teacher scratch has learnt nothing: name a directory or a model of the hub",
+            ),
             (
                 not self.support and not truncates,
                 "--no-support concerns --top-k, --top-p and --min-p: set one of them",
@@ -396,7 +437,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "shared-prompt or generate",
             ),
             (
-                continuous and truncates and self.support,
+                continuous and truncates and self.support and self.teacher is None,
                 "--sampler continuous does not return the tokens that --top-k and --top-p keep: "
                 "take shared-prompt or generate, or train without them with --no-support",
             ),
@@ -485,7 +526,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         rules = {"top_k": self.top_k or 0, "top_p": self.top_p or 1.0, "min_p": self.min_p or 0.0}
         if rules == {"top_k": 0, "top_p": 1.0, "min_p": 0.0}:
             return None
-        return Truncation(**rules, return_support=self.support)
+        return Truncation(**rules, return_support=self.support and self.teacher is None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON, without --resume, --accept-changes and --overwrite.

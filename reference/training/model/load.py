@@ -80,8 +80,12 @@ def default_cache_dir() -> Path:
     return Path(base) / "grpo_kernels"
 
 
-def locate(model: str, cache_dir: Path | None) -> Path | None:
-    """Find the directory with the weights of `model`, or download it; None for "scratch"."""
+def locate(model: str, cache_dir: Path | None, flag: str = "--model") -> Path | None:
+    """Find the directory with the weights of `model`, or download it; None for "scratch".
+
+    Args:
+        flag: the name of the setting in error messages.
+    """
     if model == "scratch":
         return None
     if model == "smollm2-135m":
@@ -96,12 +100,12 @@ def locate(model: str, cache_dir: Path | None) -> Path | None:
         except UserError as error:
             raise UserError(
                 f"SmolLM2-135M-Instruct could not be had: {error}. Connect to the internet once, "
-                "or pass --model DIRECTORY, or try --preset tiny, which downloads nothing"
+                f"or pass {flag} DIRECTORY, or try --preset tiny, which downloads nothing"
             ) from None
     if Path(model).is_dir():
         return download.check_model_directory(Path(model))
     if Path(model).exists():
-        raise UserError(f"--model {model} is a file: name its directory")
+        raise UserError(f"{flag} {model} is a file: name its directory")
 
     # Neither known nor there: a path is refused here, another name may be one of the hub.
     models = {name: name for name in ("scratch", *ARCHITECTURES)}
@@ -112,15 +116,15 @@ def locate(model: str, cache_dir: Path | None) -> Path | None:
         hint = f"; did you mean {near[0]}?" if near[0] != model else ""
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII)
     if not is_hub_id or model.split("/")[0] in (".", "..", "runs"):
-        raise UserError(f"--model {model}: there is no such directory{hint}")
+        raise UserError(f"{flag} {model}: there is no such directory{hint}")
     hub_id = HUB_IDS.get(model, model)
     try:
         return download.first_that_works(download.HUB, hub_id)
     except UserError as error:
         raise UserError(
-            f"--model {model} is not a directory, and {hub_id} could not be had: {error}. Where "
+            f"{flag} {model} is not a directory, and {hub_id} could not be had: {error}. Where "
             f"it has a licence, accept it at https://huggingface.co/{hub_id} and log in with "
-            "`hf auth login` or HF_TOKEN; or pass --model DIRECTORY, a directory with "
+            f"`hf auth login` or HF_TOKEN; or pass {flag} DIRECTORY, a directory with "
             f"{download.LAYOUT}{hint}"
         ) from None
 

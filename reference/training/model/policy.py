@@ -76,16 +76,21 @@ class Policy:
         max_new_tokens: int,
         *,
         cache_dir: Path | None = None,
+        flag: str = "--model",
         **options: Any,
     ) -> Policy:
-        """Load a model with fp32 weights and without dropout; the options are other attributes."""
+        """Load a model with fp32 weights and without dropout; the options are other attributes.
+
+        Args:
+            flag: the setting that names the model, for error messages.
+        """
         if settings.lora_rank is not None:
             lora.load_peft()
         model: Any  # transformers decorates `to` with a type that takes no device
         if settings.random_weights:
             model, tokenizer = models.random_weights(settings.model, device)
         else:
-            model, tokenizer = models.load(models.locate(settings.model, cache_dir))
+            model, tokenizer = models.load(models.locate(settings.model, cache_dir, flag))
         if settings.gradient_checkpointing and not checkpointable_layers(model):
             raise UserError(
                 f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute"

@@ -1,28 +1,87 @@
-"""Two scorers of completions with the same two methods.
+"""Two scorers of completions with the same three methods.
 
-`token_stats(policy, batch)` returns the log-probs of a micro-batch's tokens, and
-`loss(policy, batch, ...)` its GRPO loss. FusedScorer computes both from the last hidden states with
-grpo_kernels and never stores the logits. PlainScorer runs the whole model and takes the reference
-implementation of the losses on its logits. They agree up to rounding.
+`token_stats(policy, batch)` returns the log-probs of a micro-batch's tokens, `loss(policy, batch,
+...)` its GRPO loss, and `distillation_loss(policy, teacher, batch, ...)` its divergence from a
+teacher. FusedScorer computes them from the last hidden states with grpo_kernels and never stores
+the logits. PlainScorer runs the whole model and takes the reference implementation of the losses on
+its logits. They agree up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import LossConfig, LossOutput, TokenStats
-from grpo_kernels.integrations.transformers import forward_to_hidden
+from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from reference import losses
 from reference.training.model.policy import Policy
 from reference.training.rollout.packing import Packed, pack_completions
 from reference.training.update.micro_batches import MicroBatch
 
-Scores = tuple[Callable[..., TokenStats], Callable[..., LossOutput]]
+
+@dataclass(frozen=True)
+class HiddenPredictions:
+    """The predictions of a batch's tokens as last hidden states [N, T, H] and a head."""
+
+    hidden: Tensor
+    head: LMHead
+
+    def token_stats(self, tokens: Tensor, **keywords: Any) -> TokenStats:
+        return self.head.token_stats(self.hidden, tokens, **keywords)
+
+    def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> LossOutput:
+        return self.head.grpo_loss(self.hidden, tokens, advantages, **keywords)
+
+    def divergence(
+        self, teacher: HiddenPredictions, tokens: Tensor, kind: str, **keywords: Any
+    ) -> LossOutput:
+        V, ref_head = len(self.head.weight), teacher.head
+        if len(ref_head.weight) > V:
+            ref_bias = None if ref_head.bias is None else ref_head.bias[:V]
+            ref_head = replace(ref_head, weight=ref_head.weight[:V], bias=ref_bias)
+        return self.head.grpo_loss(
+            self.hidden,
+            tokens,
+            torch.zeros_like(tokens, dtype=torch.float32),
+            ref_hidden=teacher.hidden,
+            ref_head=ref_head,
+            config=_config(kind),
+            **keywords,
+        )
+
+
+@dataclass(frozen=True)
+class LogitPredictions:
+    """The predictions of a batch's tokens as logits [N, T, V]."""
+
+    logits: Tensor
+
+    def token_stats(self, tokens: Tensor, **keywords: Any) -> Any:
+        return losses.token_stats(self.logits, tokens, **keywords)
+
+    def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> Any:
+        return losses.grpo_loss(self.logits, tokens, advantages, **keywords)
+
+    def divergence(
+        self, teacher: LogitPredictions, tokens: Tensor, kind: str, **keywords: Any
+    ) -> Any:
+        return losses.grpo_loss(
+            self.logits,
+            tokens,
+            torch.zeros_like(tokens, dtype=torch.float32),
+            ref_logits=teacher.logits[..., : self.logits.shape[-1]],
+            config=_config(kind),
+            **keywords,
+        )
+
+
+def _config(kind: Any) -> LossConfig:
+    """Return a loss whose only term, with advantages of 0, is a KL."""
+    return LossConfig(beta=1.0, kl_estimator=kind, aggregation="token_mean")
 
 
 class Scorer:
@@ -32,9 +91,11 @@ class Scorer:
         self, policy: Policy, batch: MicroBatch, temperature: float = 1.0
     ) -> TokenStats:
         """Return the log-probs [B·G, T] of the batch's tokens, 0 outside the loss mask."""
-        token_stats, _ = self._forward(policy, batch)
+        predictions = self._forward(policy, batch)
         with policy.autocast():
-            return token_stats(entropy=False, **_common_keywords(batch, temperature))
+            return predictions.token_stats(
+                batch.tokens, entropy=False, **_common_keywords(batch, temperature)
+            )
 
     def loss(
         self,
@@ -52,14 +113,17 @@ class Scorer:
             store_old_logprob: set batch.old_logprob, if it is None, to the log-probs of this pass.
             denominators: normalizer and entropy_normalizer; by default those of the batch itself.
         """
-        token_stats, grpo_loss = self._forward(policy, batch)
+        predictions = self._forward(policy, batch)
         if store_old_logprob and batch.old_logprob is None:
             # An autocast context of its own: one would cache weights cast without gradient.
             with torch.no_grad(), policy.autocast():
-                stats = token_stats(entropy=False, **_common_keywords(batch, temperature))
+                stats = predictions.token_stats(
+                    batch.tokens, entropy=False, **_common_keywords(batch, temperature)
+                )
             batch.old_logprob = stats.logprob
         with policy.autocast():
-            return grpo_loss(
+            return predictions.grpo_loss(
+                batch.tokens,
                 batch.advantages,
                 **_common_keywords(batch, temperature),
                 old_logprob=batch.old_logprob,
@@ -69,13 +133,48 @@ class Scorer:
                 **denominators,
             )
 
-    def _forward(self, policy: Policy, batch: MicroBatch) -> Scores:
+    def distillation_loss(
+        self,
+        policy: Policy,
+        teacher: Policy,
+        batch: MicroBatch,
+        kind: str,
+        temperature: float = 1.0,
+        *,
+        normalizer: int | None = None,
+    ) -> LossOutput:
+        """Return the divergence of the policy from the teacher, differentiable in the policy.
+
+        It is over the whole vocabulary of the policy, whatever tokens the sampler kept. Further
+        rows of the teacher's head, which are no tokens, are left out of its distribution.
+
+        Args:
+            kind: reverse for KL(policy‖teacher), forward for KL(teacher‖policy).
+            normalizer: the number of tokens that the sum is divided by, by default the batch's.
+        """
+        with torch.no_grad():
+            target = self._forward(teacher, batch)
+        predictions = self._forward(policy, batch)
+        with policy.autocast():
+            output = predictions.divergence(
+                target,
+                batch.tokens,
+                kind,
+                mask=batch.loss_mask,
+                temperature=temperature,
+                normalizer=normalizer,
+            )
+        metrics = {"divergence": output.metrics["kl"]}
+        metrics |= {name: output.metrics[name] for name in ("entropy", "num_tokens")}
+        return LossOutput(output.loss, metrics)
+
+    def _forward(self, policy: Policy, batch: MicroBatch) -> Any:
         packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)
         with policy.forward_context():
-            return self.score(policy.model, packed, batch.tokens)
+            return self.predict(policy.model, packed)
 
-    def score(self, model: Any, packed: Packed, tokens: Tensor) -> Scores:
-        """Run the model; return token_stats and grpo_loss of its predictions of the tokens."""
+    def predict(self, model: Any, packed: Packed) -> HiddenPredictions | LogitPredictions:
+        """Run the model; return its predictions of the tokens."""
         raise NotImplementedError
 
 
@@ -86,17 +185,13 @@ def _common_keywords(batch: MicroBatch, temperature: float) -> dict[str, Any]:
 class FusedScorer(Scorer):
     """Scores the last hidden states with the fused losses of grpo_kernels."""
 
-    def score(self, model, packed, tokens):
+    def predict(self, model, packed):
         hidden, head, _ = forward_to_hidden(model, **packed.model_inputs())
-        hidden = packed.select_predictions(hidden)
-        return partial(head.token_stats, hidden, tokens), partial(head.grpo_loss, hidden, tokens)
+        return HiddenPredictions(packed.select_predictions(hidden), head)
 
 
 class PlainScorer(Scorer):
     """Scores the logits with the reference implementation of the losses."""
 
-    def score(self, model, packed, tokens):
-        logits = packed.select_predictions(model(**packed.model_inputs()).logits)
-        return partial(losses.token_stats, logits, tokens), partial(
-            losses.grpo_loss, logits, tokens
-        )
+    def predict(self, model, packed):
+        return LogitPredictions(packed.select_predictions(model(**packed.model_inputs()).logits))

@@ -70,6 +70,7 @@ PANELS = (
     Panel("reward", "band: ± std", {"reward": ""}, spread="reward_std"),
     Panel("accuracy", "sampled", ACCURACY, "share"),
     Panel("completion length", "tokens", {"completions/mean_length": ""}),
+    Panel("divergence from the teacher", "nats per token", {"divergence": ""}),
     Panel("entropy", "nats per token", {"entropy": ""}, last_value="entropy_coef"),
     Panel("KL to the reference", "nats per token", {"kl": ""}, omit_zeros=True),
     Panel("clipped ratios", "share of tokens", CLIPPED, omit_zeros=True),

@@ -9,12 +9,12 @@ import torch
 from tqdm import tqdm
 
 
-def progress_bar(done: int, steps: int, visible: bool) -> tqdm:
+def progress_bar(name: str, done: int, steps: int, visible: bool) -> tqdm:
     """Iterate over the steps that are left."""
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
     return tqdm(
         range(done + 1, steps + 1),
-        "GRPO",
+        name,
         initial=done,
         total=steps,
         unit="step",

@@ -204,6 +204,7 @@ def summary_table(
     rows.append((f"sampled, {len(history):,} steps", "first tenth", "last tenth"))
     for label, name in (
         ("reward", "reward"),
+        ("divergence (nats per token)", "divergence"),
         ("entropy (nats per token)", "entropy"),
         ("completion length (tokens)", "completions/mean_length"),
     ):

@@ -65,6 +65,8 @@ class TrainingState:
         self._started = self._saved_at = time.perf_counter()
         self._save_seconds = 0.0
         self._frozen_digest = digest_frozen_weights(learner.policy.model)
+        teacher = learner.teacher
+        self._teacher_digest = None if teacher is None else digest_frozen_weights(teacher.model)
         self._has_reference = learner.reference_policy is not None
 
         def weights_change(*_) -> None:
@@ -200,6 +202,7 @@ class TrainingState:
             "settings": self.settings,
             "inputs": self.inputs,
             "frozen": self._frozen_digest,
+            "teacher": self._teacher_digest,
             "device": self.learner.policy.device.type,
             "versions": versions(),
         }
@@ -242,6 +245,11 @@ class TrainingState:
             raise UserError(
                 f"{checkpoint.path} is of another model: the frozen weights of --model "
                 f"{self.settings['model']} are not those that it was trained on"
+            )
+        if state.get("teacher") != self._teacher_digest:
+            raise UserError(
+                f"{checkpoint.path} had another teacher: the weights of --teacher "
+                f"{self.settings['teacher']} are not those that it was trained with"
             )
         if state["versions"] != versions():
             writer = ", ".join(f"{name} {number}" for name, number in state["versions"].items())

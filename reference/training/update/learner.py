@@ -38,21 +38,28 @@ RATIO_MEANS += tuple(f"clip_ratio/{side}_mean" for side in ("low", "high", "regi
 
 
 class Learner:
-    """Trains a policy on rollouts; holds the reference policy of the KL if beta is above 0."""
+    """Trains a policy on rollouts; holds the reference policy of the KL if beta is above 0.
+
+    With a teacher, the loss is the divergence from it.
+    """
 
     def __init__(
-        self, policy: Policy, scorer: Scorer, loss_config: LossConfig, config: TrainConfig
+        self,
+        policy: Policy,
+        scorer: Scorer,
+        loss_config: LossConfig,
+        config: TrainConfig,
+        teacher: Policy | None = None,
     ) -> None:
-        self.policy, self.scorer = policy, scorer
+        self.policy, self.scorer, self.teacher = policy, scorer, teacher
         self.loss_config, self.config = loss_config, config
         self.reference_policy = policy.frozen_copy() if loss_config.beta > 0 else None
         # DDP and FSDP2 average gradients over ranks. Sampling calls policy.model; passes with
         # gradient call it through DDP.
         self.wrapped_policy, ranks = policy, policy.ranks
         if config.parallel == "fsdp":
-            ranks.wrap_fsdp(policy.model)
-            if self.reference_policy is not None:
-                ranks.wrap_fsdp(self.reference_policy.model)
+            for each in filter(None, (policy, self.reference_policy, teacher)):
+                ranks.wrap_fsdp(each.model)
         elif ranks.size > 1:
             self.wrapped_policy = replace(policy, model=DistributedDataParallel(policy.model))
         self.entropy_control = None
@@ -117,7 +124,7 @@ class Learner:
             for batch in minibatch.micro_batches:
                 batch.old_logprob = self._logprob(self.policy, batch)
 
-        if len(minibatches) > 1:
+        if len(minibatches) > 1 and self.teacher is None:
             for minibatch in minibatches:
                 self.splitter.run(minibatch, store_old_logprob, f"step {self.steps}")
 
@@ -195,6 +202,15 @@ class Learner:
 
     def loss(self, batch: MicroBatch, denominators: dict[str, int]) -> LossOutput:
         """Return the loss of a micro-batch; add the log-probs that it still lacks."""
+        if self.teacher is not None:
+            return self.scorer.distillation_loss(
+                self.wrapped_policy,
+                self.teacher,
+                batch,
+                self.config.distill,
+                self.config.temperature,
+                normalizer=denominators["normalizer"],
+            )
         if self.reference_policy is not None and batch.ref_logprob is None:
             batch.ref_logprob = self._logprob(self.reference_policy, batch)
         return self.scorer.loss(
@@ -230,10 +246,11 @@ class Learner:
             completions.support,
         )
         # Advantages of 0 have no gradient, unless the loss has a KL, an entropy bonus or a penalty,
-        # or selects among all tokens of a micro-batch.
-        zero_has_no_grad = zero_advantage_has_zero_grad(loss, per_sequence=True)
+        # or selects among all tokens of a micro-batch. A divergence does not read them.
+        needs_advantages = zero_advantage_has_zero_grad(loss, per_sequence=True)
+        needs_advantages &= self.entropy_control is None and not compares_tokens(loss)
         contributes = loss_mask
-        if zero_has_no_grad and self.entropy_control is None and not compares_tokens(loss):
+        if needs_advantages and self.teacher is None:
             token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
             contributes = loss_mask & (token_advantages != 0)
         contributes = contributes.view(B, -1).any(dim=-1)
@@ -251,11 +268,12 @@ class Learner:
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
             # The denominators of the minibatch make the losses of micro-batches add up.
+            aggregation = loss.aggregation if self.teacher is None else "token_mean"
             normalizer = {
                 "token_mean": num_tokens,
                 "fixed_length": num_sequences * (loss.max_completion_length or 1),
                 "prompt_mean": len(groups),
-            }.get(loss.aggregation, num_sequences)
+            }.get(aggregation, num_sequences)
             # Also under top_entropy: a mean over its tokens is weighted by all of the micro-batch.
             denominators = {
                 "normalizer": max(1, normalizer),

@@ -37,6 +37,12 @@ def test_one_question_has_defaults_of_its_own(preset):
     assert parse_command_line([*start, "--group-size", "4"]).group_size == 4
 
 
+def test_a_teacher_replaces_the_loss_of_the_preset():
+    flags = ["--preset", "llama-3.2-1b", "--teacher", "runs/x/model", "--group-size", "1"]
+    config = parse_command_line(flags)
+    assert (config.loss, config.group_size, config.teacher) == ("grpo", 1, "runs/x/model")
+
+
 def test_task_options_are_json_or_text():
     config = TrainConfig(task_option=("a=2", "b=[1, 2]", "c=x=y"))
     assert config.task_settings() == {"a": 2, "b": [1, 2], "c": "x=y"}
@@ -208,6 +214,13 @@ EARLY = {
     "--no-support": "error: --no-support concerns --top-k, --top-p and --min-p: set one of them",
     "--sampler continuous --top-p 0.8": "error: --sampler continuous does not return the tokens",
     "--sampler continuous --min-p 0.1 --no-support": "error: --min-p: the continuous batching of",
+    "--teacher x --beta 0.1 --advantage batch --overlong-buffer 2": "error: --teacher: the loss is "
+    "the divergence from the teacher, without rewards: not with --overlong-buffer, --advantage, "
+    "--beta",
+    "--teacher x --top-k 9 --no-support": "error: --teacher: the loss is the divergence from the "
+    "teacher, without rewards: not with --no-support",
+    "--teacher scratch": "error: --teacher scratch has learnt nothing: name a directory",
+    "--distill forward": "error: --distill chooses the divergence from a --teacher: name one",
     "--epsilon-low -1": "error: --loss grpo: --epsilon-low",
     "--output-dir mine": "error: --output-dir mine is not empty: name a new one, or leave the flag "
     "out; or go on with its run by --resume mine, or replace it by --overwrite",

@@ -74,6 +74,17 @@ def test_two_ranks_match_one_process(single, tmp_path, parallel):
     assert_same_run(tmp_path / "run", single)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_distil_like_one_process(single, tmp_path, parallel):
+    teacher = ("--teacher", str(single / "model"), "--beta", "0")
+    for name, launcher in (("two", TORCHRUN), ("one", (sys.executable,))):
+        flags = (*teacher, "--parallel", parallel)
+        done = run(tmp_path / name, *flags, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 DIES = """
     import os, signal
 

@@ -113,6 +113,25 @@ def test_lora_checkpoint_of_another_base_model_raises(tmp_path, tiny_model, caps
     )
 
 
+def test_distillation_resumes_bit_for_bit_with_its_teacher_only(tmp_path, tiny_model, capsys):
+    shutil.copytree(tiny_model, tmp_path / "teacher")
+    flags = ["--model", tiny_model, "--teacher", str(tmp_path / "teacher"), "--group-size", "1"]
+    flags += ["--distill", "forward", "--learning-rate", "1e-3", "--lora-rank", "4"]
+    assert tiny(tmp_path / "whole", *flags, "--steps", "3") == 0
+    assert tiny(tmp_path / "parts", *flags, "--steps", "2") == 0
+    shutil.copytree(tmp_path / "parts", tmp_path / "another")
+    assert again(tmp_path / "parts", "--steps", "3") == 0
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+    models.from_scratch()[0].save_pretrained(tmp_path / "teacher")
+    capsys.readouterr()
+    assert again(tmp_path / "another", "--steps", "3") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {tmp_path / 'another' / 'checkpoints' / 'step-000002'} had another teacher: the "
+        f"weights of --teacher {tmp_path / 'teacher'} are not those that it was trained with"
+    )
+
+
 def test_digest_of_sharded_frozen_weights_matches_unsharded():
     """FSDP also shards weights that a model freezes itself."""
     model = torch.nn.Linear(3, 2)
