@@ -75,7 +75,7 @@ def curves(axis) -> list[tuple[list[float], list[float]]]:
 def test_history_of_any_length_is_drawn_1500_pixels_wide(draw, tmp_path, steps):
     draw(make_history(steps), [{"step": 0, "strict": 0.25, "lenient": 0.5}], paint=True)
     picture = imread(tmp_path / "curves.png")
-    rows = 4 if steps else 1
+    rows = 5 if steps else 1
     assert picture.shape == pytest.approx((150 * (0.4 + 2.25 * rows), 1500, 4), abs=1)
     assert picture[:4].min() == 1  # white
 
