@@ -110,57 +110,26 @@ def _prepare(
             f"support.offsets must never decrease, from 0 to {S}, the number of token_ids, "
             f"got {_shorten(ends)}"
         )
-    starts, lengths = ends[:-1].to(device), sizes.to(device)
-    row = torch.arange(N, device=device).repeat_interleave(lengths, output_size=S)
-    ids = token_ids.to(device, torch.int64)
-    beyond = (1 << 32) - 1
-    ids = torch.where((ids >= 0) & (ids < V), ids, beyond)
-    ids = ((row << 32) + ids).sort().values & beyond
-    is_invalid = ids == beyond
-    is_invalid[1:] |= (ids[1:] == ids[:-1]) & (row[1:] == row[:-1])
-
-    def count(entries: Tensor) -> Tensor:
-        return torch.zeros_like(tokens).index_add_(0, row, entries.to(torch.int64))
-
-    num_invalid = count(is_invalid)
-    misses = (lengths > 0) & (count(ids == tokens[row]) == 0)
+    ranges = torch.stack((ends[:-1], sizes), dim=-1).to(device)
+    lengths = ranges[:, 1]
+    place = torch.arange(N, device=device).repeat_interleave(lengths, output_size=S)
+    ids, is_invalid = _sort_ids(token_ids.to(device, torch.int64), place, V)
+    has_invalid = _any_by_place(is_invalid, place, N)
+    lacks_token = (lengths > 0) & ~_any_by_place(ids == tokens[place], place, N)
     if mask is not None:
-        num_invalid, misses = num_invalid * mask, misses & mask
+        has_invalid, lacks_token = has_invalid & mask, lacks_token & mask
     if device.type == "cpu":
-        for i in num_invalid.nonzero()[:1, 0].tolist():
-            own = token_ids[ends[i] : ends[i + 1]]
-            raise ValueError(
-                f"support.token_ids must be different ids in [0, {int(V)}) for each token that is "
-                f"not masked, got {_shorten(own)} for token {i}"
-            )
-        for i in misses.nonzero()[:1, 0].tolist():
-            raise ValueError(
-                "support must have the id of every token that is not masked, got "
-                f"{_shorten(token_ids[ends[i] : ends[i + 1]])} for token {i}, which is id "
-                f"{int(tokens[i])}"
-            )
-    is_wrong = (num_invalid > 0) | misses
-    ids = torch.where(ids == beyond, NO_ID, ids)
+        _raise_if_wrong(TokenSupport(token_ids, ends), tokens, V, has_invalid, lacks_token)
+    is_wrong = has_invalid | lacks_token
     if token_rows is not None:
-        # Compare each token with the last one of its row.
-        place = torch.arange(N, device=device)
-        kept = place if mask is None else torch.where(mask, place, -1)
-        last = tokens.new_full((num_rows,), -1).scatter_reduce_(0, token_rows, kept, "amax")
-        last = last[token_rows].clamp_min(0)
-        index = torch.arange(S, device=device) + (starts[last] - starts)[row]
-        differs = count(ids[index.clamp_max(S - 1)] != ids) + (lengths != lengths[last])
-        if mask is not None:
-            differs = differs * mask
-        if device.type == "cpu":
-            for i in differs.nonzero()[:1, 0].tolist():
-                raise ValueError(
-                    "support must be the same for all tokens of a row of hidden, got several for "
-                    f"row {int(token_rows[i])}"
-                )
-        row_differs = tokens.new_zeros(num_rows).index_add_(0, token_rows, differs)
-        is_wrong |= row_differs[token_rows] > 0
-    tokens = torch.where(is_wrong, OUT_OF_VOCAB, tokens)
-    return ids, torch.stack((starts, lengths), dim=-1), sizes, tokens
+        has_several = _rows_with_several(ids, place, ranges, mask, token_rows, num_rows)
+        if device.type == "cpu" and has_several.any():
+            raise ValueError(
+                "support must be the same for all tokens of a row of hidden, got several for "
+                f"row {int(has_several.nonzero()[0])}"
+            )
+        is_wrong |= has_several[token_rows]
+    return ids, ranges, sizes, torch.where(is_wrong, OUT_OF_VOCAB, tokens)
 
 
 @_prepare.register_fake
@@ -176,6 +145,70 @@ def _(
     (N,), (S,) = tokens.shape, token_ids.shape  # len() would make S a constant of the graph
     sizes = torch.empty(N, dtype=torch.int64)
     return tokens.new_empty(S), tokens.new_empty((N, 2)), sizes, torch.empty_like(tokens)
+
+
+def _sort_ids(ids: Tensor, place: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the ids [S] of each token; return them and where one is invalid or there twice.
+
+    An id outside [0, V) becomes NO_ID and comes last. place: the token of each id, ascending.
+    """
+    beyond = (1 << 32) - 1
+    ids = torch.where((ids >= 0) & (ids < V), ids, beyond)
+    ids = ((place << 32) + ids).sort().values & beyond
+    is_invalid = ids == beyond
+    ids = torch.where(is_invalid, NO_ID, ids)
+    is_invalid[1:] |= (ids[1:] == ids[:-1]) & (place[1:] == place[:-1])
+    return ids, is_invalid
+
+
+def _any_by_place(values: Tensor, place: Tensor, size: int) -> Tensor:
+    """Find the places [size] of any value that is True; integer sums need no order."""
+    counts = torch.zeros(size, dtype=torch.int64, device=values.device)
+    return counts.index_add_(0, place, values.to(torch.int64)) > 0
+
+
+def _raise_if_wrong(
+    support: TokenSupport, tokens: Tensor, V: Tensor, has_invalid: Tensor, lacks_token: Tensor
+) -> None:
+    token_ids, ends = support
+    for i in has_invalid.nonzero()[:1, 0].tolist():
+        own = token_ids[ends[i] : ends[i + 1]].to(torch.int64)
+        ids, counts = own.unique(return_counts=True)
+        is_wrong = (ids < 0) | (ids >= V) | (counts > 1)
+        times = " more than once" if counts[is_wrong][0] > 1 else ""
+        raise ValueError(
+            f"support.token_ids must be different ids in [0, {int(V)}) for each token that is "
+            f"not masked, got {int(ids[is_wrong][0])}{times} for token {i}"
+        )
+    for i in lacks_token.nonzero()[:1, 0].tolist():
+        raise ValueError(
+            "support must have the id of every token that is not masked, got "
+            f"{_shorten(token_ids[ends[i] : ends[i + 1]])} for token {i}, which is id "
+            f"{int(tokens[i])}"
+        )
+
+
+def _rows_with_several(
+    ids: Tensor,
+    place: Tensor,
+    ranges: Tensor,
+    mask: Tensor | None,
+    token_rows: Tensor,
+    num_rows: int,
+) -> Tensor:
+    """Find the rows of hidden states [num_rows] whose tokens have several supports.
+
+    Each token is compared with the last one of its row.
+    """
+    tokens = torch.arange(len(token_rows), device=ids.device)
+    kept = tokens if mask is None else torch.where(mask, tokens, -1)
+    last = tokens.new_full((num_rows,), -1).scatter_reduce_(0, token_rows, kept, "amax")
+    last = last[token_rows].clamp_min(0)
+    starts, lengths = ranges.unbind(-1)
+    index = torch.arange(len(ids), device=ids.device) + (starts[last] - starts)[place]
+    is_other = ids[index.clamp_max(len(ids) - 1)] != ids
+    differs = (lengths != lengths[last]) | _any_by_place(is_other, place, len(tokens))
+    return _any_by_place(differs if mask is None else differs & mask, token_rows, num_rows)
 
 
 def _shorten(ids: Tensor) -> str:

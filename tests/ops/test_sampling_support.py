@@ -396,11 +396,11 @@ def test_forward_makes_no_tensor_of_the_size_of_the_logits(pytorch_backend):
             for offsets in ([1, 1, 2], [0, 1, 3], [0, 3, 2], [0, 1, 1])
         ),
         *(
-            (TokenSupport.from_lists(ids), ValueError, rf"support.*got \[{got}\] for token {token}")
+            (TokenSupport.from_lists(ids), ValueError, rf"support.*got {got} for token {token}")
             for ids, got, token in (
-                ([[0, 5], [1]], "0, 5", 0),
-                ([[0], [1, -1]], "1, -1", 1),
-                ([[0], [2, 1, 2]], "2, 1, 2", 1),
+                ([[0, 5], [1]], "5", 0),
+                ([[0], [1, -1]], "-1", 1),
+                ([[0], [2, 1, 2]], "2 more than once", 1),
             )
         ),
         (
