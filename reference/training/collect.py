@@ -229,11 +229,15 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Return the metrics of sampled completions, under the names that TRL uses."""
     completions, by_name = rollouts.samples.completions, rollouts.rewards_by_name
     rewards = replace_missing(rollouts.rewards)
-    is_group = rewards.shape[1] > 1  # one completion has no spread
+    spread = {}
+    if rewards.shape[1] > 1:  # one completion has none
+        spread = {
+            "reward_std": rewards.std(dim=-1).mean().item(),
+            "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
+        }
     return {
         "reward": rollouts.rewards.nanmean().item(),
-        "reward_std": rewards.std(dim=-1).mean().item() if is_group else 0.0,
-        "frac_reward_zero_std": rewards.eq(rewards[:, :1]).all(-1).float().mean().item(),
+        **spread,
         **{f"rewards/{name}/mean": x.nanmean().item() for name, x in by_name.items()},
         **{f"accuracy/{name}": x.nanmean().item() for name, x in rollouts.accuracy.items()},
         "completions/mean_length": completions.mask.sum(-1).float().mean().item(),

@@ -75,14 +75,16 @@ def test_two_ranks_match_one_process(single, tmp_path, parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_distil_like_one_process(single, tmp_path, parallel):
-    teacher = ("--teacher", str(single / "model"), "--beta", "0")
-    for name, launcher in (("two", TORCHRUN), ("one", (sys.executable,))):
-        flags = (*teacher, "--parallel", parallel)
-        done = run(tmp_path / name, *flags, launcher=launcher)
+def test_two_ranks_distil_like_one_process(single, tmp_path):
+    flags = ("--teacher", str(single / "model"), "--steps", "2", "--eval-questions", "4")
+    flags += ("--loss", "grpo", "--beta", "0", "--aggregation", "None", "--advantage", "None")
+    launchers = {"one": (sys.executable,), "ddp": TORCHRUN, "fsdp": TORCHRUN}
+    for name, launcher in launchers.items():
+        parallel = () if name == "one" else ("--parallel", name)
+        done = run(tmp_path / name, *flags, *parallel, launcher=launcher)
         assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert_same_run(tmp_path / "ddp", tmp_path / "one")
+    assert_same_run(tmp_path / "fsdp", tmp_path / "one")
 
 
 DIES = """
