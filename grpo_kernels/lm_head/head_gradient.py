@@ -16,6 +16,7 @@ class LMHeadGrad:
 
     wanted: which of `LMHeadInputs.leaves` get one; the others have None.
     d_hidden: memory for that gradient, filled with 0.
+    is_only_part: no other part of the tokens adds to the gradient of weight, which is rounded here.
     """
 
     def __init__(
@@ -24,6 +25,8 @@ class LMHeadGrad:
         num_rows: int,
         wanted: list[bool],
         d_hidden: Tensor | None = None,
+        *,
+        is_only_part: bool = True,
     ) -> None:
         inputs, (hidden, weight, bias, adapter_a, adapter_b) = head.inputs, wanted
         self._inputs, self._workspace = inputs, head.workspace
@@ -34,7 +37,8 @@ class LMHeadGrad:
         self.d_hidden = d_hidden
         # A single chunk's product is the result; several are summed in fp32.
         single = num_rows <= head.size
-        dtype = self._dtype if single else None
+        self._weight_dtype = self._dtype if is_only_part else inputs.temperature.dtype
+        dtype = self._weight_dtype if single else None
         self.d_weight = new(inputs.weight.shape, dtype=dtype) if weight else None
         self.d_bias = new(inputs.weight.shape[0]).zero_() if bias else None
         a, b = inputs.adapter_a, inputs.adapter_b
@@ -130,7 +134,7 @@ class LMHeadGrad:
         return self._workspace.cast(name, states, dtype) if states.is_cuda else states
 
     def finish(self) -> HeadTensors:
-        """Return the gradients; those of hidden and weight in `LMHeadInputs.grad_dtype`."""
+        """Return the gradients; that of weight is unrounded if other parts add to it."""
         d_weight, d_adapter_b = self.d_weight, self.d_adapter_b
         if self._scale is not None:
             for total in (d_weight, self.d_bias, d_adapter_b):
@@ -139,7 +143,7 @@ class LMHeadGrad:
         if d_adapter_b is not None and self._states_scale is not None:
             d_adapter_b.div_(self._states_scale)
         if d_weight is not None:
-            d_weight = (d_weight.zero_() if self._first else d_weight).to(self._dtype)
+            d_weight = (d_weight.zero_() if self._first else d_weight).to(self._weight_dtype)
         if d_adapter_b is not None and self._first:
             d_adapter_b.zero_()
         return HeadTensors(self.d_hidden, d_weight, self.d_bias, self.d_adapter_a, d_adapter_b)
@@ -168,6 +172,8 @@ def sum_parts(inputs: LMHeadInputs, parts: list[tuple[HeadTensors, Tensor | None
                     whole = grad.new_zeros((len(inputs.weight), *grad.shape[1:]))
                 total[name] = whole.index_add_(0, vocab_ids, grad)
     sums = HeadTensors(**total)
+    if sums.weight is not None:
+        sums = sums._replace(weight=sums.weight.to(inputs.grad_dtype))
     if inputs.vocab_group is None:
         return sums
     d_hidden, d_adapter_a = sums.hidden, sums.adapter_a

@@ -71,13 +71,16 @@ def _forward(
         d_hidden = inputs.temperature.new_zeros(inputs.hidden.shape, dtype=inputs.grad_dtype)
     grads = []
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        for part in split_by_support(inputs, token_idx, num_with_grad, chunk_tokens):
+        parts = split_by_support(inputs, token_idx, num_with_grad, chunk_tokens)
+        for part in parts:
             with_grad, without_grad = split_by_gradient(
                 part.token_idx, part.num_with_grad, inputs.token_rows, len(inputs.hidden)
             )
             num_rows = len(with_grad) + len(without_grad)
             head = ChunkedLMHead(part.inputs, num_rows, chunk_tokens, grad=True)
-            head_grad = LMHeadGrad(head, len(with_grad), wanted, d_hidden)
+            head_grad = LMHeadGrad(
+                head, len(with_grad), wanted, d_hidden, is_only_part=len(parts) == 1
+            )
             # Tokens with a gradient: statistics, loss and gradients while their logits exist.
             for chunk in head.chunks(with_grad):
                 chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])

@@ -144,9 +144,10 @@ def _backward(
     d_hidden = None
     if wanted[0]:
         d_hidden = inputs.temperature.new_zeros(inputs.hidden.shape, dtype=inputs.grad_dtype)
-    parts = []
+    head_grads = []
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        for part in split_by_support(local, token_idx, 0, chunk_tokens):
+        parts = split_by_support(local, token_idx, 0, chunk_tokens)
+        for part in parts:
             groups, kept = RowGroups.of(part.token_idx, inputs.token_rows), None
             if logits is not None:
                 kept = _select_logits(Logits(logits, ref_logits), inputs, packing, groups)
@@ -158,15 +159,17 @@ def _backward(
                 logits=kept,
                 is_made=kept is not None,
             )
-            head_grad = LMHeadGrad(head, len(groups), wanted, d_hidden)
+            head_grad = LMHeadGrad(
+                head, len(groups), wanted, d_hidden, is_only_part=len(parts) == 1
+            )
             for chunk in head.chunks(groups):
                 chunk_stats = stats.map(lambda x, idx=chunk.token_idx: x[idx])
                 chunk_grads = TokenGrads(*(x if x is None else x[chunk.token_idx] for x in grads))
                 head_grad.add(chunk, chunk.grad(chunk_stats, chunk_grads))
-            parts.append((head_grad.finish(), part.inputs.vocab_ids))
+            head_grads.append((head_grad.finish(), part.inputs.vocab_ids))
     d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
         inputs.hidden.new_empty(0) if grad is None or leaf is None else grad.to(leaf.dtype)
-        for grad, leaf in zip(sum_parts(inputs, parts), inputs.leaves, strict=True)
+        for grad, leaf in zip(sum_parts(inputs, head_grads), inputs.leaves, strict=True)
     )
     return d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
 

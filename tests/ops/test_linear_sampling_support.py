@@ -109,6 +109,29 @@ def test_logits_of_minus_infinity_in_the_support(backend, chunk_tokens, few):
     assert all(value.isfinite().all() for value in ours.values())
 
 
+@pytest.mark.parametrize("function", [linear_token_stats, linear_grpo_loss])
+def test_gradient_of_the_weight_is_rounded_once(pytorch_backend, function):
+    """Products with a few rows of the head, and with all, are summed before."""
+    case, _, support = make_all(
+        17, 64, H=32, dtype=torch.bfloat16, sizes=(5, 0), kl=False, few=True
+    )
+    keywords = {"support": support}
+    if function is linear_grpo_loss:
+        keywords |= {"advantages": torch.ones(64), "cu_seqlens": torch.tensor([0, 64])}
+        keywords |= {"config": LossConfig()}
+
+    def d_weight(function, dtype, **chunks):
+        given = {name: x if name == "tokens" else x.to(dtype) for name, x in case.items()}
+        weight = given["weight"] = given["weight"].clone().requires_grad_()
+        value = function(**given, **keywords, **chunks)[0].sum()
+        return torch.autograd.grad(value, weight)[0][support.token_ids.unique()].double()
+
+    exact = d_weight(getattr(losses, function.__name__), torch.float64)
+    in_parts = d_weight(function, torch.bfloat16)
+    in_one = d_weight(function, torch.bfloat16, chunk_tokens=64)
+    assert (in_parts - exact).abs().mean() < 1.1 * (in_one - exact).abs().mean()
+
+
 @pytest.mark.parametrize("K", [5, WIDE])
 def test_more_top_logprobs_than_the_supports_have_ids(backend, K):
     case = make_linear_case(6, 4, V=WIDE)
