@@ -24,7 +24,9 @@ from .mini_grpo import (
     kl_divergence,
 )
 from .objective.policy_loss import LossConfig, LossOutput, policy_loss
+from .ops.distillation_loss import distillation_loss
 from .ops.grpo_loss import grpo_loss
+from .ops.linear_distillation_loss import linear_distillation_loss
 from .ops.linear_grpo_loss import linear_grpo_loss
 from .ops.linear_token_stats import linear_token_stats
 from .ops.token_stats import TokenStats, token_stats
@@ -45,12 +47,14 @@ __all__ = [
     "batch_normalised_advantage",
     "centred_advantage",
     "cross_entropy_from_logits",
+    "distillation_loss",
     "entropy_from_logits",
     "group_normalised_advantage",
     "grpo_loss",
     "kl_divergence",
     "leave_one_out_advantage",
     "length_weighted_advantage",
+    "linear_distillation_loss",
     "linear_grpo_loss",
     "linear_token_stats",
     "max_rl_advantage",

@@ -3,6 +3,7 @@
     token_stats_forward, token_stats_backward    log-prob, entropy, KL of each row; their gradient
     grpo_loss                                    a token-level loss and its gradient in one launch
     approximate_kl_forward, approximate_kl_backward
+    jsd_forward, jsd_backward                    a mixture divergence to the reference policy
     scale_
 
 `row_support.py` runs them on the entries that a sampler kept, where tokens have a support.

@@ -98,16 +98,9 @@ class Chunk(NamedTuple):
     def grad(self, stats: RowStats, grads: TokenGrads) -> LogitGrad:
         """Compute the gradient from the upstream gradients of the statistics, [t] each."""
         assert self.d_logits is not None
-        groups, scale = self.groups, None
+        groups = self.groups
         d_rows = self.d_logits[: len(groups)]
-        if self.d_logits.dtype == torch.float16:
-            temperature = self.inputs.temperature[self.token_idx]
-            bound = groups.sum_by_row(gradient_bound(stats, grads, temperature))
-            row_scale = power_of_two_scale(bound)
-            token_scale = row_scale if groups.position is None else row_scale[groups.position]
-            grads = TokenGrads(*(x if x is None else x * token_scale for x in grads))
-            scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # padding has no share
-            scale[: len(row_scale)] = row_scale
+        grads, scale = self._scale_to_range(stats, grads)
         row_stats, row_grads, at_tokens = stats, grads, None
         if groups.first is not None:
             row_stats = stats.map(lambda x, first=groups.first: x[first])
@@ -119,6 +112,56 @@ class Chunk(NamedTuple):
             indices, values = at_tokens
             d_rows.index_put_(indices, values.to(d_rows.dtype))
         return LogitGrad(self.d_logits, scale)
+
+    def _scale_to_range(
+        self, stats: RowStats, grads: TokenGrads
+    ) -> tuple[TokenGrads, Tensor | None]:
+        """Multiply the upstream gradients by `LogitGrad.scale`, where the gradient is fp16."""
+        assert self.d_logits is not None
+        if self.d_logits.dtype != torch.float16:
+            return grads, None
+        groups, temperature = self.groups, self.inputs.temperature[self.token_idx]
+        row_scale = power_of_two_scale(groups.sum_by_row(gradient_bound(stats, grads, temperature)))
+        token_scale = row_scale if groups.position is None else row_scale[groups.position]
+        grads = TokenGrads(*(x if x is None else x * token_scale for x in grads))
+        scale = row_scale.new_full((len(self.d_logits),), torch.inf)  # padding has no share
+        scale[: len(row_scale)] = row_scale
+        return grads, scale
+
+    def jsd(self, stats: RowStats, jsd_weight: float) -> tuple[Tensor, Tensor]:
+        """Compute (KL(p‖m), KL(q‖m)) of the rows, [n] each; the tokens have a row each."""
+        of_rows = stats.map(lambda x: x.unsqueeze(0))
+        kls = backend_for(self.rows.logits).jsd_forward(self.rows, of_rows, jsd_weight)
+        kls = torch.cat(kls)
+        group = self.inputs.vocab_group
+        kl_policy, kl_ref = all_gather(kls, group).sum(0) if group else kls
+        return kl_policy, kl_ref
+
+    def jsd_grad(
+        self, stats: RowStats, kl_policy: Tensor, d_jsd: Tensor, jsd_weight: float
+    ) -> LogitGrad:
+        """Compute the gradient from that of the divergence, [n].
+
+        It is bounded as that of a KL of the size of KL(p‖m), since -π ln π < 1.
+        """
+        assert self.d_logits is not None
+        bounding = stats._replace(kl=kl_policy)
+        grads, scale = self._scale_to_range(bounding, TokenGrads(None, None, d_jsd))
+        assert grads.kl is not None
+        backend_for(self.rows.logits).jsd_backward(
+            self.rows,
+            stats.map(lambda x: x.unsqueeze(0)),
+            kl_policy.unsqueeze(0),
+            grads.kl.contiguous().unsqueeze(0),
+            jsd_weight,
+            self.d_logits[: len(self.groups)].unsqueeze(0),
+        )
+        return LogitGrad(self.d_logits, scale)
+
+    def reference(self) -> "Chunk":
+        """View the logits of the reference policy as those of a chunk, without a gradient."""
+        rows = self.rows._replace(logits=self.rows.ref_logits, ref_logits=None, kl=None)
+        return self._replace(inputs=self.inputs._replace(kl=None), rows=rows, d_logits=None)
 
     def _grad_at_tokens(
         self, stats: RowStats, grads: TokenGrads, d_logprob: Tensor

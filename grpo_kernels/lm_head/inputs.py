@@ -318,24 +318,29 @@ def check_reference_head(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    prefix: str = "ref_",
 ) -> None:
-    """Check the reference policy's head: the same tokens and vocabulary, any hidden size."""
+    """Check the reference policy's head: the same tokens and vocabulary, any hidden size.
+
+    prefix: of the names of its tensors.
+    """
     if ref_hidden is None or ref_weight is None:
-        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
-        raise ValueError(f"ref_hidden and ref_weight belong together, got no {missing}")
-    expect_tensor("ref_hidden", ref_hidden, floating=True, device_of=hidden)
+        names = prefix + "hidden", prefix + "weight"
+        missing = names[0] if ref_hidden is None else names[1]
+        raise ValueError(f"{names[0]} and {names[1]} belong together, got no {missing}")
+    expect_tensor(prefix + "hidden", ref_hidden, floating=True, device_of=hidden)
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.dim() != hidden.dim():
         raise ValueError(
-            f"ref_hidden must have the tokens of hidden, {tuple(hidden.shape[:-1])}, "
+            f"{prefix}hidden must have the tokens of hidden, {tuple(hidden.shape[:-1])}, "
             f"got {shape_of(ref_hidden)}"
         )
-    expect_tensor("ref_weight", ref_weight)
+    expect_tensor(prefix + "weight", ref_weight)
     if ref_weight.dim() == 2 and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"ref_weight must have the vocabulary of weight, {weight.shape[0]}, "
+            f"{prefix}weight must have the vocabulary of weight, {weight.shape[0]}, "
             f"got {shape_of(ref_weight)}"
         )
-    check_head("ref_", ref_hidden, ref_weight, ref_bias)
+    check_head(prefix, ref_hidden, ref_weight, ref_bias)
 
 
 def _check_kl(kl: str | None, reference: dict[str, Tensor | None]) -> None:

@@ -84,7 +84,7 @@ def token_stats(
         if ref_logits is not None:
             ref_logits = ref_logits.masked_fill(outside, -torch.inf)
 
-    x = _scaled_logits(logits, keep, temperature, softcap)
+    x = scaled_logits(logits, keep, temperature, softcap)
     logp = torch.log_softmax(x, dim=-1)
     p = logp.exp()
     logprob = logp.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
@@ -96,7 +96,7 @@ def token_stats(
     if kl is not None:
         if ref_logits is None:
             raise ValueError(f"kl={kl!r} needs ref_logits")
-        ref_x = _scaled_logits(ref_logits.detach(), keep, temperature, softcap)
+        ref_x = scaled_logits(ref_logits.detach(), keep, temperature, softcap)
         logq = torch.log_softmax(ref_x, dim=-1)
         q = logq.exp()
         if kl == "forward":
@@ -243,7 +243,7 @@ def _kept_entries(support: Any, tokens: Tensor, keep: Tensor, V: int) -> Tensor:
     return kept.view(*tokens.shape, V)
 
 
-def _scaled_logits(
+def scaled_logits(
     logits: Tensor, keep: Tensor, temperature: float | Tensor, softcap: float | None
 ) -> Tensor:
     """Return x, with zeros in rows that do not count."""

@@ -19,6 +19,7 @@ from grpo_kernels import (
     HeadAdapter,
     LossConfig,
     TokenSupport,
+    linear_distillation_loss,
     linear_grpo_loss,
     linear_token_stats,
     pack_tokens,
@@ -691,7 +692,22 @@ def fsdp2_head_with_an_adapter():
                 torch.testing.assert_close(param.grad.full_tensor(), expected[name])
 
 
+def distillation_in_shards_of_the_vocabulary():
+    def call(hidden, weight, tokens, ref_hidden, ref_weight, bias, ref_bias, **keywords):
+        return linear_distillation_loss(
+            hidden, weight, ref_hidden, ref_weight, bias=bias, teacher_bias=ref_bias, **keywords
+        )
+
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for divergence in ("reverse", "forward", "jsd"):
+            case = make_case(50, dtype)
+            if divergence == "jsd":
+                case["bias"][:4] = -torch.inf
+            check(case, call, divergence=divergence, mask=coin(51, 2, 4), chunk_tokens=3)
+
+
 CASES = (
+    distillation_in_shards_of_the_vocabulary,
     token_stats_under_any_upstream_gradient,
     masked_tokens_temperature_and_softcap,
     excluded_shards,

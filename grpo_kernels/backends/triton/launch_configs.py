@@ -112,6 +112,8 @@ TABLE: tuple[TableEntry, ...] = (
     TableEntry("scale", 4, 4, "The same accesses as token_stats_backward."),
     TableEntry("approximate_kl_forward", 2, 4, "As token_stats_forward. Not tuned."),
     TableEntry("approximate_kl_backward", 2, 4, "As token_stats_forward. Not tuned."),
+    TableEntry("jsd_forward", 2, 4, "As token_stats_forward. Not tuned."),
+    TableEntry("jsd_backward", 2, 4, "As token_stats_forward. Not tuned."),
 )
 
 # The interpreter's cost is rows x tiles. Small rows get small tiles, so that they have several and

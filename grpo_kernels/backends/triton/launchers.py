@@ -19,6 +19,7 @@ from ..interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumu
 from ..pytorch.softmax import LN2, LOG2E, capped_logits
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
+from .jsd import _jsd_backward_kernel, _jsd_forward_kernel
 from .launch_configs import ROWS_PER_MULTIPROCESSOR, RowLaunch, pick_row_launch
 from .token_stats import (
     _token_stats_backward_kernel,
@@ -356,4 +357,53 @@ def approximate_kl_backward(
         **launch.tile,
         **_strides(logits=logits, ref_logits=ref_logits, d_logits=d_logits),
         LOG2_EPS=log2_eps,
+    )
+
+
+def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Tensor, Tensor]:
+    """(KL(p‖m), KL(q‖m)) of every row, [B, T]; stats: row_lse and ref_row_lse of whole rows."""
+    kl_policy = rows.temperature.new_empty(rows.tokens.shape)
+    kl_ref = torch.empty_like(kl_policy)
+    launch = _launch_config("jsd_forward", rows.logits)
+    _launch(
+        _jsd_forward_kernel,
+        launch,
+        rows.logits,
+        **_row_arguments(rows),
+        **_strides(ref_logits=rows.ref_logits),
+        ref_logits_ptr=rows.ref_logits,
+        row_lse_ptr=stats.row_lse,
+        ref_row_lse_ptr=stats.ref_row_lse,
+        kl_policy_ptr=kl_policy,
+        kl_ref_ptr=kl_ref,
+        **launch.tile,
+        WEIGHT=jsd_weight,
+    )
+    return kl_policy, kl_ref
+
+
+def jsd_backward(
+    rows: RowInputs,
+    stats: RowStats,
+    kl_policy: Tensor,
+    d_jsd: Tensor,
+    jsd_weight: float,
+    d_logits: Tensor,
+) -> None:
+    """Write every row's gradient to d_logits [B, T, V], which may be rows.logits itself."""
+    launch = _launch_config("jsd_backward", rows.logits)
+    _launch(
+        _jsd_backward_kernel,
+        launch,
+        rows.logits,
+        **_row_arguments(rows),
+        **_strides(ref_logits=rows.ref_logits, d_logits=d_logits),
+        ref_logits_ptr=rows.ref_logits,
+        row_lse_ptr=stats.row_lse,
+        ref_row_lse_ptr=stats.ref_row_lse,
+        kl_policy_ptr=kl_policy,
+        d_jsd_ptr=d_jsd,
+        d_logits_ptr=d_logits,
+        **launch.tile,
+        WEIGHT=jsd_weight,
     )

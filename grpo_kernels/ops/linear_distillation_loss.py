@@ -1,0 +1,182 @@
+"""`linear_distillation_loss`: `distillation_loss` from hidden states, in one pass over the chunks.
+
+While the logits of a chunk exist in both models, the operator computes their divergence, its
+gradient in the student's logits, and from that d_hidden and d_weight: four matrix products, two of
+them for the logits. Backward only scales.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..backends.interface import StatsRequest
+from ..lm_head.chunk_loop import ChunkedLMHead
+from ..lm_head.head_gradient import LMHeadGrad, sum_parts
+from ..lm_head.inputs import (
+    HIDDEN_LAYOUT,
+    HeadAdapter,
+    LMHeadInputs,
+    check_reference_head,
+    prepare_inputs,
+)
+from ..lm_head.row_groups import RowGroups
+from ..lm_head.token_order import TokenPacking, resolve_token_order
+from ..objective.policy_loss import LossOutput
+from ..objective.token_gradients import TokenGrads
+from ..validation import expect_tensor, suggest_keywords
+from .bundled_op import bundled_op
+from .distillation_loss import check_divergence, distillation_metrics, divergence_weights
+from .linear_token_stats import check_chunk_tokens, counted_tokens
+from .precomputed_gradient import attach_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@bundled_op("grpo_kernels::linear_distillation_loss_forward")
+def _forward(
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
+    chunk_tokens: int | None,
+    weight: Tensor,
+    divergence: str,
+    jsd_weight: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    token_idx = counted_tokens(inputs, packing)
+    results = inputs.temperature.new_zeros((4, len(weight)))
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=any(wanted))
+        head_grad = LMHeadGrad(head, len(token_idx), wanted)
+        for chunk in head.chunks(RowGroups.of(token_idx, None)):
+            stats = chunk.stats()
+            kl_policy, jsd = None, None
+            if divergence == "jsd":
+                kl_policy, kl_ref = chunk.jsd(stats, jsd_weight)
+                jsd = (1.0 - jsd_weight) * kl_policy + jsd_weight * kl_ref
+            teacher = chunk.reference().stats()
+            assert stats.top_ids is not None and teacher.top_ids is not None
+            agrees = (stats.top_ids == teacher.top_ids).squeeze(-1)
+            chunk_results = (stats.kl if jsd is None else jsd, stats.entropy, teacher.entropy)
+            for whole, part in zip(results, (*chunk_results, agrees), strict=True):
+                assert part is not None
+                whole.index_copy_(0, chunk.token_idx, part.to(whole.dtype))
+            if any(wanted):
+                d_divergence = weight[chunk.token_idx]
+                if kl_policy is None:
+                    grad = chunk.grad(stats, TokenGrads(None, None, d_divergence))
+                else:
+                    grad = chunk.jsd_grad(stats, kl_policy, d_divergence, jsd_weight)
+                head_grad.add(chunk, grad)
+        grads = sum_parts(inputs, [(head_grad.finish(), None)])
+    d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b = (
+        inputs.temperature.new_empty(0) if grad is None else grad for grad in grads
+    )
+    return results, d_hidden, d_weight, d_bias, d_adapter_a, d_adapter_b
+
+
+@_forward.register_fake
+def _(
+    inputs: LMHeadInputs,
+    packing: TokenPacking,
+    chunk_tokens: int | None,
+    weight: Tensor,
+    divergence: str,
+    jsd_weight: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    new, dtypes = inputs.temperature.new_empty, inputs.grad_dtypes
+    grads = (
+        new(leaf.shape, dtype=dtype) if want and leaf is not None else new(0)
+        for leaf, dtype, want in zip(inputs.leaves, dtypes, wanted, strict=True)
+    )
+    return new((4, *weight.shape)), *grads
+
+
+@suggest_keywords
+def linear_distillation_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "reverse",
+    jsd_weight: float = 0.5,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    adapter: HeadAdapter | None = None,
+    chunk_tokens: int | None = None,
+    packing: TokenPacking | None = None,
+    vocab_group: "ProcessGroup | None" = None,
+) -> LossOutput:
+    """Compute `distillation_loss` of logits = hidden @ weight.T + bias, a chunk at a time.
+
+    The gradient is computed with the loss: four matrix products, 8·n·V·H floating-point operations
+    for n unmasked tokens and two models of one width; three with a frozen head, two without a
+    gradient. Backward only scales. Masked tokens cost nothing. The memory taken beside the results
+    is about 1 GiB of workspace and the gradients in fp32, whatever the number of tokens.
+
+    Args:
+        hidden: [B, T, H] or packed [N, H], of the student; weight: [V, H]; bias: [V].
+        teacher_hidden, teacher_weight, teacher_bias: the teacher's, for the same tokens and
+            vocabulary, never differentiated. Its hidden size may differ.
+        adapter: a LoRA on the student's head.
+        chunk_tokens, packing, vocab_group: as in `linear_token_stats`; with a vocab_group,
+            `teacher_weight` and `teacher_bias` are this rank's rows too.
+        divergence, jsd_weight, mask, normalizer, temperature, softcap: as in `distillation_loss`.
+
+    Returns:
+        LossOutput(loss, metrics) as `distillation_loss`; the loss is differentiable in `hidden`,
+        `weight`, `bias` and the adapter's `a` and `b`.
+
+    Raises:
+        ValueError, TypeError: as `linear_token_stats` and `distillation_loss`.
+    """
+    check_divergence(divergence, jsd_weight)
+    check_chunk_tokens(chunk_tokens)
+    expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
+    expect_tensor("weight", weight, floating=True)
+    check_reference_head(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, "teacher_")
+    tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    inputs = prepare_inputs(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        request=StatsRequest(entropy=True, top_logprobs=1),  # for the metrics
+        ref_hidden=teacher_hidden,
+        ref_weight=teacher_weight,
+        ref_bias=teacher_bias,
+        kl="reverse" if divergence == "jsd" else divergence,
+        mask=mask,
+        adapter=adapter,
+        vocab_group=vocab_group,
+    )
+    packing = resolve_token_order(packing, mask, tokens)
+    weights = divergence_weights(tokens, mask, normalizer, inputs.temperature.dtype)
+    leaves = inputs.leaves._replace(hidden=hidden)
+    wanted = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
+    ]
+    with torch.no_grad():
+        results, *grads = _forward(
+            inputs, packing, chunk_tokens, weights.flatten(), divergence, jsd_weight, wanted
+        )
+        per_token, *others = results.view(4, *tokens.shape)
+        loss = (weights * per_token).sum()
+        metrics = distillation_metrics(tokens, mask, per_token, *others)
+    trained = [
+        (leaf, grad.view(leaf.shape))
+        for leaf, grad, want in zip(leaves, grads, wanted, strict=True)
+        if want and leaf is not None
+    ]
+    if trained:
+        loss = attach_gradient(loss, [leaf for leaf, _ in trained], [grad for _, grad in trained])
+    return LossOutput(loss, metrics)
