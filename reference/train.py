@@ -270,7 +270,8 @@ def train(
             )
 
             # Compute the loss and its gradient, and update the policy.
-            update_metrics = learner.step(rollouts.samples, advantages)
+            correct = rollouts.accuracy.get("strict")
+            update_metrics = learner.step(rollouts.samples, advantages, correct)
             step_time = time.perf_counter() - started
             state.advance(rollouts.num_tokens)
 

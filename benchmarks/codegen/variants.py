@@ -130,7 +130,7 @@ def variants() -> Iterator[Variant]:
             grpo._grpo_loss_kernel,
             "grpo_loss",
             (RowPass(1, writes=False), RowPass(1, writes=True, again=True)),
-            absent,
+            ("nll_weight_ptr", *absent),
             {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **changes},
         )
     yield Variant("scale", grpo._scale_kernel, "scale", (RowPass(1, writes=True),))

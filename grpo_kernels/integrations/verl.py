@@ -82,7 +82,10 @@ _VERL_DOES = (
         ("importance_mode", "importance_level", "importance_floor", "importance_cap"),
         "weights the tokens of a sampler itself, by rollout_is_weights",
     )
-    | {"rejection": "rejects tokens itself, by rollout_rs"}
+    | {
+        "rejection": "rejects tokens itself, by rollout_rs",
+        "nll_coef": "passes no weights of a cross-entropy term",
+    }
 )
 
 _AGGREGATIONS = {

@@ -76,6 +76,14 @@ def entropy_weight(
     return (coef / count).to(dtype)
 
 
+def scaled_nll_weight(
+    nll_weight: Tensor, config: LossConfig, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Compute nll_coef · nll_weight / the number of weights that are not 0, or `normalizer`."""
+    count = (nll_weight != 0).sum().clamp(min=1) if normalizer is None else _nonzero(normalizer)
+    return (config.nll_coef * nll_weight.to(dtype) / count).to(dtype)
+
+
 def _nonzero(count: Tensor | float) -> Tensor | float:
     """Replace a count of 0 by 1: what is divided by it is 0 already."""
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count
@@ -85,9 +93,14 @@ def check_normalizers(
     config: LossConfig,
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
+    nll_normalizer: float | Tensor | None,
 ) -> None:
-    """Check that both are positive, and that they come together where they count differently."""
-    named = {"normalizer": normalizer, "entropy_normalizer": entropy_normalizer}
+    """Check that all are positive, and that they come together where they count differently."""
+    named = {
+        "normalizer": normalizer,
+        "entropy_normalizer": entropy_normalizer,
+        "nll_normalizer": nll_normalizer,
+    }
     for name, value in named.items():
         if isinstance(value, Tensor):
             if value.dim() != 0:
@@ -97,6 +110,11 @@ def check_normalizers(
         elif value is not None and not torch.compiler.is_compiling():
             # Under torch.compile the number is a symbol, and a comparison would recompile for it.
             expect_number(name, value, above=0)
+    if config.nll_coef != 0 and normalizer is not None and nll_normalizer is None:
+        raise ValueError(
+            f"normalizer with nll_coef={config.nll_coef} needs nll_normalizer, the number of "
+            "tokens that the mean of -logprob divides by, got None"
+        )
     if config.entropy_coef == 0 or normalizer is None or config.aggregation == "token_mean":
         return
     if entropy_normalizer is None:

@@ -125,6 +125,9 @@ class LossConfig(_Derived):
     entropy_coef: float = _setting(0.0)
     """Coefficient of the entropy bonus. mini-GRPO writes the same bonus with a negative coefficient
     in front of the entropy."""
+    nll_coef: float = _setting(0.0, at_least=0)
+    """Coefficient of the mean of -logprob, weighted by nll_weight, which names the tokens: correct
+    completions (VAPO, arXiv:2504.05118), or observations of an environment (ECHO)."""
     aggregation: Literal[
         "sequence_mean", "token_mean", "fixed_length", "sequence_sum_mean", "prompt_mean"
     ] = "sequence_mean"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..validation import expect_mask, expect_tensor, suggest_keywords
-from .aggregation import check_normalizers, entropy_weight, token_weights
+from .aggregation import check_normalizers, entropy_weight, scaled_nll_weight, token_weights
 from .config import LossConfig, expect_config
 from .importance_sampling import policy_ratios
 from .kl_estimators import SAMPLED_KL, VOCABULARY_KL
@@ -46,9 +46,11 @@ def policy_loss(
     entropy: Tensor | None = None,
     kl: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: LossConfig = LossConfig(),
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
     """Compute the policy loss of GRPO and its relatives from per-token tensors.
@@ -58,6 +60,7 @@ def policy_loss(
                  0 for tokens that a filter of `config` drops; times the importance weight
                  exp(old_logprob - sampling_logprob) if sampling_logprob is given
         loss   = aggregate(policy + beta·KL) - entropy_coef · mean entropy
+                 + nll_coef · Σ nll_weight · (-logprob) / number of weights that are not 0
 
     In the first update of a batch old_logprob equals logprob, and every r is 1. With advantages
     normalised per group, the VALUE of the loss is then about 0. Its gradient is not: it is the
@@ -89,6 +92,10 @@ def policy_loss(
         entropy: of each token's distribution, in nats, for the bonus and the metric.
         kl: of each token's distribution, for kl_estimator "forward" and "reverse".
         sampling_logprob: log-probs as the sampler computed them, without gradient.
+        nll_weight: weights of the cross-entropy term: per token, or one per sequence in the shapes
+            of `advantages`. They count outside of the mask too, where a token has this term alone:
+            1 on the observations of an environment, or on the completions that are correct. Not
+            read where config.nll_coef is 0.
         config: settings of the loss.
         normalizer: > 0, replaces the denominator of the aggregation. It is a number of sequences
             ("sequence_mean", "sequence_sum_mean"), of prompts ("prompt_mean"), of tokens
@@ -100,6 +107,8 @@ def policy_loss(
         entropy_normalizer: likewise the number of tokens that the mean entropy divides by: all
             tokens, even if `config.top_entropy` averages over some. None follows `normalizer` for
             "token_mean"; otherwise the two must be given together.
+        nll_normalizer: likewise the number of tokens that the sum of nll_weight · (-logprob)
+            divides by. With `normalizer` and nll_coef it must be given.
         cu_seqlens: [sequences + 1] int, boundaries of packed sequences. Packed input needs it if
             `config.reads_sequences`.
 
@@ -115,6 +124,7 @@ def policy_loss(
         approx_kl: mean of r - 1 - ln r, KL(old‖policy).
         num_tokens: unmasked tokens.
         kl, entropy: means, if their inputs are given.
+        nll_loss: the cross-entropy term, as it is in the loss, if nll_coef is not 0.
         cispo_clip_ratio, vespo/phi_seq_mean: of these surrogates.
         filters/kept_mean: fraction of tokens that the filters keep, if one is on.
         sampling/sampling_logp_difference/mean, max: of |old - sampling|; and
@@ -146,9 +156,11 @@ def policy_loss(
         old_logprob=old_logprob,
         ref_logprob=ref_logprob,
         sampling_logprob=sampling_logprob,
+        nll_weight=nll_weight,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
     )
     return compute_loss(prepared, logprob, entropy, kl)
@@ -163,9 +175,11 @@ def prepare_loss_inputs(
     old_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: LossConfig,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> PreparedLoss:
     """Check the arguments of `policy_loss` and set masked tokens to 0.
@@ -197,7 +211,8 @@ def prepare_loss_inputs(
         raise ValueError(f"{reader}={getattr(config, reader)!r} needs sampling_logprob, got None")
     if config.policy_term.relative_to_sampler:
         logprobs |= {"old_logprob": sampling_logprob, "sampling_logprob": None}
-    check_normalizers(config, normalizer, entropy_normalizer)
+    check_normalizers(config, normalizer, entropy_normalizer, nll_normalizer)
+    spread_weight = spread_nll_weight(nll_weight, config, shape, cu_seqlens)
 
     keep = (advantages.new_ones(shape) if mask is None else mask).bool()
     sequences = Sequences(keep, cu_seqlens)
@@ -210,8 +225,41 @@ def prepare_loss_inputs(
             name: None if logprob is None else zero_masked(sequences, logprob.detach(), dtype)
             for name, logprob in logprobs.items()
         },
+        nll_weight=None
+        if spread_weight is None
+        else scaled_nll_weight(spread_weight, config, nll_normalizer, dtype),
     )
     return PreparedLoss(config, sequences, inputs)
+
+
+def spread_nll_weight(
+    nll_weight: Tensor | None, config: LossConfig, shape: torch.Size, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """Check nll_weight and broadcast it to the tokens' shape; None where it is not read."""
+    if nll_weight is not None:
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, shape)
+        check_advantages(nll_weight, shape, cu_seqlens, "nll_weight")
+    if config.nll_coef == 0:
+        return None
+    if nll_weight is None:
+        raise ValueError(f"nll_coef={config.nll_coef} needs nll_weight, got None")
+    return spread_to_tokens(nll_weight.detach(), shape, cu_seqlens)
+
+
+def tokens_to_read(
+    mask: Tensor | None,
+    nll_weight: Tensor | None,
+    config: LossConfig,
+    shape: torch.Size,
+    cu_seqlens: Tensor | None,
+) -> Tensor | None:
+    """Return the mask of the tokens that the loss reads: of the loss mask or with an nll_weight."""
+    weight = spread_nll_weight(nll_weight, config, shape, cu_seqlens)
+    if weight is None or mask is None:
+        return mask
+    expect_mask(mask, shape)
+    return mask.bool() | (weight != 0)
 
 
 def check_kl_input(config: LossConfig, ref_logprob: Tensor | None, kl: Tensor | None) -> None:
@@ -231,12 +279,12 @@ def compute_loss(
 ) -> LossOutput:
     """Compute the loss and its metrics from prepared inputs and the policy's statistics.
 
-        loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy
+        loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy - Σ nll_weight·logprob
 
     kl: over the vocabulary; None where it is estimated from ref_logprob.
     """
     config, sequences, inputs = prepared
-    dtype = inputs.weight.dtype
+    dtype, unmasked_logprob = inputs.weight.dtype, logprob
     logprob = zero_masked(sequences, logprob, dtype)
     entropy, kl = (None if x is None else zero_masked(sequences, x, dtype) for x in (entropy, kl))
     ratios = policy_ratios(logprob, inputs, config, sequences)
@@ -267,6 +315,11 @@ def compute_loss(
             bonus = torch.where(chosen, entropy, 0.0) * scale
         loss = loss - inputs.entropy_weight * bonus.sum()
     metrics = {"policy_loss": (inputs.weight * policy).sum()}
+    if inputs.nll_weight is not None:
+        has_term = inputs.nll_weight != 0
+        nll = torch.where(has_term, -unmasked_logprob.to(dtype), 0.0)
+        metrics["nll_loss"] = (inputs.nll_weight * nll).sum()
+        loss = loss + metrics["nll_loss"]
     metrics |= token_metrics(ratios, entropy, kl, kept, config)
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 

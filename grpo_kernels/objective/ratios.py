@@ -42,6 +42,7 @@ class LossInputs(NamedTuple):
     old_logprob: Tensor | None  # None: the policy is compared with itself
     ref_logprob: Tensor | None
     sampling_logprob: Tensor | None
+    nll_weight: Tensor | None = None  # of -logprob in the loss; None without that term
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LossInputs":
         """Apply a function to every per-token tensor."""

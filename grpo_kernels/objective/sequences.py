@@ -78,7 +78,7 @@ class Sequences:
 
 
 def spread_to_tokens(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
-    """Broadcast advantages, one per token or one per sequence, to the tokens' shape."""
+    """Broadcast advantages, or weights, one per token or one per sequence, to the tokens' shape."""
     if advantages.shape == shape:
         return advantages
     if cu_seqlens is None:
@@ -91,9 +91,11 @@ def _sequence_ids(tokens: int, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], positions, right=True)
 
 
-def check_advantages(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> None:
+def check_advantages(
+    advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, name: str = "advantages"
+) -> None:
     """Check that there is one advantage per token of this shape, or one per sequence."""
-    expect_tensor("advantages", advantages)
+    expect_tensor(name, advantages)
     allowed = [shape]
     if len(shape) == 2:
         allowed.append(shape[:1])
@@ -101,7 +103,7 @@ def check_advantages(advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor |
         allowed.append(torch.Size([cu_seqlens.shape[0] - 1]))
     if advantages.shape not in allowed:
         expected = " or ".join(str(tuple(size)) for size in allowed)
-        raise ValueError(f"advantages must have shape {expected}, got {shape_of(advantages)}")
+        raise ValueError(f"{name} must have shape {expected}, got {shape_of(advantages)}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size) -> None:

@@ -7,6 +7,7 @@ the statistics, without autograd.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import LossConfig
@@ -42,7 +43,7 @@ def is_token_level(config: LossConfig, *, has_sampling: bool) -> bool:
 
 
 def zero_advantage_has_zero_grad(config: LossConfig, *, per_sequence: bool) -> bool:
-    """Tell if a token with advantage 0 surely has gradient 0.
+    """Tell if a token with advantage 0, and without an nll_weight, surely has gradient 0.
 
     per_sequence: all tokens of a sequence have the same advantage. If not, the term of one token
     may have a gradient in another token of the sequence, whose own advantage is 0.
@@ -60,7 +61,7 @@ def zero_advantage_has_zero_grad(config: LossConfig, *, per_sequence: bool) -> b
 def token_gradients(logprob: Tensor, inputs: LossInputs, config: LossConfig) -> TokenGrads:
     """Compute the gradient of the loss where `is_token_level` holds.
 
-        loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy
+        loss = Σ weight·(policy + beta·KL) - entropy_weight·Σ entropy - Σ nll_weight·logprob
 
     The KL is estimated from inputs.ref_logprob; without it, it is the one over the vocabulary, and
     its gradient is returned as `kl`.
@@ -78,4 +79,10 @@ def token_gradients(logprob: Tensor, inputs: LossInputs, config: LossConfig) -> 
         kl = config.beta * inputs.weight
     if inputs.entropy_weight is not None:
         entropy = (-inputs.entropy_weight).expand_as(logprob)
-    return TokenGrads(inputs.weight * grad, entropy, kl)
+    grad = inputs.weight * grad
+    if inputs.nll_weight is not None:
+        # Tokens outside of the loss mask, with a weight of 0, have this term alone.
+        masked = inputs.weight == 0
+        grad = torch.where(masked, 0.0, grad) - inputs.nll_weight
+        entropy = None if entropy is None else torch.where(masked, 0.0, entropy)
+    return TokenGrads(grad, entropy, kl)

@@ -17,6 +17,7 @@ from ..objective.policy_loss import (
     check_kl_input,
     compute_loss,
     prepare_loss_inputs,
+    tokens_to_read,
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level
@@ -60,9 +61,11 @@ def grpo_loss(
     ref_logprob: Tensor | None = None,
     ref_logits: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: LossConfig = LossConfig(),
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -110,6 +113,7 @@ def grpo_loss(
     check_logits("logits", logits)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
+    mask_to_read = tokens_to_read(mask, nll_weight, config, logits.shape[:-1], cu_seqlens)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     kl_logits = ref_logits if over_vocabulary else None
     kl = None if kl_logits is None else config.kl_estimator
@@ -117,11 +121,11 @@ def grpo_loss(
         with torch.no_grad():
             ref_logprob = token_stats(
                 ref_logits, tokens, entropy=False, temperature=temperature, softcap=softcap,
-                mask=mask, support=support,
+                mask=mask_to_read, support=support,
             ).logprob  # fmt: skip
     check_kl_input(config, ref_logprob, kl_logits)
     rows, prepared_support = prepare_rows(
-        logits, tokens, temperature, softcap, kl_logits, kl, mask, support
+        logits, tokens, temperature, softcap, kl_logits, kl, mask_to_read, support
     )
     prepared = prepare_loss_inputs(
         tokens.shape,
@@ -131,9 +135,11 @@ def grpo_loss(
         old_logprob=old_logprob,
         ref_logprob=ref_logprob,
         sampling_logprob=sampling_logprob,
+        nll_weight=nll_weight,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
     )
 

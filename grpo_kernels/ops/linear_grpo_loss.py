@@ -31,6 +31,8 @@ from ..objective.policy_loss import (
     PreparedLoss,
     compute_loss,
     prepare_loss_inputs,
+    tokens_to_read,
+    zero_masked,
 )
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import is_token_level, zero_advantage_has_zero_grad
@@ -123,9 +125,11 @@ def linear_grpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: LossConfig = LossConfig(),
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -155,7 +159,8 @@ def linear_grpo_loss(
         ref_hidden, ref_weight, ref_bias: the reference policy's, for config.kl_estimator as
             `ref_logits` in `grpo_loss`; a KL over the vocabulary is computed in the same pass.
         packing: `pack_tokens(mask, advantages)`, made in advance, so that nothing waits for the
-            device.
+            device. With an nll_weight per token: `pack_tokens(mask | (nll_weight != 0),
+            (advantages != 0) | (nll_weight != 0))`.
         token_rows: [M], as in `linear_token_stats`; tokens, advantages and all that is given per
             token are then [M], or per sequence with `cu_seqlens` of the tokens.
         support: as in `linear_token_stats`. `old_logprob`, `ref_logprob` and `sampling_logprob`
@@ -196,15 +201,22 @@ def linear_grpo_loss(
         old_logprob=old_logprob,
         ref_logprob=ref_logprob,
         sampling_logprob=sampling_logprob,
+        nll_weight=nll_weight,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
     )
+    mask_to_read = tokens_to_read(mask, nll_weight, config, tokens.shape, cu_seqlens)
+    with_grad = prepared.inputs.advantage
+    if prepared.inputs.nll_weight is not None:
+        with_grad = (with_grad != 0) | (prepared.inputs.nll_weight != 0)
     if packing is None:
-        packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
+        counted = prepared.sequences.keep if mask_to_read is None else mask_to_read
+        packing = pack_tokens(counted, with_grad)
     else:
-        check_packing(packing, mask, tokens, prepared.inputs.advantage)
+        check_packing(packing, mask_to_read, tokens, with_grad)
     # The reference policy comes first, so that only one whole head is gathered at a time.
     if has_reference and not over_vocabulary and ref_logprob is None:
         check_reference_head(hidden, weight, **reference)
@@ -212,9 +224,11 @@ def linear_grpo_loss(
         with torch.no_grad():
             ref_logprob = linear_token_stats(
                 ref_hidden, ref_weight, tokens, bias=ref_bias, temperature=temperature,
-                softcap=softcap, mask=mask, entropy=False, token_rows=token_rows, support=support,
-                chunk_tokens=chunk_tokens, packing=packing, vocab_group=vocab_group,
+                softcap=softcap, mask=mask_to_read, entropy=False, token_rows=token_rows,
+                support=support, chunk_tokens=chunk_tokens, packing=packing,
+                vocab_group=vocab_group,
             ).logprob  # fmt: skip
+        ref_logprob = zero_masked(prepared.sequences, ref_logprob, ref_logprob.dtype)
         loss_inputs = prepared.inputs._replace(ref_logprob=ref_logprob)
         prepared = prepared._replace(inputs=loss_inputs)
     inputs = prepare_inputs(
@@ -226,7 +240,7 @@ def linear_grpo_loss(
         softcap=softcap,
         request=StatsRequest(entropy=True),  # for the metric
         kl=config.kl_estimator if over_vocabulary and has_reference else None,
-        mask=mask,
+        mask=mask_to_read,
         adapter=adapter,
         token_rows=token_rows,
         support=support,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reference.losses.policy_loss import LossOutput, policy_loss
+from reference.losses.sequences import mask_with_nll
 from reference.losses.token_stats import lm_head_logits, rows_of_tokens, token_stats
 
 
@@ -19,9 +20,11 @@ def grpo_loss(
     ref_logprob: Tensor | None = None,
     ref_logits: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -49,7 +52,7 @@ def grpo_loss(
     settings: dict[str, Any] = {
         "temperature": temperature,
         "softcap": softcap,
-        "mask": mask,
+        "mask": mask_with_nll(mask, nll_weight, tokens, cu_seqlens, config),
         "support": support,
     }
     kl = config.kl_estimator if over_vocabulary and ref_logits is not None else None
@@ -66,9 +69,11 @@ def grpo_loss(
         entropy=stats.entropy,
         kl=stats.kl,
         sampling_logprob=sampling_logprob,
+        nll_weight=nll_weight,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
     )
 
@@ -87,9 +92,11 @@ def linear_grpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -111,15 +118,16 @@ def linear_grpo_loss(
     Returns:
         LossOutput; the loss is differentiable in `hidden`, `weight`, `bias`, `a` and `b`.
     """
+    read = mask_with_nll(mask, nll_weight, tokens, cu_seqlens, config)
     if token_rows is not None:
-        hidden = rows_of_tokens(hidden, token_rows, mask)
-        ref_hidden = None if ref_hidden is None else rows_of_tokens(ref_hidden, token_rows, mask)
+        hidden = rows_of_tokens(hidden, token_rows, read)
+        ref_hidden = None if ref_hidden is None else rows_of_tokens(ref_hidden, token_rows, read)
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
-            ref_logits = lm_head_logits(ref_hidden, ref_weight, ref_bias, mask)
+            ref_logits = lm_head_logits(ref_hidden, ref_weight, ref_bias, read)
     return grpo_loss(
-        lm_head_logits(hidden, weight, bias, mask, adapter),
+        lm_head_logits(hidden, weight, bias, read, adapter),
         tokens,
         advantages,
         mask=mask,
@@ -127,9 +135,11 @@ def linear_grpo_loss(
         ref_logprob=ref_logprob,
         ref_logits=ref_logits,
         sampling_logprob=sampling_logprob,
+        nll_weight=nll_weight,
         config=config,
         normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
+        nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
         temperature=temperature,
         softcap=softcap,

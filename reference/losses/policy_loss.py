@@ -8,7 +8,7 @@ from torch import Tensor
 from reference.losses.kl_estimators import sampled_kl
 from reference.losses.metrics import objective_metrics
 from reference.losses.ratios import importance_weight
-from reference.losses.sequences import Tokens, arrange
+from reference.losses.sequences import Tokens, arrange, spread
 from reference.losses.surrogates import RELATIVE_TO_SAMPLER, SURROGATES
 from reference.losses.token_selection import high_entropy, kept_tokens, kl_cov_term
 
@@ -30,15 +30,18 @@ def policy_loss(
     entropy: Tensor | None = None,
     kl: Tensor | None = None,
     sampling_logprob: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     config: Any,
     normalizer: float | Tensor | None = None,
     entropy_normalizer: float | Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
     """Compute the loss of GRPO and its relatives from per-token log-probabilities.
 
         policy = surrogate, 0 on filtered tokens, times the importance weight, plus KL-Cov's term
         loss   = aggregate(policy + beta·KL) - entropy_coef · mean entropy
+                 + nll_coef · Σ nll_weight · (-logprob) / number of weights that are not 0
 
     surrogates.py, ratios.py, token_selection.py and kl_estimators.py define the parts. VESPO
     includes the importance weight in its own weight. With `top_entropy` the mean entropy is over
@@ -115,6 +118,13 @@ def policy_loss(
         kept=kept,
         has_sequences=logprob.dim() == 2 or cu_seqlens is not None,
     )
+    if config.nll_coef != 0:
+        weight = spread(nll_weight, logprob, cu_seqlens).to(loss.dtype)
+        count = (weight != 0).sum() if nll_normalizer is None else nll_normalizer
+        terms = weight * torch.where(weight != 0, -logprob.to(loss.dtype), 0.0)
+        nll_loss = config.nll_coef * terms.sum() / _nonzero(count)
+        loss = loss + nll_loss
+        metrics["nll_loss"] = nll_loss.detach()
     return LossOutput(loss, metrics)
 
 

@@ -1,6 +1,7 @@
 """Per-token tensors arranged as [sequences, longest], and the means that the objective takes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,30 @@ def arrange(
         old_logprob=zero_masked(rows((logprob if old_logprob is None else old_logprob).detach())),
         **{name: x if x is None else zero_masked(rows(x)) for name, x in optional.items()},
     )
+
+
+def spread(weights: Tensor | None, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Broadcast weights, one per token or one per sequence, to the shape of `tokens`."""
+    if weights is None:
+        raise ValueError("nll_coef needs nll_weight")
+    if weights.shape == tokens.shape:
+        return weights
+    if cu_seqlens is None:
+        return weights.unsqueeze(-1).expand_as(tokens)
+    return weights.repeat_interleave(cu_seqlens.diff())
+
+
+def mask_with_nll(
+    mask: Tensor | None,
+    nll_weight: Tensor | None,
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    config: Any,
+) -> Tensor | None:
+    """Add to the loss mask the tokens that have an nll_weight, if config reads it."""
+    if mask is None or config.nll_coef == 0:
+        return mask
+    return mask.bool() | (spread(nll_weight, tokens, cu_seqlens) != 0)
 
 
 def token_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -160,6 +160,10 @@ def _help_texts(kind: type) -> dict[str, str]:
     if kind is LossSettings:
         texts = {name: in_flags(text) for name, text in texts.items()}
         texts["max_completion_length"] += " None: --max-new-tokens."
+        texts["nll_coef"] = (
+            "Coefficient of the mean of -logprob over the tokens of the correct completions (VAPO, "
+            "arXiv:2504.05118)."
+        )
         texts["completions_per_prompt"] += " None: --group-size, the only value here."
         texts["loss"] = "One of the above."
         texts["kl_estimator"] = (  # the exact sums over the vocabulary are no choices here

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from reference.training.errors import UserError
 
-LOSS_TERMS = {"policy_loss": "policy", "kl": "KL", "entropy": "entropy"}  # by metric
+LOSS_TERMS = {  # by metric
+    "policy_loss": "policy",
+    "kl": "KL",
+    "entropy": "entropy",
+    "nll_loss": "cross-entropy",
+}
 OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 

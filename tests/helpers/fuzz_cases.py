@@ -301,7 +301,9 @@ def _objective(draw, name: str, numbers: Numbers, shape, acc, logprob: Tensor) -
             arguments[given] = (logprob + numbers.normal(*shape, std=spread)).to(acc)
     normalizer = draw(st.sampled_from([None, 11, torch.tensor(13), torch.tensor(0), 2.5]))
     if normalizer is not None:
-        arguments |= {"normalizer": normalizer, "entropy_normalizer": normalizer}
+        names = ("normalizer", "entropy_normalizer", "nll_normalizer")
+        arguments |= dict.fromkeys(names, normalizer)
+    arguments["nll_weight"] = numbers.normal(*shape, dtype=acc) * numbers.coin(*shape, p=0.3)
     return arguments
 
 

@@ -37,9 +37,12 @@ def _sums_over_batch(call: Call) -> bool:
 def _fill_masked(call: Call) -> Call:
     """Fill masked tokens with NaN, inf, -inf, id -100 or the ids of no support."""
     drop = call.mask == 0
+    config = call.arguments.get("config")
+    if config is not None and config.nll_coef != 0:
+        drop &= call.arguments["nll_weight"] == 0
     filled = {}
     for number, name in enumerate(sorted(call.arguments)):
-        if name == "mask" or not call.is_token_level(name):
+        if name in ("mask", "nll_weight") or not call.is_token_level(name):
             continue
         x = call.arguments[name]
         masked = drop.unsqueeze(-1) if name in ROWS else drop

@@ -37,6 +37,8 @@ CONFIGS = {
     "m2po": LossConfig.m2po(),
     "rejection": LossConfig(rejection=("token_k2=0.05", "seq_mean_k1=0.8:1.3")),
     "prompt mean": LossConfig(aggregation="prompt_mean", completions_per_prompt=2),
+    "nll": LossConfig(nll_coef=0.3, entropy_coef=0.1),
+    "nll, gspo": LossConfig.gspo(nll_coef=0.3, beta=0.1, kl_estimator="reverse"),
     "dual clip": LossConfig(dual_clip=1.1, aggregation="sequence_sum_mean"),
     **{f"beta, {kl}": LossConfig(beta=0.2, kl_estimator=kl) for kl in ESTIMATORS},
     **{f"metric, {kl}": LossConfig(kl_estimator=kl) for kl in ("k3", "forward")},
@@ -49,8 +51,10 @@ def make_inputs(seed, *leading, dtype=torch.float64, sequences=B):
     ref_logits = logits + normal(seed + 1, *leading, V, dtype=dtype, std=0.5)
     with torch.no_grad():
         logprob = token_stats(logits, tokens, entropy=False).logprob
+    mask = coin(seed + 2, *leading, p=0.8)
     keywords = {
-        "mask": coin(seed + 2, *leading, p=0.8),
+        "mask": mask,
+        "nll_weight": normal(seed + 6, *leading) * (mask & coin(seed + 7, *leading, p=0.6)),
         "old_logprob": logprob + normal(seed + 3, *leading, dtype=logprob.dtype, std=0.3),
         "sampling_logprob": logprob + normal(seed + 4, *leading, dtype=logprob.dtype, std=0.3),
         "ref_logits": ref_logits,

@@ -26,6 +26,7 @@ FILTERS = {
 ANY = {
     "beta": [0.0, 0.04, 2.0],
     "entropy_coef": [0.0, 0.001, -0.5],
+    "nll_coef": [0.0, 0.0, 0.3],
     "importance_mode": ["truncate", "mask"],
     "importance_floor": [None, 0.3],
     "importance_cap": [0.5, 2.0, None],

@@ -33,6 +33,7 @@ def make_inputs(seed, config, sequences=4, length=5, spread=0.5):
         "old_logprob": logprob + spread * normal(*shape),
         "sampling_logprob": logprob + spread * normal(*shape),
         "entropy": normal(*shape).abs(),
+        "nll_weight": normal(*shape) * (torch.rand(shape, generator=generator) < 0.5),
     }
     if config.kl_estimator in SAMPLED:
         inputs["ref_logprob"] = logprob + normal(*shape)
@@ -79,7 +80,7 @@ def test_matches_reference(config, seed, per_token, normalized):
         advantages = advantages[:, None] * inputs["entropy"]
     keywords = {"config": config}
     if normalized:
-        keywords |= {"normalizer": 11, "entropy_normalizer": torch.tensor(17)}
+        keywords |= {"normalizer": 11, "entropy_normalizer": torch.tensor(17), "nll_normalizer": 5}
     ours = run(policy_loss, logprob, advantages, inputs, **keywords)
     theirs = run(losses.policy_loss, logprob, advantages, inputs, **keywords)
     assert_same(ours, theirs)
@@ -91,6 +92,7 @@ def test_packed_matches_reference_and_padded(config, seed, per_sequence, lengths
     logprob, advantages, inputs = make_inputs(seed, config, len(lengths), 5)
     keep = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
     inputs["mask"] = keep
+    inputs["nll_weight"] = torch.where(keep, inputs["nll_weight"], 0)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     packed_advantages = advantages[:, None].expand_as(logprob)[keep]
     if per_sequence and cu_seqlens[-1] != len(lengths):
@@ -153,15 +155,20 @@ def test_masked_tokens_have_no_effect(config, seed, garbage):
     advantages = advantages[:, None].expand_as(logprob)
     clean = run(policy_loss, logprob, advantages, inputs, config=config)
     drop = ~inputs["mask"]
+    # Of a token outside of the mask with an nll_weight the log-prob alone is read.
+    drop_logprob = drop & ((inputs["nll_weight"] == 0) | (config.nll_coef == 0))
 
     def spoil(x):
         return x.masked_fill(drop, garbage)
 
-    spoiled = {k: v if k == "mask" else spoil(v) for k, v in inputs.items()}
+    unspoiled = ("mask", "nll_weight")
+    spoiled = {k: v if k in unspoiled else spoil(v) for k, v in inputs.items()}
+    spoiled_logprob = logprob.masked_fill(drop_logprob, garbage)
     for function in (policy_loss, losses.policy_loss):
-        dirty = run(function, spoil(logprob), spoil(advantages), spoiled, config=config)
+        dirty = run(function, spoiled_logprob, spoil(advantages), spoiled, config=config)
         assert_same(dirty, clean)
-        assert all((grad[drop] == 0).all() for grad in dirty[2].values())
+        for name, grad in dirty[2].items():
+            assert (grad[drop_logprob if name == "logprob" else drop] == 0).all()
 
 
 @quick
@@ -186,11 +193,13 @@ def test_micro_batches_add_up_to_one_batch(config, seed):
             config=config,
             normalizer=normalizer,
             entropy_normalizer=tokens,
+            nll_normalizer=(inputs["nll_weight"] != 0).sum(),
         )
         for part in (slice(0, 2), slice(2, 6))
     ]
     assert_same(sum(part[0] for part in parts), loss)
-    assert_same(sum(part[1]["policy_loss"] for part in parts), metrics["policy_loss"])
+    for name in metrics.keys() & {"policy_loss", "nll_loss"}:
+        assert_same(sum(part[1][name] for part in parts), metrics[name])
     for name, grad in grads.items():
         assert_same(torch.cat([part[2][name] for part in parts]), grad)
 
@@ -293,7 +302,7 @@ def test_no_device_sync(config, seed, packed):
 
 
 COMPILED = [
-    LossConfig(beta=0.1, entropy_coef=0.1, delta=4.0),
+    LossConfig(beta=0.1, entropy_coef=0.1, delta=4.0, nll_coef=0.1),
     LossConfig.gspo(beta=0.1, off_policy_threshold=0.1),
     LossConfig.vespo(top_entropy=0.3, entropy_coef=0.1),
     LossConfig.gmpo(importance_level="sequence"),
@@ -322,6 +331,7 @@ def test_compile_dynamic_length(packed, config):
     for length in (5, 6, 9):
         logprob, advantages, inputs = make_inputs(length, config, length=length)
         keywords = {"config": config, "normalizer": length / 2, "entropy_normalizer": length}
+        keywords["nll_normalizer"] = length + 1
         if packed:
             keep = inputs.pop("mask")
             logprob, inputs = logprob[keep], pack(inputs, keep)
@@ -349,9 +359,11 @@ def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
     }
     advantages = normal(seed + 9, 4, 6, dtype=torch.float64)
     keywords = {"old_logprob": None, "sampling_logprob": None, **others}
+    mask = normal(seed + 10, 4, 6) > -0.5
+    nll_weight = normal(seed + 11, 4, 6) * (normal(seed + 12, 4, 6) > 0)
+    keywords |= {"mask": mask, "nll_weight": nll_weight}
     prepared = prepare_loss_inputs(
-        logprob.shape, torch.float64, advantages, mask=None, config=config, normalizer=None,
-        entropy_normalizer=None, cu_seqlens=None, **keywords,
+        logprob.shape, torch.float64, advantages, config=config, **keywords,
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
     expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
@@ -361,4 +373,5 @@ def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
     cancelled = 1e-7 if config.kl_estimator == "k3_corrected" else 1e-14
     torch.testing.assert_close(grads.logprob, expected[0], rtol=1e-12, atol=cancelled)
     of_entropy = torch.zeros(()).expand(4, 6) if grads.entropy is None else grads.entropy
+    of_entropy = torch.where(mask, of_entropy, 0.0)  # the fused ops leave out the other tokens
     torch.testing.assert_close(of_entropy.double(), expected[1], rtol=1e-12, atol=1e-14)

@@ -127,6 +127,46 @@ def test_prompt_mean_by_hand(packed):
         assert loss.item() == pytest.approx((9 / 3 + 12 / 2) / 5, rel=1e-12)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("normalizer", [None, 5])
+def test_nll_by_hand(packed, normalizer):
+    """Three tokens have a weight; of the third, outside of the mask, it is the only term."""
+    logprob = f64([[-1.0, -2.0, -3.0, torch.nan]]).requires_grad_()
+    keywords = {
+        "mask": torch.tensor([[1, 1, 0, 0]]),
+        "nll_weight": f64([[0.0, 0.5, 2.0, 0.0]]),
+        "config": LossConfig(surrogate="ratio", nll_coef=0.3),
+    }
+    if normalizer is not None:
+        keywords |= {"normalizer": 1, "nll_normalizer": normalizer}
+    advantages, flat = f64([[4.0, 4.0, 9.0, 9.0]]), logprob
+    if packed:
+        keywords |= {name: keywords[name][0] for name in ("mask", "nll_weight")}
+        keywords["cu_seqlens"] = torch.tensor([0, 4])
+        flat, advantages = flat[0], advantages[0]
+    nll = 0.3 / (normalizer or 2)
+    for function in (policy_loss, losses.policy_loss):
+        loss, metrics = function(flat, advantages, **keywords)
+        assert loss.item() == pytest.approx(-4 + nll * (0.5 * 2 + 2 * 3), rel=1e-12)
+        assert metrics["nll_loss"].item() == pytest.approx(nll * 7, rel=1e-12)
+        assert metrics["num_tokens"] == 2
+        (grad,) = torch.autograd.grad(loss, logprob, retain_graph=True)
+        expected = [-2, -2 - nll * 0.5, -nll * 2, 0]
+        assert grad[0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_nll_weight_of_sequences():
+    logprob = f64([[-1.0, -2.0], [-3.0, -4.0]])
+    keywords = {"mask": torch.tensor([[1, 0], [1, 1]]), "config": LossConfig(nll_coef=1.0)}
+    padded = {"nll_weight": f64([0.0, 1.0]), **keywords}
+    packed = {"nll_weight": f64([0.0, 1.0]), "config": keywords["config"]}
+    packed["cu_seqlens"] = torch.tensor([0, 1, 3])
+    for function in (policy_loss, losses.policy_loss):
+        assert function(logprob, torch.zeros(2), **padded).loss.item() == 3.5
+        rows = logprob[keywords["mask"].bool()]
+        assert function(rows, torch.zeros(3), **packed).loss.item() == 3.5
+
+
 def test_prompt_mean_of_incomplete_groups_raises():
     config = LossConfig(aggregation="prompt_mean", completions_per_prompt=2)
     with pytest.raises(ValueError, match=r"completions_per_prompt=2 must divide .*, got 3"):

@@ -62,6 +62,36 @@ def test_packed_input_matches_reference_and_padded_batch(backend, name):
     torch.testing.assert_close(gradient, padded_gradient.flatten(0, 1)[[0, 1, 3, 4, 5]])
 
 
+@pytest.mark.parametrize("name", ["nll", "nll, gspo"])
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_nll_outside_of_the_mask(backend, name, per_sequence):
+    logits, tokens, advantages, keywords = make_inputs(3, B, T)
+    weight = torch.tensor([0.7, 0.0]) if per_sequence else torch.tensor([[0.0, 2, -1], [0, 0, 3]])
+    spread = weight[:, None].expand(B, T) if per_sequence else weight
+    keywords |= {"mask": torch.tensor([[1, 0, 1], [1, 1, 0]]).bool(), "nll_weight": weight}
+    _, _, gradient = check_against_reference(logits, tokens, advantages, CONFIGS[name], **keywords)
+    masked = ~keywords["mask"]
+    assert (gradient[masked & (spread == 0)] == 0).all()
+    # Of a masked token: 1.7·0.3·weight/count·(p - onehot), nothing from the policy or the entropy.
+    expected = logits.softmax(-1) - torch.nn.functional.one_hot(tokens, logits.shape[-1])
+    expected = 1.7 * 0.3 / int((spread != 0).sum()) * spread.double().unsqueeze(-1) * expected
+    torch.testing.assert_close(gradient[masked], expected[masked], rtol=1e-9, atol=1e-12)
+
+
+def test_nll_alone_is_cross_entropy(backend):
+    logits, tokens, _, _ = make_inputs(4, B, T)
+    nothing, weight = torch.zeros(B, T), torch.ones(B)
+    loss, metrics, gradient = run(
+        grpo_loss, logits, tokens, nothing, mask=nothing, nll_weight=weight,
+        config=LossConfig(nll_coef=1.0),
+    )  # fmt: skip
+    leaf = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(metrics["nll_loss"], expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
 def test_ratio_exactly_on_both_clip_bounds_keeps_its_gradient(backend):
     logits, tokens, advantages, _ = make_inputs(7, B, T)
     config = LossConfig(epsilon_low=0.0, epsilon_high=0.0)  # without old_logprob r is exactly 1

@@ -44,6 +44,8 @@ def inputs(seed, names, B=2, T=3, V=37, dtype=torch.float64, spread=0.5):
     }
     if "mask" in names:
         given["mask"] = coin(seed + 2, B, T, p=0.7)
+    chosen = coin(seed + 9, B, T, p=0.5) & given.get("mask", torch.ones(B, T).bool())
+    given["nll_weight"] = normal(seed + 10, B, T) * chosen
     return logits, tokens, normal(seed + 8, B, dtype=logprob.dtype), given
 
 

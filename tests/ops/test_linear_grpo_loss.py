@@ -25,8 +25,11 @@ def make_inputs(seed, *leading, dtype=torch.float64, advantages=ADVANTAGES, devi
     head = {name: case[name] for name in ("hidden", "weight", "tokens", "bias")}
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     logprob = linear_token_stats(**head, entropy=False).logprob
+    mask = coin(seed + 20, *leading, p=0.8, device=device)
+    weights = normal(seed + 23, *leading, device=device)
     keywords = {
-        "mask": coin(seed + 20, *leading, p=0.8, device=device),
+        "mask": mask,
+        "nll_weight": weights * (mask & coin(seed + 24, *leading, p=0.6, device=device)),
         "old_logprob": logprob + normal(seed + 21, *leading, dtype=acc, std=0.3, device=device),
         "sampling_logprob": logprob
         + normal(seed + 22, *leading, dtype=acc, std=0.3, device=device),
@@ -99,6 +102,36 @@ def test_packed_input_matches_reference(backend, name):
     check_against_reference(
         case, advantages, config=CONFIGS[name], cu_seqlens=torch.tensor([0, 2, 3, 5, 7]), **keywords
     )
+
+
+NLL = {
+    "token": LossConfig(nll_coef=0.3, beta=0.2, entropy_coef=0.1),
+    "sequence": LossConfig.gspo(nll_coef=0.3, entropy_coef=0.1),
+    "forward": LossConfig(nll_coef=0.3, beta=0.2, kl_estimator="forward"),
+}
+
+
+@pytest.mark.parametrize("name", NLL)
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_nll_outside_of_the_mask(backend, name, per_sequence):
+    """Tokens with an nll_weight alone: masked ones, and those of advantage 0."""
+    case, _, keywords = make_inputs(5, B, T)
+    advantages = torch.tensor([0.0, 0.0, 1.3, 0.0], dtype=torch.float64)
+    weight = torch.tensor([1.0, 0.0, 0.0, -2.0])
+    if not per_sequence:
+        weight = weight[:, None] * torch.tensor([0.0, 1.0, 0.5])
+    keywords |= {"mask": torch.eye(B, T).flip(0) == 0, "nll_weight": weight}
+    arguments = {"config": NLL[name], "chunk_tokens": 5, **keywords}
+    _, metrics, gradients = check_against_reference(case, advantages, **arguments)
+    spread = weight if not per_sequence else weight[:, None].expand(B, T)
+    reached = (gradients["hidden"] != 0).any(-1)
+    assert reached[spread != 0].all() and not reached[~keywords["mask"] & (spread == 0)].any()
+    assert metrics["num_tokens"] == keywords["mask"].sum()
+    if name == "token":
+        packing = pack_tokens(
+            keywords["mask"] | (spread != 0), (advantages[:, None] != 0) | (spread != 0)
+        )
+        check_against_reference(case, advantages, packing=packing, **arguments)
 
 
 def test_per_token_advantages_and_ref_logprob(backend):

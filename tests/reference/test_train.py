@@ -179,6 +179,7 @@ def test_default_output_dirs_are_numbered(tmp_path, monkeypatch):
         ["--reward-weight", "exact=2", "--eval-every", "2", "--pass-at", "4"],
         ["--gradient-checkpointing", "--advantage", "opo", "--aggregation", "prompt_mean"],
         ["--advantage", "ema", "--loss", "m2po", "--minibatches", "2", "--rejection", "token_k2=1"],
+        ["--nll-coef", "0.1", "--loss", "topr"],
         ["--advantage", "pass_at_k", "--entropy-target", "1", "--micro-batch", "8"],
         ["--advantage", "centered", "--loss", "cispo", "--top-entropy", "0.2"],
         ["--normalise-each-reward", "--loss", "luspo"],

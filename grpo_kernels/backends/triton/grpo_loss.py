@@ -1,6 +1,6 @@
 """The token-level loss in one launch: a row's statistics, its loss, and the gradient of its logits.
 
-    loss = Σ weight · (policy + beta · KL) - entropy_weight · Σ entropy
+    loss = Σ weight · (policy + beta · KL) - entropy_weight · Σ entropy - Σ nll_weight · logprob
 
 is `policy_loss`, with the KL estimated on the sampled tokens. A program makes two passes over its
 row. The first computes the log-prob and the entropy, from which follow their gradients; the second
@@ -36,7 +36,8 @@ from .row_passes import GradientScalars, accumulate_row_stats, row_results, stor
 @triton.jit
 def logprob_gradient(
     row, logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
-    sampling_logprob_ptr, settings_ptr, SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
+    sampling_logprob_ptr, nll_weight_ptr, settings_ptr,
+    SURROGATE: tl.constexpr, ESTIMATOR: tl.constexpr
 ):  # fmt: skip
     """d loss / d logprob of a token."""
     # Load the settings of the surrogate and of the KL.
@@ -62,7 +63,12 @@ def logprob_gradient(
     if ref_logprob_ptr is not None:
         log_ratio = logprob - tl.load(ref_logprob_ptr + row)
         grad += beta * kl_grad(log_ratio, ratio, d_ratio, ESTIMATOR)
-    return grad * tl.load(weight_ptr + row)
+    weight = tl.load(weight_ptr + row)
+    grad *= weight
+    # The cross-entropy term, which tokens of weight 0 have alone.
+    if nll_weight_ptr is not None:
+        grad = tl.where(weight == 0, 0.0, grad) - tl.load(nll_weight_ptr + row)
+    return grad
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -77,6 +83,7 @@ def _grpo_loss_kernel(
     old_logprob_ptr,  # [N]; None: the policy's own
     ref_logprob_ptr,  # [N]; None: no KL in the loss
     sampling_logprob_ptr,  # [N]; None: no importance weight
+    nll_weight_ptr,  # [N]; None: no cross-entropy term
     settings_ptr,  # [7], as logprob_gradient reads them
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]
@@ -121,13 +128,15 @@ def _grpo_loss_kernel(
     # The gradients of the loss in the log-prob and in the entropy.
     d_logprob = inverse * logprob_gradient(
         row, results.logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
-        sampling_logprob_ptr, settings_ptr, SURROGATE, ESTIMATOR,
+        sampling_logprob_ptr, nll_weight_ptr, settings_ptr, SURROGATE, ESTIMATOR,
     )  # fmt: skip
     weight = -d_logprob
     has_gradient = d_logprob != 0
     weight_log = None
     if entropy_weight_ptr is not None:
         d_entropy = -inverse * tl.load(entropy_weight_ptr)
+        if nll_weight_ptr is not None:
+            d_entropy = tl.where(tl.load(weight_ptr + row) == 0, 0.0, d_entropy)
         weight -= d_entropy * results.entropy
         weight_log = -d_entropy * LN2
         has_gradient |= weight_log != 0

@@ -291,6 +291,7 @@ def grpo_loss(
         old_logprob_ptr=loss_inputs.old_logprob,
         ref_logprob_ptr=loss_inputs.ref_logprob if config.beta != 0 else None,
         sampling_logprob_ptr=loss_inputs.sampling_logprob,
+        nll_weight_ptr=loss_inputs.nll_weight,
         settings_ptr=_settings(config, logprob.dtype, logprob.device),
         logprob_ptr=logprob,
         entropy_ptr=entropy,

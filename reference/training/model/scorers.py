@@ -111,7 +111,7 @@ class Scorer:
 
         Args:
             store_old_logprob: set batch.old_logprob, if it is None, to the log-probs of this pass.
-            denominators: normalizer and entropy_normalizer; by default those of the batch itself.
+            denominators: the normalizers of the loss; by default those of the batch itself.
         """
         predictions = self._forward(policy, batch)
         if store_old_logprob and batch.old_logprob is None:
@@ -129,6 +129,7 @@ class Scorer:
                 old_logprob=batch.old_logprob,
                 ref_logprob=batch.ref_logprob,
                 sampling_logprob=batch.sampling_logprob,
+                nll_weight=batch.nll_weight,
                 config=config,
                 **denominators,
             )

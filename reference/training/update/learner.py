@@ -99,9 +99,12 @@ class Learner:
         if self.entropy_control is not None:
             self.entropy_control.load_state_dict(state["entropy_control"])
 
-    def step(self, samples: SampledCompletions, advantages: Tensor) -> dict[str, float]:
+    def step(
+        self, samples: SampledCompletions, advantages: Tensor, correct: Tensor | None = None
+    ) -> dict[str, float]:
         """Update the policy by completions and their advantages [B·G] or [B·G, T]; return metrics.
 
+        correct: [B·G], 1 for a correct completion, for --nll-coef.
         Without a learning signal in any group there is no forward pass and no optimiser step,
         unless the loss has a term that does not depend on the advantages.
         """
@@ -118,7 +121,7 @@ class Learner:
             group["lr"] = learning_rate
 
         # The log-probs of the sampling policy are computed before the first optimiser step.
-        minibatches = list(self.minibatches(samples, advantages.to(self.policy.device)))
+        minibatches = list(self.minibatches(samples, advantages.to(self.policy.device), correct))
 
         def store_old_logprob(minibatch: Minibatch) -> None:
             for batch in minibatch.micro_batches:
@@ -226,7 +229,9 @@ class Learner:
     def _logprob(self, policy: Policy, batch: MicroBatch) -> Tensor:
         return self.scorer.token_stats(policy, batch, self.config.temperature).logprob
 
-    def minibatches(self, samples: SampledCompletions, advantages: Tensor) -> Iterator[Minibatch]:
+    def minibatches(
+        self, samples: SampledCompletions, advantages: Tensor, correct: Tensor | None = None
+    ) -> Iterator[Minibatch]:
         """Split the groups into --minibatches, and each minibatch into micro-batches.
 
         The micro-batches are this rank's, the denominators those of all ranks.
@@ -245,6 +250,13 @@ class Learner:
             completions.logprob,
             completions.support,
         )
+        if loss.nll_coef > 0:
+            if correct is None:
+                raise UserError(
+                    "--nll-coef learns from correct completions: it needs ground truths"
+                )
+            is_correct = (correct == 1).to(loss_mask.device)  # NaN: unknown
+            batch.nll_weight = (loss_mask & is_correct[:, None]).float()
         # Advantages of 0 have no gradient, unless the loss has a KL, an entropy bonus or a penalty,
         # or selects among all tokens of a micro-batch. A divergence does not read them.
         needs_advantages = zero_advantage_has_zero_grad(loss, per_sequence=True)
@@ -253,6 +265,8 @@ class Learner:
         if needs_advantages and self.teacher is None:
             token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
             contributes = loss_mask & (token_advantages != 0)
+            if batch.nll_weight is not None:
+                contributes = contributes | (batch.nll_weight != 0)
         contributes = contributes.view(B, -1).any(dim=-1)
         size = self.splitter.size or B
         for groups in torch.arange(B, device=loss_mask.device).tensor_split(config.minibatches):
@@ -263,7 +277,10 @@ class Learner:
             missing = -(-len(active[:: ranks.size]) // size) - len(micro_batches)
             if missing:
                 idle = batch.select_groups(active[:1])
-                idle = replace(idle, loss_mask=torch.zeros_like(idle.loss_mask))
+                nothing = torch.zeros_like(idle.loss_mask)
+                idle = replace(idle, loss_mask=nothing)
+                if idle.nll_weight is not None:
+                    idle.nll_weight = nothing.float()
                 micro_batches += [idle] * missing
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
@@ -279,6 +296,9 @@ class Learner:
                 "normalizer": max(1, normalizer),
                 "entropy_normalizer": max(1, num_tokens),
             }
+            if batch.nll_weight is not None:
+                weights = batch.nll_weight.unflatten(0, (B, -1))[groups]
+                denominators["nll_normalizer"] = max(1, int(weights.sum()))
             yield Minibatch(micro_batches, denominators)
 
 
@@ -287,9 +307,9 @@ def combine_metrics(
 ) -> dict[str, float]:
     """Combine the metrics of a step's micro-batches, listed by update; {} without any.
 
-    policy_loss is already divided by the denominator of its update: it is summed, then averaged
-    over updates. Others are extremes by their name, means over sequences if `sequence_means` has
-    them, else means over tokens.
+    Terms of the loss are already divided by the denominator of their update: they are summed, then
+    averaged over updates. Others are extremes by their name, means over sequences if
+    `sequence_means` has them, else means over tokens.
     """
     batches = [batch for update in updates for batch in update]
     if not batches:
@@ -298,7 +318,7 @@ def combine_metrics(
     num_tokens, num_sequences = columns.pop("num_tokens"), columns.pop("num_sequences")
     combined = {}
     for name, values in columns.items():
-        if name == "policy_loss":
+        if name in ("policy_loss", "nll_loss"):
             combined[name] = values.sum().item() / len(updates)
         elif name.endswith(("/max", "_max")):
             combined[name] = values.max().item()

@@ -33,6 +33,7 @@ class MicroBatch:
     sampling_logprob: Tensor | None = None  # [B·G, T]
     support: TokenSupport | None = None  # the tokens that a truncated distribution kept
     old_logprob: Tensor | None = None  # [B·G, T], with more than one optimiser step per batch
+    nll_weight: Tensor | None = None  # [B·G, T], 1.0 on the tokens of correct completions
     ref_logprob: Tensor | None = None  # [B·G, T], with a KL to the reference policy
 
     @property

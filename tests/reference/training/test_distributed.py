@@ -24,6 +24,7 @@ TINY = (
     *("--eval-questions", "33", "--eval-every", "2", "--checkpoint-every", "1"),
     *("--print-every", "1", "--no-tensorboard", "--top-p", "0.9"),
     *("--loss", "topr", "--aggregation", "prompt_mean", "--advantage", "ema"),
+    *("--nll-coef", "0.1"),
 )
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CLOCKS = ("time", "per_second", "memory")

@@ -75,6 +75,7 @@ SET = {
     "clip_cov_high": (2.0, ["--loss", "clip_covariance"]),
     "kl_cov": (0.1, ["--minibatches", "2"]),
     "kl_cov_coef": (0.5, ["--loss", "kl_covariance", "--minibatches", "2"]),
+    "nll_coef": (0.1, []),
     "completions_per_prompt": (8, ["--aggregation", "prompt_mean"]),
     "second_moment": (0.1, ["--loss", "m2po", "--minibatches", "2"]),
     "rejection": (("token_k1=0.5:2", "seq_mean_k3=0.01"), []),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossConfig
+from reference.training.errors import UserError
 from reference.training.model.scorers import FusedScorer
 from reference.training.update.learner import combine_metrics
 from reference.training.update.micro_batches import MicroBatch
@@ -106,6 +107,28 @@ def test_skipping_groups_keeps_the_gradient(loss):
 def test_groups_stay_if_another_loss_term_needs_them(settings):
     learner, samples = make_learner(**settings)
     assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
+
+
+CORRECT = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, torch.nan, 1])
+
+
+@EAGER
+def test_nll_term_learns_from_correct_completions(backend):
+    """Also from a group in which all are correct, whose advantages are 0."""
+    equal = torch.zeros(16)
+    nll = {"nll_coef": 0.5, "max_grad_norm": 1e6}
+    whole, samples = make_learner(**nll)
+    metrics = whole.step(samples, equal, CORRECT)
+    logprob = samples.completions.logprob[CORRECT == 1][samples.completions.mask[CORRECT == 1]]
+    assert metrics["nll_loss"] == pytest.approx(-0.5 * logprob.mean().item(), rel=1e-5)
+    expected = [p.grad for p in whole.policy.model.parameters()]
+    for scorer, changes in ((PLAIN, {"micro_batch": 1}), (FUSED, {"micro_batch": 3})):
+        learner, samples = make_learner(scorer, **nll, **changes)
+        assert learner.step(samples, equal, CORRECT) == pytest.approx(metrics, rel=1e-5, abs=1e-9)
+        for ours, grad in zip(learner.policy.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.grad, grad, rtol=1e-5, atol=1e-7)
+    with pytest.raises(UserError, match="--nll-coef learns from correct completions"):
+        whole.step(samples, equal)
 
 
 @EAGER
