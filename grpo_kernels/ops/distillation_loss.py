@@ -159,7 +159,7 @@ def divergence_weights(
     tokens: Tensor, mask: Tensor | None, normalizer: float | Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Compute the weight of each token's divergence in the loss, 0 where masked."""
-    check_normalizers(_MEAN, normalizer, None)
+    check_normalizers(_MEAN, normalizer, None, None)
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     return token_weights(Sequences(keep, None), _MEAN, normalizer, dtype)
 
