@@ -121,9 +121,12 @@ class DistillationSettings:
     teacher: str | None = None
     """A model of any size to distil from. It is a directory or a model hub id with the tokenizer of
     --model. Its distribution replaces advantages in the loss; rewards are only logged."""
-    distill: Literal["reverse", "forward"] = "reverse"
+    distill: Literal["reverse", "forward", "jsd"] = "reverse"
     """The divergence over the whole vocabulary, a mean over tokens. reverse: KL(student‖teacher),
-    forward: KL(teacher‖student)."""
+    forward: KL(teacher‖student), jsd: (1 - w) KL(student‖m) + w KL(teacher‖m) with the mixture
+    m = (1 - w) student + w teacher and w = --jsd-weight."""
+    jsd_weight: float = 0.5
+    """The weight of the teacher in --distill jsd, between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         for name in ("beta", "entropy_coef", "entropy_target"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")
+        self._require("jsd_weight", 0 < self.jsd_weight < 1, "between 0 and 1")
         top_p, min_p = self.top_p, self.min_p
         self._require("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1")
         self._require("min_p", min_p is None or 0 <= min_p <= 1, "0 to 1")
@@ -411,6 +415,10 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 self.teacher is not None and bool(unused),
                 "--teacher: the loss is the divergence from the teacher, without rewards: not with "
                 f"{', '.join(flags)}",
+            ),
+            (
+                self.distill != "jsd" and self.jsd_weight != defaults["jsd_weight"],
+                "--jsd-weight is the weight of the teacher in --distill jsd: set that",
             ),
             (
                 self.teacher is None and self.distill != defaults["distill"],

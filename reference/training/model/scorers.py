@@ -9,13 +9,13 @@ its logits. They agree up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_kernels import LossConfig, LossOutput, TokenStats
+from grpo_kernels import LossConfig, LossOutput, TokenStats, linear_distillation_loss
 from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from reference import losses
 from reference.training.model.policy import Policy
@@ -36,20 +36,21 @@ class HiddenPredictions:
     def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> LossOutput:
         return self.head.grpo_loss(self.hidden, tokens, advantages, **keywords)
 
-    def divergence(
-        self, teacher: HiddenPredictions, tokens: Tensor, kind: str, **keywords: Any
-    ) -> LossOutput:
-        V, ref_head = len(self.head.weight), teacher.head
-        if len(ref_head.weight) > V:
-            ref_bias = None if ref_head.bias is None else ref_head.bias[:V]
-            ref_head = replace(ref_head, weight=ref_head.weight[:V], bias=ref_bias)
-        return self.head.grpo_loss(
+    def distillation_loss(self, teacher: HiddenPredictions, **keywords: Any) -> LossOutput:
+        head, V = self.head, len(self.head.weight)
+        weight, bias = teacher.head.weight, teacher.head.bias
+        if len(weight) > V:
+            weight, bias = weight[:V], None if bias is None else bias[:V]
+        return linear_distillation_loss(
             self.hidden,
-            tokens,
-            torch.zeros_like(tokens, dtype=torch.float32),
-            ref_hidden=teacher.hidden,
-            ref_head=ref_head,
-            config=_config(kind),
+            head.weight,
+            teacher.hidden,
+            weight,
+            bias=head.bias,
+            teacher_bias=bias,
+            adapter=head.adapter,
+            temperature=keywords.pop("temperature") / head.scale,
+            softcap=None if head.softcap is None else head.softcap / head.scale,
             **keywords,
         )
 
@@ -66,22 +67,9 @@ class LogitPredictions:
     def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> Any:
         return losses.grpo_loss(self.logits, tokens, advantages, **keywords)
 
-    def divergence(
-        self, teacher: LogitPredictions, tokens: Tensor, kind: str, **keywords: Any
-    ) -> Any:
-        return losses.grpo_loss(
-            self.logits,
-            tokens,
-            torch.zeros_like(tokens, dtype=torch.float32),
-            ref_logits=teacher.logits[..., : self.logits.shape[-1]],
-            config=_config(kind),
-            **keywords,
-        )
-
-
-def _config(kind: Any) -> LossConfig:
-    """Return a loss whose only term, with advantages of 0, is a KL."""
-    return LossConfig(beta=1.0, kl_estimator=kind, aggregation="token_mean")
+    def distillation_loss(self, teacher: LogitPredictions, **keywords: Any) -> Any:
+        V = self.logits.shape[-1]
+        return losses.distillation_loss(self.logits, teacher.logits[..., :V], **keywords)
 
 
 class Scorer:
@@ -135,14 +123,7 @@ class Scorer:
             )
 
     def distillation_loss(
-        self,
-        policy: Policy,
-        teacher: Policy,
-        batch: MicroBatch,
-        kind: str,
-        temperature: float = 1.0,
-        *,
-        normalizer: int | None = None,
+        self, policy: Policy, teacher: Policy, batch: MicroBatch, **keywords: Any
     ) -> LossOutput:
         """Return the divergence of the policy from the teacher, differentiable in the policy.
 
@@ -150,24 +131,13 @@ class Scorer:
         rows of the teacher's head, which are no tokens, are left out of its distribution.
 
         Args:
-            kind: reverse for KL(policy‖teacher), forward for KL(teacher‖policy).
-            normalizer: the number of tokens that the sum is divided by, by default the batch's.
+            keywords: divergence, jsd_weight, temperature and normalizer of `distillation_loss`.
         """
         with torch.no_grad():
             target = self._forward(teacher, batch)
         predictions = self._forward(policy, batch)
         with policy.autocast():
-            output = predictions.divergence(
-                target,
-                batch.tokens,
-                kind,
-                mask=batch.loss_mask,
-                temperature=temperature,
-                normalizer=normalizer,
-            )
-        metrics = {"divergence": output.metrics["kl"]}
-        metrics |= {name: output.metrics[name] for name in ("entropy", "num_tokens")}
-        return LossOutput(output.loss, metrics)
+            return predictions.distillation_loss(target, mask=batch.loss_mask, **keywords)
 
     def _forward(self, policy: Policy, batch: MicroBatch) -> Any:
         packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)

@@ -51,7 +51,8 @@ COMMAND_LINE_ONLY = (*CODE, "cache_dir")
 NEUTRAL = {
     field.name: field.default
     for field in fields(TrainConfig)
-    if field.default is None or field.name in {*MAY_CHANGE, *LOSS_SETTINGS, "support", "distill"}
+    if field.default is None
+    or field.name in {*MAY_CHANGE, *LOSS_SETTINGS, "support", "distill", "jsd_weight"}
 }
 
 

@@ -210,8 +210,9 @@ class Learner:
                 self.wrapped_policy,
                 self.teacher,
                 batch,
-                self.config.distill,
-                self.config.temperature,
+                divergence=self.config.distill,
+                jsd_weight=self.config.jsd_weight,
+                temperature=self.config.temperature,
                 normalizer=denominators["normalizer"],
             )
         if self.reference_policy is not None and batch.ref_logprob is None:

@@ -220,6 +220,7 @@ EARLY = {
     "--teacher x --top-k 9 --no-support": "error: --teacher: the loss is the divergence from the "
     "teacher, without rewards: not with --no-support",
     "--teacher scratch": "error: --teacher scratch has learnt nothing: name a directory",
+    "--jsd-weight 0.3": "error: --jsd-weight is the weight of the teacher in --distill jsd",
     "--distill forward": "error: --distill chooses the divergence from a --teacher: name one",
     "--epsilon-low -1": "error: --loss grpo: --epsilon-low",
     "--output-dir mine": "error: --output-dir mine is not empty: name a new one, or leave the flag "

@@ -14,11 +14,13 @@ pytestmark = pytest.mark.usefixtures("one_thread", "pytorch_backend")
 
 SCORERS = {"fused": FusedScorer(), "plain": PlainScorer()}
 ZEROS = torch.zeros(16)
-KINDS = ["reverse", "forward"]
+KINDS = ["reverse", "forward", "jsd"]
 
 
 def distiller(scorer="plain", *, rows=16, **changes):
     """Make a learner with a random teacher of another width, and maybe of more rows."""
+    if changes.get("distill") == "jsd":
+        changes["jsd_weight"] = 0.3
     sizes = {"hidden_size": 64}, {"hidden_size": 96, "vocab_size": rows}
     return make_learner(SCORERS[scorer], sizes=sizes, max_grad_norm=1e6, **changes)
 
@@ -32,7 +34,11 @@ def divergence(learner, samples, kind, temperature=1.0):
         for policy in (learner.policy, learner.teacher)
     )
     q = q.detach()
-    per_token = (p.exp() * (p - q) if kind == "reverse" else q.exp() * (q - p)).sum(-1)
+    if kind == "jsd":  # of weight 0.3 of the teacher
+        m = (0.7 * p.exp() + 0.3 * q.exp()).log()
+        per_token = (0.7 * p.exp() * (p - m) + 0.3 * q.exp() * (q - m)).sum(-1)
+    else:
+        per_token = (p.exp() * (p - q) if kind == "reverse" else q.exp() * (q - p)).sum(-1)
     return per_token[done.mask].mean()
 
 
@@ -57,7 +63,8 @@ def test_gradient_is_that_of_the_divergence(scorer, kind, changes):
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-7)
     assert all(map(torch.equal, learner.teacher.model.parameters(), before))
-    assert metrics.keys() == {"learning_rate", "grad_norm", "divergence", "entropy"}
+    names = {"divergence", "entropy", "teacher_entropy", "top1_agreement"}
+    assert metrics.keys() == {"learning_rate", "grad_norm", *names}
 
 
 def test_minibatches_and_inner_iterations_take_optimiser_steps():
