@@ -124,13 +124,14 @@ def variants() -> Iterator[Variant]:
         ("DPPO, k3, entropy, importance", (), {"SURROGATE": "dppo"}),
         ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
         ("IPO, k3, entropy", ("sampling_logprob_ptr",), {"SURROGATE": "ipo"}),
+        ("TOPR, k3, entropy, importance, nll", (), {"SURROGATE": "topr"}),
     ):
         yield Variant(
             f"grpo_loss: {name}",
             grpo._grpo_loss_kernel,
             "grpo_loss",
             (RowPass(1, writes=False), RowPass(1, writes=True, again=True)),
-            ("nll_weight_ptr", *absent),
+            absent if name.endswith("nll") else ("nll_weight_ptr", *absent),
             {"SURROGATE": "clip", "ESTIMATOR": "k3", "SOFTCAP": None, **changes},
         )
     yield Variant("scale", grpo._scale_kernel, "scale", (RowPass(1, writes=True),))
