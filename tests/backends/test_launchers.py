@@ -143,7 +143,7 @@ LAUNCH = {"ACC_DTYPE", "PART", "GROUP_PARTS", "GROUP_BLOCK", "SPAN", "UNROLL", "
 def test_constexpr_parameters():
     """Settings of the model and of the launch only: a new value of another would compile again."""
     kernels = jitted_kernels()
-    assert len(kernels) == 9
+    assert len(kernels) == 11
     for kernel in kernels.values():
         parameters = inspect.signature(kernel.fn).parameters.values()
         constant = {x.name for x in parameters if "constexpr" in str(x.annotation)}

@@ -33,14 +33,14 @@ from .row_math import (
 
 
 @triton.jit
-def log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, WEIGHT: tl.constexpr):
+def log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight):
     """(log2 p, log2 q, t, g) of a tile of capped logits x and y."""
     z = floored((x - pivot) * scale - log_sum)
     ref_z = floored((y - ref_pivot) * scale - ref_log_sum)
     t = ref_z - z
     smaller = tl.exp2(-tl.abs(t))
-    first = (1.0 - WEIGHT) + WEIGHT * smaller
-    return z, ref_z, t, tl.log2(tl.where(t > 0, WEIGHT + (1.0 - WEIGHT) * smaller, first))
+    first = (1.0 - weight) + weight * smaller
+    return z, ref_z, t, tl.log2(tl.where(t > 0, weight + (1.0 - weight) * smaller, first))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -51,6 +51,7 @@ def _jsd_forward_kernel(
     mask_ptr,  # [N]; None: no row is masked
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
+    weight_ptr,  # [1], of the reference policy in the mixture
     kl_policy_ptr,  # [N]
     kl_ref_ptr,  # [N]
     T,
@@ -60,7 +61,6 @@ def _jsd_forward_kernel(
     stride_ref_logits_b,
     stride_ref_logits_t,
     stride_temperature,
-    WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -78,6 +78,7 @@ def _jsd_forward_kernel(
     scale = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE) * LOG2E
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
+    weight = tl.load(weight_ptr)
     offsets = tile_offsets(UNROLL, LANES, VEC)
     kl_policy = tl.zeros([LANES], ACC_DTYPE)
     kl_ref = tl.zeros([LANES], ACC_DTYPE)
@@ -88,7 +89,7 @@ def _jsd_forward_kernel(
         if SOFTCAP is not None:
             x = softcapped(x, SOFTCAP)
             y = softcapped(y, SOFTCAP)
-        z, ref_z, t, g = log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, WEIGHT)
+        z, ref_z, t, g = log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight)
         kl_policy -= tile_sum(tl.exp2(z) * (tl.where(t < 0, 0.0, t) + g))
         kl_ref += tile_sum(tl.exp2(ref_z) * (tl.where(t > 0, 0.0, t) - g))
     tl.store(kl_policy_ptr + row, tl.sum(kl_policy, axis=0) * LN2)
@@ -103,6 +104,7 @@ def _jsd_backward_kernel(
     mask_ptr,  # [N]; None: no row is masked
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
+    weight_ptr,  # [1], of the reference policy in the mixture
     kl_policy_ptr,  # [N]
     d_jsd_ptr,  # [N]
     d_logits_ptr,  # [B, T, V], strided rows; may be logits_ptr
@@ -115,7 +117,6 @@ def _jsd_backward_kernel(
     stride_d_logits_b,
     stride_d_logits_t,
     stride_temperature,
-    WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -135,8 +136,8 @@ def _jsd_backward_kernel(
     inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
-    kl_policy = tl.load(kl_policy_ptr + row)
-    factor = (1.0 - WEIGHT) * d_jsd * inverse
+    kl_policy, weight = tl.load(kl_policy_ptr + row), tl.load(weight_ptr)
+    factor = (1.0 - weight) * d_jsd * inverse
     for start in range(0, V, offsets.numel):
         # Load a tile of each row, compute its gradient, store it.
         x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
@@ -146,7 +147,7 @@ def _jsd_backward_kernel(
             capped = softcapped(x, SOFTCAP)
             y = softcapped(y, SOFTCAP)
         z, _, t, g = log_mixture(
-            capped, y, inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, WEIGHT
+            capped, y, inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight
         )
         dx = factor * tl.exp2(z) * (-(tl.where(t < 0, 0.0, t) + g) * LN2 - kl_policy)
         if SOFTCAP is not None:

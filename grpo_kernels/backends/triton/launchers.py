@@ -15,7 +15,14 @@ from ...objective.config import LossConfig
 from ...objective.ratios import LossInputs
 from ...objective.token_gradients import TokenGrads
 from ..availability import INTERPRETED
-from ..interface import ApproximateKL, RowInputs, RowStats, StatsRequest, accumulation_dtype
+from ..interface import (
+    ApproximateKL,
+    RowInputs,
+    RowStats,
+    StatsRequest,
+    accumulation_dtype,
+    scalar_tensor,
+)
 from ..pytorch.softmax import LN2, LOG2E, capped_logits
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
@@ -377,8 +384,8 @@ def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Te
         ref_row_lse_ptr=stats.ref_row_lse,
         kl_policy_ptr=kl_policy,
         kl_ref_ptr=kl_ref,
+        weight_ptr=scalar_tensor(jsd_weight, stats.row_lse.dtype, stats.row_lse.device),
         **launch.tile,
-        WEIGHT=jsd_weight,
     )
     return kl_policy, kl_ref
 
@@ -405,6 +412,6 @@ def jsd_backward(
         kl_policy_ptr=kl_policy,
         d_jsd_ptr=d_jsd,
         d_logits_ptr=d_logits,
+        weight_ptr=scalar_tensor(jsd_weight, stats.row_lse.dtype, stats.row_lse.device),
         **launch.tile,
-        WEIGHT=jsd_weight,
     )
