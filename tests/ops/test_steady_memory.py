@@ -26,7 +26,7 @@ def test_process_memory_is_steady(backend):
     num_tensors, resident = count_tensors(), process.memory_info().rss
     for seed in range(CALLS // NUM_OPS):
         run_every_op(seed % 7)
-    assert count_tensors() == num_tensors
+    assert count_tensors() <= num_tensors  # fewer: garbage of an earlier test
     assert process.memory_info().rss - resident < 16 * MIB  # 1 KiB leaked per call would be 10 MiB
 
 

@@ -57,7 +57,7 @@ def rows_of(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_tiny_model_learns(tmp_path, seed):
     flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--loss-impl", "reference"]
     assert train.main([*flags, "--no-tensorboard", "--seed", str(seed)]) == 0

@@ -741,7 +741,7 @@ def test_killed_and_resumed_runs_match_an_uninterrupted_run(tmp_path):
 @pytest.mark.slow
 def test_interrupted_and_resumed_runs_match_an_uninterrupted_run(tmp_path):
     alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.helpers.interrupt_run", str(tmp_path), "2", "3"]
+    command = [sys.executable, "-m", "tests.helpers.interrupt_run", str(tmp_path), "1", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone)
     assert done.returncode == 0, done.stderr
-    assert "tiny: 4 runs equal" in done.stdout and "jsonl: 4 runs equal" in done.stdout
+    assert "tiny: 2 runs equal" in done.stdout and "jsonl: 2 runs equal" in done.stdout
