@@ -154,7 +154,9 @@ class GracefulShutdown:
             if in_training and (len(received) == 1 or number == signal.SIGINT):
                 when = f" after {self._deferred_to}" if self._deferred_to else ""
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                print(f"\nstopping{when}{again}", file=sys.stderr, flush=True)
+                # One write: the progress bar of the main thread cannot come in between.
+                sys.stderr.write(f"\nstopping{when}{again}\n")
+                sys.stderr.flush()
 
 
 def _exit(line: str, code: int) -> None:
