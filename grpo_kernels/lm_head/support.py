@@ -50,12 +50,12 @@ def split_by_support(
     part = _restrict(inputs, small, own_sizes[places])
     if part is None:
         return whole
-    parts = [HeadPart(part, small, int((places < num_with_grad).sum()))]
-    if len(small) < len(token_idx):
-        rest = (~is_small).nonzero().flatten()
-        others = token_idx[rest.to(token_idx.device)]
-        parts.insert(0, HeadPart(inputs, others, int((rest < num_with_grad).sum())))
-    return parts
+    of_small = HeadPart(part, small, int((places < num_with_grad).sum()))
+    if len(small) == len(token_idx):
+        return [of_small]
+    rest = (~is_small).nonzero().flatten()
+    others = token_idx[rest.to(token_idx.device)]
+    return [HeadPart(inputs, others, int((rest < num_with_grad).sum())), of_small]
 
 
 def _restrict(inputs: LMHeadInputs, token_idx: Tensor, sizes: Tensor) -> LMHeadInputs | None:

@@ -122,7 +122,7 @@ def test_logits_outside_the_support_are_not_read(backend, device, garbage, dtype
 
 
 def test_largest_logits_of_a_support(backend, device):
-    """Where it has fewer than K ids, log-probs of -inf follow."""
+    """A support of fewer than K ids is followed by log-probs of -inf."""
     logits, tokens, _, keywords = make_all(8, 5, device=device, kl=None, sizes=(1, 6, 0, V, 3))
     logits[3] = logits[3].round()  # equal logits: the smaller id comes first
     ours = results(token_stats, logits, tokens, {}, **keywords | {"top_logprobs": 6})
