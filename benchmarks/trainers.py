@@ -51,12 +51,12 @@ def run_trl(steps: int, directory: Path, *, fused: bool) -> dict:
     from grpo_kernels.integrations.trl import fuse_trainer
     from reference.training.evaluate import accuracy
     from reference.training.model.policy import load_policy
-    from reference.training.rollout.samplers import shared_prompt
+    from reference.training.rollout.samplers import SharedPrompt
     from reference.training.tasks.tasks import load_task
 
     config = preset(steps)
     task = load_task(config)
-    policy = load_policy(config, torch.device("cpu"), shared_prompt, task.system)
+    policy = load_policy(config, torch.device("cpu"), SharedPrompt(), task.system)
     order = random.Random(config.seed)
     before = accuracy(policy, task, task.held_out)
     data = [

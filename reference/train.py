@@ -65,7 +65,8 @@ from reference.training.evaluate import chat, evaluate
 from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.model.teacher import load_teacher
-from reference.training.rollout.samplers import Sampler, is_server, pick_sampler
+from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.samplers import pick_sampler
 from reference.training.run.checkpoint import Checkpoints
 from reference.training.run.disk_use import describe_disk_use, describe_files
 from reference.training.run.inputs import digest_inputs
@@ -140,7 +141,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
 
     # Find errors in the settings before any model is loaded.
     config.check_loss()
-    sampler = pick_sampler(config.sampler)
+    sampler = pick_sampler(config)
     ranks, device = init_distributed(pick_device(config.device))
     ranks.check_settings(config.prompts, config.sampler)
     if config.chat:
@@ -168,7 +169,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         inputs = digest_inputs(config, task)
         checkpoint = find_checkpoint(config, checkpoints, inputs)
         policy = load_policy(config, device, sampler, task.system, questions, ranks)
-        if not is_server(config.sampler):
+        if not sampler.has_own_weights:
             sampler = policy.sampler  # not every model can share the prompt of a group
         teacher = None if config.teacher is None else load_teacher(config, policy, questions)
         scorer = SCORERS[config.loss_impl]  # log-probs and loss of a batch, fused or plain
@@ -202,8 +203,9 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         )
         shutdown.next_step = partial(how_to_go_on, config, checkpoints)
         try:
-            with closing(log):
+            with closing(log), closing(sampler):
                 shutdown.raise_if_requested()
+                sampler.start(policy)
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
         except Exception:
             if ranks.is_first and checkpoints.steps():

@@ -20,7 +20,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS, to_device
 from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts, number_tokens
-from reference.training.rollout.samplers import Sampler
+from reference.training.rollout.sampler import Sampler
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import score, total_reward
 from reference.training.tasks.tasks import Task
@@ -69,6 +69,7 @@ def collect_rollouts(
     always the same.
     """
     with policy.ranks.unsharded(policy.model):
+        sampler.sync(policy)
         questions = sample_questions(task.train, config.prompts, order)
         rollouts = sample_completions(policy, task, sampler, questions, config)
         for _ in range(config.dynamic_sampling):

@@ -21,7 +21,8 @@ from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError, one_line
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.packing import pack_completions
-from reference.training.rollout.samplers import Sampler, hf_generate, shared_prompt
+from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.samplers import Generate, SharedPrompt
 from reference.training.tasks.questions import Question
 
 PROMPT_LENGTHS, G, T = (3, 6), 2, 3
@@ -36,8 +37,9 @@ def choose_sampler(policy) -> Sampler:
     It is a UserError if the log-probs of the trainer are not those that the model gives to a
     sequence alone, or if no sampler has those of the trainer.
     """
-    if policy.sampler not in (shared_prompt, hf_generate):  # it was asked for, and raises itself
-        return policy.sampler
+    own: Sampler = policy.sampler
+    if not isinstance(own, SharedPrompt | Generate):  # it was asked for, and raises itself
+        return own
     name, ranks, device = type(unwrap(policy.model)).__name__, policy.ranks, policy.device
     options = {"precision": "off", "ranks": SINGLE_PROCESS, "truncation": None}
     policy = replace(policy, max_new_tokens=T, **options)
@@ -46,9 +48,9 @@ def choose_sampler(policy) -> Sampler:
     problems = []
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(0)
-        for sampler in dict.fromkeys((policy.sampler, hf_generate)):
+        for sampler in (own,) if isinstance(own, Generate) else (own, Generate()):
             try:
-                completions = sampler(policy, prompts, G, 1.0)
+                completions = sampler.sample(policy, prompts, G, 1.0)
             except Exception as error:  # each model and cache raises its own type
                 problems.append(f"{type(error).__name__}: {one_line(error)}")
                 continue

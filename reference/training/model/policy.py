@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ from reference.training.model.activation_checkpointing import (
 from reference.training.model.check import check_questions, choose_sampler, learned_positions
 from reference.training.rollout.chat_template import Messages, common_opening
 from reference.training.rollout.generate import Completions, Prompts, encode
-from reference.training.rollout.samplers import Sampler, is_server, shared_prompt
+from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.samplers import SharedPrompt
 from reference.training.rollout.truncation import Truncation
 from reference.training.tasks.tasks import Question
 
@@ -62,7 +63,7 @@ class Policy:
     opening: Sequence[dict[str, str]] = ()
     precision: Literal["auto", "bf16", "off"] = "auto"
     gradient_checkpointing: bool = False
-    sampler: Sampler = shared_prompt
+    sampler: Sampler = field(default_factory=SharedPrompt)
     truncation: Truncation | None = None
     ranks: Ranks = SINGLE_PROCESS
     without_adapter: bool = False
@@ -138,7 +139,7 @@ class Policy:
         prompts = self.encode([question.prompt for question in questions])
         remedy = "lower --prompts, --group-size or --max-new-tokens"
         with out_of_memory_error("answers were sampled", remedy):
-            completions = (sampler or self.sampler)(self, prompts, group_size, temperature)
+            completions = (sampler or self.sampler).sample(self, prompts, group_size, temperature)
         return SampledCompletions(prompts, completions, self._texts(completions))
 
     def chat_reply(
@@ -147,7 +148,7 @@ class Policy:
         """Sample the next message; the system prompt comes first if the messages have none."""
         policy = replace(self, max_new_tokens=max_new_tokens)
         prompts = policy.encode([messages])
-        return self._texts(self.sampler(policy, prompts, 1, temperature))[0]
+        return self._texts(self.sampler.sample(policy, prompts, 1, temperature))[0]
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -196,8 +197,8 @@ def load_policy(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    if is_server(config.sampler):  # a server has other weights: evaluations do not use it
-        sampler = shared_prompt
+    if sampler.has_own_weights:  # evaluations sample from the model itself
+        sampler = SharedPrompt()
     opening = common_opening([question.messages for question in questions])
     if config.chat:
         system, opening = models.load_opening(Path(config.model), system)

@@ -1,33 +1,32 @@
 """Samplers: the loop of `generate`, two engines of transformers, or a server.
 
-A sampler is a callable (policy, prompts, group_size, temperature) -> Completions. Every sampler
-draws from softmax(logits / temperature), truncated by `policy.truncation` alone. The settings of a
-model's generation_config.json are not followed: a repetition penalty would make sampler and trainer
-two policies. A sampler returns its own log-probs and, of a truncated distribution, the tokens that
-it kept, over which the loss then normalises. Engines that sum in another order or precision differ
-from the trainer; the metric sampling/sampling_logp_difference shows by how much.
+The settings of a model's generation_config.json are not followed: a repetition penalty would make
+sampler and trainer two policies. A sampler returns its own log-probs and, of a truncated
+distribution, the tokens that it kept, over which the loss then normalises. Engines that sum in
+another order or precision differ from the trainer; the metric sampling/sampling_logp_difference
+shows by how much.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import TokenSupport
+from reference.training.config import SamplingSettings
 from reference.training.errors import UserError
 from reference.training.rollout.generate import Completions, Prompts, generate, number_tokens
+from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.truncation import Truncation
 from reference.training.rollout.vllm_client import ServerSampler
 
-Sampler = Callable[[Any, Prompts, int, float], Completions]
 
-
-def pick_sampler(name: str) -> Sampler:
-    """Choose the sampler of a name, or the server at an http(s) URL."""
+def pick_sampler(settings: SamplingSettings) -> Sampler:
+    """Make the sampler that --sampler names: one of SAMPLERS, or the server at an http(s) URL."""
+    name = settings.sampler
     if is_server(name):
         return ServerSampler(name)
     if name not in SAMPLERS:
@@ -35,54 +34,58 @@ def pick_sampler(name: str) -> Sampler:
         raise UserError(
             f"--sampler must be {known}, or the http:// or https:// URL of a server; got {name!r}"
         )
-    return SAMPLERS[name]
+    return SAMPLERS[name]()
 
 
 def is_server(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def shared_prompt(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """Sample with `generate`, which computes the prompt of a group once."""
-    rows, device = len(prompts.ids) * group_size, prompts.ids.device
-    with policy.autocast(), policy.ranks.shared_rng(rows, device) as draw:
-        return generate(
-            policy.model,
-            prompts,
-            group_size=group_size,
-            max_new_tokens=policy.max_new_tokens,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.tokenizer.pad_token_id,
-            temperature=temperature,
-            truncation=policy.truncation,
-            draw=draw,
-        )
+class SharedPrompt(Sampler):
+    """The loop of `generate`, which computes the prompt of a group once."""
+
+    def sample(self, policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
+        rows, device = len(prompts.ids) * group_size, prompts.ids.device
+        with policy.autocast(), policy.ranks.shared_rng(rows, device) as draw:
+            return generate(
+                policy.model,
+                prompts,
+                group_size=group_size,
+                max_new_tokens=policy.max_new_tokens,
+                eos_ids=policy.eos_ids,
+                pad_id=policy.tokenizer.pad_token_id,
+                temperature=temperature,
+                truncation=policy.truncation,
+                draw=draw,
+            )
 
 
-def hf_generate(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """Sample with `model.generate` of transformers, also if the cache cannot be repeated."""
-    from transformers import LogitsProcessorList
+class Generate(Sampler):
+    """`model.generate` of transformers, for models whose cache cannot be repeated too."""
 
-    rows = prompts[torch.arange(len(prompts.ids)).repeat_interleave(group_size)]
-    recorder = Recorder(temperature, policy.truncation)
-    settings = generation_config(policy, do_sample=temperature > 0)
-    with policy.autocast(), override_generation_config(policy.model, settings):
-        ids = policy.model.generate(
-            rows.ids,
-            attention_mask=rows.mask.long(),
-            logits_processor=LogitsProcessorList([recorder]),
-        )
-    tokens = ids[:, prompts.ids.shape[1] :]
-    recorder.record(ids)
-    logprob = torch.cat(recorder.logprobs, dim=1)
-    ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=tokens.device))
-    # After its first end token a row is padding, whichever token pads it.
-    mask = ends.long().cumsum(-1) - ends.long() == 0
-    support = None
-    if recorder.supports:  # one step after another, each of all rows
-        number = number_tokens(tokens.T).T.where(mask, -1)
-        support = TokenSupport.cat(recorder.supports).select(number)
-    return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1), support)
+    def sample(self, policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
+        from transformers import LogitsProcessorList
+
+        rows = prompts[torch.arange(len(prompts.ids)).repeat_interleave(group_size)]
+        recorder = Recorder(temperature, policy.truncation)
+        settings = generation_config(policy, do_sample=temperature > 0)
+        with policy.autocast(), override_generation_config(policy.model, settings):
+            ids = policy.model.generate(
+                rows.ids,
+                attention_mask=rows.mask.long(),
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        tokens = ids[:, prompts.ids.shape[1] :]
+        recorder.record(ids)
+        logprob = torch.cat(recorder.logprobs, dim=1)
+        ends = torch.isin(tokens, torch.tensor(policy.eos_ids, device=tokens.device))
+        # After its first end token a row is padding, whichever token pads it.
+        mask = ends.long().cumsum(-1) - ends.long() == 0
+        support = None
+        if recorder.supports:  # one step after another, each of all rows
+            number = number_tokens(tokens.T).T.where(mask, -1)
+            support = TokenSupport.cat(recorder.supports).select(number)
+        return Completions(tokens, mask, logprob.where(mask, 0.0), ends.any(-1), support)
 
 
 class Recorder:
@@ -117,55 +120,58 @@ class Recorder:
             self.logprobs.append(self.last.gather(-1, input_ids[:, -1:]))
 
 
-def continuous(policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
-    """Sample with `model.generate_batch` of transformers: continuous batching.
+class Continuous(Sampler):
+    """`model.generate_batch` of transformers: continuous batching.
 
     It runs in another thread, where autocast has no effect: the model computes in the dtype of its
     weights. Top-k and top-p are those of transformers, which returns no tokens that it kept.
     """
-    if not hasattr(policy.model, "generate_batch"):
-        raise UserError(
-            f"--sampler continuous: {type(policy.model).__name__} has no generate_batch in this "
-            "version of transformers"
-        )
-    rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-    inputs = [row for row in rows for _ in range(group_size)]
-    settings = generation_config(policy, do_sample=temperature > 0)
-    if temperature > 0:
-        settings.temperature = temperature
-        if policy.truncation is not None:
-            settings.top_k, settings.top_p = policy.truncation.top_k, policy.truncation.top_p
-    from transformers.generation import ContinuousBatchingConfig
 
-    # By default the cache takes most of the memory. Here it holds as many completions as a
-    # step has tokens; others wait. Without flash attention the mask of a step is its tokens times
-    # the space of the cache, which would be 4 GiB for 2,000 completions.
-    page = 256  # the default, under a name that changes with the version
-    step = max(1024, *map(len, inputs))  # tokens
-    pages = sorted((-(-(len(row) + policy.max_new_tokens) // page) for row in inputs), reverse=True)
-    batching = ContinuousBatchingConfig(
-        num_blocks=1 + sum(pages[:step]), max_batch_tokens=step, return_logprobs=True
-    )
-    batching.auto_switch_to_flash = False  # flash attention refuses fp32 weights
-    try:
-        results = policy.model.generate_batch(
-            inputs,
-            generation_config=settings,
-            continuous_batching_config=batching,
-            warmup=False,
+    def sample(self, policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
+        if not hasattr(policy.model, "generate_batch"):
+            raise UserError(
+                f"--sampler continuous: {type(policy.model).__name__} has no generate_batch in "
+                "this version of transformers"
+            )
+        rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+        inputs = [row for row in rows for _ in range(group_size)]
+        settings = generation_config(policy, do_sample=temperature > 0)
+        if temperature > 0:
+            settings.temperature = temperature
+            if policy.truncation is not None:
+                settings.top_k, settings.top_p = policy.truncation.top_k, policy.truncation.top_p
+        from transformers.generation import ContinuousBatchingConfig
+
+        # By default the cache takes most of the memory. Here it holds as many completions as a
+        # step has tokens; others wait. Without flash attention the mask of a step is its tokens
+        # times the space of the cache, which would be 4 GiB for 2,000 completions.
+        page = 256  # the default, under a name that changes with the version
+        step = max(1024, *map(len, inputs))  # tokens
+        lengths = (len(row) + policy.max_new_tokens for row in inputs)
+        pages = sorted((-(-length // page) for length in lengths), reverse=True)
+        batching = ContinuousBatchingConfig(
+            num_blocks=1 + sum(pages[:step]), max_batch_tokens=step, return_logprobs=True
         )
-    except Exception as error:  # each backend raises its own type
-        raise UserError(f"--sampler continuous does not run here: {error}") from error
-    failed = [result.error for result in results.values() if result.error is not None]
-    if failed or len(results) < len(inputs):
-        reason = failed[0] if failed else "transformers logged the reason above"
-        done = len(results) - len(failed)
-        raise UserError(f"--sampler continuous: {done} of {len(inputs)} completions: {reason}")
-    return Completions.from_lists(
-        [result.generated_tokens for result in results.values()],
-        [result.logprobs for result in results.values()],
-        policy,
-    )
+        batching.auto_switch_to_flash = False  # flash attention refuses fp32 weights
+        try:
+            results = policy.model.generate_batch(
+                inputs,
+                generation_config=settings,
+                continuous_batching_config=batching,
+                warmup=False,
+            )
+        except Exception as error:  # each backend raises its own type
+            raise UserError(f"--sampler continuous does not run here: {error}") from error
+        failed = [result.error for result in results.values() if result.error is not None]
+        if failed or len(results) < len(inputs):
+            reason = failed[0] if failed else "transformers logged the reason above"
+            done = len(results) - len(failed)
+            raise UserError(f"--sampler continuous: {done} of {len(inputs)} completions: {reason}")
+        return Completions.from_lists(
+            [result.generated_tokens for result in results.values()],
+            [result.logprobs for result in results.values()],
+            policy,
+        )
 
 
 def generation_config(policy, **options):
@@ -195,8 +201,8 @@ def override_generation_config(model, settings) -> Iterator[None]:
             owner.generation_config = config
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "shared-prompt": shared_prompt,
-    "generate": hf_generate,
-    "continuous": continuous,
+SAMPLERS: dict[str, type[Sampler]] = {
+    "shared-prompt": SharedPrompt,
+    "generate": Generate,
+    "continuous": Continuous,
 }

@@ -29,6 +29,7 @@ from typing import Any
 from grpo_kernels import TokenSupport
 from reference.training.errors import UserError
 from reference.training.rollout.generate import Completions, Prompts
+from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.truncation import Truncation
 
 TIMEOUT_S = 600
@@ -46,8 +47,10 @@ SUPPORT_HELP = (
 )
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """A sampler that requests the completions of all prompts from a server at once."""
+
+    has_own_weights = True
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -58,10 +61,7 @@ class ServerSampler:
                 f"{self.url}/v1/models names no model: is it an OpenAI-compatible server?"
             )
 
-    def __call__(
-        self, policy, prompts: Prompts, group_size: int, temperature: float
-    ) -> Completions:
-        """Sample a group for each prompt."""
+    def sample(self, policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
         truncation = Truncation(return_support=False)
         if temperature > 0 and policy.truncation is not None:

@@ -12,6 +12,7 @@ from reference.training.config import TrainConfig
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.model.policy import SampledCompletions
 from reference.training.rollout.generate import Completions, Prompts
+from reference.training.rollout.samplers import SharedPrompt
 from reference.training.tasks.questions import Question
 from reference.training.tasks.rewards import WeightedReward
 from reference.training.tasks.tasks import Task
@@ -66,7 +67,7 @@ def task(numbers, function=equal):
 def collect_from(numbers, function=equal, **changes):
     config = TrainConfig(group_size=G, **{"prompts": 4, **changes})
     policy, made = ScriptedPolicy(), task(numbers, function)
-    return policy, collect.collect_rollouts(policy, made, None, random.Random(0), config)
+    return policy, collect.collect_rollouts(policy, made, SharedPrompt(), random.Random(0), config)
 
 
 def test_rewards_are_weighted_and_logged_by_name():

@@ -10,7 +10,7 @@ from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model.check import check_questions, choose_sampler, learned_positions
 from reference.training.model.policy import Policy
-from reference.training.rollout.samplers import hf_generate, shared_prompt
+from reference.training.rollout.samplers import Generate, SharedPrompt
 from reference.training.tasks.questions import Question
 from tests.helpers.model_directories import FAMILIES, make_family
 from tests.helpers.rollout import completion_logits
@@ -31,7 +31,7 @@ def make_policy(family, max_new_tokens=6, **options) -> Policy:
 def test_chosen_sampler_and_the_trainer_agree(family):
     policy = make_policy(family)
     policy = replace(policy, sampler=choose_sampler(policy))
-    assert policy.sampler is (hf_generate if family in WITH_GENERATE else shared_prompt)
+    assert isinstance(policy.sampler, Generate if family in WITH_GENERATE else SharedPrompt)
     torch.manual_seed(0)
     samples = policy.sample(QUESTIONS, 3, 1.0)
     tokens, mask = samples.completions.tokens, samples.completions.mask
@@ -47,7 +47,7 @@ def test_change_of_the_sampler_is_printed_in_one_line(capsys):
     assert capsys.readouterr().out.startswith(
         "--sampler generate: MambaForCausalLM cannot share the prompt of a group: AttributeError"
     )
-    choose_sampler(make_policy("Mamba", sampler=hf_generate))
+    choose_sampler(make_policy("Mamba", sampler=Generate()))
     assert capsys.readouterr().out == ""
 
 
@@ -74,7 +74,7 @@ def test_cache_that_is_silently_wrong_is_noticed(monkeypatch):
             layer.reorder_cache(torch.zeros_like(rows))
 
     monkeypatch.setattr("transformers.DynamicCache.reorder_cache", repeat_the_first)
-    assert choose_sampler(make_policy("Llama")) is hf_generate
+    assert isinstance(choose_sampler(make_policy("Llama")), Generate)
 
 
 def test_choice_does_not_draw_from_the_rng_of_the_run():
@@ -89,7 +89,7 @@ def test_token_that_a_model_never_writes_is_no_difference():
 
     policy = make_policy("Llama")
     policy.model.lm_head.register_forward_hook(forbid)
-    assert choose_sampler(policy) is shared_prompt
+    assert isinstance(choose_sampler(policy), SharedPrompt)
 
 
 def test_lack_of_memory_is_one_line(monkeypatch):

@@ -12,7 +12,8 @@ from reference.training.model import policy as policy_module
 from reference.training.model.policy import Policy
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from reference.training.rollout.generate import Completions, encode
-from reference.training.rollout.samplers import shared_prompt
+from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.samplers import SharedPrompt
 from reference.training.tasks.tasks import Question
 from reference.training.update.micro_batches import MicroBatch
 from tests.helpers.rollout import completion_logits
@@ -40,10 +41,10 @@ def small(monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "small", sizes)
 
 
-def load(sampler=shared_prompt, system=None, **settings) -> Policy:
+def load(sampler=None, system=None, **settings) -> Policy:
     torch.manual_seed(0)
     settings = ModelSettings("small", random_weights=True, **settings)
-    return Policy.load(settings, CPU, 6, sampler=sampler, system=system)
+    return Policy.load(settings, CPU, 6, sampler=sampler or SharedPrompt(), system=system)
 
 
 def perturb(policy: Policy) -> None:
@@ -252,14 +253,15 @@ def test_sample_with_another_sampler():
     policy = load()
     given = []
 
-    def sampler(policy, prompts, group_size, temperature):
-        given.append((policy, group_size, temperature))
-        tokens = torch.tensor([list(b"12"), list(b"13"), list(b"14"), list(b"15")])
-        tokens = torch.tensor([policy.tokenizer.encode(bytes(row).decode()) for row in tokens])
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Completions(tokens, mask, torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
+    class Fixed(Sampler):
+        def sample(self, policy, prompts, group_size, temperature):
+            given.append((policy, group_size, temperature))
+            tokens = torch.tensor([list(b"12"), list(b"13"), list(b"14"), list(b"15")])
+            tokens = torch.tensor([policy.tokenizer.encode(bytes(row).decode()) for row in tokens])
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            return Completions(tokens, mask, torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
 
-    answers = policy.sample(QUESTIONS, 2, 0.7, sampler)
+    answers = policy.sample(QUESTIONS, 2, 0.7, Fixed())
     assert given == [(policy, 2, 0.7)]
     assert answers.texts == ["12", "13", "14", "15"]
     assert len(answers.prompts.ids) == 2
@@ -276,12 +278,13 @@ def test_chat_reply_to_one_message_matches_sample():
 def test_chat_reply_encodes_the_whole_conversation():
     seen = []
 
-    def note(policy, prompts, *settings):
-        assert policy.max_new_tokens == 3
-        seen.append(policy.tokenizer.decode(prompts.ids[0]))
-        return shared_prompt(policy, prompts, *settings)
+    class Noting(SharedPrompt):
+        def sample(self, policy, prompts, *settings):
+            assert policy.max_new_tokens == 3
+            seen.append(policy.tokenizer.decode(prompts.ids[0]))
+            return super().sample(policy, prompts, *settings)
 
-    policy = load(system="Add.", sampler=note)
+    policy = load(system="Add.", sampler=Noting())
     turns = [("user", "7+5"), ("assistant", "12"), ("user", "and 1 more")]
     messages = [{"role": role, "content": content} for role, content in turns]
     policy.chat_reply(messages, 1.0, 3)

@@ -10,7 +10,7 @@ from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model.policy import load_policy
 from reference.training.model.teacher import load_teacher
-from reference.training.rollout.samplers import shared_prompt
+from reference.training.rollout.samplers import SharedPrompt
 from reference.training.tasks.tasks import Question
 from tests.helpers.model_directories import save_family
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def load(student, teacher, questions=(), **changes):
     config = TrainConfig(model=str(student), teacher=str(teacher), max_new_tokens=4, **changes)
-    policy = load_policy(config, CPU, shared_prompt, None, questions)
+    policy = load_policy(config, CPU, SharedPrompt(), None, questions)
     return load_teacher(config, policy, questions), policy
 
 

@@ -8,6 +8,7 @@ import torch
 
 from grpo_kernels import support_from_logits
 from reference import losses
+from reference.training.config import SamplingSettings
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.model.load import from_scratch
@@ -52,7 +53,9 @@ def truncated(policy, **rules):
 def sample(policy, name, group_size=3, temperature=1.0, questions=QUESTIONS):
     torch.manual_seed(1)
     prompts = encode(policy.tokenizer, questions)
-    return prompts, pick_sampler(name)(policy, prompts, group_size, temperature)
+    return prompts, pick_sampler(SamplingSettings(sampler=name)).sample(
+        policy, prompts, group_size, temperature
+    )
 
 
 def trainer_logprobs(policy, prompts, completions, temperature):
@@ -189,5 +192,5 @@ def test_continuous_batching_with_missing_completions_raises(policy, monkeypatch
 
 def test_unknown_sampler_raises_user_error_with_the_known_names():
     with pytest.raises(UserError, match="shared-prompt, generate, continuous, or the http"):
-        pick_sampler("vllm")
+        pick_sampler(SamplingSettings(sampler="guess"))
     assert list(SAMPLERS) == LOCAL

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reference.training.config import SamplingSettings
 from reference.training.distributed import SINGLE_PROCESS
 from reference.training.errors import UserError
 from reference.training.rollout import vllm_client as server
@@ -31,6 +32,10 @@ TOP_P = Truncation(top_p=0.8)
 PROMPTS = Prompts(
     torch.tensor([[PAD, 5, 6], [7, 8, 9]]), torch.tensor([[False, True, True], [True, True, True]])
 )
+
+
+def pick(url):
+    return pick_sampler(SamplingSettings(sampler=url))
 
 
 class Emulator(BaseHTTPRequestHandler):
@@ -101,7 +106,7 @@ def emulator(monkeypatch):
 
 def sample(emulator, group_size=3, temperature=0.7, truncation=None):
     policy = SimpleNamespace(**vars(POLICY) | {"truncation": truncation})
-    return pick_sampler(emulator.url)(policy, PROMPTS, group_size, temperature)
+    return pick(emulator.url).sample(policy, PROMPTS, group_size, temperature)
 
 
 def without_ids(choice):
@@ -216,7 +221,7 @@ def test_greedy_completions_are_requested_once_and_repeated(emulator):
 
 
 def test_url_may_end_in_v1(emulator):
-    assert pick_sampler(emulator.url + "/v1/").url == emulator.url
+    assert pick(emulator.url + "/v1/").url == emulator.url
 
 
 def test_server_failures_are_retried(emulator):
@@ -242,13 +247,13 @@ def test_unreachable_server_raises_user_error_with_its_url(emulator):
     emulator.shutdown()
     emulator.server_close()
     with pytest.raises(UserError, match=rf"{emulator.url}/v1/models is out of reach"):
-        pick_sampler(emulator.url)
+        pick(emulator.url)
 
 
 def test_server_without_models_raises(emulator):
     emulator.models = {"object": "list"}
     with pytest.raises(UserError, match="names no model"):
-        pick_sampler(emulator.url)
+        pick(emulator.url)
 
 
 @pytest.mark.parametrize(
@@ -271,4 +276,4 @@ def test_incomplete_or_wrong_response_raises(emulator, change, message):
 def test_response_that_is_not_json_raises(emulator, monkeypatch):
     monkeypatch.setattr(server.json, "load", lambda response: json.loads("<html>"))
     with pytest.raises(UserError, match="did not answer in JSON"):
-        pick_sampler(emulator.url)
+        pick(emulator.url)
