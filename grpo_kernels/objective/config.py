@@ -36,7 +36,8 @@ class _Objectives(type):
     if not TYPE_CHECKING:  # a type checker would allow every name
 
         def __getattr__(cls, name):
-            near = [] if name.startswith("_") else nearest(name, LossConfig.objectives())
+            names = [] if name.startswith("_") else [*LossConfig.objectives(), "distillation"]
+            near = nearest(name, names)
             hint = f"; did you mean LossConfig.{near[0]}()?" if near else ""
             raise AttributeError(f"LossConfig has no attribute {name!r}{hint}")
 
@@ -288,12 +289,12 @@ class LossConfig(_Derived):
 
     @staticmethod
     def objectives() -> "dict[str, Callable[..., LossConfig]]":
-        """Return the named constructors, which are all the classmethods, by name.
+        """Return the named constructors by name: all but `distillation`, which needs a teacher.
 
         The first line of a constructor's docstring describes it in one sentence.
         """
         names = [name for name, x in vars(LossConfig).items() if isinstance(x, classmethod)]
-        return {name: getattr(LossConfig, name) for name in names}
+        return {name: getattr(LossConfig, name) for name in names if name != "distillation"}
 
     @property
     def needs_sampling(self) -> bool:
@@ -474,6 +475,24 @@ class LossConfig(_Derived):
     def dro(cls, **overrides: Any) -> Self:
         """Policy gradient with a squared log-ratio of 0.05 (arXiv:2405.19107, 2501.12599)."""
         return cls(**{"surrogate": "dro", "aggregation": "token_mean", **overrides})
+
+    @classmethod
+    def distillation(cls, **overrides: Any) -> Self:
+        """Clipped ratio plus the KL to a teacher over the whole vocabulary, averaged over tokens.
+
+            loss = mean over tokens of (-min(r·A, clip(r)·A) + beta·KL(policy‖teacher)), beta = 1
+
+        The teacher is the reference policy of `grpo_loss` (`ref_logits`) and of `linear_grpo_loss`
+        (`ref_hidden` and `ref_weight`, of any width); the KL and the policy term take one pass. On
+        completions of the policy itself r is 1 and nothing is clipped. With advantages of 0 loss
+        and gradient are those of `linear_distillation_loss` with divergence "reverse".
+
+        beta weighs the teacher against the rewards; kl_estimator="forward" is KL(teacher‖policy).
+        On-policy distillation with rewards: Agarwal et al., 2023 (arXiv:2306.13649, section 3.2);
+        the reverse KL: Gu et al., 2023 (arXiv:2306.08543).
+        """
+        teacher = {"beta": 1.0, "kl_estimator": "reverse"}
+        return cls(**{**teacher, "aggregation": "token_mean", **overrides})
 
 
 LossConfig.__init__ = suggest_keywords(LossConfig.__init__)

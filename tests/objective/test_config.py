@@ -59,6 +59,8 @@ def test_config_is_frozen_and_hashable():
 def test_misspelt_objective_suggests_the_right_one():
     with pytest.raises(AttributeError, match=r"no attribute 'gpro'; did you mean LossConfig.grpo"):
         LossConfig.gpro()
+    with pytest.raises(AttributeError, match=r"did you mean LossConfig.distillation\(\)\?$"):
+        LossConfig.distilation()
     with pytest.raises(AttributeError, match=r"'DrGRPO'; did you mean LossConfig.dr_grpo\(\)\?$"):
         LossConfig.DrGRPO(8)
     with pytest.raises(AttributeError, match=r"^LossConfig has no attribute 'flavour'$"):
@@ -131,8 +133,8 @@ def test_surrogates_read_settings_of_loss_config():
 def test_objectives_lists_every_named_constructor():
     objectives = LossConfig.objectives()
     constructors = [name for name, x in vars(LossConfig).items() if isinstance(x, classmethod)]
-    assert list(objectives) == constructors
-    for name, constructor in objectives.items():
+    assert [*objectives, "distillation"] == constructors, "all that need no teacher"
+    for name, constructor in (objectives | {"distillation": LossConfig.distillation}).items():
         length = {"max_completion_length": 9} if name == "dr_grpo" else {}
         assert isinstance(constructor(**length), LossConfig)
         first, *_ = constructor.__doc__.splitlines()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from grpo_kernels import grpo_loss
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
 from reference import losses
@@ -318,3 +319,22 @@ def test_k3_corrected_is_unbiased_off_policy():
     )
     assert_same(ours, reverse)
     assert_same(value, reverse_value)
+
+
+def test_distillation_by_hand():
+    """A policy of (3/4, 1/4), a teacher of (1/2, 1/2), the first token and an advantage of 2."""
+    for changes, beta, kl, grad_kl in (
+        ({}, 1.0, 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.1875 * math.log(3)),
+        ({"beta": 0.4}, 0.4, 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.1875 * math.log(3)),
+        ({"kl_estimator": "forward"}, 1.0, 0.5 * math.log(4 / 3), 0.25),
+    ):
+        logits = f64([[3.0, 1.0]]).log().requires_grad_()
+        loss, metrics = grpo_loss(
+            logits, torch.tensor([0]), f64([2.0]), ref_logits=f64([[0.0, 0.0]]),
+            config=LossConfig.distillation(**changes),
+        )  # fmt: skip
+        assert_same(loss, f64(-2.0 + beta * kl))
+        assert_same(metrics["kl"], f64(kl))
+        assert_same(metrics["policy_loss"], f64(-2.0))
+        grad = -2.0 * 0.25 + beta * grad_kl
+        assert_same(torch.autograd.grad(loss, logits)[0], f64([[grad, -grad]]))

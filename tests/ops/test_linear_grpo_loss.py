@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_token_stats, pack_tokens
+from grpo_kernels import (
+    LossConfig,
+    distillation_loss,
+    grpo_loss,
+    linear_distillation_loss,
+    linear_grpo_loss,
+    linear_token_stats,
+    pack_tokens,
+)
 from grpo_kernels.ops import linear_grpo_loss as operators
 from grpo_kernels.ops import linear_token_stats as statistics_operators
 from reference import losses
@@ -275,3 +283,47 @@ def test_inputs_are_not_modified(backend, level):
     copies = {name: value.clone() for name, value in given.items()}
     run(grpo_kernels, case, advantages, config=LossConfig(ratio_level=level, beta=0.1), **keywords)
     assert_same_bits(given, copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_distillation_without_advantages_is_the_distillation_loss(backend, divergence, dtype):
+    """The teacher has another width."""
+    hidden, weight, teacher_hidden, teacher_weight = (
+        normal(seed, *shape, dtype=dtype)
+        for seed, shape in ((1, (2, 3, 6)), (2, (37, 6)), (3, (2, 3, 5)), (4, (37, 5)))
+    )
+    teacher = {"ref_hidden": teacher_hidden, "ref_weight": teacher_weight}
+    teacher_logits = teacher_hidden @ teacher_weight.T
+    tokens, mask = torch.arange(6).view(2, 3), coin(5, 2, 3)
+    config = LossConfig.distillation(kl_estimator=divergence)
+    common = {"mask": mask, "temperature": 0.7}
+    zeros = {"tokens": tokens, "advantages": torch.zeros(2, dtype=dtype), "config": config}
+    losses_and_leaves = (
+        (lambda h, w: linear_grpo_loss(h, w, **teacher, **zeros, **common), [hidden, weight]),
+        (
+            lambda h, w: linear_distillation_loss(
+                h, w, teacher_hidden, teacher_weight, divergence=divergence, **common
+            ),
+            [hidden, weight],
+        ),
+        (
+            lambda x: grpo_loss(x, ref_logits=teacher_logits, **zeros, **common),
+            [hidden @ weight.T],
+        ),
+        (
+            lambda x: distillation_loss(x, teacher_logits, divergence=divergence, **common),
+            [hidden @ weight.T],
+        ),
+    )
+    found = []
+    for function, leaves in losses_and_leaves:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        loss, metrics = function(*leaves)
+        kl = metrics.get("kl", metrics.get("divergence"))
+        found.append([loss.detach(), kl, *torch.autograd.grad(loss, leaves)])
+    assert found[0][0] > 0.1
+    tight = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {}
+    torch.testing.assert_close(found[0], found[1], **tight)
+    torch.testing.assert_close(found[2], found[3], **tight)
+    torch.testing.assert_close(found[0][0], found[2][0], **tight)
