@@ -205,7 +205,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         try:
             with closing(log), closing(sampler):
                 shutdown.raise_if_requested()
-                sampler.start(policy)
+                sampler.start(policy, directory)
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
         except Exception:
             if ranks.is_first and checkpoints.steps():

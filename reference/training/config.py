@@ -104,8 +104,17 @@ class SamplingSettings:
     sampler kept. With --no-support they are normalised over the vocabulary: the sampler then is
     another policy than the trained one."""
     sampler: str = "shared-prompt"
-    """shared-prompt, generate or continuous (both of transformers), or the URL of an
-    OpenAI-compatible server such as vLLM."""
+    """shared-prompt, generate or continuous (both of transformers), or the URL of a vLLM server,
+    which takes over new weights before each step. An API key is read from $VLLM_API_KEY."""
+    stale_sampler: bool = False
+    """With --sampler URL: the server keeps the weights with which it was started, and may be any
+    OpenAI-compatible server that returns token ids and log-probs."""
+    weights_dir: Path | None = None
+    """With --sampler URL: the directory through which the server gets new weights. It must have the
+    same path on the server. None: in the directory of the run."""
+    sampler_timeout: float = 600.0
+    """With --sampler URL: seconds that the server has for the completions of a round, and for
+    taking over weights."""
     dynamic_sampling: int = 0
     """Replace groups without a learning signal by new questions, in at most this many further
     rounds of sampling (DAPO)."""
@@ -308,6 +317,7 @@ POSITIVE = (
     "learning_rate",
     "max_grad_norm",
     "lora_alpha",
+    "sampler_timeout",
     "entropy_coef_step",
     "entropy_coef_max",
 )
@@ -438,6 +448,15 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 and not (self.eval_only or self.chat),
                 "--top-k 1 and --min-p 1 keep one token, whose log-prob is always 0: nothing would "
                 "be learned",
+            ),
+            (
+                (self.stale_sampler or self.weights_dir is not None)
+                and not self.sampler.startswith(("http://", "https://")),
+                "--stale-sampler and --weights-dir concern a server: name it with --sampler URL",
+            ),
+            (
+                self.stale_sampler and self.weights_dir is not None,
+                "--weights-dir passes on new weights, and --stale-sampler does without: choose one",
             ),
             (
                 continuous and bool(self.min_p),

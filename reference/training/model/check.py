@@ -124,13 +124,16 @@ def learned_positions(model: Any) -> int | None:
     return limit if any(is_table) else None
 
 
-def check_questions(policy, questions: Sequence[Question]) -> None:
+def check_questions(policy, questions: Sequence[Question]) -> int:
     """Encode the first and the longest question: errors of the template come before step 1.
 
     Print a warning if a completion of the longest may exceed the positions of the model's training.
+
+    Returns:
+        The number of tokens of the prompt of the longest one (in characters), 0 without questions.
     """
     if not questions:
-        return
+        return 0
     longest = max(questions, key=lambda question: sum(len(m["content"]) for m in question.messages))
     prompts = policy.encode([questions[0].prompt, longest.prompt])
     length = int(prompts.mask.sum(-1).max())
@@ -140,3 +143,4 @@ def check_questions(policy, questions: Sequence[Question]) -> None:
             f"warning: a prompt of {length} tokens and --max-new-tokens {policy.max_new_tokens} "
             f"exceed the {limit} positions (max_position_embeddings) that the model was made for"
         )
+    return length

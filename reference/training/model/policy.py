@@ -52,6 +52,7 @@ class Policy:
         ranks: the ranks that sample at the same time, each its shard.
         without_adapter: run the base model of a LoRA model.
         max_positions: the length of the model's table of positions, if it has one.
+        longest_prompt: tokens of the longest question of the task with its opening, 0 without one.
     """
 
     model: Any
@@ -68,6 +69,7 @@ class Policy:
     ranks: Ranks = SINGLE_PROCESS
     without_adapter: bool = False
     max_positions: int | None = None
+    longest_prompt: int = 0
 
     @classmethod
     def load(
@@ -213,8 +215,8 @@ def load_policy(
         truncation=config.truncation,
         ranks=ranks,
     )
-    check_questions(policy, questions)
-    return replace(policy, sampler=choose_sampler(policy))
+    longest_prompt = check_questions(policy, questions)
+    return replace(policy, sampler=choose_sampler(policy), longest_prompt=longest_prompt)
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ that holds weights of its own, such as an inference engine, also writes `start`,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from reference.training.rollout.generate import Completions, Prompts
@@ -24,8 +25,11 @@ class Sampler:
 
     has_own_weights: ClassVar[bool] = False
 
-    def start(self, policy) -> None:
-        """Prepare to sample from a loaded policy, and check that this is possible."""
+    def start(self, policy, directory: Path) -> None:
+        """Prepare to sample from a loaded policy, and check that this is possible.
+
+        All ranks call this. Files that are passed on may be written into the run's `directory`.
+        """
 
     def sync(self, policy) -> None:
         """Take over the weights of `policy.model`: the next completions are drawn from them.

@@ -37,6 +37,8 @@ MAY_CHANGE = {
     "parallel",
     "gradient_checkpointing",
     "threads",
+    "weights_dir",
+    "sampler_timeout",
     "resume",
     "accept_changes",
     "overwrite",
@@ -44,15 +46,15 @@ MAY_CHANGE = {
 # Settings of a directory that somebody else made must not choose what code runs nor where a model
 # is written.
 CODE = ("reward", "step_reward")
-COMMAND_LINE_ONLY = (*CODE, "cache_dir")
+COMMAND_LINE_ONLY = (*CODE, "cache_dir", "weights_dir")
 
 
 # A setting that did not exist yet and changes nothing by default has its default.
+NEUTRAL_NAMES = {*MAY_CHANGE, *LOSS_SETTINGS, "support", "stale_sampler", "distill", "jsd_weight"}
 NEUTRAL = {
     field.name: field.default
     for field in fields(TrainConfig)
-    if field.default is None
-    or field.name in {*MAY_CHANGE, *LOSS_SETTINGS, "support", "distill", "jsd_weight"}
+    if field.default is None or field.name in NEUTRAL_NAMES
 }
 
 

@@ -115,6 +115,13 @@ def test_help_does_not_wait_for_transformers():
         (["--minibatches", "33"], "--minibatches must be at most --prompts; got 33"),
         (["--overlong-buffer", "7"], "--overlong-buffer must be below --max-new-tokens; got 7"),
         (["--reference-refresh", "5"], "--reference-refresh needs a reference"),
+        (["--stale-sampler"], "--stale-sampler and --weights-dir concern a server"),
+        (["--weights-dir", "x"], "--stale-sampler and --weights-dir concern a server"),
+        (
+            ["--sampler", "http://x", "--stale-sampler", "--weights-dir", "x"],
+            "--weights-dir passes on new weights, and --stale-sampler does without: choose one",
+        ),
+        (["--sampler-timeout", "0"], "--sampler-timeout must be a positive number; got 0"),
         (["--kl-estimator", "k3+"], "--kl-estimator estimates a KL that counts nothing"),
         (["--normalise-each-reward", "--loss", "dr_grpo"], "--loss dr_grpo divides by no standard"),
         (["--normalise-each-reward", "--overlong-buffer", "3"], "--normalise-each-reward would"),

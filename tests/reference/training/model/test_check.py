@@ -139,5 +139,6 @@ def test_longest_question_is_checked_at_the_start(capsys):
         check_questions(make_policy("Llama", max_positions=64), questions)
     check_questions(make_policy("Llama"), questions)
     assert "warning: a prompt of 30" in capsys.readouterr().out
-    check_questions(make_policy("Llama"), questions[:50])
+    length = check_questions(make_policy("Llama"), questions[:50])
+    assert length == make_policy("Llama").encode([QUESTIONS[0].prompt]).ids.shape[1]
     assert capsys.readouterr().out == ""

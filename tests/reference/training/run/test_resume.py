@@ -528,10 +528,11 @@ def test_load_settings(started):
     assert config.output_dir == started and config.steps == 2 and config.reward == ()
 
 
-def test_cache_dir_of_a_run_is_ignored(tmp_path, started):
+@pytest.mark.parametrize("name", ["cache_dir", "weights_dir"])
+def test_directories_that_a_run_names_are_ignored(tmp_path, started, name):
     found = json.loads((started / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps(found | {"cache_dir": "/elsewhere"}))
-    assert load_settings(tmp_path).cache_dir is None
+    (tmp_path / "settings.json").write_text(json.dumps(found | {name: "/elsewhere"}))
+    assert getattr(load_settings(tmp_path), name) is None
     config = parse_command_line(["--resume", str(tmp_path), "--cache-dir", "mine"])
     assert resume.how_to_go_on(config, checkpoint.Checkpoints(tmp_path, 1)).endswith(
         f"--resume {tmp_path} --cache-dir mine"
