@@ -44,7 +44,7 @@ def group_normalised_advantage(rewards: Tensor) -> Tensor:
 
     Shao et al., 2024 (arXiv:2402.03300).
     """
-    rewards = _prepare(rewards)
+    rewards = _scale_down(_prepare(rewards), -1)
     return _deviation(rewards) / torch.maximum(_group_std(rewards), _std_floor(rewards, -1))
 
 
@@ -69,7 +69,7 @@ def batch_normalised_advantage(rewards: Tensor) -> Tensor:
 
     Liu et al., 2025 (arXiv:2508.08221).
     """
-    rewards = _prepare(rewards)
+    rewards = _scale_down(_prepare(rewards), (0, 1))
     std = (rewards - rewards[:1, :1]).std()
     return _deviation(rewards) / torch.maximum(std, _std_floor(rewards, -1))
 
@@ -363,6 +363,14 @@ def _weigh(terms: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
     if weights is None:
         return terms
     return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).detach()
+
+
+def _scale_down(rewards: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Divide rewards beyond 2^40, whose squares may overflow, by a power of two: a ratio stays."""
+    if rewards.numel() == 0:
+        return rewards
+    _, exponent = torch.frexp(rewards.abs().amax(dim=dim, keepdim=True))
+    return rewards * (40.0 - exponent.to(rewards.dtype)).clamp(max=0).exp2()
 
 
 def _deviation(rewards: Tensor) -> Tensor:

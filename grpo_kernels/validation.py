@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -199,6 +200,17 @@ def expect_tensor(
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {shape_of(value)}")
     if device_of is not None and value.device != device_of.device:
         raise ValueError(f"{name} must be on {device_of.device}, got {value.device}")
+
+
+def expect_no_tangent(name: str, value: Tensor | None) -> None:
+    """Expect a tensor without a forward-mode derivative: the operators would drop it silently."""
+    if value is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} must carry no forward-mode derivative (torch.func.jvp, forward_ad): the "
+            "operators have reverse mode only, got a dual tensor"
+        )
 
 
 def expect_finite(name: str, tensor: Tensor) -> None:

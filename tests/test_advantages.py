@@ -205,3 +205,12 @@ def test_pass_at_k_estimates_gradient_of_expected_best_of_k(k):
         return (advantage[:, None] * scores[draw]).mean(0)
 
     torch.testing.assert_close(k * expectation(4, estimate), expected)
+
+
+@pytest.mark.parametrize("name", ["group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_finite_rewards_have_the_advantages_of_small_ones(name, dtype):
+    function = FUNCTIONS[name]
+    small = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.25, 1.0, -0.5, 0.75]], dtype=dtype)
+    huge = small * torch.finfo(dtype).max
+    torch.testing.assert_close(function(huge), function(small))

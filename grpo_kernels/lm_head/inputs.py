@@ -13,6 +13,7 @@ from ..validation import (
     expect_choice,
     expect_ids,
     expect_mask,
+    expect_no_tangent,
     expect_number,
     expect_temperature,
     expect_tensor,
@@ -155,8 +156,12 @@ def prepare_inputs(
     device = hidden.device
     is_autocast = torch.is_autocast_enabled(device.type)
     check_head("", hidden, weight, bias)
+    for name, leaf in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        expect_no_tangent(name, leaf)
     if adapter is not None:
         _check_adapter(adapter, hidden, weight)
+        expect_no_tangent("adapter.a", adapter.a)
+        expect_no_tangent("adapter.b", adapter.b)
     check_tokens(tokens, token_rows, hidden)
     expect_mask(mask, tokens.shape)
     expect_temperature(temperature, tokens, mask)

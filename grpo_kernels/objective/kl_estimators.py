@@ -32,7 +32,7 @@ def _k3(d: Tensor) -> Tensor:
 
 
 def _k3_grad(d: Tensor) -> Tensor:
-    return torch.where(d >= -MAX_LOG_RATIO, -torch.expm1(-d.clamp(min=-MAX_LOG_RATIO)), 0.0)
+    return torch.where(d < -MAX_LOG_RATIO, 0.0, -torch.expm1(-d.clamp(min=-MAX_LOG_RATIO)))
 
 
 def _k2(d: Tensor) -> Tensor:

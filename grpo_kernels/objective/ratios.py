@@ -27,7 +27,7 @@ def saturated_exp(log_ratio: Tensor) -> Tensor:
 
 
 def saturated_exp_grad(log_ratio: Tensor, ratio: Tensor) -> Tensor:
-    return torch.where(log_ratio.abs() <= MAX_LOG_RATIO, ratio, 0.0)
+    return torch.where(log_ratio.abs() > MAX_LOG_RATIO, 0.0, ratio)  # NaN stays NaN
 
 
 class LossInputs(NamedTuple):

@@ -276,10 +276,10 @@ class Dppo(WeightedScore):
 
     def weight(self, ratios: PolicyRatios) -> Tensor:
         change = self.change(ratios)
-        inside = torch.where(
-            ratios.advantage > 0, change <= self.epsilon_high, change >= -self.epsilon_low
+        beyond = torch.where(
+            ratios.advantage > 0, change > self.epsilon_high, change < -self.epsilon_low
         )
-        return torch.where(inside, ratios.ratio.clamp(max=self.ratio_cap), 0.0)
+        return torch.where(beyond, 0.0, ratios.ratio.clamp(max=self.ratio_cap))
 
     def clipped(self, ratios: PolicyRatios) -> Flags:
         return _beyond(self.change(ratios), -self.epsilon_low, self.epsilon_high, ratios.advantage)

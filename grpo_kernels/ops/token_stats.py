@@ -18,6 +18,7 @@ from ..sampling_support import TokenSupport
 from ..validation import (
     expect_choice,
     expect_mask,
+    expect_no_tangent,
     expect_number,
     expect_temperature,
     expect_tensor,
@@ -306,6 +307,7 @@ def as_token_stats(
 
 def check_logits(name: str, logits: Tensor) -> None:
     expect_tensor(name, logits, floating=True, dims=(2, 3), layout="[B, T, V] or packed [N, V]")
+    expect_no_tangent(name, logits)
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} must have a vocabulary of at least 1, got {shape_of(logits)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:

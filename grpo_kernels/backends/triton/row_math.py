@@ -272,7 +272,7 @@ def ratio_of(log_ratio):
     # Not tl.clamp: it drops a NaN, and for fp64 it does not compile.
     bounded = at_most(at_least(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
     ratio = tl.exp2(bounded * LOG2E)
-    return ratio, tl.where(tl.abs(log_ratio) <= MAX_LOG_RATIO, ratio, 0.0)
+    return ratio, tl.where(tl.abs(log_ratio) > MAX_LOG_RATIO, 0.0, ratio)  # NaN stays NaN
 
 
 @triton.jit
@@ -335,8 +335,8 @@ def surrogate_grad(
             change = tl.where(logprob < old, -kl, kl)
         else:
             tl.static_assert(SURROGATE == "dppo")
-        inside = tl.where(advantage > 0, change <= highest, change >= lowest)
-        grad = tl.where(inside, -advantage * at_most(ratio, cap), 0.0)
+        beyond = tl.where(advantage > 0, change > highest, change < lowest)
+        grad = tl.where(beyond, 0.0, -advantage * at_most(ratio, cap))
     return grad
 
 
@@ -356,7 +356,7 @@ def kl_grad(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
     else:
         bounded = at_least(d, -MAX_LOG_RATIO)
         odds = tl.exp2(-bounded * LOG2E)
-        grad = tl.where(d >= -MAX_LOG_RATIO, 1.0 - odds, 0.0)
+        grad = tl.where(d < -MAX_LOG_RATIO, 0.0, 1.0 - odds)
         if ESTIMATOR == "k3_corrected":
             # Where nothing saturates, two terms in e^(-d) cancel and ratio · d remains.
             product_rule = ratio * grad + d_ratio * (odds - 1.0 + bounded)
