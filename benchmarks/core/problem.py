@@ -18,6 +18,7 @@ STD = 4.0  # of the logits, as in a language model
 # Sizes of the log-ratio of policy and old policy. None lies within 0.08 of a clip boundary (-0.223
 # and 0.182), so that rounding cannot change which tokens are clipped.
 INSIDE, OUTSIDE = 0.1, 0.5
+JSD_WEIGHT = 0.3  # of the teacher; not 0.5, so that a peer which takes it for the student's fails
 Variant = Literal["plain", "reference", "frozen", "adapter", "tree", "support"]
 KEPT = 20  # ids that are drawn for the support of a token; duplicates are dropped
 RANK, ADAPTER_SCALE = 16, 2.0

@@ -108,6 +108,7 @@ _STATS = {"forward": Passes(1, 0), "backward": Passes(1, 1), "both": Passes(2, 1
 _KL = {"forward": Passes(2, 0), "backward": Passes(2, 1), "both": Passes(4, 1)}
 # The gradient of a loss is known once the row has been read.
 _LOSS = {"forward": Passes(1, 0), "both": Passes(1, 1)}
+_DISTILLATION = {"forward": Passes(2, 0), "both": Passes(2, 1)}
 # Under any upstream gradient the logits are made again; a loss computes its gradient at once.
 _LINEAR_STATS = {
     "forward": Matmuls(1),
@@ -143,6 +144,9 @@ TASKS = {
         Task("reverse_kl", "logits", ("kl",), _KL, "reference"),
         Task("approximate_kl", "logits", ("kl",), _KL, "reference"),
         Task("grpo_loss", "logits", ("loss",), _LOSS),
+        Task("distillation_reverse", "logits", ("loss",), _DISTILLATION, "reference"),
+        Task("distillation_forward", "logits", ("loss",), _DISTILLATION, "reference"),
+        Task("distillation_jsd", "logits", ("loss",), _DISTILLATION, "reference"),
         Task("linear_token_stats", "hidden", ("logprob", "entropy"), _LINEAR_STATS),
         # What LoRA trains: the entropy is a value to log, or has a gradient too.
         Task("linear_token_stats_frozen", "hidden", ("logprob", "entropy"), _FROZEN, "frozen"),
@@ -158,6 +162,9 @@ TASKS = {
         Task("linear_grpo_loss_tree", "hidden", ("loss",), _TREE, "tree", skips_inert=True),
         Task("linear_grpo_loss_support", "hidden", ("loss",), _LINEAR_LOSS, "support", True),
         Task("linear_grpo_loss_kl", "hidden", ("loss",), _LINEAR_LOSS_KL, "reference"),
+        Task("linear_distillation_reverse", "hidden", ("loss",), _LINEAR_LOSS_KL, "reference"),
+        Task("linear_distillation_forward", "hidden", ("loss",), _LINEAR_LOSS_KL, "reference"),
+        Task("linear_distillation_jsd", "hidden", ("loss",), _LINEAR_LOSS_KL, "reference"),
         Task("linear_gspo_loss", "hidden", ("loss",), _LINEAR_GSPO, skips_inert=True),
         # Supervised training: the gradient of the mean log-prob, by any surrogate of that gradient.
         Task("linear_cross_entropy", "hidden", (), _LINEAR_LOSS),

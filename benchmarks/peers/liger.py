@@ -1,11 +1,12 @@
-"""Liger's GRPO losses and its linear cross-entropy with entropies."""
+"""Liger's GRPO losses, its linear cross-entropy with entropies, and its linear distillation."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.core.problem import Problem
+from benchmarks.core.problem import JSD_WEIGHT, Problem
 from benchmarks.peers.peer import (
     Outputs,
     Peer,
@@ -81,6 +82,26 @@ def linear_grpo_loss(problem: Problem) -> Outputs:
     return {"loss": loss}
 
 
+def linear_distillation(problem: Problem, beta: float) -> Outputs:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    fused_loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=beta,
+        compiled=problem.hidden.is_cuda,
+        chunk_size=4096,
+    )
+    loss = fused_loss(
+        unmasked(problem, problem.hidden),
+        problem.weight,
+        unmasked(problem, problem.ref_hidden),
+        problem.ref_weight,
+        unmasked(problem, problem.tokens),
+    )
+    return {"loss": loss}
+
+
 PEER = Peer(
     "Liger",
     {
@@ -90,9 +111,13 @@ PEER = Peer(
         "linear_token_stats_frozen_entropy": linear_token_stats,
         "linear_grpo_loss": linear_grpo_loss,
         "linear_grpo_loss_frozen": linear_grpo_loss,
+        "linear_distillation_reverse": partial(linear_distillation, beta=1.0),
+        "linear_distillation_forward": partial(linear_distillation, beta=0.0),
+        "linear_distillation_jsd": partial(linear_distillation, beta=JSD_WEIGHT),
     },
-    "no entropy beside its GRPO losses; logits are rounded to the dtype of the hidden states; its "
-    "loss from logits needs a GPU; it is not compiled on a CPU; chunks of 4,096 tokens",
+    "no entropy beside its GRPO losses, no metrics of a distillation; logits are rounded to the "
+    "dtype of the hidden states; its loss from logits needs a GPU; it is not compiled on a CPU; "
+    "chunks of 4,096 tokens",
     package="liger_kernel",
     prepare=pad_logits,
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import grpo_kernels
-from benchmarks.core.problem import ADAPTER_SCALE, Problem
+from benchmarks.core.problem import ADAPTER_SCALE, JSD_WEIGHT, Problem
 from benchmarks.peers.peer import Adapter, Outputs, Peer, on_copied_rows, with_entropy_as_value
 from grpo_kernels import HeadAdapter, LossConfig
 
@@ -96,6 +96,16 @@ def linear_cross_entropy(problem: Problem, package: Any) -> Outputs:
     return {"surrogate": output.loss}
 
 
+def distillation(problem: Problem, package: Any, divergence: str) -> Outputs:
+    settings = {"divergence": divergence, "jsd_weight": JSD_WEIGHT, "mask": problem.mask}
+    if problem.logits is not None:
+        output = package.distillation_loss(problem.logits, problem.ref_logits, **settings)
+    else:
+        models = (problem.hidden, problem.weight, problem.ref_hidden, problem.ref_weight)
+        output = package.linear_distillation_loss(*models, **settings)
+    return {"loss": output.loss}
+
+
 def all_tasks(package: Any) -> dict[str, Adapter]:
     """Return the adapters of every task for grpo_kernels or its reference implementation."""
     reverse_kl = LossConfig(beta=0.04, kl_estimator="reverse")
@@ -119,6 +129,10 @@ def all_tasks(package: Any) -> dict[str, Adapter]:
         "linear_gspo_loss": partial(linear_grpo_loss, config=LossConfig(ratio_level="sequence")),
         "linear_cross_entropy": linear_cross_entropy,
     }
+    for divergence in ("reverse", "forward", "jsd"):
+        for level in ("", "linear_"):
+            adapter = partial(distillation, divergence=divergence)
+            tasks[f"{level}distillation_{divergence}"] = adapter
     return {name: partial(adapter, package=package) for name, adapter in tasks.items()}
 
 

@@ -30,8 +30,11 @@ PEERS = (
                 "token_stats",
                 "reverse_kl",
                 "grpo_loss",
+                "distillation_jsd",
                 "linear_token_stats",
                 "linear_grpo_loss",
+                "linear_distillation_reverse",
+                "linear_distillation_jsd",
             )
         },
         "nothing; torch.compile decides what is in memory",

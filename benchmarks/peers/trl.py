@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from benchmarks.core.problem import Problem
+import torch
+
+from benchmarks.core.problem import JSD_WEIGHT, Problem
 from benchmarks.peers.peer import (
     Outputs,
     Peer,
@@ -37,6 +39,7 @@ def linear_token_stats(problem: Problem) -> Outputs:
 
 
 def linear_kl(problem: Problem, beta: float) -> Outputs:
+    """KL of every token: 0 is the forward one, 1 the reverse, between them a JSD."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     kl, _ = ChunkedDivergenceFunction.apply(
@@ -49,6 +52,26 @@ def linear_kl(problem: Problem, beta: float) -> Outputs:
         beta,
     )
     return {"kl": scatter_unmasked(problem, kl)}
+
+
+def distillation(problem: Problem, beta: float) -> Outputs:
+    from trl.experimental.gkd import GKDTrainer
+
+    labels = None if problem.mask is None else torch.where(problem.mask, problem.tokens, -100)
+    loss = GKDTrainer.generalized_jsd_loss(
+        problem.logits,
+        problem.ref_logits,
+        labels,
+        beta,
+        num_items_in_batch=problem.num_active,
+    )
+    return {"loss": loss}
+
+
+def linear_distillation(problem: Problem, beta: float) -> Outputs:
+    """Average the divergence over the unmasked tokens, as its DistillationTrainer does."""
+    per_token = linear_kl(problem, beta)["kl"]
+    return {"loss": per_token.sum() / problem.num_active}
 
 
 def grpo_loss(problem: Problem) -> Outputs:
@@ -64,16 +87,23 @@ PEER = Peer(
     {
         "token_stats": token_stats,
         "grpo_loss": grpo_loss,
+        "distillation_reverse": partial(distillation, beta=1.0),
+        "distillation_forward": partial(distillation, beta=0.0),
+        "distillation_jsd": partial(distillation, beta=JSD_WEIGHT),
         "linear_token_stats": linear_token_stats,
         "linear_token_stats_frozen": with_entropy_as_value(linear_token_stats),
         "linear_token_stats_frozen_entropy": linear_token_stats,
         "linear_forward_kl": partial(linear_kl, beta=0.0),
         "linear_reverse_kl": partial(linear_kl, beta=1.0),
+        "linear_distillation_reverse": partial(linear_distillation, beta=1.0),
+        "linear_distillation_forward": partial(linear_distillation, beta=0.0),
+        "linear_distillation_jsd": partial(linear_distillation, beta=JSD_WEIGHT),
         "linear_grpo_loss": linear_grpo_loss,
         "linear_grpo_loss_frozen": linear_grpo_loss,
         "linear_grpo_loss_tree": on_copied_rows(linear_grpo_loss),
     },
     "from hidden states: logits are rounded to their dtype for the log-prob; a KL takes a pass of "
-    "its own, and the entropy beside it has no gradient; the objective is plain torch",
+    "its own, and the entropy beside it has no gradient; the objective is plain torch; a "
+    "distillation has no entropy of the teacher, and from logits no metrics",
     package="trl",
 )

@@ -98,6 +98,30 @@ def test_limits_of_ours_are_tighter_than_those_of_peers(add_peer):
         correctness.check(task, bf16, add_peer(rounded, OURS), CPU)
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("peer", ["TRL", "Liger"])
+def test_peers_compute_the_same_distillation(peer, divergence):
+    if reason := PEERS[peer].missing():
+        pytest.skip(reason)
+    task = TASKS[f"linear_distillation_{divergence}"]
+    errors = correctness.check(task, replace(SHAPE, masked=0.5), peer, CPU)
+    assert set(errors) == {"loss", "d_hidden", "d_weight"}
+
+
+def test_jsd_with_the_weights_exchanged_is_refused(monkeypatch):
+    def exchanged(problem):
+        loss = grpo_kernels.linear_distillation_loss(
+            problem.hidden, problem.weight, problem.ref_hidden, problem.ref_weight,
+            divergence="jsd", jsd_weight=1 - problem_module.JSD_WEIGHT,
+        ).loss  # fmt: skip
+        return {"loss": loss}
+
+    tasks = {"linear_distillation_jsd": exchanged}
+    monkeypatch.setitem(PEERS, "suspect", Peer("suspect", tasks, "the truth"))
+    with pytest.raises(correctness.Refused, match="error of d_hidden"):
+        correctness.check(TASKS["linear_distillation_jsd"], SHAPE, "suspect", CPU)
+
+
 @pytest.fixture
 def harness():
     return Harness(CPU, ResultFile(None, CPU, {}), quick=False)

@@ -1,0 +1,47 @@
+"""The table of alternating rounds: times as ratios to this package, reasons of peers that fail."""
+
+import time
+
+import pytest
+
+from benchmarks import side_by_side
+from benchmarks.core import correctness
+from benchmarks.peers import OURS, PEERS, REFERENCE, Peer
+
+pytestmark = pytest.mark.usefixtures("pytorch_backend")
+TASK = "linear_distillation_jsd"
+
+
+def test_table_of_a_task(monkeypatch, capsys):
+    compute = PEERS[OURS].tasks[TASK]
+
+    def slow(problem):
+        time.sleep(0.05)
+        return compute(problem)
+
+    def wrong(problem):
+        return {"loss": 1.5 * compute(problem)["loss"]}
+
+    absent = Peer("absent", {TASK: compute}, "nothing", package="no-such-package")
+    peers = {name: PEERS[name] for name in (OURS, REFERENCE)} | {"absent": absent}
+    for name, adapter in (("slow", slow), ("wrong", wrong)):
+        peers[name] = Peer(name, {TASK: adapter}, "nothing")
+    monkeypatch.setattr(side_by_side, "PEERS", peers)
+    monkeypatch.setattr(correctness, "PEERS", peers)
+
+    side_by_side.main([TASK, "--model", "tiny", "--tokens", "16", "--rounds", "3"])
+    title, _, *table = capsys.readouterr().out.strip().split("\n")
+    assert title == f"{TASK}, both, tiny, 16 tokens, fp32, 3 rounds"
+    rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in table[2:])}
+    assert list(rows) == [OURS, REFERENCE, "absent", "slow", "wrong"]
+    assert float(rows[OURS][3]) == 1 < float(rows["slow"][3])
+    assert rows["wrong"][1].startswith("refused: error of loss")
+    assert rows["absent"][1] == "failed: ModuleNotFoundError: no-such-package is not installed"
+
+
+def test_wrong_result_of_ours_is_an_error(monkeypatch):
+    compute = PEERS[OURS].tasks[TASK]
+    wrong = Peer(OURS, {TASK: lambda problem: {"loss": 1.5 * compute(problem)["loss"]}}, "nothing")
+    monkeypatch.setitem(PEERS, OURS, wrong)
+    with pytest.raises(correctness.Refused, match="error of loss"):
+        side_by_side.main([TASK, "--model", "tiny", "--tokens", "16"])
