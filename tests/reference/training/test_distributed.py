@@ -18,7 +18,9 @@ from reference.training.distributed import SINGLE_PROCESS, Ranks, to_device
 from reference.training.errors import UserError
 from reference.training.run.graceful_shutdown import GracefulShutdown, Stopped
 
-SCRIPT = Path(__file__).parents[3] / "reference" / "train.py"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "reference" / "train.py"
+QUICK = ROOT / "tests" / "helpers" / "quick_train.py"
 BASE = (
     *("--preset", "tiny", "--steps", "4", "--prompts", "5", "--minibatches", "2"),
     *("--eval-questions", "33", "--eval-every", "2", "--checkpoint-every", "1"),
@@ -26,15 +28,16 @@ BASE = (
 )
 OBJECTIVE = ("--loss", "topr", "--aggregation", "prompt_mean", "--advantage", "ema")
 OBJECTIVE += ("--nll-coef", "0.1", "--beta", "0.05")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+PYTHON = (sys.executable,)
+TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CLOCKS = ("time", "per_second", "memory")
 
 
-def run(directory, *flags, launcher=(sys.executable,), objective=OBJECTIVE):
+def run(directory, *flags, launcher=TORCHRUN, script=QUICK):
     # Interpreted kernels would take minutes.
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [*launcher, SCRIPT, *BASE, *objective, "--output-dir", directory, *flags],
+        [*launcher, script, *BASE, "--output-dir", directory, *flags],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,40 +53,16 @@ def metrics(directory):
     ]
 
 
+def assert_same_metrics(ours, expected):
+    for row, expected_row in zip(ours, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-3, abs=2e-5)
+
+
 def assert_same_run(one, other):
     """Compare the metrics and the models of two runs."""
-    for ours, expected in zip(metrics(one), metrics(other), strict=True):
-        assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
+    assert_same_metrics(metrics(one), metrics(other))
     ours, expected = (load_file(run / "model" / "model.safetensors") for run in (one, other))
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("single") / "run"
-    done = run(directory)
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_match_one_process(single, tmp_path, parallel):
-    done = run(tmp_path / "run", "--parallel", parallel, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sampled completions:") == 3, "only the first rank prints"
-    assert_same_run(tmp_path / "run", single)
-
-
-@pytest.mark.slow
-def test_two_ranks_distil_like_one_process(single, tmp_path):
-    flags = ("--teacher", str(single / "model"), "--steps", "2", "--eval-questions", "4")
-    launchers = {"one": (sys.executable,), "fsdp": TORCHRUN}
-    for name, launcher in launchers.items():
-        parallel = () if name == "one" else ("--parallel", name)
-        done = run(tmp_path / name, *flags, *parallel, launcher=launcher, objective=())
-        assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "fsdp", tmp_path / "one")
 
 
 DIES = """
@@ -102,34 +81,51 @@ DIES = """
 
 
 def dying_reward(tmp_path, how):
+    """Write a reward with which the second rank ends in step 3, and return its flags."""
     path = tmp_path / "dies.py"
     path.write_text(textwrap.dedent(DIES).format(how=how))
-    return f"{path}:dies=0.0"
+    return ("--reward", f"{path}:dies=0.0")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, tiny_model):
+    """Directory of a run of one process, in which nothing dies."""
+    directory = tmp_path_factory.mktemp("single")
+    flags = ("--model", tiny_model, *dying_reward(directory, "never = None"), *OBJECTIVE)
+    done = run(directory / "run", *flags, launcher=PYTHON)
+    assert done.returncode == 0, done.stderr
+    return directory / "run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_killed_rank_restarts_from_the_last_checkpoint(single, tmp_path, parallel):
+def test_killed_rank_restarts_and_two_ranks_match_one_process(
+    single, tiny_model, tmp_path, parallel
+):
     reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    launcher = (*TORCHRUN, "--max-restarts=1")
-    flags = ("--parallel", parallel, "--reward", reward)
-    done = run(tmp_path / "run", *flags, launcher=launcher)
+    flags = ("--model", tiny_model, *reward, *OBJECTIVE, "--parallel", parallel)
+    done = run(tmp_path / "run", *flags, launcher=(*TORCHRUN, "--max-restarts=1"))
     assert done.returncode == 0, done.stderr
     assert "goes on after step 2" in done.stdout
-    whole = [
-        {name: x for name, x in row.items() if name != "rewards/dies/mean"}
-        for row in metrics(tmp_path / "run")
-    ]
-    for ours, expected in zip(whole, metrics(single), strict=True):
-        assert ours == pytest.approx(expected, rel=1e-3, abs=2e-5)
+    assert_same_run(tmp_path / "run", single)
 
 
 @pytest.mark.slow
-def test_failing_rank_stops_all_ranks_with_its_error(tmp_path):
+def test_two_ranks_distil_like_one_process_from_a_warm_start(tiny_model, tmp_path):
+    flags = ("--teacher", tiny_model, "--steps", "2", "--eval-questions", "4")
+    for name, launcher in (("one", PYTHON), ("fsdp", TORCHRUN)):
+        parallel = () if name == "one" else ("--parallel", name)
+        done = run(tmp_path / name, *flags, *parallel, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert "warm start: 4 supervised steps" in done.stdout
+    assert_same_run(tmp_path / "fsdp", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_failing_rank_stops_all_ranks_with_its_error(tiny_model, tmp_path):
     reward = dying_reward(tmp_path, "raise ValueError('the reward fell over')")
     began = time.monotonic()
-    flags = ("--reward", reward, "--checkpoint-every", "None")
-    done = run(tmp_path / "run", *flags, launcher=TORCHRUN)
+    done = run(tmp_path / "run", "--model", tiny_model, *reward, "--checkpoint-every", "None")
     assert done.returncode != 0 and "the reward fell over" in done.stderr
     assert time.monotonic() - began < 60
     # With DDP the first rank has all that a checkpoint needs.
@@ -138,13 +134,17 @@ def test_failing_rank_stops_all_ranks_with_its_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_ranks_after_a_step(single, tmp_path):
-    """One rank receives it, and both save together."""
+def test_sigterm_stops_all_ranks_after_a_step(single, tiny_model, tmp_path):
+    """One rank receives it, and both save together. Until then they match one process."""
     reward = dying_reward(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
-    done = run(tmp_path / "run", "--reward", reward, "--checkpoint-every", "9", launcher=TORCHRUN)
+    flags = ("--model", tiny_model, *reward, *OBJECTIVE, "--checkpoint-every", "9")
+    done = run(tmp_path / "run", *flags, script=SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "stopped by SIGTERM" in done.stderr
-    assert [row["step"] for row in metrics(tmp_path / "run") if "reward" in row] == [1, 2, 3]
+    assert done.stdout.count("sampled completions:") == 2, "only the first rank prints"
+    stopped = metrics(tmp_path / "run")
+    assert [row["step"] for row in stopped if "reward" in row] == [1, 2, 3]
+    assert_same_metrics(stopped, metrics(single)[: len(stopped)])
     assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
 
 
