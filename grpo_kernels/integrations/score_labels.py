@@ -17,12 +17,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .linear_head import linear_head
 from .transformers import call_to_hidden, unwrap
 
 IGNORE_INDEX = -100  # Hugging Face's label of a token that is not scored
+
+_OF_MODELS = {field.name for field in fields(CausalLMOutputWithPast)}
+_CACHE = "cache" if "cache" in _OF_MODELS else "past_key_values"
 
 
 @dataclass
@@ -33,13 +37,17 @@ class ScoredOutput(ModelOutput):
         logprobs, entropy: [B, L - 1] for `labels`, [B, L] for `shift_labels`, in nats, fp32 (fp64
             for an fp64 model), 0 where the label is -100; differentiable in the model's parameters.
         logits: None.
-        past_key_values, hidden_states, attentions, router_logits, aux_loss: the model's own.
+        cache (past_key_values before transformers 5.24), hidden_states, attentions, router_logits,
+            aux_loss: the model's own.
     """
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
     logits: None = None
-    past_key_values: Any = None
+    if _CACHE == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None

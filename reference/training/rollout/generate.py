@@ -152,7 +152,8 @@ def generate(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
+    cache_name = "cache" if "cache" in output.keys() else "past_key_values"  # transformers < 5.24
+    cache = getattr(output, cache_name)
     groups = torch.arange(len(prompts.ids), device=prompts.ids.device)
     cache.reorder_cache(groups.repeat_interleave(group_size))
     logits = output.logits[:, -1].repeat_interleave(group_size, dim=0)
@@ -191,8 +192,8 @@ def generate(
             input_ids=token[:, None],
             attention_mask=attention.long(),
             position_ids=position + step,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
         )
         logits = output.logits[:, -1]
     longest = step + 1
