@@ -179,7 +179,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
             print(f"warm start: {warm_start(alone, scorer, task, order)} supervised steps")
 
         # Restore the state of a run that is resumed, and cut its logs back to the checkpoint.
-        learner = Learner(policy, scorer, config.loss_config(), config, teacher)
+        learner = Learner(policy, scorer, config.loss_config(), config, teacher, sampler)
         state = TrainingState(learner, order, config.as_json(), inputs)
         print(describe_disk_use(directory, learner))
         if checkpoint is not None:

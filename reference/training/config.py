@@ -115,6 +115,10 @@ class SamplingSettings:
     sampler_timeout: float = 600.0
     """With --sampler URL: seconds that the server has for the completions of a round, and for
     taking over weights."""
+    max_sampler_difference: float | None = None
+    """With a sampler that holds weights of its own: stop if its log-probs differ from the trainer's
+    by more than this, in nats per token, the mean over the step's sampled tokens. None: 0.001 if
+    both compute in fp32, else 0.1."""
     dynamic_sampling: int = 0
     """Replace groups without a learning signal by new questions, in at most this many further
     rounds of sampling (DAPO)."""
@@ -320,6 +324,7 @@ POSITIVE = (
     "sampler_timeout",
     "entropy_coef_step",
     "entropy_coef_max",
+    "max_sampler_difference",
 )
 MINIMA = {
     "steps": 1,
@@ -378,7 +383,8 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             self._require(name, holds, f"at least {minimum}")
         for name in POSITIVE:
             value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value > 0, "a positive number")
+            holds = value is None or (math.isfinite(value) and value > 0)
+            self._require(name, holds, "a positive number")
         for name in ("beta", "entropy_coef", "entropy_target"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")

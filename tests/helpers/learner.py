@@ -16,15 +16,17 @@ PLAIN = PlainScorer()
 QUESTIONS = make_task("reverse", 0).train[:4]
 
 
-def make_learner(scorer=PLAIN, *, sizes=None, **changes):
+def make_learner(scorer=PLAIN, *, sizes=None, own_weights=None, **changes):
     """Make a learner on a random model in fp64, and four completions of each of four questions.
 
     Args:
         sizes: what differs from the model from scratch in a student and in its teacher.
+        own_weights: a sampler that holds weights of its own.
     """
     if sizes is not None:
         changes["teacher"] = "a random model"
-    config = TrainConfig(model="scratch", task="reverse", group_size=4, max_new_tokens=6, **changes)
+    settings = {"model": "scratch", "task": "reverse", "group_size": 4, "max_new_tokens": 6}
+    config = TrainConfig(**settings | changes)
     torch.manual_seed(0)
     device, truncation = torch.device("cpu"), config.truncation
     policy = Policy.load(config, device, config.max_new_tokens, truncation=truncation)
@@ -35,7 +37,7 @@ def make_learner(scorer=PLAIN, *, sizes=None, **changes):
     policy.model.double()
     loss_config = config.loss_config()
     samples = policy.sample(QUESTIONS, 4, config.temperature)
-    return Learner(policy, scorer, loss_config, config, teacher), samples
+    return Learner(policy, scorer, loss_config, config, teacher, own_weights), samples
 
 
 def _resized(model, sizes):

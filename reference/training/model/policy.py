@@ -169,17 +169,17 @@ class Policy:
         """
         if lora.has_adapter(self.model):
             return replace(self, without_adapter=True)
-        frozen = lora.frozen_copy(self.model, torch.bfloat16 if self._uses_bf16 else None)
+        frozen = lora.frozen_copy(self.model, torch.bfloat16 if self.uses_bf16 else None)
         return replace(self, model=frozen)
 
     def autocast(self) -> AbstractContextManager:
         """Return the autocast context of `precision`: bf16, or none."""
-        if self._uses_bf16:
+        if self.uses_bf16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     @property
-    def _uses_bf16(self) -> bool:
+    def uses_bf16(self) -> bool:
         return self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
 
     def _texts(self, completions: Completions) -> list[str]:

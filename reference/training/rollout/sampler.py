@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from reference.training.rollout.generate import Completions, Prompts
 
 
@@ -21,9 +23,12 @@ class Sampler:
     Attributes:
         has_own_weights: completions do not come from `policy.model`, but from weights that `sync`
             has copied. The trainer then compares the log-probs of both in each step.
+        dtype: the dtype of its computations, on which the bound of the comparison depends; None if
+            it is not known.
     """
 
     has_own_weights: ClassVar[bool] = False
+    dtype: torch.dtype | None = None
 
     def start(self, policy, directory: Path) -> None:
         """Prepare to sample from a loaded policy, and check that this is possible.

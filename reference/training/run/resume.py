@@ -39,6 +39,7 @@ MAY_CHANGE = {
     "threads",
     "weights_dir",
     "sampler_timeout",
+    "max_sampler_difference",
     "resume",
     "accept_changes",
     "overwrite",

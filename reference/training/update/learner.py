@@ -6,7 +6,7 @@ Sizes: B questions, G completions per question, T tokens per completion.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,14 @@ from reference.training.errors import UserError
 from reference.training.guards import describe_non_finite, out_of_memory_error
 from reference.training.model.policy import Policy, SampledCompletions
 from reference.training.model.scorers import Scorer
+from reference.training.rollout.sampler import Sampler
 from reference.training.update.micro_batches import (
     MicroBatch,
     MicroBatchSplitter,
     Minibatch,
     compares_tokens,
 )
+from reference.training.update.sampler_check import SamplerCheck
 
 Metrics = dict[str, Tensor]
 # Means over sequences if the ratio is that of whole sequences.
@@ -50,6 +52,7 @@ class Learner:
         loss_config: LossConfig,
         config: TrainConfig,
         teacher: Policy | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.policy, self.scorer, self.teacher = policy, scorer, teacher
         self.loss_config, self.config = loss_config, config
@@ -75,6 +78,11 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=0.0, fused=True
         )
+        self.sampler_check = None
+        if sampler is not None and sampler.has_own_weights:
+            self.sampler_check = SamplerCheck(
+                sampler, policy, self._logprob, self.optimizer, config
+            )
         self.steps = 0
         self.measures_kept_mass = config.truncation is not None and not config.support
         self.kept_mass_is_reported = not ranks.is_first
@@ -122,10 +130,14 @@ class Learner:
 
         # The log-probs of the sampling policy are computed before the first optimiser step.
         minibatches = list(self.minibatches(samples, advantages.to(self.policy.device), correct))
+        difference = {}
+        if self.sampler_check is not None:
+            difference = self.compare_with_sampler(minibatches)
 
         def store_old_logprob(minibatch: Minibatch) -> None:
             for batch in minibatch.micro_batches:
-                batch.old_logprob = self._logprob(self.policy, batch)
+                if batch.old_logprob is None:
+                    batch.old_logprob = self._logprob(self.policy, batch)
 
         if len(minibatches) > 1 and self.teacher is None:
             for minibatch in minibatches:
@@ -151,7 +163,8 @@ class Learner:
             sequence_means += RATIO_MEANS
         mean_norm = sum(grad_norms) / max(1, len(grad_norms))
         metrics = {"learning_rate": learning_rate, "grad_norm": mean_norm}
-        metrics |= combine_metrics(updates, sequence_means)
+        # Over all sampled tokens, and not over those of the loss alone.
+        metrics |= combine_metrics(updates, sequence_means) | difference
         if "sampling/kept_mass" in metrics and not self.kept_mass_is_reported:
             self.kept_mass_is_reported = True
             print(
@@ -165,6 +178,31 @@ class Learner:
             if "entropy" in metrics:
                 control.update(metrics["entropy"])
         return metrics
+
+    def compare_with_sampler(self, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        """Compare the log-probs of all sampled tokens with the sampler's; return the metrics.
+
+        Where the update reads the log-probs from before it, they are stored.
+        """
+        assert self.sampler_check is not None
+
+        def score(minibatch: Minibatch) -> list[Tensor]:
+            return [
+                self._logprob(self.policy, replace(batch, loss_mask=batch.mask))
+                for batch in minibatch.micro_batches
+            ]
+
+        several = len(minibatches) * self.config.inner_iterations > 1
+        batches, logprobs, when = [], [], f"step {self.steps}"
+        for minibatch in minibatches:
+            for part in (minibatch, replace(minibatch, micro_batches=minibatch.unused)):
+                found = self.splitter.run(part, score, when)
+                batches += part.micro_batches
+                logprobs += found
+                if self.teacher is None and (several or self.measures_kept_mass):
+                    for batch, logprob in zip(part.micro_batches, found, strict=True):
+                        batch.old_logprob = logprob
+        return self.sampler_check.compare(batches, logprobs, when)
 
     def update(self, minibatch: Minibatch) -> tuple[list[Metrics], float]:
         """Take one optimiser step; return the metrics per micro-batch and the gradient norm."""
@@ -237,7 +275,7 @@ class Learner:
 
         The micro-batches are this rank's, the denominators those of all ranks.
         """
-        config, loss, ranks = self.config, self.loss_config, self.policy.ranks
+        config, loss = self.config, self.loss_config
         completions, B = samples.completions, len(samples.prompts.ids)
         loss_mask = completions.mask
         if config.mask_truncated:
@@ -271,18 +309,11 @@ class Learner:
         contributes = contributes.view(B, -1).any(dim=-1)
         size = self.splitter.size or B
         for groups in torch.arange(B, device=loss_mask.device).tensor_split(config.minibatches):
-            active = groups[contributes[groups]]
-            own = [some for some in active[ranks.rank :: ranks.size].split(size) if len(some)]
-            micro_batches = [batch.select_groups(some) for some in own]
-            # Each rank takes part in as many passes as the first, which has the most groups.
-            missing = -(-len(active[:: ranks.size]) // size) - len(micro_batches)
-            if missing:
-                idle = batch.select_groups(active[:1])
-                nothing = torch.zeros_like(idle.loss_mask)
-                idle = replace(idle, loss_mask=nothing)
-                if idle.nll_weight is not None:
-                    idle.nll_weight = nothing.float()
-                micro_batches += [idle] * missing
+            is_used = contributes[groups]
+            micro_batches = self._own_micro_batches(batch, groups[is_used], size)
+            unused = []
+            if self.sampler_check is not None:
+                unused = self._own_micro_batches(batch, groups[~is_used], size)
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
             # The denominators of the minibatch make the losses of micro-batches add up.
@@ -300,7 +331,23 @@ class Learner:
             if batch.nll_weight is not None:
                 weights = batch.nll_weight.unflatten(0, (B, -1))[groups]
                 denominators["nll_normalizer"] = max(1, int(weights.sum()))
-            yield Minibatch(micro_batches, denominators)
+            yield Minibatch(micro_batches, denominators, unused)
+
+    def _own_micro_batches(self, batch: MicroBatch, groups: Tensor, size: int) -> list[MicroBatch]:
+        """Return this rank's share of the groups, in micro-batches of at most `size`."""
+        ranks = self.policy.ranks
+        own = [some for some in groups[ranks.rank :: ranks.size].split(size) if len(some)]
+        micro_batches = [batch.select_groups(some) for some in own]
+        # Each rank takes part in as many passes as the first, which has the most groups.
+        missing = -(-len(groups[:: ranks.size]) // size) - len(micro_batches)
+        if missing:
+            idle = batch.select_groups(groups[:1])
+            nothing = torch.zeros_like(idle.loss_mask)
+            idle = replace(idle, loss_mask=nothing, is_idle=True)
+            if idle.nll_weight is not None:
+                idle.nll_weight = nothing.float()
+            micro_batches += [idle] * missing
+        return micro_batches
 
 
 def combine_metrics(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,7 @@ class MicroBatch:
     old_logprob: Tensor | None = None  # [B·G, T], with more than one optimiser step per batch
     nll_weight: Tensor | None = None  # [B·G, T], 1.0 on the tokens of correct completions
     ref_logprob: Tensor | None = None  # [B·G, T], with a KL to the reference policy
+    is_idle: bool = False  # repeats a group, so that each rank makes as many passes; counts nothing
 
     @property
     def num_questions(self) -> int:
@@ -68,11 +69,12 @@ class Minibatch:
     """Micro-batches of one optimiser step, with the denominators of their common loss.
 
     Groups without a learning signal may be left out of the micro-batches, but are counted in the
-    denominators.
+    denominators. They are in the `unused` micro-batches.
     """
 
     micro_batches: list[MicroBatch]
     denominators: dict[str, int]
+    unused: list[MicroBatch] = field(default_factory=list)
 
 
 def compares_tokens(loss: LossConfig) -> bool:
