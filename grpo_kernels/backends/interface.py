@@ -10,7 +10,7 @@ B = 1. Rows may be strided; their entries are contiguous.
         a token-level loss: its gradient goes to d_logits, which may be rows.logits itself
     approximate_kl_forward(logits, ref_logits, mask, log2_eps) -> ApproximateKL
     approximate_kl_backward(logits, ref_logits, mask, kl, d_total, log2_eps, d_logits)
-    jsd_forward(rows, stats, jsd_weight) -> (KL(p‖m), KL(q‖m))
+    jsd_forward(rows, stats, jsd_weight) -> (jsd, KL(p‖m))
     jsd_backward(rows, stats, kl_policy, d_jsd, jsd_weight, d_logits)
         d_logits may be rows.logits itself
     scale_(x, factor)

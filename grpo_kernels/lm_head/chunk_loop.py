@@ -129,13 +129,15 @@ class Chunk(NamedTuple):
         return grads, scale
 
     def jsd(self, stats: RowStats, jsd_weight: float) -> tuple[Tensor, Tensor]:
-        """Compute (KL(p‖m), KL(q‖m)) of the rows, [n] each; the tokens have a row each."""
+        """Compute (jsd, KL(p‖m)) of the rows, [n] each; the tokens have a row each.
+
+        stats: with the row_lse of both models.
+        """
         of_rows = stats.map(lambda x: x.unsqueeze(0))
-        kls = backend_for(self.rows.logits).jsd_forward(self.rows, of_rows, jsd_weight)
-        kls = torch.cat(kls)
-        group = self.inputs.vocab_group
-        kl_policy, kl_ref = all_gather(kls, group).sum(0) if group else kls
-        return kl_policy, kl_ref
+        parts = backend_for(self.rows.logits).jsd_forward(self.rows, of_rows, jsd_weight)
+        parts, group = torch.cat(parts), self.inputs.vocab_group
+        jsd, kl_policy = all_gather(parts, group).sum(0) if group else parts
+        return jsd, kl_policy
 
     def jsd_grad(
         self, stats: RowStats, kl_policy: Tensor, d_jsd: Tensor, jsd_weight: float
@@ -158,10 +160,15 @@ class Chunk(NamedTuple):
         )
         return LogitGrad(self.d_logits, scale)
 
+    def policy(self) -> "Chunk":
+        """View the logits of the policy alone."""
+        rows = self.rows._replace(ref_logits=None, kl=None)
+        return self._replace(inputs=self.inputs._replace(kl=None), rows=rows)
+
     def reference(self) -> "Chunk":
         """View the logits of the reference policy as those of a chunk, without a gradient."""
-        rows = self.rows._replace(logits=self.rows.ref_logits, ref_logits=None, kl=None)
-        return self._replace(inputs=self.inputs._replace(kl=None), rows=rows, d_logits=None)
+        rows = self.rows._replace(logits=self.rows.ref_logits)
+        return self._replace(rows=rows, d_logits=None).policy()
 
     def _grad_at_tokens(
         self, stats: RowStats, grads: TokenGrads, d_logprob: Tensor

@@ -23,19 +23,26 @@ _MEAN = LossConfig(aggregation="token_mean")
 
 
 @bundled_op("grpo_kernels::jsd_forward")
-def _jsd_forward(rows: RowInputs, jsd_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = backend_for(rows.logits)
-    stats = backend.token_stats_forward(rows, StatsRequest(entropy=False))
-    kl_policy, kl_ref = backend.jsd_forward(rows, stats, jsd_weight)
-    jsd = (1.0 - jsd_weight) * kl_policy + jsd_weight * kl_ref
-    return jsd, kl_policy, stats.row_lse, stats.ref_row_lse
+def _jsd_forward(
+    rows: RowInputs, jsd_weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend, request = backend_for(rows.logits), StatsRequest(entropy=True, top_logprobs=1)
+    policy = rows._replace(ref_logits=None, kl=None)
+    student = backend.token_stats_forward(policy, request)
+    teacher = backend.token_stats_forward(policy._replace(logits=rows.ref_logits), request)
+    stats = student._replace(ref_row_lse=teacher.row_lse)
+    jsd, kl_policy = backend.jsd_forward(rows, stats, jsd_weight)
+    agrees = (student.top_ids == teacher.top_ids).squeeze(-1)
+    saved = (kl_policy, stats.row_lse, stats.ref_row_lse)
+    return jsd, student.entropy, teacher.entropy, agrees, *saved
 
 
 @_jsd_forward.register_fake
 def _(rows: RowInputs, jsd_weight: float) -> tuple[Tensor, ...]:
-    stats = RowStats.allocate(rows.temperature, StatsRequest(entropy=False), kl=True)
-    assert stats.logprob is not None and stats.ref_row_lse is not None
-    return torch.empty_like(stats.logprob), stats.logprob, stats.row_lse, stats.ref_row_lse
+    new, shape = rows.temperature.new_empty, rows.tokens.shape
+    jsd, entropy, teacher_entropy, kl_policy = (new(shape) for _ in range(4))
+    agrees, row_lse = new(shape, dtype=torch.bool), new((*shape, 2))
+    return jsd, entropy, teacher_entropy, agrees, kl_policy, row_lse, torch.empty_like(row_lse)
 
 
 @bundled_op("grpo_kernels::jsd_backward")
@@ -62,9 +69,9 @@ def _(rows: RowInputs, *_: Any) -> Tensor:
 def _setup_context(ctx: Any, bundles: list, output: tuple[Tensor, ...]) -> None:
     rows, ctx.jsd_weight = bundles
     *tensors, ctx.softcap, ctx.kl = rows
-    _, *saved = output
-    ctx.save_for_backward(*tensors, *saved)
-    ctx.mark_non_differentiable(*saved)
+    _, *others = output
+    ctx.save_for_backward(*tensors, *others[-3:])
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
@@ -125,28 +132,25 @@ def distillation_loss(
     check_logits("logits", logits)
     check_logits("teacher_logits", teacher_logits)
     expect_tensor("teacher_logits", teacher_logits, shape=logits.shape, device_of=logits)
-    settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "mask": mask}
-    tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     teacher_logits = teacher_logits.detach()
-    teacher = token_stats(teacher_logits, tokens, top_logprobs=1, **settings)
-    assert teacher.top_ids is not None and teacher.entropy is not None
-    kl = None if divergence == "jsd" else divergence
-    ref_logits = None if kl is None else teacher_logits
-    entropy_of = logits.detach() if kl is None else logits
-    stats = token_stats(
-        entropy_of, teacher.top_ids[..., 0], kl=kl, ref_logits=ref_logits, is_top1=True, **settings
-    )
-    assert stats.entropy is not None and stats.is_top1 is not None
-    per_token = stats.kl
-    if per_token is None:
+    tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    if divergence == "jsd":
         rows, _ = prepare_rows(
             logits, tokens, temperature, softcap, teacher_logits, "reverse", mask, None
         )
-        per_token = _jsd_forward(rows, jsd_weight)[0].view(tokens.shape)
+        results = _jsd_forward(rows, jsd_weight)[:4]
+        per_token, *others = (x.view(tokens.shape) for x in results)
+    else:
+        settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "mask": mask}
+        teacher = token_stats(teacher_logits, tokens, top_logprobs=1, **settings)
+        assert teacher.top_ids is not None
+        top_id = teacher.top_ids[..., 0]
+        stats = token_stats(
+            logits, top_id, kl=divergence, ref_logits=teacher_logits, is_top1=True, **settings
+        )
+        per_token, others = stats.kl, [stats.entropy, teacher.entropy, stats.is_top1]
     weight = divergence_weights(tokens, mask, normalizer, per_token.dtype)
-    metrics = distillation_metrics(
-        tokens, mask, per_token, stats.entropy, teacher.entropy, stats.is_top1
-    )
+    metrics = distillation_metrics(tokens, mask, per_token, *others)
     return LossOutput((weight * per_token).sum(), metrics)
 
 

@@ -50,15 +50,16 @@ def _forward(
         head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=any(wanted))
         head_grad = LMHeadGrad(head, len(token_idx), wanted)
         for chunk in head.chunks(RowGroups.of(token_idx, None)):
-            stats = chunk.stats()
-            kl_policy, jsd = None, None
+            teacher, kl_policy = chunk.reference().stats(), None
             if divergence == "jsd":
-                kl_policy, kl_ref = chunk.jsd(stats, jsd_weight)
-                jsd = (1.0 - jsd_weight) * kl_policy + jsd_weight * kl_ref
-            teacher = chunk.reference().stats()
+                stats = chunk.policy().stats()._replace(ref_row_lse=teacher.row_lse)
+                per_token, kl_policy = chunk.jsd(stats, jsd_weight)
+            else:
+                stats = chunk.stats()
+                per_token = stats.kl
             assert stats.top_ids is not None and teacher.top_ids is not None
             agrees = (stats.top_ids == teacher.top_ids).squeeze(-1)
-            chunk_results = (stats.kl if jsd is None else jsd, stats.entropy, teacher.entropy)
+            chunk_results = (per_token, stats.entropy, teacher.entropy)
             for whole, part in zip(results, (*chunk_results, agrees), strict=True):
                 assert part is not None
                 whole.index_copy_(0, chunk.token_idx, part.to(whole.dtype))

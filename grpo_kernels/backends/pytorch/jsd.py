@@ -23,10 +23,10 @@ def _log_mixture(p: Softmax, q: Softmax, jsd_weight: float) -> tuple[Tensor, Ten
 
 
 def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Tensor, Tensor]:
-    """(KL(p‖m), KL(q‖m)) of every row, [B, T]; stats: row_lse and ref_row_lse of whole rows."""
+    """(jsd, KL(p‖m)) of every row, [B, T]; stats: row_lse and ref_row_lse of whole rows."""
     assert rows.ref_logits is not None and stats.ref_row_lse is not None
-    kl_policy = torch.zeros_like(stats.row_lse[..., 0])
-    kl_ref = torch.zeros_like(kl_policy)
+    jsd = torch.zeros_like(stats.row_lse[..., 0])
+    kl_policy = torch.zeros_like(jsd)
     active = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
     workspace = thread_workspace(rows.logits.device)
     for block in row_blocks(active, rows.logits.shape[-1]):
@@ -38,9 +38,11 @@ def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Te
         t, g = _log_mixture(p, q, jsd_weight)
         policy = torch.clamp(t, min=0.0, out=p.z).add_(g).mul_(p.e).sum(-1)
         ref = t.clamp_(max=0.0).sub_(g).mul_(q.e).sum(-1)
-        kl_policy[block] = policy * -LN2 / p.total.squeeze(-1)
-        kl_ref[block] = ref * LN2 / q.total.squeeze(-1)
-    return kl_policy, kl_ref
+        policy = policy * -LN2 / p.total.squeeze(-1)
+        ref = ref * LN2 / q.total.squeeze(-1)
+        kl_policy[block] = policy
+        jsd[block] = (1.0 - jsd_weight) * policy + jsd_weight * ref
+    return jsd, kl_policy
 
 
 def jsd_backward(

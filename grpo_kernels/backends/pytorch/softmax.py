@@ -27,6 +27,7 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 FLOOR = -1.0e30
 NO_OVERLAP = 1.0e9  # |FLOOR| x a probability of 1e-21
 LONG_ROW = 4096
+RUN = 256  # entries
 SHARE_UNIT = 64  # entries: more than any processor's vector code takes at a time
 MIN_SHARE = 32_768  # entries of a thread, below which PyTorch employs fewer of them
 
@@ -147,6 +148,26 @@ def mean_logit(logits: Tensor, softcap: float | None, scratch: Tensor) -> tuple[
     return total / number, number
 
 
+def largest_id(logits: Tensor) -> Tensor:
+    """Id [n, 1] of the largest logit of rows [n, V]; of equal logits the smallest id.
+
+    The largest of each RUN of entries are found first, which vector code does and argmax of long
+    rows does not: for 10 x 49,152 logits in fp32 on one core that took 0.1 to 0.3 ms, argmax 1.6 to
+    2.3 and the sort of the others in `largest_ids` 5.5.
+    """
+    V = logits.shape[-1]
+    if V < 2 * RUN:
+        return logits.argmax(dim=-1, keepdim=True)
+    whole = V - V % RUN
+    maxima = [logits[:, :whole].unflatten(-1, (-1, RUN)).amax(dim=-1)]
+    if whole < V:
+        maxima.append(logits[:, whole:].amax(dim=-1, keepdim=True))
+    run = torch.cat(maxima, dim=-1).argmax(dim=-1, keepdim=True)
+    # The last run may be short; the entries before it, which fill it up, are smaller.
+    ids = (run * RUN).clamp(max=V - RUN) + torch.arange(RUN, device=logits.device)
+    return ids.gather(-1, logits.gather(-1, ids).argmax(dim=-1, keepdim=True))
+
+
 def largest_ids(logits: Tensor, K: int) -> Tensor:
     """Ids [n, K] of the K largest logits of rows [n, V]; of equal logits the smaller id is first.
 
@@ -154,6 +175,8 @@ def largest_ids(logits: Tensor, K: int) -> Tensor:
     smaller are sorted by value and then by id. For 4 x 128,256 in fp32 and K = 8 that took 1.4 ms,
     a stable sort of the rows 50.
     """
+    if K == 1:
+        return largest_id(logits)
     least = logits.topk(K, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     rows, ids = (~(logits < least)).nonzero(as_tuple=True)  # a NaN is the largest, as in topk
     order = logits[rows, ids].sort(descending=True, stable=True).indices

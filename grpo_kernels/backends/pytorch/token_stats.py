@@ -18,6 +18,7 @@ from .softmax import (
     Block,
     Softmax,
     exp2,
+    largest_id,
     largest_ids,
     mean_logit,
     row_blocks,
@@ -48,7 +49,7 @@ def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
             stats.mean_logit[block] = mean / temperature[block]
             stats.num_entries[block] = number
         if stats.is_top1 is not None:
-            is_largest = logits[block].argmax(dim=-1) == tokens[block]
+            is_largest = largest_id(logits[block]).squeeze(-1) == tokens[block]
             stats.is_top1[block] = is_largest & (logprob > -torch.inf)
         if stats.top_logprobs is not None and stats.top_ids is not None:
             ids = largest_ids(logits[block], request.top_logprobs)

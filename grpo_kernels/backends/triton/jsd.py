@@ -52,8 +52,8 @@ def _jsd_forward_kernel(
     row_lse_ptr,  # [N, 2]: pivot, log_sum
     ref_row_lse_ptr,  # [N, 2]
     weight_ptr,  # [1], of the reference policy in the mixture
+    jsd_ptr,  # [N]
     kl_policy_ptr,  # [N]
-    kl_ref_ptr,  # [N]
     T,
     V,
     stride_logits_b,
@@ -69,8 +69,8 @@ def _jsd_forward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     if not is_unmasked(mask_ptr, row):
+        tl.store(jsd_ptr + row, 0.0)
         tl.store(kl_policy_ptr + row, 0.0)
-        tl.store(kl_ref_ptr + row, 0.0)
         return
 
     logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
@@ -92,8 +92,10 @@ def _jsd_forward_kernel(
         z, ref_z, t, g = log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight)
         kl_policy -= tile_sum(tl.exp2(z) * (tl.where(t < 0, 0.0, t) + g))
         kl_ref += tile_sum(tl.exp2(ref_z) * (tl.where(t > 0, 0.0, t) - g))
-    tl.store(kl_policy_ptr + row, tl.sum(kl_policy, axis=0) * LN2)
-    tl.store(kl_ref_ptr + row, tl.sum(kl_ref, axis=0) * LN2)
+    policy = tl.sum(kl_policy, axis=0) * LN2
+    ref = tl.sum(kl_ref, axis=0) * LN2
+    tl.store(jsd_ptr + row, (1.0 - weight) * policy + weight * ref)
+    tl.store(kl_policy_ptr + row, policy)
 
 
 @triton.jit(do_not_specialize=["T"])

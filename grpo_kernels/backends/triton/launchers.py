@@ -369,9 +369,9 @@ def approximate_kl_backward(
 
 
 def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Tensor, Tensor]:
-    """(KL(p‖m), KL(q‖m)) of every row, [B, T]; stats: row_lse and ref_row_lse of whole rows."""
-    kl_policy = rows.temperature.new_empty(rows.tokens.shape)
-    kl_ref = torch.empty_like(kl_policy)
+    """(jsd, KL(p‖m)) of every row, [B, T]; stats: row_lse and ref_row_lse of whole rows."""
+    jsd = rows.temperature.new_empty(rows.tokens.shape)
+    kl_policy = torch.empty_like(jsd)
     launch = _launch_config("jsd_forward", rows.logits)
     _launch(
         _jsd_forward_kernel,
@@ -382,12 +382,12 @@ def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Te
         ref_logits_ptr=rows.ref_logits,
         row_lse_ptr=stats.row_lse,
         ref_row_lse_ptr=stats.ref_row_lse,
+        jsd_ptr=jsd,
         kl_policy_ptr=kl_policy,
-        kl_ref_ptr=kl_ref,
         weight_ptr=scalar_tensor(jsd_weight, stats.row_lse.dtype, stats.row_lse.device),
         **launch.tile,
     )
-    return kl_policy, kl_ref
+    return jsd, kl_policy
 
 
 def jsd_backward(
