@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..backends import RowInputs, RowStats, backend_for
+from ..backends.listed_entries import capped, take_listed, write_listed_gradient
 from ..objective.config import LossConfig
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
+from ..objective.top_k_divergence import Rest, TopKDivergence, top_k_divergence
 from ..workspace import Workspace
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import LMHeadInputs
@@ -160,6 +162,46 @@ class Chunk(NamedTuple):
         )
         return LogitGrad(self.d_logits, scale)
 
+    def top_k_divergence(
+        self, columns: Tensor, logq: Tensor, divergence: str, jsd_weight: float
+    ) -> "ChunkTopK":
+        """Compute the divergence from a teacher's K most likely tokens and the rest.
+
+        It sets the listed logits to -inf.
+
+        Args:
+            columns: [n, K], of the logits; negative: none.
+            logq: [n, K + 1], `teacher_outcomes`.
+        """
+        inputs, temperature = self.inputs, self.rows.temperature.squeeze(0)
+        listed, stats, is_empty = take_listed(self.rows, columns.unsqueeze(0))
+        everywhere, group = listed, inputs.vocab_group
+        if group:
+            on_no_rank = torch.full_like(self.token_idx, NO_TOKEN)
+            stats = merge_over_ranks(group, stats, on_no_rank, temperature, None)
+            has_others = (~is_empty).to(listed.dtype).unsqueeze(-1)
+            parts = all_gather(torch.cat((listed, has_others), dim=-1), group).amax(0)
+            everywhere, is_empty = parts[:, :-1], parts[:, -1] == 0
+        pivot, log_sum = stats.row_lse.unbind(-1)
+        rest = Rest(pivot, log_sum, stats.entropy, is_empty)
+        result = top_k_divergence(
+            capped(everywhere, inputs.softcap), rest, temperature, logq, divergence, jsd_weight
+        )
+        return ChunkTopK(result, columns, listed, rest)
+
+    def top_k_grad(self, top_k: "ChunkTopK", d_divergence: Tensor) -> LogitGrad:
+        """Compute the gradient from that of the divergence, [n]."""
+        assert self.d_logits is not None
+        result, columns, listed, rest = top_k
+        stats = RowStats(None, None, result.kl, rest.log_sum)
+        grads, scale = self._scale_to_range(stats, TokenGrads(None, None, d_divergence))
+        assert grads.kl is not None
+        upstream = grads.kl.unsqueeze(-1)
+        dx = torch.where(upstream == 0, 0.0, result.gradient * upstream)
+        d_rows = self.d_logits[: len(self.groups)].unsqueeze(0)
+        write_listed_gradient(self.rows, listed, columns.unsqueeze(0), rest, dx, d_rows)
+        return LogitGrad(self.d_logits, scale)
+
     def policy(self) -> "Chunk":
         """View the logits of the policy alone."""
         rows = self.rows._replace(ref_logits=None, kl=None)
@@ -244,6 +286,15 @@ class Chunk(NamedTuple):
             self.d_logits[: len(self.groups)].unsqueeze(0),
         )
         return (logprob.squeeze(0), entropy.squeeze(0), None), LogitGrad(self.d_logits, None)
+
+
+class ChunkTopK(NamedTuple):
+    """What `Chunk.top_k_grad` needs of `Chunk.top_k_divergence`."""
+
+    result: TopKDivergence
+    columns: Tensor  # [n, K]
+    listed: Tensor  # [n, K], the logits in these columns; with a vocab_group, of this rank's
+    rest: Rest
 
 
 class Logits(NamedTuple):

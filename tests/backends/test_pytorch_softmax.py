@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels import token_stats
-from grpo_kernels.backends.pytorch.softmax import MIN_SHARE, SHARE_UNIT, exp2
+from grpo_kernels.backends.pytorch.softmax import MIN_SHARE, SHARE_UNIT, exp2, largest_id
 from tests.helpers.tensors import normal
 
 
@@ -58,3 +58,16 @@ def test_buffers_from_inference_mode_can_be_written_later(pytorch_backend):
     thread.start()
     thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("V", [5, 511, 512, 768, 1000])
+def test_largest_id_is_that_of_argmax(V):
+    """Also of ties within and across runs, of NaN, and of -inf alone; one id wherever it lies."""
+    rows = normal(1, V + 3, V)
+    rows[torch.arange(V), torch.arange(V)] = 9.0
+    rows[V] = (rows[V] * 0.7).round()
+    rows[V + 1, [V - 1, V // 2]] = torch.nan
+    rows[V + 2] = -torch.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = rows.to(dtype)
+        assert torch.equal(largest_id(logits)[:, 0], logits.argmax(-1))

@@ -706,8 +706,31 @@ def distillation_in_shards_of_the_vocabulary():
             check(case, call, divergence=divergence, mask=coin(51, 2, 4), chunk_tokens=3)
 
 
+def top_k_distillation_in_shards_of_the_vocabulary():
+    """Lists of all kinds: short, in one shard, of every token that is not excluded."""
+
+    def call(hidden, weight, tokens, bias, **keywords):
+        return linear_distillation_loss(hidden, weight, bias=bias, **keywords)
+
+    logprobs, ids = torch.log_softmax(normal(60, 2, 4, V, std=3), dim=-1).sort(descending=True)
+    ids[0, 0, 3:], ids[0, 1], ids[1, 0, 1:] = -1, -1, -1
+    for dtype, K in (
+        (torch.float64, 5),
+        (torch.float32, 5),
+        (torch.float16, 5),
+        (torch.float64, V),
+    ):
+        for divergence in ("reverse", "forward", "jsd"):
+            case = make_case(61, dtype, kl=False)
+            check(
+                case, call, divergence=divergence, mask=coin(62, 2, 4, p=0.8), chunk_tokens=3,
+                teacher_top_logprobs=(ids[..., :K], logprobs[..., :K]), softcap=5.0,
+            )  # fmt: skip
+
+
 CASES = (
     distillation_in_shards_of_the_vocabulary,
+    top_k_distillation_in_shards_of_the_vocabulary,
     token_stats_under_any_upstream_gradient,
     masked_tokens_temperature_and_softcap,
     excluded_shards,

@@ -6,9 +6,8 @@ import torch
 from grpo_kernels import HeadAdapter, distillation_loss, linear_distillation_loss
 from reference import losses
 from tests.helpers.count_flops import count_flops
-from tests.helpers.linear import half_gradient_tolerance, relative_error
+from tests.helpers.distillation import check_against_fp64, run
 from tests.helpers.tensors import coin, normal
-from tests.helpers.tolerance import assert_as_accurate
 
 KINDS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
 CASES = [
@@ -22,43 +21,13 @@ FP16 = [("reverse", 0.5, torch.float16), ("jsd", 0.1, torch.float16)]
 B, T, V, H, TEACHER_H = 2, 3, 37, 6, 5
 
 
-def run(function, *tensors, leaves=1, **keywords):
-    """Loss, metrics and the gradients of the first tensors, by name."""
-    tensors = [x.detach().clone().requires_grad_(i < leaves) for i, x in enumerate(tensors)]
-    loss, metrics = function(*tensors, **keywords)
-    grads = torch.autograd.grad(2 * loss, tensors[:leaves])
-    named = {f"d_{i}": grad for i, grad in enumerate(grads)}
-    return {"loss": loss.detach(), **metrics, **named}
-
-
-def doubled(value):
-    if isinstance(value, HeadAdapter):
-        return value._replace(a=value.a.double(), b=value.b.double())
-    is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if is_real else value
-
-
-def check(function, oracle, *tensors, **keywords):
-    ours = run(function, *tensors, **keywords)
-    same_dtype = run(oracle, *tensors, **keywords)
-    keywords = {name: doubled(value) for name, value in keywords.items()}
-    exact = run(oracle, *map(doubled, tensors), **keywords)
-    assert ours.keys() == exact.keys()
-    for name, value in ours.items():
-        if name.startswith("d_") and value.dtype in (torch.bfloat16, torch.float16):
-            assert relative_error(value, exact[name]) <= half_gradient_tolerance(), name
-        else:
-            assert_as_accurate(name, value, same_dtype[name], exact[name])
-    return ours
-
-
 @pytest.mark.parametrize(("divergence", "jsd_weight", "dtype"), CASES)
 def test_logits(backend, divergence, jsd_weight, dtype):
     logits, teacher = normal(1, B, T, V, std=3).to(dtype), normal(2, B, T, V, std=3).to(dtype)
     mask = coin(3, B, T)
     logits[~mask] = torch.nan
     temperature = normal(4, B, T).abs() + 0.5
-    check(
+    check_against_fp64(
         distillation_loss, losses.distillation_loss, logits, teacher, divergence=divergence,
         jsd_weight=jsd_weight, mask=mask, temperature=temperature.to(logits.dtype), softcap=5.0,
     )  # fmt: skip
@@ -82,7 +51,9 @@ def test_jsd_of_disjoint_supports_is_finite(backend):
 def test_jsd_of_nearly_equal_distributions(backend):
     logits = normal(1, 2, V, std=3)
     teacher = logits + normal(2, 2, V, std=1e-3)
-    check(distillation_loss, losses.distillation_loss, logits, teacher, divergence="jsd")
+    check_against_fp64(
+        distillation_loss, losses.distillation_loss, logits, teacher, divergence="jsd"
+    )
 
 
 def heads(dtype=torch.float32):
@@ -97,7 +68,7 @@ def heads(dtype=torch.float32):
 @pytest.mark.parametrize(("divergence", "jsd_weight", "dtype"), [*CASES, *FP16])
 def test_hidden_states(backend, divergence, jsd_weight, dtype):
     adapter = HeadAdapter(normal(5, 2, H).to(dtype), normal(6, V, 2).to(dtype), 0.5)
-    check(
+    check_against_fp64(
         linear_distillation_loss, losses.linear_distillation_loss, *heads(dtype), leaves=2,
         divergence=divergence, jsd_weight=jsd_weight, mask=coin(7, B, T), temperature=0.7,
         bias=normal(8, V).to(dtype), teacher_bias=normal(9, V).to(dtype), adapter=adapter,
