@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "transformers>=5.17",
     "gguf>=0.17",
+    "httpx>=0.28",
     "matplotlib>=3.8",
     "peft>=0.18",
     "psutil>=5.9",

@@ -28,7 +28,7 @@ def pick_sampler(settings: SamplingSettings) -> Sampler:
     """Make the sampler that --sampler names: one of SAMPLERS, or the server at an http(s) URL."""
     name = settings.sampler
     if is_server(name):
-        return ServerSampler(name)
+        return ServerSampler(settings)
     if name not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise UserError(

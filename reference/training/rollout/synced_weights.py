@@ -27,7 +27,8 @@ def synced_weights(policy) -> Iterator[tuple[str, Tensor]]:
 
     A head that is tied to the embedding has its own name as well. The product of a LoRA adapter is
     added to the weight in a copy, made when its turn comes: consume them one by one and only one
-    copy exists at a time. Under FSDP the weights must be whole: call this in `ranks.unsharded`.
+    copy exists at a time. In `model.disable_adapter()` the weights are those of the base model.
+    Under FSDP the weights must be whole: call this in `ranks.unsharded`.
     """
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
@@ -56,7 +57,7 @@ def _merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         saved = {name: x for name, x in buffers.items() if name not in unsaved}
         for name, weight in (dict(module.named_parameters(recurse=False)) | saved).items():
             weight = weight.detach()
-            if is_adapted and name == "weight":
+            if is_adapted and name == "weight" and not modules[path].disable_adapters:
                 for adapter in modules[path].active_adapters:
                     weight = weight + modules[path].get_delta_weight(adapter)
             yield f"{path}.{name}".lstrip("."), weight

@@ -1,41 +1,30 @@
 """Completions from an OpenAI-compatible server, such as vLLM, as token ids over HTTP.
 
-    vllm serve DIRECTORY --logprobs-mode processed_logprobs
-
-This mode is needed if --temperature is not 1 or the distribution is truncated: otherwise vLLM
-returns log-probs without either. The server keeps the weights with which it was started, while the
-policy is trained. New weights are not sent: vLLM receives them by NCCL, CUDA handles or a developer
-mode only. The loss corrects the difference by truncated importance sampling. The metric
-sampling/sampling_logp_difference shows it; if it has grown, restart the server from a saved model.
+`weight_push` gives the server the weights of the policy before each step. With --stale-sampler it
+keeps those with which it was started; the loss then corrects the difference by truncated importance
+sampling. The commands that start a server are in reference/README.md.
 
 With --top-k, --top-p or --min-p the tokens that the server kept are read from vLLM >= 0.28. Its
-/v1/completions does not return them, so that another endpoint is asked:
-
-    vllm serve DIRECTORY --logprobs-mode processed_logprobs \\
-        --return-sampling-mask --enable-scale-out
+/v1/completions does not return them, so that another endpoint is asked.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 from grpo_kernels import TokenSupport
+from reference.training.config import SamplingSettings
 from reference.training.errors import UserError
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.server import REQUESTS_AT_ONCE, Server
 from reference.training.rollout.truncation import Truncation
+from reference.training.rollout.weight_push import WeightPush, pick_weight_push
 
-TIMEOUT_S = 600
-ATTEMPTS = 5
-BACK_OFF_S = 0.5  # the wait before the second attempt; it doubles with each further one
-REQUESTS_AT_ONCE = 64
 COMPLETIONS = "/v1/completions"
 WITH_SUPPORT = "/inference/v1/generate"
 # No limit; vLLM takes the vocabulary instead. Under --return-sampling-mask it refuses a top_k of 0.
@@ -45,6 +34,8 @@ SUPPORT_HELP = (
     "--return-sampling-mask, --logprobs-mode processed_logprobs and, if it has that flag, "
     "--enable-scale-out; --no-support trains without them"
 )
+# A prefill that is split draws again from the generator of a request, which a CPU cannot.
+SEED_HELP = "a server on a CPU must be started with --no-enable-chunked-prefill"
 
 
 class ServerSampler(Sampler):
@@ -52,14 +43,55 @@ class ServerSampler(Sampler):
 
     has_own_weights = True
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        models = self._send("/v1/models").get("data") or [{}]
-        self.model = models[0].get("id")
-        if self.model is None:
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
+        self.server = Server(settings.sampler, settings.sampler_timeout)
+        self.url = self.server.url
+        cards = self.server.get("/v1/models").get("data") or [{}]
+        if "id" not in cards[0]:
             raise UserError(
                 f"{self.url}/v1/models names no model: is it an OpenAI-compatible server?"
             )
+        self.card: dict[str, Any] = cards[0]
+        self.model: str = self.card["id"]
+        self._push: WeightPush | None = None
+
+    def start(self, policy, directory: Path) -> None:
+        limit, longest = self.card.get("max_model_len"), policy.longest_prompt
+        if limit is not None and longest + policy.max_new_tokens > limit:
+            raise UserError(
+                f"{self.url} has --max-model-len {limit}: expected at least the longest prompt, "
+                f"{longest} tokens, and --max-new-tokens {policy.max_new_tokens}"
+            )
+        if self.settings.stale_sampler:  # it may serve an earlier state of the policy
+            return
+        root, name = self.card.get("root"), policy.model.config.name_or_path
+        if root and name and not is_same_model(root, name):
+            raise UserError(f"{self.url} serves {root}: expected --model, which is {name}")
+        directory = self.settings.weights_dir or directory / "weights"
+        self._push = pick_weight_push(self.server, directory, policy, root or self.model)
+        print(f"{self.url} gets {self._push.about} before each step")
+        with policy.ranks.unsharded(policy.model):
+            self.sync(policy)  # now, so that a server that cannot ends the run before step 1
+
+    def sync(self, policy) -> None:
+        if self._push is None:
+            return
+        name = failed = None
+        if policy.ranks.is_first:
+            try:
+                name = self._push.push(policy)
+            except UserError as error:
+                failed = UserError(str(error))
+        name, failed = policy.ranks.broadcast((name, failed))
+        if failed is not None:
+            raise failed
+        self.model = name or self.model
+
+    def close(self) -> None:
+        if self._push is not None:
+            self._push.close()
+        self.server.close()
 
     def sample(self, policy, prompts: Prompts, group_size: int, temperature: float) -> Completions:
         rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
@@ -87,8 +119,7 @@ class ServerSampler(Sampler):
                 body = {"prompt": row, "seed": seed, **sampling, **ids}
             requests.append({"model": self.model, **body})
         path = WITH_SUPPORT if with_support else COMPLETIONS
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            responses = list(pool.map(lambda body: self._send(path, body), requests))
+        responses = self._post_all(path, requests)
         tokens, logprobs, kept = [], [], []
         for response in responses:
             if not response.get("choices"):
@@ -143,6 +174,11 @@ class ServerSampler(Sampler):
                 f"{self.url} ended a completion with token {ids[-1]}: expected one of the end "
                 f"tokens {list(policy.eos_ids)}"
             )
+        if choice.get("finish_reason") == "length" and len(ids) < policy.max_new_tokens:
+            raise UserError(
+                f"{self.url} cut a completion after {len(ids)} of {policy.max_new_tokens} tokens: "
+                "start it with a larger --max-model-len"
+            )
         return ids, values
 
     def _parse_support(self, choice: dict[str, Any], ids: list[int]) -> list[list[int]]:
@@ -160,30 +196,38 @@ class ServerSampler(Sampler):
                 )
         return support
 
-    def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """GET, or POST `body`, and retry if the connection or the server fails."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}
-        )
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
+    def _post_all(self, path: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Post all bodies at once and return the answers, all before one deadline."""
+        deadline = time.monotonic() + self.server.timeout
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            futures = [pool.submit(self.server.post, path, body, deadline) for body in bodies]
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                text = error.read().decode(errors="replace")
-                with suppress(ValueError, AttributeError):  # not JSON, or of another form
-                    content = json.loads(text)
-                    text = content.get("error", content).get("message", text)
-                reason = " ".join(text.split())[:300] or error.reason  # on one line
-                failure = f"answered {error.code}: {reason}"
-                if error.code < 500:
-                    remedy = f" ({SUPPORT_HELP})" if path == WITH_SUPPORT else ""
-                    raise UserError(f"{self.url}{path} {failure}{remedy}") from None
-            except json.JSONDecodeError:
-                raise UserError(f"{self.url}{path} did not answer in JSON") from None
-            except (OSError, http.client.HTTPException) as error:
-                failure = f"is out of reach: {getattr(error, 'reason', None) or error}"
-        raise UserError(f"{self.url}{path} {failure} (after {ATTEMPTS} attempts)")
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also after Ctrl-C
+                pool.shutdown(cancel_futures=True)
+        failures = [x.exception() for x in futures if not x.cancelled()]
+        errors = [error for error in failures if error is not None]
+        if not errors:
+            return [future.result() for future in futures]
+        # An answer says more than a lost connection.
+        error = min(errors, key=lambda x: getattr(x, "status", None) is None)
+        status = getattr(error, "status", None)
+        if status == 500:
+            raise UserError(f"{error} ({SEED_HELP})")
+        if status is not None and status < 500 and path == WITH_SUPPORT:
+            raise UserError(f"{error} ({SUPPORT_HELP})")
+        raise error
+
+
+def is_same_model(served: str, trained: str) -> bool:
+    """Return whether two directories or ids of the hub are the same model, as far as names tell."""
+    directories = [Path(name).resolve() for name in (served, trained)]
+    if all(directory.is_dir() for directory in directories):
+        return directories[0] == directories[1]
+    return len({_model_name(Path(name)) for name in (served, trained)}) == 1
+
+
+def _model_name(path: Path) -> str:
+    """Return the last part of a name; that of models--ORG--NAME/snapshots/COMMIT is NAME."""
+    name = path.parent.parent.name if path.parent.name == "snapshots" else path.name
+    return name.rpartition("--")[2].lower()

@@ -7,6 +7,7 @@ events.out.*       the metrics again, for TensorBoard
 curves.png         the curves
 checkpoints/       the states from which the run can be resumed
 model/             the model after the last step
+weights/           what a server reads the weights from, during the run only
 summary.json       accuracy before and after
 """
 
@@ -34,7 +35,7 @@ from reference.training.model.policy import Policy
 # The files of a run beside settings.json: --overwrite removes nothing else.
 FILES = ("metrics.jsonl", "completions.txt", "curves.png", "summary.json")
 FILES += ("torchrun", "events.out.tfevents.*", "*.partial", "partial-*")
-FOLDERS = ("checkpoints", "model", "model.partial", "model.before.partial", "wandb")
+FOLDERS = ("checkpoints", "model", "model.partial", "model.before.partial", "weights", "wandb")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

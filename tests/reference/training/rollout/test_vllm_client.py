@@ -1,24 +1,26 @@
 """The server sampler, against a small server that answers as vLLM does."""
 
-import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from reference import train
 from reference.training.config import SamplingSettings
-from reference.training.distributed import SINGLE_PROCESS
+from reference.training.distributed import SINGLE_PROCESS, Ranks
 from reference.training.errors import UserError
-from reference.training.rollout import vllm_client as server
+from reference.training.model import lora
 from reference.training.rollout.generate import Prompts
 from reference.training.rollout.samplers import pick_sampler
 from reference.training.rollout.truncation import Truncation
+from reference.training.rollout.vllm_client import NO_TOP_K
+from tests.helpers.model_directories import make_family
+from tests.helpers.training_runs import left_by, tiny
+from tests.helpers.vllm_emulator import END, LOAD_ADAPTER
 
-END, PAD, VOCABULARY = 1, 0, 16
+PAD, VOCABULARY = 0, 16
 TOKENIZER = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: VOCABULARY})()
 POLICY = SimpleNamespace(
     tokenizer=TOKENIZER,
@@ -27,6 +29,7 @@ POLICY = SimpleNamespace(
     max_new_tokens=4,
     truncation=None,
     ranks=SINGLE_PROCESS,
+    longest_prompt=7,
 )
 TOP_P = Truncation(top_p=0.8)
 PROMPTS = Prompts(
@@ -36,72 +39,6 @@ PROMPTS = Prompts(
 
 def pick(url):
     return pick_sampler(SamplingSettings(sampler=url))
-
-
-class Emulator(BaseHTTPRequestHandler):
-    """Completion i of a prompt is its last token, then i more and the end; -0.5 each.
-
-    At the other endpoint each token was drawn from it, token 2 and, in completion i, i more.
-    """
-
-    def do_GET(self):
-        self.answer(self.server.models)
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        self.server.paths.append(self.path)
-        if self.server.failures:
-            code, message = self.server.failures.pop()
-            return self.answer({"error": {"message": message, "code": code}}, code)
-        if self.path == "/inference/v1/generate":
-            sampling = body["sampling_params"] | {"prompt": body["token_ids"]}
-            choices = [self.choice_with_mask(sampling, i) for i in range(sampling["n"])]
-        else:
-            choices = [self.choice(body, i) for i in range(body["n"])]
-        self.answer({"choices": [self.server.change(each) for each in reversed(choices)]})
-
-    def choice(self, body, i):
-        ids = [body["prompt"][-1]] * (i + 1) + [END]
-        reason = "stop" if len(ids) <= body["max_tokens"] else "length"
-        ids = ids[: body["max_tokens"]]
-        logprobs = {
-            "tokens": [f"token_id:{each}" for each in ids],
-            "token_logprobs": [-0.5 - i] * len(ids),
-            "top_logprobs": [{f"token_id:{each}": -0.5 - i} for each in ids],
-        }
-        return {"index": i, "token_ids": ids, "logprobs": logprobs, "finish_reason": reason}
-
-    def choice_with_mask(self, sampling, i):
-        choice = self.choice(sampling, i)
-        ids = choice["token_ids"]
-        mask = [[2, *range(10, 10 + i), token] for token in ids]
-        content = [{"token_id": token, "logprob": -0.5 - i, "rank": 1} for token in ids]
-        return choice | {"logprobs": {"content": content}, "sampling_mask": mask}
-
-    def answer(self, content, code=200):
-        data = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def emulator(monkeypatch):
-    monkeypatch.setattr(server, "BACK_OFF_S", 0.001)
-    emulated = ThreadingHTTPServer(("127.0.0.1", 0), Emulator)
-    emulated.models = {"data": [{"id": "served"}, {"id": "an adapter"}]}
-    emulated.bodies, emulated.paths, emulated.failures = [], [], []
-    emulated.change = lambda choice: choice
-    threading.Thread(target=emulated.serve_forever, args=[0.01], daemon=True).start()
-    emulated.url = f"http://127.0.0.1:{emulated.server_port}"
-    yield emulated
-    emulated.shutdown()
-    emulated.server_close()
 
 
 def sample(emulator, group_size=3, temperature=0.7, truncation=None):
@@ -136,7 +73,7 @@ def test_request_has_no_truncation_and_names_the_first_model(emulator):
     body = min(emulator.bodies, key=lambda each: len(each["prompt"]))
     assert body["prompt"] == [5, 6]  # without the padding
     named = ("model", "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    assert [body[name] for name in named] == [*("served", 3, 0.7, 1.0, server.NO_TOP_K, 0.0, 1.0)]
+    assert [body[name] for name in named] == [*("served", 3, 0.7, 1.0, NO_TOP_K, 0.0, 1.0)]
     assert (body["max_tokens"], body["stop_token_ids"]) == (4, [END])
 
 
@@ -160,7 +97,7 @@ def test_support_is_read_from_the_endpoint_that_returns_it(emulator):
     ("truncation", "expected"),
     [
         (Truncation(top_k=3), (3, 1.0, 0.0)),
-        (TOP_P, (server.NO_TOP_K, 0.8, 0.0)),  # vLLM refuses a top_k of 0
+        (TOP_P, (NO_TOP_K, 0.8, 0.0)),  # vLLM refuses a top_k of 0
         (Truncation(min_p=0.1, top_k=5, top_p=0.9), (5, 0.9, 0.1)),
     ],
 )
@@ -180,7 +117,7 @@ def test_truncation_is_requested_with_and_without_the_support(emulator, truncati
 def test_greedy_completions_are_not_truncated(emulator):
     assert sample(emulator, temperature=0.0, truncation=TOP_P).support is None
     assert emulator.paths == ["/v1/completions"] * 2
-    assert {(body["top_k"], body["top_p"]) for body in emulator.bodies} == {(server.NO_TOP_K, 1.0)}
+    assert {(body["top_k"], body["top_p"]) for body in emulator.bodies} == {(NO_TOP_K, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -220,22 +157,6 @@ def test_greedy_completions_are_requested_once_and_repeated(emulator):
     assert completions.tokens.tolist() == [[6, END], [6, END], [9, END], [9, END]]
 
 
-def test_url_may_end_in_v1(emulator):
-    assert pick(emulator.url + "/v1/").url == emulator.url
-
-
-def test_server_failures_are_retried(emulator):
-    emulator.failures = [(503, "loading")] * 3
-    assert sample(emulator).tokens.shape == (6, 4)
-    assert len(emulator.bodies) == 5
-
-
-def test_persistent_server_failure_raises(emulator):
-    emulator.failures = [(500, "out of memory")] * 100
-    with pytest.raises(UserError, match=r"answered 500: out of memory \(after 5 attempts\)"):
-        sample(emulator)
-
-
 def test_client_error_is_not_retried(emulator):
     emulator.failures = [(404, "The model `served` does not exist.")] * 2
     with pytest.raises(UserError, match="answered 404: The model `served` does not exist"):
@@ -243,11 +164,130 @@ def test_client_error_is_not_retried(emulator):
     assert len(emulator.bodies) <= 2
 
 
-def test_unreachable_server_raises_user_error_with_its_url(emulator):
-    emulator.shutdown()
-    emulator.server_close()
-    with pytest.raises(UserError, match=rf"{emulator.url}/v1/models is out of reach"):
-        pick(emulator.url)
+@pytest.mark.parametrize("failed", [0, 1])
+def test_answer_is_the_reason_rather_than_a_lost_connection(emulator, failed):
+    emulator.failures = [None] * 99
+    emulator.failures[98 - failed] = (500, "the engine died")
+    with pytest.raises(UserError, match=r"answered 500: the engine died \(a server on a CPU must"):
+        sample(emulator)
+
+
+def test_completion_that_the_server_cut_short_raises(emulator):
+    emulator.change = lambda choice: choice | {"finish_reason": "length"}
+    with pytest.raises(
+        UserError, match=r"cut a completion after [23] of 4 tokens: .*--max-model-len"
+    ):
+        sample(emulator)
+
+
+def make_policy(directory="", rank=None):
+    model, tokenizer = make_family("Llama")
+    model.config._name_or_path = str(directory)
+    model = model if rank is None else lora.add_lora(model, rank, 8.0)
+    return SimpleNamespace(**vars(POLICY) | {"model": model, "tokenizer": tokenizer})
+
+
+def test_completions_come_from_the_weights_of_the_last_sync(emulator, tmp_path):
+    emulator.routes = {LOAD_ADAPTER}
+    policy, sampler = make_policy(rank=2), pick(emulator.url)
+    sampler.start(policy, tmp_path)
+    assert len(emulator.loaded) == 1  # so that a server that cannot ends the run at its start
+    with torch.no_grad():
+        for param in policy.model.parameters():
+            param += 1
+    sampler.sync(policy)
+    sampler.sample(policy, PROMPTS, 1, 1.0)
+    assert {body["model"] for body in emulator.bodies} == emulator.adapters
+    (path, tensors) = emulator.loaded[-1]
+    assert path.parent == tmp_path / "weights"
+    assert all((x > 0.5).any() for x in tensors.values())
+    sampler.close()
+    sampler.close()
+    assert not path.parent.exists()
+
+
+def test_weights_pass_through_the_directory_of_the_settings(emulator, tmp_path):
+    settings = SamplingSettings(sampler=emulator.url, weights_dir=tmp_path / "shared")
+    pick_sampler(settings).start(make_policy(), tmp_path)
+    assert emulator.loaded[0][0].parent == tmp_path / "shared"
+
+
+def test_stale_server_gets_no_weights(emulator, tmp_path):
+    emulator.routes = set()
+    policy = make_policy()
+    with pytest.raises(UserError, match="takes over no weights"):
+        pick(emulator.url).start(policy, tmp_path)
+    sampler = pick_sampler(SamplingSettings(sampler=emulator.url, stale_sampler=True))
+    sampler.start(policy, tmp_path)
+    sampler.sync(policy)
+    sampler.sample(policy, PROMPTS, 1, 1.0)
+    sampler.close()
+    assert emulator.loaded == [] and emulator.bodies[0]["model"] == "served"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_failed_sync_of_the_first_rank_ends_all(emulator, tmp_path):
+    class Others(Ranks):
+        """Rank 1; the value of rank 0 is the failure."""
+
+        def broadcast(self, value):
+            assert value == (None, None)
+            return None, UserError("rank 0 could not push")
+
+    policy = make_policy()
+    policy.ranks = Others(1, 1)
+    with pytest.raises(UserError, match="rank 0 could not push"):
+        pick(emulator.url).start(policy, tmp_path)
+    assert emulator.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("served", "trained", "is_same"),
+    [
+        ("here/tiny", "here/tiny", True),
+        ("here/link", "here/tiny", True),
+        ("here/tiny", "there/tiny", False),  # both exist, and are two
+        ("/elsewhere/Tiny", "here/tiny", True),
+        ("/elsewhere/other", "here/tiny", False),
+        ("ORG/tiny", "hub/models--ORG--tiny/snapshots/0123", True),
+        ("ORG/tiny-base", "hub/models--ORG--tiny/snapshots/0123", False),
+    ],
+)
+def test_server_must_serve_the_model_that_trains(
+    emulator, tmp_path, monkeypatch, served, trained, is_same
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here/tiny", "there/tiny", "hub/models--ORG--tiny/snapshots/0123"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "here/link").symlink_to(tmp_path / "here/tiny")
+    emulator.models = {"data": [{"id": "any name", "root": served}]}
+    sampler, policy = pick(emulator.url), make_policy(trained)
+    if is_same:
+        return sampler.start(policy, tmp_path)
+    with pytest.raises(UserError, match=f"serves {served}: expected --model, which is {trained}"):
+        sampler.start(policy, tmp_path)
+
+
+def test_context_must_hold_the_longest_prompt_and_its_completion(emulator, tmp_path):
+    emulator.models = {"data": [{"id": "served", "max_model_len": 11}]}
+    pick(emulator.url).start(make_policy(), tmp_path)
+    emulator.models["data"][0]["max_model_len"] = 10
+    with pytest.raises(UserError, match=r"--max-model-len 10: .*prompt, 7 tokens, .*-tokens 4$"):
+        pick(emulator.url).start(make_policy(), tmp_path)
+
+
+def test_run_whose_server_dies_saves_and_resumes(emulator, tmp_path, tiny_model, capsys):
+    run = tmp_path / "run"
+    flags = ["--model", tiny_model, "--steps", "4", "--prompts", "2", "--stale-sampler"]
+    emulator.failures = [None] * 99 + [lambda: None] * 4  # two requests per step
+    assert tiny(run, *flags, "--sampler", emulator.url, "--checkpoint-every", "None") == 2
+    said = capsys.readouterr().err
+    assert f"to go on after step 2: python reference/train.py --resume {run}\n" in said
+    assert f"error: {emulator.url}/v1/completions is out of reach: Server disconnected" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    emulator.failures = []
+    assert train.main(["--resume", str(run)]) == 0
+    assert len(left_by(run)["metrics"]) == 6  # of four steps, and two evaluations
 
 
 def test_server_without_models_raises(emulator):
@@ -271,9 +311,3 @@ def test_incomplete_or_wrong_response_raises(emulator, change, message):
     emulator.change = lambda choice: choice | change
     with pytest.raises(UserError, match=message):
         sample(emulator, group_size=1)
-
-
-def test_response_that_is_not_json_raises(emulator, monkeypatch):
-    monkeypatch.setattr(server.json, "load", lambda response: json.loads("<html>"))
-    with pytest.raises(UserError, match="did not answer in JSON"):
-        pick(emulator.url)

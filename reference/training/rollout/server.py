@@ -1,0 +1,132 @@
+"""Requests to an OpenAI-compatible server over HTTP, and their errors in one line."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import Any
+
+import httpx
+
+from reference.training.errors import UserError
+
+CONNECT_S = 10  # the time for a connection
+RETRY_S = 10  # a server may be out of reach for so long before the run ends
+BACK_OFF_S = 0.5  # the wait before the second attempt; it doubles with each further one
+REQUESTS_AT_ONCE = 64
+TRANSIENT = {429, 502, 503, 504}  # a proxy or a server that is busy or starts
+IDLE_S = 1  # an idle connection is dropped before the server drops it, which would be a failure
+
+
+class ServerError(UserError):
+    """A request failed; `status` is that of the answer, or None if there was none."""
+
+    status: int | None = None
+
+
+class Server:
+    """A server, and the time that it has for an answer.
+
+    Attributes:
+        url: without the /v1 of the paths.
+        timeout: seconds for a request, its retries included.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout = timeout
+        key = os.environ.get("VLLM_API_KEY", "").strip()
+        limits = httpx.Limits(max_connections=REQUESTS_AT_ONCE, keepalive_expiry=IDLE_S)
+        try:
+            self._client = httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                limits=limits,
+            )
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise UserError(f"--sampler {url} and $VLLM_API_KEY: {error}") from None
+
+    def get(self, path: str) -> Any:
+        """Return the JSON at a path."""
+        return self._json(path, self.request("GET", path))
+
+    def post(self, path: str, body: dict[str, Any], deadline: float | None = None) -> Any:
+        """Post JSON and return the JSON of the answer."""
+        return self._json(path, self.request("POST", path, body, deadline))
+
+    def has_route(self, path: str) -> bool:
+        """Return whether the server knows a path to which it wants a body of JSON."""
+        try:
+            self.request("POST", path, {})
+        except ServerError as error:
+            if error.status is None:
+                raise
+            return error.status not in (404, 405)
+        return True
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        deadline: float | None = None,
+    ) -> httpx.Response:
+        """Return an answer without an error, and retry while the server is out of reach or busy.
+
+        Args:
+            deadline: by time.monotonic(). None: in `timeout` seconds.
+
+        Raises:
+            ServerError: the reason, and the first failure if it was another one.
+        """
+        started, wait, failures = time.monotonic(), BACK_OFF_S, []
+        deadline = started + self.timeout if deadline is None else deadline
+        give_up = min(deadline, started + RETRY_S)
+        while True:
+            status = None
+            remaining = max(deadline - time.monotonic(), 0.001)
+            timeout = httpx.Timeout(remaining, connect=min(CONNECT_S, remaining))
+            try:
+                response = self._client.request(method, path, json=body, timeout=timeout)
+            except httpx.TransportError as error:
+                if isinstance(error, httpx.TimeoutException) and time.monotonic() >= deadline:
+                    failures.append(f"did not answer within {self.timeout:g} s")
+                    break
+                failures.append(f"is out of reach: {error or type(error).__name__}")
+            else:
+                status = response.status_code
+                if status < 300:
+                    return response
+                failures.append(f"answered {status}: {_reason(response)}")
+                if status not in TRANSIENT:
+                    break
+            if time.monotonic() + wait > give_up:
+                break
+            time.sleep(wait)
+            wait *= 2
+        told = ", then ".join(dict.fromkeys((failures[0], failures[-1])))
+        if status == 401:
+            told += " (set $VLLM_API_KEY to the --api-key of the server)"
+        error = ServerError(f"{self.url}{path} {told}")
+        error.status = status
+        raise error
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _json(self, path: str, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise UserError(f"{self.url}{path} did not answer in JSON") from None
+
+
+def _reason(response: httpx.Response) -> str:
+    """Return the message of an answer that is an error, on one line."""
+    text = response.text
+    with suppress(ValueError, AttributeError, TypeError):  # not JSON, or of another form
+        content = response.json()
+        content = content.get("error", content)
+        text = content if isinstance(content, str) else content.get("message", text)
+    return " ".join(text.split())[:300] or response.reason_phrase
