@@ -64,7 +64,7 @@ from reference.training.errors import UserError, discard_stdout
 from reference.training.evaluate import chat, evaluate
 from reference.training.model.policy import load_policy, pick_device
 from reference.training.model.scorers import FusedScorer, PlainScorer
-from reference.training.model.teacher import load_teacher
+from reference.training.model.teacher import Teacher
 from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.samplers import pick_sampler
 from reference.training.run.checkpoint import Checkpoints
@@ -90,6 +90,11 @@ A note on the loss: its VALUE says nothing about progress. With one optimiser st
 ratio of new to old policy is 1 and the advantages of a group add up to 0. A loss of clipped ratios
 is then about 0, up to a remainder from completions of unequal length. Its gradient is not 0. Watch
 the reward.
+"""
+ABOUT_BOTH = """\
+The loss is that of the rewards plus {coef:g} times `divergence`, the KL to the teacher in nats per
+token of the completions that the student sampled. The value of the first, `policy_loss`, says
+nothing about progress. Watch the reward and the divergence.
 """
 ABOUT_THE_DIVERGENCE = """\
 The loss is the divergence of the student from the teacher, in nats per token of the completions
@@ -160,6 +165,8 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         with ranks.only_rank0_prints():
             return evaluate(policy, task, config)
     load_matplotlib()
+    with ranks.only_rank0_prints():
+        source = None if config.teacher is None else Teacher.find(config)
 
     config = resume_after_torchrun_restart(config, ranks)
     with ranks.only_rank0_prints(), lock_run_dir(config, ranks) as directory:
@@ -168,10 +175,11 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
         inputs = digest_inputs(config, task)
         checkpoint = find_checkpoint(config, checkpoints, inputs)
-        policy = load_policy(config, device, sampler, task.system, questions, ranks)
+        check = None if source is None else source.check_student
+        policy = load_policy(config, device, sampler, task.system, questions, ranks, check)
         if not sampler.has_own_weights:
             sampler = policy.sampler  # not every model can share the prompt of a group
-        teacher = None if config.teacher is None else load_teacher(config, policy, questions)
+        teacher = None if source is None else source.load(policy, questions)
         scorer = SCORERS[config.loss_impl]  # log-probs and loss of a batch, fused or plain
         order = random.Random(config.seed)  # draws the questions of each step
         if config.model == "scratch" and checkpoint is None:
@@ -250,8 +258,10 @@ def train(
         evaluate_if_due()
         draw_curves()
         state.save_if_due(checkpoints)
-        print(ABOUT_THE_LOSS if learner.teacher is None else ABOUT_THE_DIVERGENCE)
-        name = "GRPO" if learner.teacher is None else "distillation"
+        about = ABOUT_THE_LOSS if learner.teacher is None else ABOUT_BOTH
+        about = ABOUT_THE_DIVERGENCE if config.distils_only else about
+        print(about.format(coef=config.teacher_coef))
+        name = "distillation" if config.distils_only else "GRPO"
         for step in (bar := progress_bar(name, state.step, config.steps, policy.ranks.is_first)):
             # Sample and reward groups of completions. A signal drops the step here; a resumed run
             # repeats it from the recorded state of the random generators.

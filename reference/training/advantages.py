@@ -42,14 +42,14 @@ def compute_advantages(
 ) -> Tensor:
     """Return the advantages in fp32: [B·G], or [B·G, T] with process supervision.
 
-    With a teacher there is nothing to compare, and they are 0.
+    They are 0 where the loss is the divergence from a teacher alone.
 
     A completion to which no reward applies has an advantage of 0. The others are compared as if its
     reward were their mean, which leaves the mean of the group as it is. Process supervision adds
     the advantages of steps to that of the completion. The call updates the baseline, which is that
     of --advantage ema.
     """
-    if config.teacher is not None:
+    if config.distils_only:
         return torch.zeros(rollouts.rewards.numel())
     group_rewards = replace_missing(rollouts.rewards)
     name = config.advantage or ("centered" if config.loss == "dr_grpo" else "group")

@@ -79,6 +79,7 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     first.add_argument("--preset", nargs="?", default="smollm2-135m")
     first.add_argument("--task", nargs="?")
     first.add_argument("--teacher", nargs="?")
+    first.add_argument("--teacher-coef", "--teacher_coef", nargs="?", default="None")
     first.add_argument("--resume", nargs="?", type=Path)
     first.add_argument("--chat", nargs="?", const=True)
     early = first.parse_known_args(arguments)[0]
@@ -87,7 +88,7 @@ def parse_command_line(arguments: list[str] | None = None) -> TrainConfig:
     defaults = PRESETS.get(early.preset, TrainConfig())
     if early.task in TASK_DEFAULTS:
         defaults = replace(defaults, task=early.task, **TASK_DEFAULTS[early.task])
-    if early.teacher is not None:  # it has a loss of its own
+    if early.teacher is not None and early.teacher_coef == "None":  # it has a loss of its own
         defaults = replace(defaults, loss=TrainConfig.loss)
     if early.help is not None and early.help != "all":
         print(_first_help(defaults))

@@ -128,18 +128,22 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """On-policy distillation: the loss is the divergence from a teacher, on the completions of the
-    student."""
+    """On-policy distillation: the loss is the divergence from a teacher on the completions of the
+    student, alone or beside a loss of their rewards."""
 
     teacher: str | None = None
     """A model of any size to distil from. It is a directory or a model hub id with the tokenizer of
-    --model. Its distribution replaces advantages in the loss; rewards are only logged."""
+    --model. Its distribution replaces advantages in the loss; rewards are only logged, unless
+    --teacher-coef is set."""
     distill: Literal["reverse", "forward", "jsd"] = "reverse"
     """The divergence over the whole vocabulary, a mean over tokens. reverse: KL(student‖teacher),
     forward: KL(teacher‖student), jsd: (1 - w) KL(student‖m) + w KL(teacher‖m) with the mixture
     m = (1 - w) student + w teacher and w = --jsd-weight."""
     jsd_weight: float = 0.5
     """The weight of the teacher in --distill jsd, between 0 and 1."""
+    teacher_coef: float | None = None
+    """Train on the rewards too: the loss is that of --loss plus this times the KL of --distill
+    reverse or forward, both in one pass. None: the divergence alone."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +320,9 @@ UNUSED_WITH_TEACHER = (
     *("reference_refresh", "entropy_target", "entropy_coef_step", "entropy_coef_max"),
 )
 
+# What concerns the KL to the reference policy, whose place a teacher takes.
+OF_REFERENCE_KL = ("beta", "kl_estimator", "reference_refresh")
+
 POSITIVE = (
     "temperature",
     "learning_rate",
@@ -377,7 +384,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
     def __post_init__(self) -> None:
         for name, minimum in MINIMA.items():
             value = getattr(self, name)
-            if name == "group_size" and self.teacher is not None:
+            if name == "group_size" and self.distils_only:
                 minimum = 1  # nothing is compared
             holds = value is None or value == "auto" or value >= minimum
             self._require(name, holds, f"at least {minimum}")
@@ -389,6 +396,8 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")
         self._require("jsd_weight", 0 < self.jsd_weight < 1, "between 0 and 1")
+        coef = self.teacher_coef
+        self._require("teacher_coef", coef is None or 0 < coef < math.inf, "a positive number")
         top_p, min_p = self.top_p, self.min_p
         self._require("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1")
         self._require("min_p", min_p is None or 0 <= min_p <= 1, "0 to 1")
@@ -400,14 +409,14 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         if self.advantage == "pass_at_k":
             self._require("pass_k", self.pass_k <= self.group_size, "at most --group-size")
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise UserError(message)
         if self.entropy_target is not None:
             start = self.loss_config().entropy_coef
             self._require(
                 "entropy_coef_max", self.entropy_coef_max >= start, f"at least the start, {start}"
             )
-        for wrong, message in self._contradictions():
-            if wrong:
-                raise UserError(message)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -424,13 +433,29 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         truncates = self.truncation is not None
         continuous = self.sampler == "continuous"
         defaults = {setting.name: setting.default for setting in fields(self)}
-        unused = [name for name in UNUSED_WITH_TEACHER if getattr(self, name) != defaults[name]]
+        has_coef = self.teacher_coef is not None
+        names = OF_REFERENCE_KL if has_coef else UNUSED_WITH_TEACHER
+        unused = [name for name in names if getattr(self, name) != defaults[name]]
         flags = [("--no-" if x == "support" else "--") + x.replace("_", "-") for x in unused]
         return [
             (
-                self.teacher is not None and bool(unused),
+                self.distils_only and bool(unused),
                 "--teacher: the loss is the divergence from the teacher, without rewards: not with "
-                f"{', '.join(flags)}",
+                f"{', '.join(flags)}; --teacher-coef adds it to a loss of the rewards",
+            ),
+            (
+                self.teacher is None and has_coef,
+                "--teacher-coef is the weight of the KL to a --teacher: name one",
+            ),
+            (
+                has_coef and bool(unused),
+                "--teacher-coef: the KL in the loss is that to the teacher, and not to a reference "
+                f"policy: not with {', '.join(flags)}",
+            ),
+            (
+                has_coef and self.distill == "jsd",
+                "--teacher-coef adds a KL to the loss of the rewards: set --distill reverse or "
+                "forward; jsd is a loss by itself",
             ),
             (
                 self.distill != "jsd" and self.jsd_weight != defaults["jsd_weight"],
@@ -470,7 +495,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "shared-prompt or generate",
             ),
             (
-                continuous and truncates and self.support and self.teacher is None,
+                continuous and truncates and self.support and not self.distils_only,
                 "--sampler continuous does not return the tokens that --top-k and --top-p keep: "
                 "take shared-prompt or generate, or train without them with --no-support",
             ),
@@ -559,7 +584,12 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         rules = {"top_k": self.top_k or 0, "top_p": self.top_p or 1.0, "min_p": self.min_p or 0.0}
         if rules == {"top_k": 0, "top_p": 1.0, "min_p": 0.0}:
             return None
-        return Truncation(**rules, return_support=self.support and self.teacher is None)
+        return Truncation(**rules, return_support=self.support and not self.distils_only)
+
+    @property
+    def distils_only(self) -> bool:
+        """The loss is the divergence from a teacher, without rewards."""
+        return self.teacher is not None and self.teacher_coef is None
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON, without --resume, --accept-changes and --overwrite.
@@ -590,6 +620,8 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         """
         given = {name: getattr(self, name) for name in LOSS_SETTINGS}
         given = {name: value for name, value in given.items() if value is not None}
+        if self.teacher_coef is not None:
+            given |= {"beta": self.teacher_coef, "kl_estimator": self.distill}
         aggregation = self.aggregation or ("fixed_length" if self.loss == "dr_grpo" else None)
         if aggregation == "fixed_length":
             given.setdefault("max_completion_length", self.max_new_tokens)

@@ -13,6 +13,7 @@ from reference.training.errors import UserError
 LOSS_TERMS = {  # by metric
     "policy_loss": "policy",
     "kl": "KL",
+    "divergence": "divergence",
     "entropy": "entropy",
     "nll_loss": "cross-entropy",
 }

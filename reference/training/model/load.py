@@ -11,6 +11,8 @@ import copy
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from reference.training.errors import UserError, near_path, one_line
 from reference.training.guards import is_out_of_memory
 from reference.training.model import download
 from reference.training.rollout.chat_template import Messages
+
+Check = Callable[[Any, Any], None]  # of a tokenizer and the config of its model
 
 OPENING_FILE = "opening.json"  # of a trained model: the messages before each question
 HUB_IDS = {"llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct"}
@@ -129,32 +133,25 @@ def locate(model: str, cache_dir: Path | None, flag: str = "--model") -> Path | 
         ) from None
 
 
-def load(directory: Path | None):
+def load(directory: Path | None, check: Check | None = None):
     """Load (model, tokenizer) in fp32 from a directory; for None make them from scratch.
 
     Weights are read from safetensors only, and no code of the model is run. The tokenizer is
-    checked before the weights are read. If FORWARD_FLAGS change the model's config, the model has
-    the config of the file as `config_of_file`, with which it is saved.
+    checked before the weights are read, also by `check`, which is called with it and the model's
+    config. If FORWARD_FLAGS change that config, the model has the config of the file as
+    `config_of_file`, with which it is saved.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if directory is None:
-        return from_scratch()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"the tokenizer in {directory} has no chat template: take an instruction-tuned "
-                "model"
-            )
-        largest = max(tokenizer.get_vocab().values())
-        vocab_size = config.get_text_config().vocab_size
-        if largest >= vocab_size:
-            raise UserError(
-                f"the tokenizer in {directory} is not the model's: it has the token {largest}, and "
-                f"the model {vocab_size} tokens from 0 on"
-            )
+        model, tokenizer = from_scratch()
+        if check is not None:
+            check(tokenizer, model.config)
+        return model, tokenizer
+    tokenizer, config = read_tokenizer(directory)
+    if check is not None:
+        check(tokenizer, config)
+    with _as_user_error(directory):
         config_of_file = copy.deepcopy(config)
         changed = set_forward_flags(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -165,12 +162,6 @@ def load(directory: Path | None):
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except UserError:
-        raise
-    except Exception as error:  # each config class and each kind of damage raises its own type
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:  # Transformers would draw them at random
@@ -184,6 +175,38 @@ def load(directory: Path | None):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def read_tokenizer(directory: Path) -> tuple[Any, Any]:
+    """Return the tokenizer and the config of the model in a directory, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _as_user_error(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        largest = max(tokenizer.get_vocab().values())
+        vocab_size = config.get_text_config().vocab_size
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer in {directory} has no chat template: take an instruction-tuned model"
+        )
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} is not the model's: it has the token {largest}, and "
+            f"the model {vocab_size} tokens from 0 on"
+        )
+    return tokenizer, config
+
+
+@contextmanager
+def _as_user_error(directory: Path) -> Iterator[None]:
+    """Turn any error but a lack of memory into a UserError that names the directory."""
+    try:
+        yield
+    except Exception as error:  # each config class and each kind of damage raises its own type
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot load the model in {directory}: {one_line(error)}") from None
 
 
 def load_opening(directory: Path, system: str | None) -> tuple[str | None, Messages]:

@@ -79,21 +79,23 @@ class Policy:
         max_new_tokens: int,
         *,
         cache_dir: Path | None = None,
-        flag: str = "--model",
+        check: models.Check | None = None,
         **options: Any,
     ) -> Policy:
         """Load a model with fp32 weights and without dropout; the options are other attributes.
 
         Args:
-            flag: the setting that names the model, for error messages.
+            check: called with the tokenizer and the config before weights are read.
         """
         if settings.lora_rank is not None:
             lora.load_peft()
         model: Any  # transformers decorates `to` with a type that takes no device
         if settings.random_weights:
             model, tokenizer = models.random_weights(settings.model, device)
+            if check is not None:
+                check(tokenizer, model.config)
         else:
-            model, tokenizer = models.load(models.locate(settings.model, cache_dir, flag))
+            model, tokenizer = models.load(models.locate(settings.model, cache_dir), check)
         if settings.gradient_checkpointing and not checkpointable_layers(model):
             raise UserError(
                 f"--gradient-checkpointing: {type(model).__name__} has no layers to recompute"
@@ -194,6 +196,7 @@ def load_policy(
     system: str | None,
     questions: Sequence[Question] = (),
     ranks: Ranks = SINGLE_PROCESS,
+    check: models.Check | None = None,
 ) -> Policy:
     """Seed PyTorch, load the model of the settings and check it with some of the questions."""
     if config.threads is not None:
@@ -209,6 +212,7 @@ def load_policy(
         device,
         config.max_new_tokens,
         cache_dir=config.cache_dir,
+        check=check,
         system=system,
         opening=opening,
         sampler=sampler,

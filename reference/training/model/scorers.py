@@ -1,15 +1,16 @@
-"""Two scorers of completions with the same three methods.
+"""Two scorers of completions with the same methods.
 
 `token_stats(policy, batch)` returns the log-probs of a micro-batch's tokens, `loss(policy, batch,
-...)` its GRPO loss, and `distillation_loss(policy, teacher, batch, ...)` its divergence from a
-teacher. FusedScorer computes them from the last hidden states with grpo_kernels and never stores
-the logits. PlainScorer runs the whole model and takes the reference implementation of the losses on
-its logits. They agree up to rounding.
+...)` its GRPO loss, maybe with a KL to a teacher, and `distillation_loss(policy, batch, ...)` its
+divergence from a teacher, whose predictions `teacher_predictions` computes. FusedScorer computes
+them from the last hidden states with grpo_kernels and never stores the logits. PlainScorer runs the
+whole model and takes the reference implementation of the losses on its logits. They agree up to
+rounding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,29 +31,46 @@ class HiddenPredictions:
     hidden: Tensor
     head: LMHead
 
+    @property
+    def nbytes(self) -> int:
+        return self.hidden.nbytes
+
     def token_stats(self, tokens: Tensor, **keywords: Any) -> TokenStats:
         return self.head.token_stats(self.hidden, tokens, **keywords)
 
-    def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> LossOutput:
+    def grpo_loss(
+        self,
+        tokens: Tensor,
+        advantages: Tensor,
+        teacher: HiddenPredictions | None,
+        **keywords: Any,
+    ) -> LossOutput:
+        if teacher is not None:
+            ref_head = _first_rows(teacher.head, len(self.head.weight))
+            keywords |= {"ref_hidden": teacher.hidden, "ref_head": ref_head}
         return self.head.grpo_loss(self.hidden, tokens, advantages, **keywords)
 
     def distillation_loss(self, teacher: HiddenPredictions, **keywords: Any) -> LossOutput:
-        head, V = self.head, len(self.head.weight)
-        weight, bias = teacher.head.weight, teacher.head.bias
-        if len(weight) > V:
-            weight, bias = weight[:V], None if bias is None else bias[:V]
+        head, teacher_head = self.head, _first_rows(teacher.head, len(self.head.weight))
         return linear_distillation_loss(
             self.hidden,
             head.weight,
             teacher.hidden,
-            weight,
+            teacher_head.weight,
             bias=head.bias,
-            teacher_bias=bias,
+            teacher_bias=teacher_head.bias,
             adapter=head.adapter,
             temperature=keywords.pop("temperature") / head.scale,
             softcap=None if head.softcap is None else head.softcap / head.scale,
             **keywords,
         )
+
+
+def _first_rows(head: LMHead, V: int) -> LMHead:
+    """Leave out the rows of a teacher's head that are no tokens of the student."""
+    if len(head.weight) == V:
+        return head
+    return replace(head, weight=head.weight[:V], bias=None if head.bias is None else head.bias[:V])
 
 
 @dataclass(frozen=True)
@@ -61,10 +79,22 @@ class LogitPredictions:
 
     logits: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.logits.nbytes
+
     def token_stats(self, tokens: Tensor, **keywords: Any) -> Any:
         return losses.token_stats(self.logits, tokens, **keywords)
 
-    def grpo_loss(self, tokens: Tensor, advantages: Tensor, **keywords: Any) -> Any:
+    def grpo_loss(
+        self,
+        tokens: Tensor,
+        advantages: Tensor,
+        teacher: LogitPredictions | None,
+        **keywords: Any,
+    ) -> Any:
+        if teacher is not None:
+            keywords["ref_logits"] = teacher.logits[..., : self.logits.shape[-1]]
         return losses.grpo_loss(self.logits, tokens, advantages, **keywords)
 
     def distillation_loss(self, teacher: LogitPredictions, **keywords: Any) -> Any:
@@ -92,12 +122,14 @@ class Scorer:
         config: LossConfig,
         temperature: float = 1.0,
         *,
+        teacher: Any = None,
         store_old_logprob: bool = False,
         **denominators: int,
     ) -> LossOutput:
         """Return the loss of the batch, differentiable in the policy's weights.
 
         Args:
+            teacher: `teacher_predictions` of the batch, for a KL over the vocabulary.
             store_old_logprob: set batch.old_logprob, if it is None, to the log-probs of this pass.
             denominators: the normalizers of the loss; by default those of the batch itself.
         """
@@ -113,6 +145,7 @@ class Scorer:
             return predictions.grpo_loss(
                 batch.tokens,
                 batch.advantages,
+                teacher,
                 **_common_keywords(batch, temperature),
                 old_logprob=batch.old_logprob,
                 ref_logprob=batch.ref_logprob,
@@ -123,7 +156,7 @@ class Scorer:
             )
 
     def distillation_loss(
-        self, policy: Policy, teacher: Policy, batch: MicroBatch, **keywords: Any
+        self, policy: Policy, batch: MicroBatch, teacher: Any, **keywords: Any
     ) -> LossOutput:
         """Return the divergence of the policy from the teacher, differentiable in the policy.
 
@@ -131,13 +164,19 @@ class Scorer:
         rows of the teacher's head, which are no tokens, are left out of its distribution.
 
         Args:
+            teacher: `teacher_predictions` of the batch.
             keywords: divergence, jsd_weight, temperature and normalizer of `distillation_loss`.
         """
-        with torch.no_grad():
-            target = self._forward(teacher, batch)
         predictions = self._forward(policy, batch)
         with policy.autocast():
-            return predictions.distillation_loss(target, mask=batch.loss_mask, **keywords)
+            return predictions.distillation_loss(teacher, mask=batch.loss_mask, **keywords)
+
+    @torch.no_grad()
+    def teacher_predictions(
+        self, teacher: Policy, batch: MicroBatch
+    ) -> HiddenPredictions | LogitPredictions:
+        """Return the predictions of a teacher for `loss` and `distillation_loss`."""
+        return self._forward(teacher, batch)
 
     def _forward(self, policy: Policy, batch: MicroBatch) -> Any:
         packed = pack_completions(policy.model, batch.prompts, batch.tokens, batch.mask)

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import psutil
 
-from reference.training.config import LOSS_SETTINGS, TrainConfig
+from reference.training.config import TrainConfig
 from reference.training.distributed import Ranks
 from reference.training.errors import UserError, near_path
 from reference.training.run.checkpoint import Checkpoint, Checkpoints
@@ -50,23 +50,19 @@ CODE = ("reward", "step_reward")
 COMMAND_LINE_ONLY = (*CODE, "cache_dir", "weights_dir")
 
 
-# A setting that did not exist yet and changes nothing by default has its default.
-NEUTRAL_NAMES = {*MAY_CHANGE, *LOSS_SETTINGS, "support", "stale_sampler", "distill", "jsd_weight"}
-NEUTRAL = {
-    field.name: field.default
-    for field in fields(TrainConfig)
-    if field.default is None or field.name in NEUTRAL_NAMES
-}
+# A run has the default of a setting that did not exist when it was started.
+DEFAULTS = TrainConfig().as_json()
 
 
 def load_settings(run: Path) -> TrainConfig:
     """Load the settings of a run, except the code and the --cache-dir that they name."""
-    settings = NEUTRAL | _read_settings(run)
+    settings = DEFAULTS | _read_settings(run)
     types = get_type_hints(TrainConfig)
-    unknown = sorted(settings.keys() ^ types.keys())
+    unknown = sorted(settings.keys() - types.keys())
     if unknown:
         raise UserError(
-            f"--resume {run}: its settings are of another version: {', '.join(unknown)} not in both"
+            f"--resume {run}: its settings are of another version, and this one has no "
+            f"{', '.join(unknown)}"
         )
     for field in fields(TrainConfig):
         value = settings[field.name]
@@ -93,7 +89,7 @@ def _read_settings(run: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--resume {run}: {path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not settings.keys() >= {"model", "task"}:
         raise UserError(f"--resume {run}: {path} holds no settings")
     return settings
 
@@ -126,8 +122,12 @@ def find_checkpoint(
 
 
 def check_settings_match(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
-    """Raise a UserError if settings that decide the numbers of a run were changed."""
-    new, saved = config.as_json(), NEUTRAL | saved
+    """Raise a UserError if settings that decide the numbers of a run were changed.
+
+    Settings that it does not have are printed.
+    """
+    new, missing = config.as_json(), DEFAULTS.keys() - saved.keys()
+    saved = DEFAULTS | saved
     code = {name: saved[name] for name in CODE if saved.get(name) and not new[name]}
     if code:
         raise UserError(
@@ -138,9 +138,9 @@ def check_settings_match(config: TrainConfig, saved: dict[str, Any], step: int) 
     if compares_tokens(config.loss_config()):
         may_change = MAY_CHANGE - {"micro_batch"}
     changes = ", ".join(
-        f"--{name.replace('_', '-')} was {saved.get(name)}, not {new[name]}"
+        _describe_change(name, saved[name], new[name])
         for name in new
-        if name not in may_change and new[name] != saved.get(name)
+        if name not in may_change and new[name] != saved[name]
     )
     if changes:
         raise UserError(
@@ -151,6 +151,18 @@ def check_settings_match(config: TrainConfig, saved: dict[str, Any], step: int) 
         raise UserError(
             f"--resume {config.resume} has {step} steps behind it; got --steps {config.steps}"
         )
+    if missing:
+        given = ", ".join(
+            f"--{name.replace('_', '-')} {DEFAULTS[name]}" for name in sorted(missing)
+        )
+        print(f"{config.resume} is older than some settings, which have their defaults: {given}")
+
+
+def _describe_change(name: str, old: Any, new: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(new, bool):  # as the flag that changed it
+        return f"--{flag} was not set" if new else f"--no-{flag} was not set"
+    return f"--{flag} was {old}, not {new}"
 
 
 def resume_after_torchrun_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:

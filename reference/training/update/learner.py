@@ -37,12 +37,15 @@ Metrics = dict[str, Tensor]
 # Means over sequences if the ratio is that of whole sequences.
 RATIO_MEANS = ("ratio_mean", "cispo_clip_ratio")
 RATIO_MEANS += tuple(f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
+# With --inner-iterations the predictions of the teacher are kept, up to this size on each rank;
+# those of further micro-batches are computed in each iteration.
+MAX_KEPT_BYTES = 2**30
 
 
 class Learner:
     """Trains a policy on rollouts; holds the reference policy of the KL if beta is above 0.
 
-    With a teacher, the loss is the divergence from it.
+    With a teacher, the loss is the divergence from it, or the KL in the loss is the one to it.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class Learner:
     ) -> None:
         self.policy, self.scorer, self.teacher = policy, scorer, teacher
         self.loss_config, self.config = loss_config, config
-        self.reference_policy = policy.frozen_copy() if loss_config.beta > 0 else None
+        has_reference = loss_config.beta > 0 and teacher is None
+        self.reference_policy = policy.frozen_copy() if has_reference else None
         # DDP and FSDP2 average gradients over ranks. Sampling calls policy.model; passes with
         # gradient call it through DDP.
         self.wrapped_policy, ranks = policy, policy.ranks
@@ -84,6 +88,7 @@ class Learner:
                 sampler, policy, self._logprob, self.optimizer, config
             )
         self.steps = 0
+        self.kept_bytes = 0  # of the teacher's predictions
         self.measures_kept_mass = config.truncation is not None and not config.support
         self.kept_mass_is_reported = not ranks.is_first
         # Halved micro-batches would make more passes than those of the other ranks.
@@ -103,7 +108,8 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
         self.splitter.load_state_dict(state["micro_batch"])
-        self.reward_baseline.load_state_dict(state["reward_baseline"])
+        if "reward_baseline" in state:  # older checkpoints have none
+            self.reward_baseline.load_state_dict(state["reward_baseline"])
         if self.entropy_control is not None:
             self.entropy_control.load_state_dict(state["entropy_control"])
 
@@ -118,6 +124,7 @@ class Learner:
         """
         config, control = self.config, self.entropy_control
         self.steps += 1
+        self.kept_bytes = 0
         refresh = config.reference_refresh
         if refresh is not None and self.steps > 1 and (self.steps - 1) % refresh == 0:
             self.reference_policy = None  # freed before the next copy is made
@@ -139,7 +146,7 @@ class Learner:
                 if batch.old_logprob is None:
                     batch.old_logprob = self._logprob(self.policy, batch)
 
-        if len(minibatches) > 1 and self.teacher is None:
+        if len(minibatches) > 1 and not config.distils_only:
             for minibatch in minibatches:
                 self.splitter.run(minibatch, store_old_logprob, f"step {self.steps}")
 
@@ -243,11 +250,12 @@ class Learner:
 
     def loss(self, batch: MicroBatch, denominators: dict[str, int]) -> LossOutput:
         """Return the loss of a micro-batch; add the log-probs that it still lacks."""
-        if self.teacher is not None:
+        teacher = None if self.teacher is None else self._teacher_predictions(batch)
+        if self.config.distils_only:
             return self.scorer.distillation_loss(
                 self.wrapped_policy,
-                self.teacher,
                 batch,
+                teacher,
                 divergence=self.config.distill,
                 jsd_weight=self.config.jsd_weight,
                 temperature=self.config.temperature,
@@ -255,14 +263,33 @@ class Learner:
             )
         if self.reference_policy is not None and batch.ref_logprob is None:
             batch.ref_logprob = self._logprob(self.reference_policy, batch)
-        return self.scorer.loss(
+        output = self.scorer.loss(
             self.wrapped_policy,
             batch,
             self.loss_config,
             self.config.temperature,
+            teacher=teacher,
             store_old_logprob=self.config.inner_iterations > 1 or self.measures_kept_mass,
             **denominators,
         )
+        if teacher is not None:
+            output.metrics["divergence"] = output.metrics.pop("kl")
+        return output
+
+    def _teacher_predictions(self, batch: MicroBatch) -> Any:
+        """Return the predictions of the teacher; keep them for a later iteration if they fit.
+
+        Those of a sharded teacher are not kept, because its head is gathered in each pass.
+        """
+        if batch.teacher is not None:
+            return batch.teacher
+        assert self.teacher is not None
+        predictions = self.scorer.teacher_predictions(self.teacher, batch)
+        size = self.kept_bytes + predictions.nbytes
+        is_reused = self.config.inner_iterations > 1 and self.config.parallel == "ddp"
+        if is_reused and size <= MAX_KEPT_BYTES:
+            batch.teacher, self.kept_bytes = predictions, size
+        return predictions
 
     @torch.no_grad()
     def _logprob(self, policy: Policy, batch: MicroBatch) -> Tensor:
@@ -301,7 +328,7 @@ class Learner:
         needs_advantages = zero_advantage_has_zero_grad(loss, per_sequence=True)
         needs_advantages &= self.entropy_control is None and not compares_tokens(loss)
         contributes = loss_mask
-        if needs_advantages and self.teacher is None:
+        if needs_advantages and not config.distils_only:
             token_advantages = advantages if advantages.dim() == 2 else advantages[:, None]
             contributes = loss_mask & (token_advantages != 0)
             if batch.nll_weight is not None:
@@ -317,7 +344,7 @@ class Learner:
             num_sequences = len(loss_mask) // B * len(groups)
             num_tokens = int(loss_mask.unflatten(0, (B, -1))[groups].sum())
             # The denominators of the minibatch make the losses of micro-batches add up.
-            aggregation = loss.aggregation if self.teacher is None else "token_mean"
+            aggregation = "token_mean" if config.distils_only else loss.aggregation
             normalizer = {
                 "token_mean": num_tokens,
                 "fixed_length": num_sequences * (loss.max_completion_length or 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class MicroBatch:
     nll_weight: Tensor | None = None  # [B·G, T], 1.0 on the tokens of correct completions
     ref_logprob: Tensor | None = None  # [B·G, T], with a KL to the reference policy
     is_idle: bool = False  # repeats a group, so that each rank makes as many passes; counts nothing
+    teacher: Any = None  # the scorer's predictions of a teacher, if they are kept
 
     @property
     def num_questions(self) -> int:
@@ -54,7 +55,8 @@ class MicroBatch:
         support = self.support
         if support is not None:
             support = support.select(number_tokens(self.tokens)[rows, :longest])
-        return replace(self, prompts=self.prompts[groups], support=support, **selected)
+        selected |= {"prompts": self.prompts[groups], "support": support, "teacher": None}
+        return replace(self, **selected)
 
     def split(self, size: int) -> list[MicroBatch]:
         """Split into micro-batches of at most `size` questions."""

@@ -41,6 +41,16 @@ def test_a_teacher_replaces_the_loss_of_the_preset():
     flags = ["--preset", "llama-3.2-1b", "--teacher", "runs/x/model", "--group-size", "1"]
     config = parse_command_line(flags)
     assert (config.loss, config.group_size, config.teacher) == ("grpo", 1, "runs/x/model")
+    assert config.loss_config() == LossConfig.grpo()
+
+
+@pytest.mark.parametrize("flag", ["--teacher-coef", "--teacher_coef"])
+def test_with_a_coefficient_a_teacher_is_added_to_the_loss_of_the_preset(flag):
+    start = ["--preset", "llama-3.2-1b", "--teacher", "runs/x/model", flag, "0.5"]
+    config = parse_command_line([*start, "--distill", "forward", "--dynamic-sampling", "2"])
+    assert config.loss_config() == LossConfig.dapo(beta=0.5, kl_estimator="forward")
+    config = parse_command_line([*start, "--loss", "bnpo", "--advantage", "leave_one_out"])
+    assert config.loss_config() == LossConfig.distillation(beta=0.5)
 
 
 def test_task_options_are_json_or_text():
@@ -226,6 +236,16 @@ EARLY = {
     "--beta",
     "--teacher x --top-k 9 --no-support": "error: --teacher: the loss is the divergence from the "
     "teacher, without rewards: not with --no-support",
+    "--teacher x --teacher-coef 0.5 --beta 0.1 --reference-refresh 2": "error: --teacher-coef: the "
+    "KL in the loss is that to the teacher, and not to a reference policy: not with --beta, "
+    "--reference-refresh",
+    "--teacher x --teacher-coef 1 --distill jsd": "error: --teacher-coef adds a KL to the loss of "
+    "the rewards: set --distill reverse or forward",
+    "--teacher x --teacher-coef 1 --group-size 1": "error: --group-size must be at least 2; got 1",
+    "--teacher x --teacher-coef 0": "error: --teacher-coef must be a positive number; got 0.0",
+    "--teacher-coef 0.5": "error: --teacher-coef is the weight of the KL to a --teacher: name one",
+    "--teacher runs/none": "error: --teacher runs/none: there is no such directory",
+    "--teacher mine": "error: mine is not a model directory: it has no config.json",
     "--teacher scratch": "error: --teacher scratch has learnt nothing: name a directory",
     "--jsd-weight 0.3": "error: --jsd-weight is the weight of the teacher in --distill jsd",
     "--distill forward": "error: --distill chooses the divergence from a --teacher: name one",

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from reference.training.config import TrainConfig
 from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model.policy import load_policy
-from reference.training.model.teacher import load_teacher
+from reference.training.model.teacher import Teacher
 from reference.training.rollout.samplers import SharedPrompt
 from reference.training.tasks.tasks import Question
 from tests.helpers.model_directories import save_family
@@ -19,8 +20,9 @@ CPU = torch.device("cpu")
 
 def load(student, teacher, questions=(), **changes):
     config = TrainConfig(model=str(student), teacher=str(teacher), max_new_tokens=4, **changes)
-    policy = load_policy(config, CPU, SharedPrompt(), None, questions)
-    return load_teacher(config, policy, questions), policy
+    found = Teacher.find(config)
+    policy = load_policy(config, CPU, SharedPrompt(), None, questions, check=found.check_student)
+    return found.load(policy, questions), policy
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,11 @@ def test_linear_layers_of_the_teacher_are_bf16_under_autocast(student, tmp_path)
     assert teacher.model.model.embed_tokens.weight.dtype == torch.float32
 
 
-def test_another_tokenizer_raises(student, tmp_path):
+def test_another_tokenizer_raises_before_weights_are_read(student, tmp_path, monkeypatch):
     model, tokenizer = models.from_scratch()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail())
     with pytest.raises(UserError) as raised:
         load(student, tmp_path)
     said = str(raised.value)

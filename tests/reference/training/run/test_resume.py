@@ -509,6 +509,8 @@ WRONG = {
     "--prompts 4 --seed 1": "--prompts was 32, not 4, --seed was 0, not 1: these would make",
     "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
     "--top-p 0.8": "--top-p was None, not 0.8: these",
+    "--top-p 0.8 --no-support": "--top-p was None, not 0.8, --no-support was not set: these would",
+    "--normalise-each-reward": ": --normalise-each-reward was not set: these would",
     "--steps 1": "has 2 steps behind it; got --steps 1",
     "--chat": "--resume goes on with training: for --chat and --eval-only name --model",
     "--overwrite --output-dir x": "--resume goes on with a run, and --overwrite removes it",
@@ -584,7 +586,11 @@ def test_code_of_a_run_must_be_named_on_the_command_line(tmp_path, tiny_model, c
         (None, "is not the directory of a run: settings.json: No such file or directory"),
         ("{", "settings.json is not JSON"),
         ("[]", "settings.json holds no settings"),
-        ('{"steps": 3}', "its settings are of another version: autocast"),
+        ('{"steps": 3}', "settings.json holds no settings"),
+        (
+            '{"model": "scratch", "task": "reverse", "colour": 1, "size": 2}',
+            "its settings are of another version, and this one has no colour, size",
+        ),
     ],
 )
 def test_directory_without_a_run_raises(tmp_path, text, message, capsys):
@@ -595,20 +601,30 @@ def test_directory_without_a_run_raises(tmp_path, text, message, capsys):
     assert said.startswith(f"error: --resume {tmp_path}") and message in said
 
 
-def test_settings_from_before_a_field_of_loss_config_load(tmp_path, started):
+def test_settings_that_a_run_is_older_than_have_their_defaults(tmp_path, started, capsys):
     found = json.loads((started / "settings.json").read_text())
-    del found["kl_cov_coef"]
+    for name in ("accept_changes", "ema_decay", "kl_cov_coef", "reward", "seed", "support"):
+        del found[name]
     (tmp_path / "settings.json").write_text(json.dumps(found))
-    assert load_settings(tmp_path).kl_cov_coef is None
-
-
-def test_settings_from_before_neutral_settings_load(tmp_path, started):
-    found = json.loads((started / "settings.json").read_text())
-    del found["accept_changes"], found["pass_at"], found["support"], found["top_p"]
-    (tmp_path / "settings.json").write_text(json.dumps(found))
-    config = load_settings(tmp_path)
-    assert config.pass_at is config.truncation is None and config.support
+    config = replace(load_settings(tmp_path), resume=tmp_path)
+    assert (config.ema_decay, config.kl_cov_coef, config.seed, config.reward) == (0.9, None, 0, ())
+    assert config.support
+    capsys.readouterr()
     resume.check_settings_match(config, found, 2)
+    assert capsys.readouterr().out == (
+        f"{tmp_path} is older than some settings, which have their defaults: --accept-changes "
+        "False, --ema-decay 0.9, --kl-cov-coef None, --reward [], --seed 0, --support True\n"
+    )
+    with pytest.raises(UserError, match=r"--ema-decay was 0\.9, not 0\.5: these would"):
+        resume.check_settings_match(replace(config, ema_decay=0.5), found, 2)
+
+
+def test_state_without_a_reward_baseline_loads():
+    learner, _ = make_learner()
+    state = learner.state_dict()
+    del state["reward_baseline"]
+    learner.load_state_dict(state | {"steps": 3})
+    assert learner.steps == 3
 
 
 def test_settings_of_the_wrong_type_raise(tmp_path, started, capsys):
