@@ -111,8 +111,10 @@ def test_killed_rank_restarts_and_two_ranks_match_one_process(
 
 
 @pytest.mark.slow
-def test_two_ranks_distil_like_one_process_from_a_warm_start(tiny_model, tmp_path):
+@pytest.mark.parametrize("coef", ["None", "0.5"])
+def test_two_ranks_distil_like_one_process_from_a_warm_start(tiny_model, tmp_path, coef):
     flags = ("--teacher", tiny_model, "--steps", "2", "--eval-questions", "4")
+    flags += ("--teacher-coef", coef)
     for name, launcher in (("one", PYTHON), ("fsdp", TORCHRUN)):
         parallel = () if name == "one" else ("--parallel", name)
         done = run(tmp_path / name, *flags, *parallel, launcher=launcher)
