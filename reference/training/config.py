@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -104,8 +105,14 @@ class SamplingSettings:
     sampler kept. With --no-support they are normalised over the vocabulary: the sampler then is
     another policy than the trained one."""
     sampler: str = "shared-prompt"
-    """shared-prompt, generate or continuous (both of transformers), or the URL of a vLLM server,
-    which takes over new weights before each step. An API key is read from $VLLM_API_KEY."""
+    """shared-prompt, generate or continuous (both of transformers), vllm (in this process), or the
+    URL of a vLLM server. vLLM takes over new weights before each step. The API key of a server is
+    read from $VLLM_API_KEY."""
+    vllm_memory: float = 0.3
+    """With --sampler vllm: its share of the GPU's memory, for weights and cache. While the policy
+    trains, this memory is free. On a CPU it is the share of the memory for the cache."""
+    vllm_options: tuple[str, ...] = ()
+    """With --sampler vllm: arguments of vllm.LLM, name=value, such as tensor_parallel_size=2."""
     stale_sampler: bool = False
     """With --sampler URL: the server keeps the weights with which it was started, and may be any
     OpenAI-compatible server that returns token ids and log-probs."""
@@ -290,6 +297,20 @@ def make_loss_settings() -> type:
 LossSettings: Any = make_loss_settings()
 
 
+def parse_options(flag: str, options: Sequence[str]) -> dict[str, Any]:
+    """Return the values of name=value options by name; values that are not JSON are text."""
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not name or not equals:
+            raise UserError(f"{flag} must be name=value; got {option}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
 def in_flags(text: str) -> str:
     """Write the names of LossConfig's fields in a text as flags."""
 
@@ -395,6 +416,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
         for name in ("beta", "entropy_coef", "entropy_target"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")
+        self._require("vllm_memory", 0 < self.vllm_memory < 1, "above 0 and below 1")
         self._require("jsd_weight", 0 < self.jsd_weight < 1, "between 0 and 1")
         coef = self.teacher_coef
         self._require("teacher_coef", coef is None or 0 < coef < math.inf, "a positive number")
@@ -488,6 +510,11 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             (
                 self.stale_sampler and self.weights_dir is not None,
                 "--weights-dir passes on new weights, and --stale-sampler does without: choose one",
+            ),
+            (
+                (self.vllm_memory != defaults["vllm_memory"] or bool(self.vllm_options))
+                and self.sampler != "vllm",
+                "--vllm-memory and --vllm-options concern the engine of --sampler vllm: set that",
             ),
             (
                 continuous and bool(self.min_p),
@@ -601,16 +628,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
 
     def task_settings(self) -> dict[str, Any]:
         """Return --task-option by name; values that are not JSON are text."""
-        found = {}
-        for option in self.task_option:
-            name, equals, value = option.partition("=")
-            if not name or not equals:
-                raise UserError(f"--task-option must be name=value; got {option}")
-            try:
-                found[name] = json.loads(value)
-            except json.JSONDecodeError:
-                found[name] = value
-        return found
+        return parse_options("--task-option", self.task_option)
 
     def loss_config(self) -> LossConfig:
         """Return the objective --loss with the settings that the flags replace.

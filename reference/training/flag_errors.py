@@ -51,7 +51,8 @@ OTHER_NAMES = {
     "--ratio-level": "importance-sampling-level",
     "--resume": "continue resume-from resume-from-checkpoint",
     "--reward": "reward-fn reward-func reward-funcs reward-function rewards",
-    "--sampler URL": "server-url use-vllm vllm vllm-server-base-url vllm-server-host vllm-url",
+    "--sampler URL": "server-url vllm-server-base-url vllm-server-host vllm-url",
+    "--sampler vllm": "use-vllm vllm",
     "--seed": "random-seed",
     "--steps": "epoch epochs iters max-iters max-steps n-epochs num-epochs num-steps"
     " num-train-epochs total-epochs total-steps",
@@ -59,6 +60,7 @@ OTHER_NAMES = {
     "--task": "env environment",
     "--temperature": "temp",
     "--top-entropy": "top-entropy-quantile",
+    "--vllm-memory": "gpu-memory-utilization vllm-gpu-memory-utilization",
     "--wandb": "report-to use-wandb",
     "--warmup-steps": "lr-warmup-steps warmup warmup-ratio",
     "--help all": "help-all help-full",

@@ -182,6 +182,7 @@ class Policy:
 
     @property
     def uses_bf16(self) -> bool:
+        """True if `autocast` is bf16."""
         return self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
 
     def _texts(self, completions: Completions) -> list[str]:

@@ -1,4 +1,4 @@
-"""Samplers: the loop of `generate`, two engines of transformers, or a server.
+"""Samplers: the loop of `generate`, two engines of transformers, vLLM, or a server.
 
 The settings of a model's generation_config.json are not followed: a repetition penalty would make
 sampler and trainer two policies. A sampler returns its own log-probs and, of a truncated
@@ -16,21 +16,28 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import TokenSupport
-from reference.training.config import SamplingSettings
+from reference.training.config import SamplingSettings, parse_options
 from reference.training.errors import UserError
 from reference.training.rollout.generate import Completions, Prompts, generate, number_tokens
 from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.truncation import Truncation
 from reference.training.rollout.vllm_client import ServerSampler
+from reference.training.rollout.vllm_engine import VLLMEngine
+
+VLLM = "vllm"
 
 
 def pick_sampler(settings: SamplingSettings) -> Sampler:
-    """Make the sampler that --sampler names: one of SAMPLERS, or the server at an http(s) URL."""
+    """Make the sampler that --sampler names: one of SAMPLERS, vllm, or a server's URL."""
     name = settings.sampler
+    if name == VLLM:
+        return VLLMEngine(
+            settings.vllm_memory, parse_options("--vllm-options", settings.vllm_options)
+        )
     if is_server(name):
         return ServerSampler(settings)
     if name not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
+        known = ", ".join([*SAMPLERS, VLLM])
         raise UserError(
             f"--sampler must be {known}, or the http:// or https:// URL of a server; got {name!r}"
         )

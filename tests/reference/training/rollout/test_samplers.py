@@ -191,6 +191,6 @@ def test_continuous_batching_with_missing_completions_raises(policy, monkeypatch
 
 
 def test_unknown_sampler_raises_user_error_with_the_known_names():
-    with pytest.raises(UserError, match="shared-prompt, generate, continuous, or the http"):
+    with pytest.raises(UserError, match="shared-prompt, generate, continuous, vllm, or the http"):
         pick_sampler(SamplingSettings(sampler="guess"))
     assert list(SAMPLERS) == LOCAL
