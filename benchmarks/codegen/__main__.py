@@ -2,6 +2,8 @@
 
     python -m benchmarks.codegen                        sm_90, bf16
     python -m benchmarks.codegen --all --json FILE      every target and dtype
+    python -m benchmarks.codegen --spread               the same for the main kernels; each of the
+                                                        others in each dtype on one of the targets
 
 No GPU is needed: each kernel is compiled offline and disassembled with the tools in Triton's own
 wheel. The report gives, for each pass over the row, the instructions and special-function calls
@@ -26,6 +28,15 @@ HEAD = (
     f"{'resident':>9}  {'instr./spec. a pass':20} {'binds':8}{'time':>10}{'floor':>6}"
 )
 
+DEFAULT = ("sm_90", "bf16")
+# One of each kernel that a training step launches, with all that it computes at once.
+MAIN_KERNELS = (
+    "token_stats_forward: log-prob, entropy",
+    "token_stats_backward: log-prob, entropy",
+    "token_stats_part: log-prob, entropy",
+    "grpo_loss: k3, entropy, importance",
+)
+
 
 def table_row(report: KernelReport) -> str:
     text = f"{report.kernel:45} {report.target:7}{report.dtype:10}{report.registers:4}"
@@ -38,18 +49,37 @@ def table_row(report: KernelReport) -> str:
     return text + f"{1e3 * prediction['seconds']:7.2f} ms{100 * prediction['of_floor']:5.0f}%"
 
 
+def spread(names: list[str]) -> list[tuple[str, str, str]]:
+    """Return about a quarter of the cases (variant, target, dtype), without those of DEFAULT.
+
+    A main kernel meets every target in every dtype. Any other meets each dtype once and each target
+    once, and the pairs of dtype and target change from one variant to the next.
+    """
+    targets = tuple(TARGETS)
+    return [
+        (name, target, dtype)
+        for i, name in enumerate(names)
+        for j, dtype in enumerate(LAYOUTS)
+        for target in (targets if name in MAIN_KERNELS else (targets[(i + j) % len(targets)],))
+        if (target, dtype) != DEFAULT
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every target and dtype")
-    parser.add_argument("--target", choices=TARGETS, help="every dtype for this target")
+    parser.add_argument("--spread", action="store_true", help="a quarter of --all, see spread()")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    targets, dtypes = (TARGETS, LAYOUTS) if arguments.all else (("sm_90",), ("bf16",))
-    if arguments.target:
-        targets, dtypes = (arguments.target,), LAYOUTS
-    cases = product((variant.name for variant in variants()), targets, dtypes)
+    names = [variant.name for variant in variants()]
+    if arguments.spread:
+        cases = spread(names)
+    elif arguments.all:
+        cases = list(product(names, TARGETS, LAYOUTS))
+    else:
+        cases = [(name, *DEFAULT) for name in names]
     print(f"Predicted from machine code for {N} rows of {V:,} entries; nothing was timed.\n{HEAD}")
     reports = []
     with ProcessPoolExecutor() as pool:

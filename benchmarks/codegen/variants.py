@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.codegen.chips import CHIPS
-from grpo_kernels.backends.triton import approximate_kl, token_stats
+from grpo_kernels.backends.triton import approximate_kl, jsd, token_stats
 from grpo_kernels.backends.triton import grpo_loss as grpo
 from grpo_kernels.backends.triton.launch_configs import RowLaunch, pick_row_launch
 
@@ -125,6 +125,9 @@ def variants() -> Iterator[Variant]:
         ("CISPO, k3, entropy, importance", (), {"SURROGATE": "score"}),
         ("IPO, k3, entropy", ("sampling_logprob_ptr",), {"SURROGATE": "ipo"}),
         ("TOPR, k3, entropy, importance, nll", (), {"SURROGATE": "topr"}),
+        ("DPPO-KL, k3, entropy, importance", (), {"SURROGATE": "dppo_kl"}),
+        ("DRO, k3, entropy, importance", (), {"SURROGATE": "dro"}),
+        ("rollout_is, k3, entropy, importance", (), {"SURROGATE": "rollout_is"}),
     ):
         yield Variant(
             f"grpo_loss: {name}",
@@ -149,6 +152,15 @@ def variants() -> Iterator[Variant]:
         ),
     ):
         yield Variant(name, kernel, name, passes, (), {"LOG2_EPS": -19.93})
+
+    yield Variant(
+        "jsd_forward", jsd._jsd_forward_kernel, "jsd_forward", (RowPass(2, writes=False),),
+        (), {"SOFTCAP": None},
+    )  # fmt: skip
+    yield Variant(
+        "jsd_backward", jsd._jsd_backward_kernel, "jsd_backward", (RowPass(2, writes=True),),
+        (), {"SOFTCAP": None},
+    )  # fmt: skip
 
 
 def argument_type(name: str, dtype: str) -> str:
