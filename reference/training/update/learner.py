@@ -206,7 +206,7 @@ class Learner:
                 found = self.splitter.run(part, score, when)
                 batches += part.micro_batches
                 logprobs += found
-                if self.teacher is None and (several or self.measures_kept_mass):
+                if not self.config.distils_only and (several or self.measures_kept_mass):
                     for batch, logprob in zip(part.micro_batches, found, strict=True):
                         batch.old_logprob = logprob
         return self.sampler_check.compare(batches, logprobs, when)
@@ -333,7 +333,7 @@ class Learner:
             contributes = loss_mask & (token_advantages != 0)
             if batch.nll_weight is not None:
                 contributes = contributes | (batch.nll_weight != 0)
-        contributes = contributes.view(B, -1).any(dim=-1)
+        contributes = contributes.unflatten(0, (B, -1)).any(dim=-1).any(dim=-1)
         size = self.splitter.size or B
         for groups in torch.arange(B, device=loss_mask.device).tensor_split(config.minibatches):
             is_used = contributes[groups]

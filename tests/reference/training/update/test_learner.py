@@ -29,11 +29,12 @@ def test_groups_without_signal_are_skipped(monkeypatch):
     assert len(next(learner.minibatches(samples, ADVANTAGES)).micro_batches[0].tokens) == 16
 
 
-def test_slices_of_wider_tensors_are_accepted():
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_slices_of_wider_tensors_are_accepted(beta):
     """Completions that all end early are slices, as `generate` returns them."""
-    learner, samples = make_learner()
+    learner, samples = make_learner(beta=beta)
     expected = learner.step(samples, ADVANTAGES)
-    learner, samples = make_learner()
+    learner, samples = make_learner(beta=beta)
     columns = {name: getattr(samples.completions, name) for name in ("tokens", "mask", "logprob")}
     wider = {name: torch.cat([x, x], dim=1)[:, : x.shape[1]] for name, x in columns.items()}
     sliced = replace(samples, completions=replace(samples.completions, **wider))
