@@ -116,9 +116,10 @@ def _wrong_lists(
 
 
 @bundled_op("grpo_kernels::top_k_divergence_forward")
-def _forward(
+def top_k_rows(
     rows: RowInputs, teacher: TopKTeacher, divergence: str, jsd_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute what `_allocate` lists, the first two of them being results."""
     B, T, V = rows.logits.shape
     results = _allocate(rows, teacher)
     assert teacher.columns is not None and teacher.logq is not None
@@ -165,7 +166,7 @@ def _allocate(
     return new(N), new((N, 5)), new((N, outcomes)), new(N), new(N), new(N, dtype=torch.bool)
 
 
-@_forward.register_fake
+@top_k_rows.register_fake
 def _(rows: RowInputs, teacher: TopKTeacher, *_: Any) -> tuple[Tensor, ...]:
     return _allocate(rows, teacher)
 
@@ -206,5 +207,4 @@ def _autograd(ctx: Any, d_divergence: Tensor | None, *_: Any) -> tuple[Tensor | 
     return (_backward(rows, columns, dx, pivot, log_sum, is_empty),)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-top_k_rows = _forward
+top_k_rows.register_autograd(_autograd, setup_context=_setup_context)

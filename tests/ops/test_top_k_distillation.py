@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_kernels import HeadAdapter, distillation_loss, linear_distillation_loss
+from grpo_kernels.ops import top_k_divergence
 from reference import losses
 from tests.helpers.count_flops import count_flops
 from tests.helpers.distillation import check_against_fp64, run
@@ -208,7 +209,7 @@ def test_all_masked_and_no_tokens(backend):
     assert run(distillation_loss, torch.zeros(0, V), teacher_top_logprobs=none)["loss"] == 0
 
 
-def test_gradcheck_opcheck_and_compile(pytorch_backend):
+def test_gradcheck_and_compile(pytorch_backend):
     hidden, weight = normal(1, B, T, H).double(), normal(2, 5, H).double()
     logits = normal(3, B, T, 5).double().requires_grad_()
     teacher = ragged(top_logprobs(4, B, T, V=5, dtype=torch.float64))
@@ -273,6 +274,32 @@ def test_flops_and_memory(pytorch_backend, one_thread):
     small, large = (peak_memory(call(N)) for N in (128, 1024))
     per_token = 4 * (2 * 32 + 4 * 3 + 30)  # d_hidden twice, lists, results
     assert large - small < 896 * per_token < 896 * 300 * 4
+
+
+def test_logits_are_copied_in_blocks(pytorch_backend, one_thread, monkeypatch):
+    """Never a tensor of their size; the results are those of one block."""
+    logits, teacher = normal(1, 512, 300), top_logprobs(2, 512, V=300)
+    whole = run(distillation_loss, logits, teacher_top_logprobs=teacher)
+    monkeypatch.setattr(top_k_divergence, "BLOCK_BYTES", 50 * 300 * 4)
+    with torch.no_grad():
+        peak = peak_memory(lambda: distillation_loss(logits, teacher_top_logprobs=teacher))
+    assert peak < 300 * 300 * 4
+    blocks = run(distillation_loss, logits, teacher_top_logprobs=teacher)
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-8)
+
+
+def test_wrong_list_whose_values_are_not_readable_is_nan(pytorch_backend, monkeypatch):
+    """As on a GPU: nothing waits, nothing is read beyond the vocabulary, other rows are right."""
+    monkeypatch.setattr(top_k_divergence, "values_are_readable", lambda x: False)
+    ids, logprobs = top_logprobs(1, 4)
+    ids[0, 1], ids[1, 1], logprobs[2] = ids[0, 0], V, 0.0
+    ours = run(distillation_loss, normal(2, 4, V), teacher_top_logprobs=(ids, logprobs))
+    alone = run(
+        distillation_loss, normal(2, 4, V)[3:], teacher_top_logprobs=(ids[3:], logprobs[3:])
+    )
+    assert ours["loss"].isnan()
+    torch.testing.assert_close(ours["d_0"].isnan().all(-1), torch.tensor([True] * 3 + [False]))
+    torch.testing.assert_close(ours["d_0"][3], alone["d_0"][0] / 4)
 
 
 @pytest.mark.parametrize(
