@@ -119,7 +119,8 @@ def emulate():
     """Yield a server; it takes weights in both ways."""
     emulated = ThreadingHTTPServer(("127.0.0.1", 0), Emulator)
     emulated.models = {"data": [{"id": "served"}, {"id": "an adapter"}]}
-    emulated.info = {"vllm_config": {"device_config": {"device": "cuda"}, "model_config": {}}}
+    config = {"device_config": {"device": "cuda"}, "model_config": {"dtype": "torch.bfloat16"}}
+    emulated.info = {"vllm_config": config}
     emulated.bodies, emulated.paths, emulated.failures = [], [], []
     emulated.loaded, emulated.resets = [], []
     emulated.routes, emulated.adapters = {LOAD_ADAPTER, COLLECTIVE_RPC}, set()

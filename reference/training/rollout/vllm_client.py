@@ -11,6 +11,7 @@ With --top-k, --top-p or --min-p the tokens that the server kept are read from v
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -68,8 +69,12 @@ class ServerSampler(Sampler):
         root, name = self.card.get("root"), policy.model.config.name_or_path
         if root and name and not is_same_model(root, name):
             raise UserError(f"{self.url} serves {root}: expected --model, which is {name}")
-        directory = self.settings.weights_dir or directory / "weights"
-        self._push = pick_weight_push(self.server, directory, policy, root or self.model)
+        shared = self.settings.weights_dir
+        if shared is None:
+            shared = directory / "weights"
+            shutil.rmtree(shared, ignore_errors=True)  # of a run that was killed
+        self._push = pick_weight_push(self.server, shared, policy, root or self.model)
+        self.dtype = self._push.dtype
         print(f"{self.url} gets {self._push.about} before each step")
         with policy.ranks.unsharded(policy.model):
             self.sync(policy)  # now, so that a server that cannot ends the run before step 1

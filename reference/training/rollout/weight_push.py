@@ -4,9 +4,8 @@ Both write files that trainer and server see under the same path, and then annou
 the directory is a new one: vLLM caches prompts of an adapter by its name and path, and a directory
 that is announced must be complete.
 
-Left out: vLLM's transfer by NCCL, for which the trainer would have to import vLLM itself, and other
-servers' routes, such as /update_weights_from_disk of SGLang, whose /v1/completions returns no token
-ids.
+Left out: vLLM's transfer by NCCL, for which the trainer would have to import vLLM itself, and the
+routes of other servers, such as /update_weights_from_disk of SGLang.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,13 +41,16 @@ class WeightPush:
     Attributes:
         about: says what the server gets.
         command: starts a server that takes weights in this way.
+        dtype: in which the server computes, if it says so.
     """
 
     about: str
     command: str
+    dtype: torch.dtype | None = None
 
     def __init__(self, server: Server, directory: Path) -> None:
-        self.server, self.directory = server, directory
+        self.server, self.directory = server, directory.resolve()
+        self._is_own = not directory.exists()
         self._current: Path | None = None
 
     def push(self, policy) -> str | None:
@@ -55,21 +58,24 @@ class WeightPush:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the files, and the directory if it was made for them."""
         if self._current is not None:
             shutil.rmtree(self._current, ignore_errors=True)
+        if self._is_own:
             with suppress(OSError):  # it holds other files
                 self.directory.rmdir()
 
     @contextmanager
     def _new_directory(self) -> Iterator[Path]:
         """Make a directory that replaces the current one, unless this fails."""
-        path = self.directory.resolve() / f"weights-{secrets.token_hex(4)}"
+        path = self.directory / f"weights-{secrets.token_hex(4)}"
         try:
             path.mkdir(parents=True)
             yield path
         except ServerError as error:
             shutil.rmtree(path, ignore_errors=True)
+            if error.status is None:  # the server is gone
+                raise
             raise UserError(
                 f"{error}; this is the answer to new weights in {path}, a path that must be the "
                 f"same on the server (--weights-dir), which is started by: {self.command}"
@@ -131,16 +137,15 @@ class CheckpointPush(WeightPush):
         untied = shlex.quote('{"tie_word_embeddings": false}')
         self.command = (
             f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.quote(model)} --host 127.0.0.1 "
-            f"--logprobs-mode processed_logprobs"
+            "--logprobs-mode processed_logprobs"
             + (f" --hf-overrides {untied}" if self.is_tied else "")
         )
 
-    def check(self) -> None:
+    def check(self, config: dict[str, Any]) -> None:
         """Raise a UserError if the server would keep a head that is tied to the embedding.
 
         vLLM on a CPU packs the weight of the head. A tied one is packed once and stays the old one.
         """
-        config = self.server.get("/server_info?config_format=json")["vllm_config"]
         on_cpu = config.get("device_config", {}).get("device") == "cpu"
         overrides = config.get("model_config", {}).get("hf_overrides") or {}
         if on_cpu and self.is_tied and overrides.get("tie_word_embeddings") is not False:
@@ -175,19 +180,25 @@ def pick_weight_push(server: Server, directory: Path, policy, model: str) -> Wei
         model: what the server serves, for the command that starts it.
     """
     full = CheckpointPush(server, directory, policy, model)
-    takes_all = server.has_route(COLLECTIVE_RPC)
+    takes_all, config = server.has_route(COLLECTIVE_RPC), {}
+    if takes_all:
+        config = server.get("/server_info?config_format=json")["vllm_config"]
     needed: WeightPush = full
     if lora.has_adapter(policy.model):
         needed = AdapterPush(server, directory, policy, model, full if takes_all else None)
-        if server.has_route(LOAD_ADAPTER):
-            return needed
-    if takes_all:
-        full.check()
-        return full
-    raise UserError(
-        f"{server.url} takes over no weights: start it by: {needed.command}; or pass "
-        "--stale-sampler to sample from the weights that it has"
-    )
+    if needed is not full and server.has_route(LOAD_ADAPTER):
+        push = needed
+    elif takes_all:
+        full.check(config)
+        push = full
+    else:
+        raise UserError(
+            f"{server.url} takes over no weights: start it by: {needed.command}; or pass "
+            "--stale-sampler to sample from the weights that it has"
+        )
+    name = str(config.get("model_config", {}).get("dtype")).removeprefix("torch.")
+    push.dtype = getattr(torch, name, None)
+    return push
 
 
 def independent(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

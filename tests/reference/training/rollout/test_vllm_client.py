@@ -190,6 +190,7 @@ def make_policy(directory="", rank=None):
 def test_completions_come_from_the_weights_of_the_last_sync(emulator, tmp_path):
     emulator.routes = {LOAD_ADAPTER}
     policy, sampler = make_policy(rank=2), pick(emulator.url)
+    (tmp_path / "weights" / "weights-of-a-run-that-was-killed").mkdir(parents=True)
     sampler.start(policy, tmp_path)
     assert len(emulator.loaded) == 1  # so that a server that cannot ends the run at its start
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_completions_come_from_the_weights_of_the_last_sync(emulator, tmp_path):
     sampler.sample(policy, PROMPTS, 1, 1.0)
     assert {body["model"] for body in emulator.bodies} == emulator.adapters
     (path, tensors) = emulator.loaded[-1]
-    assert path.parent == tmp_path / "weights"
+    assert [*(tmp_path / "weights").iterdir()] == [path]
     assert all((x > 0.5).any() for x in tensors.values())
     sampler.close()
     sampler.close()
@@ -208,8 +209,10 @@ def test_completions_come_from_the_weights_of_the_last_sync(emulator, tmp_path):
 
 def test_weights_pass_through_the_directory_of_the_settings(emulator, tmp_path):
     settings = SamplingSettings(sampler=emulator.url, weights_dir=tmp_path / "shared")
-    pick_sampler(settings).start(make_policy(), tmp_path)
+    sampler = pick_sampler(settings)
+    sampler.start(make_policy(), tmp_path)
     assert emulator.loaded[0][0].parent == tmp_path / "shared"
+    assert sampler.dtype == torch.bfloat16
 
 
 def test_stale_server_gets_no_weights(emulator, tmp_path):

@@ -73,12 +73,26 @@ def test_each_push_has_the_weights_of_the_policy_in_a_new_directory(
     assert not (tmp_path / "weights").exists()
 
 
-def test_files_beside_the_weights_are_left_alone(emulator, tmp_path):
-    (tmp_path / "mine").write_text("")
-    push = pick(emulator, tmp_path, make_policy())
-    push.push(make_policy())
+def test_directory_of_another_and_its_files_are_left_alone(emulator, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("")
+    for name, left in (("empty", []), ("used", ["mine"])):
+        push = pick(emulator, tmp_path / name, make_policy())
+        push.push(make_policy())
+        push.close()
+        assert [path.name for path in (tmp_path / name).iterdir()] == left
+
+
+def test_server_that_is_gone_is_the_only_reason(emulator, tmp_path):
+    policy = make_policy()
+    push = pick(emulator, tmp_path / "weights", policy)
+    emulator.shutdown()
+    emulator.server_close()
+    with pytest.raises(UserError, match=r"/collective_rpc is out of reach: .* refused$"):
+        push.push(policy)
     push.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_adapter_is_in_the_format_of_peft(emulator, tmp_path):
