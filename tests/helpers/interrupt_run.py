@@ -29,25 +29,22 @@ from reference.training import warm_start
 from reference.training.model.load import from_scratch
 from reference.training.run import training_state
 from reference.training.run.graceful_shutdown import NOTHING_TRAINED, exit_on_signals
-from tests.helpers.training_runs import left_by
+from tests.helpers.training_runs import left_by, write_parity_reward
 
 TINY = ["--preset", "tiny", "--minibatches", "2", "--beta", "0.05", "--entropy-target", "1"]
 JSONL = ["--task", "jsonl", "--prompts", "4", "--max-new-tokens", "6", "--learning-rate", "1e-3"]
-COMMON = ["--steps", "12", "--loss-impl", "reference", "--eval-questions", "16", "--threads", "1"]
+COMMON = ["--steps", "8", "--loss-impl", "reference", "--eval-questions", "16", "--threads", "1"]
 COMMON += ["--eval-every", "3", "--print-every", "2", "--dashboard-every", "5"]
 STARTS = ("", "A note on the loss")  # of the process, and of the training loop
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
 GO_ON = r"(to go on after step \d+|no step is saved; to start it again): (python .*)"
-REWARD = """
-def even(completions, **_):
-    return [float(text[:1] in ("0", "2", "4", "6", "8")) for text in completions]
-"""
 
 
 def main(directory: Path, count: int, seed: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, flags in (("tiny", TINY), ("jsonl", [*JSONL, *write_inputs(directory)])):
-        rng, command = random.Random(f"{name} {seed}"), [*flags, *COMMON, "--output-dir"]
+        rng = random.Random(f"{name} {seed}")
+        command = [*flags, "--reward", write_parity_reward(directory), *COMMON, "--output-dir"]
         whole, all_moments = directory / f"{name}-whole", []
         code, said, times = run([*command, str(whole)])
         assert code == 0, said
@@ -67,7 +64,7 @@ def main(directory: Path, count: int, seed: int) -> None:
 
 
 def write_inputs(directory: Path) -> list[str]:
-    """Write a model, questions and a reward, and return their flags."""
+    """Write a model and questions, and return their flags."""
     torch.manual_seed(0)
     model, tokenizer = from_scratch()
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -77,8 +74,7 @@ def write_inputs(directory: Path) -> list[str]:
     assert AutoTokenizer.from_pretrained(directory / "model").chat_template == template
     rows = [{"prompt": f"{17 * n}=", "answer": str(n % 10)} for n in range(100)]
     (directory / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "own.py").write_text(REWARD)
-    flags = {"--model": "model", "--data": "mine.jsonl", "--reward": "own.py:even"}
+    flags = {"--model": "model", "--data": "mine.jsonl"}
     return [word for flag, name in flags.items() for word in (flag, str(directory / name))]
 
 
@@ -127,7 +123,7 @@ def run(
         os.dup2(write, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        warm_start.TARGET = 0.02  # a short warm start
+        warm_start.TARGET = 0.0  # four steps: the reward is for what a random model writes
         training_state.MAX_LOSS = 0.5  # seconds: several checkpoints in a run
         os._exit(train.main(arguments))
     os.close(write)

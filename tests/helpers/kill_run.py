@@ -19,6 +19,7 @@ from reference import train
 from reference.training import warm_start
 from reference.training.rollout import generate
 from reference.training.run import checkpoint, run_log
+from tests.helpers.training_runs import write_parity_reward
 
 FLAGS = ["--preset", "tiny", "--loss-impl", "reference", "--eval-questions", "16", "--prompts", "8"]
 FLAGS += ["--steps", "7", "--checkpoint-every", "2", "--eval-every", "3", "--print-every", "2"]
@@ -44,16 +45,17 @@ PHASES = {
 
 def main(directory: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
-    counts = run(["--output-dir", str(directory / "whole"), *FLAGS], None)
+    reward = ["--reward", write_parity_reward(directory)]
+    counts = run(["--output-dir", str(directory / "whole"), *FLAGS, *reward], None)
     for number in range(kills):
         # Each phase in turn, at a random call.
         phase = list(PHASES)[number % len(PHASES)]
         killed = directory / f"killed-{number}"
         call = rng.randint(1, counts[phase])
-        run(["--output-dir", str(killed), *FLAGS], (phase, call))
+        run(["--output-dir", str(killed), *FLAGS, *reward], (phase, call))
         found = sorted(path.name for path in (killed / "checkpoints").glob("*"))
         print(f"{phase} {call}/{counts[phase]} {','.join(found)}", flush=True)
-        run(["--resume", str(killed)], None)
+        run(["--resume", str(killed), *reward], None)
 
 
 def run(arguments: list[str], kill: tuple[str, int] | None) -> Counter:
@@ -62,7 +64,7 @@ def run(arguments: list[str], kill: tuple[str, int] | None) -> Counter:
     child = os.fork()
     if child == 0:
         counts = count_calls(kill)
-        warm_start.TARGET = 0.02  # a short warm start
+        warm_start.TARGET = 0.0  # four steps: the reward is for what a random model writes
         train.plot_dashboard = lambda *_: None
         sys.stdout = sys.stderr = open(os.devnull, "w")
         status = train.main(arguments)

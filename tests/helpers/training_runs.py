@@ -11,7 +11,18 @@ CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib"}
 def tiny(directory: Path, *flags: str) -> int:
     """Train shortly in this directory; return the exit code."""
     start = ["--preset", "tiny", "--output-dir", str(directory), "--loss-impl", "reference"]
-    return train.main([*start, "--no-tensorboard", "--eval-questions", "16", *flags])
+    sizes = ["--prompts", "8", "--eval-questions", "16"]
+    return train.main([*start, "--no-tensorboard", *sizes, *flags])
+
+
+def write_parity_reward(directory: Path) -> str:
+    """Write a reward that random weights earn now and then; return the value of its flag."""
+    source = directory / "parity.py"
+    source.write_text(
+        "def even(completions, **_):\n"
+        "    return [float(text[:1] in ('0', '2', '4', '6', '8')) for text in completions]\n"
+    )
+    return f"{source}:even"
 
 
 def left_by(directory: Path) -> dict:

@@ -15,6 +15,7 @@ from reference.training.command_line import PRESETS
 from reference.training.model import load as models
 from reference.training.run import run_directory
 from reference.training.update.learner import Learner
+from tests.helpers.training_runs import write_parity_reward
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +26,9 @@ def same_threads():
 
 
 @pytest.fixture
-def weak_start(monkeypatch):
-    """End the warm start early: these tests are about the steps of GRPO."""
-    monkeypatch.setattr(supervised, "TARGET", 0.02)
+def no_curves(monkeypatch):
+    """Draw no curves, which takes as long as several steps."""
+    monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def float64_models(monkeypatch):
 
 def tiny(directory, *flags, impl="reference"):
     arguments = ["--preset", "tiny", "--output-dir", str(directory), "--loss-impl", impl]
-    return train.main([*arguments, *flags])
+    return train.main([*arguments, "--eval-questions", "16", *flags])
 
 
 CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib"}
@@ -58,15 +59,15 @@ def rows_of(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tiny_model_learns(tmp_path, seed):
+def test_tiny_model_learns(tmp_path, no_curves, seed):
     flags = ["--preset", "tiny", "--output-dir", str(tmp_path), "--loss-impl", "reference"]
     assert train.main([*flags, "--no-tensorboard", "--seed", str(seed)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["before"]["lenient"] < 0.6 and summary["after"]["lenient"] >= 0.85
 
 
-def test_run_writes_its_files(tmp_path, weak_start, capsys):
-    assert tiny(tmp_path, "--steps", "3") == 0
+def test_run_writes_its_files(tmp_path, tiny_model, capsys):
+    assert tiny(tmp_path, "--model", tiny_model, "--steps", "3") == 0
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
     assert names == {
         "settings.json", "metrics.jsonl", "completions.txt", "curves.png", "summary.json", "model",
@@ -100,11 +101,14 @@ def test_run_writes_its_files(tmp_path, weak_start, capsys):
     ],
 )
 def test_fused_and_reference_losses_give_the_same_run(
-    tmp_path, weak_start, float64_models, backend, flags
+    tmp_path, float64_models, no_curves, backend, flags, monkeypatch
 ):
-    flags = ["--steps", "3", *flags]
+    """They also share the warm start, of four steps, after which only parity earns rewards."""
+    monkeypatch.setattr(supervised, "TARGET", 0.0)
+    flags = ["--steps", "3", "--reward", write_parity_reward(tmp_path), *flags]
     assert tiny(tmp_path / "fused", *flags, impl="fused") == 0
     assert tiny(tmp_path / "reference", *flags, impl="reference") == 0
+    assert all(row["reward_std"] > 0 for row in rows_of(tmp_path / "fused"))
     for ours, expected in zip(
         rows_of(tmp_path / "fused"), rows_of(tmp_path / "reference"), strict=True
     ):
@@ -132,18 +136,19 @@ def test_model_directory_without_weights_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_nan_reward_is_named_and_no_model_is_saved(tmp_path, weak_start, capsys):
+def test_nan_reward_is_named_and_no_model_is_saved(tmp_path, tiny_model, capsys):
     source = tmp_path / "broken.py"
     source.write_text(
         "def nothing(prompts, completions, answers):\n    return [float('nan')] * len(answers)\n"
     )
-    assert tiny(tmp_path / "run", "--reward", f"{source}:nothing") == 2
+    reward = ["--reward", f"{source}:nothing"]
+    assert tiny(tmp_path / "run", "--model", tiny_model, *reward) == 2
     error = capsys.readouterr().err
     assert "gave nan, not a finite number, for the completion" in error
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_interrupted_run_saves_its_model(tmp_path, weak_start, monkeypatch, capsys):
+def test_interrupted_run_saves_its_model(tmp_path, tiny_model, no_curves, monkeypatch, capsys):
     step = Learner.step
 
     def interrupted(learner, *arguments):
@@ -152,7 +157,7 @@ def test_interrupted_run_saves_its_model(tmp_path, weak_start, monkeypatch, caps
         return step(learner, *arguments)
 
     monkeypatch.setattr(Learner, "step", interrupted)
-    assert tiny(tmp_path) == 130
+    assert tiny(tmp_path, "--model", tiny_model) == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().err
     assert not (tmp_path / "summary.json").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -188,8 +193,9 @@ def test_default_output_dirs_are_numbered(tmp_path, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_train_with_options(flags, tmp_path, weak_start):
-    assert tiny(tmp_path, "--steps", "3", "--no-tensorboard", *flags) == 0
+def test_train_with_options(flags, tmp_path, tiny_model, no_curves):
+    start = ["--model", tiny_model, "--steps", "3", "--no-tensorboard"]
+    assert tiny(tmp_path, *start, *flags) == 0
     assert len(rows_of(tmp_path)) == 3
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -199,8 +205,7 @@ def test_train_with_options(flags, tmp_path, weak_start):
 @pytest.mark.parametrize("backend", ["pytorch"], indirect=True)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize("loss", LossConfig.objectives())
-def test_train_every_loss(backend, loss, impl, tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
+def test_train_every_loss(backend, loss, impl, tmp_path, tiny_model, no_curves):
     flags = ["--model", tiny_model, "--steps", "1", "--eval-questions", "8", "--prompts", "4"]
     flags += ["--no-tensorboard", "--inner-iterations", "2", "--loss", loss]
     assert tiny(tmp_path, *flags, impl=impl) == 0
@@ -208,25 +213,24 @@ def test_train_every_loss(backend, loss, impl, tmp_path, tiny_model, monkeypatch
     assert row["grad_norm"] > 0 and None not in row.values()
 
 
-def test_lora_is_merged_when_saved(tmp_path, weak_start):
-    assert tiny(tmp_path / "whole", "--steps", "1") == 0
-    model = tmp_path / "whole" / "model"
-    flags = ["--model", str(model), "--steps", "2", "--lora-rank", "4", "--beta", "0.1"]
-    assert tiny(tmp_path / "lora", *flags, "--learning-rate", "0.01") == 0
-    assert {"kl", "entropy"} <= rows_of(tmp_path / "lora")[-1].keys()
+def test_lora_is_merged_when_saved(tmp_path, tiny_model, no_curves):
+    flags = ["--model", tiny_model, "--steps", "2", "--lora-rank", "4", "--beta", "0.1"]
+    assert tiny(tmp_path, *flags, "--learning-rate", "0.01") == 0
+    assert {"kl", "entropy"} <= rows_of(tmp_path)[-1].keys()
     before, after = (
-        AutoModelForCausalLM.from_pretrained(each).state_dict()
-        for each in (model, tmp_path / "lora" / "model")
+        AutoModelForCausalLM.from_pretrained(directory).state_dict()
+        for directory in (tiny_model, tmp_path / "model")
     )
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_eval_only_and_chat(tmp_path, weak_start, monkeypatch, capsys):
-    assert tiny(tmp_path / "run", "--steps", "1") == 0
+def test_eval_only_and_chat(tmp_path, tiny_model, no_curves, monkeypatch, capsys):
+    assert tiny(tmp_path / "run", "--model", tiny_model, "--steps", "1") == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
     model = ["--model", str(tmp_path / "run" / "model"), "--output-dir", str(tmp_path / "none")]
-    assert train.main(["--preset", "tiny", "--eval-only", *model]) == 0
+    flags = ["--eval-only", "--eval-questions", "16"]
+    assert train.main(["--preset", "tiny", *flags, *model]) == 0
     assert f"lenient {after['lenient']:.1%}" in capsys.readouterr().out.splitlines()[-1]
     lines = iter(["123456=", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

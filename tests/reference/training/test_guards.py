@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from reference import train
-from reference.training import warm_start as supervised
 from reference.training.errors import UserError
 from reference.training.update.learner import Learner
 from tests.helpers.learner import ADVANTAGES, QUESTIONS, make_learner
@@ -178,17 +177,16 @@ def test_out_of_memory_in_the_optimiser_names_lora(monkeypatch):
         learner.step(samples, ADVANTAGES)
 
 
-def test_nan_ends_the_run_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
+def test_nan_ends_the_run_and_keeps_its_checkpoint(tmp_path, tiny_model, monkeypatch, capsys):
     original = Learner.loss
 
     def loss(learner, batch, denominators):
         output = original(learner, batch, denominators)
         return output._replace(loss=output.loss * NAN) if learner.steps == 3 else output
 
-    monkeypatch.setattr(supervised, "TARGET", 0.02)
     monkeypatch.setattr(train, "plot_dashboard", lambda *_: None)
     monkeypatch.setattr(Learner, "loss", loss)
-    assert tiny(tmp_path, "--checkpoint-every", "2") == 2
+    assert tiny(tmp_path, "--model", tiny_model, "--checkpoint-every", "2") == 2
     said = capsys.readouterr().err
     assert "error: step 3: the loss of micro-batch 1 of 1 is nan. The weights are" in said
     assert f"to go on after step 2: python reference/train.py --resume {tmp_path}\n" in said

@@ -506,7 +506,7 @@ def test_sigterm_on_a_full_disk_exits_2(tmp_path, tiny_model, monkeypatch, capsy
 
 WRONG = {
     "--learning-rate 1": "--learning-rate was 0.0004, not 1.0: these would make another run",
-    "--prompts 4 --seed 1": "--prompts was 32, not 4, --seed was 0, not 1: these would make",
+    "--prompts 4 --seed 1": "--prompts was 8, not 4, --seed was 0, not 1: these would make",
     "--task arithmetic --model x": "/model, not x, --task was reverse, not arithmetic: these",
     "--top-p 0.8": "--top-p was None, not 0.8: these",
     "--top-p 0.8 --no-support": "--top-p was None, not 0.8, --no-support was not set: these would",
