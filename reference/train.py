@@ -20,6 +20,7 @@ The parts are in reference/training. In reading order:
     model/                         loading a model; LoRA; policy and teacher; scorers (--loss-impl)
     rollout/                       chat template, sampling, packing of completions into rows
     collect, advantages            completions with rewards, and how they compare in their group
+    async_rollout                  the next batch is sampled while this one trains
     update/                        micro-batches, losses and optimiser steps
     evaluate, warm_start           accuracy on held-out questions; supervised start of --preset tiny
     run/                           run directory, logs, curves, checkpoints, resuming, Ctrl-C
@@ -51,6 +52,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reference.training.advantages import StepReward, compute_advantages, load_step_reward
+from reference.training.async_rollout import AsyncRollouts
 from reference.training.collect import collect_rollouts, examples, rollout_metrics
 from reference.training.command_line import parse_command_line
 from reference.training.config import TrainConfig
@@ -148,7 +150,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
     config.check_loss()
     sampler = pick_sampler(config)
     ranks, device = init_distributed(pick_device(config.device))
-    ranks.check_settings(config.prompts, config.sampler)
+    ranks.check_settings(config.prompts, config.sampler, config.async_rollout)
     if config.chat:
         policy = load_policy(config, device, sampler, config.system)
         shutdown.release()
@@ -234,6 +236,7 @@ def train(
     learner, directory = state.learner, log.directory
     config, policy = learner.config, learner.policy
     decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
+    ahead = AsyncRollouts(learner, task, sampler, state.order) if config.async_rollout else None
 
     # Metrics so far: those of the run that is resumed, or an evaluation before the first step.
     so_far = read_metrics(directory) if policy.ranks.is_first else ([], [])
@@ -267,11 +270,17 @@ def train(
             # repeats it from the recorded state of the random generators.
             state.record()
             started = time.perf_counter()
-            rollouts = collect_rollouts(policy, task, sampler, state.order, config)
+            if ahead is None:
+                rollouts = collect_rollouts(policy, task, sampler, state.order, config)
+                sampling_metrics = {}
+            else:
+                rollouts, sampling_metrics = ahead.collect(step)
             rollout_time = time.perf_counter() - started
 
             # From here to the end of the step a signal has to wait.
             shutdown.defer()
+            if ahead is not None and step < config.steps:
+                ahead.begin(step + 1)
 
             # Compare each completion with the others of its group. All ranks use rank 0's result,
             # since a reward function may be random.
@@ -292,6 +301,7 @@ def train(
                 "step": step,
                 **rollout_metrics(rollouts),
                 **update_metrics,
+                **sampling_metrics,
                 "num_tokens": state.tokens_seen,
                 "step_time": step_time,
                 "rollout_time": rollout_time,
@@ -327,6 +337,9 @@ def train(
     except BaseException as error:
         state.save_interrupted(error, checkpoints, shutdown, log)
         raise
+    finally:
+        if ahead is not None:
+            ahead.close()
 
     # Write the summary, and keep the last checkpoint only.
     evaluations.append({"step": config.steps, **after})

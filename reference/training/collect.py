@@ -62,25 +62,36 @@ class Rollouts:
 def collect_rollouts(
     policy: Policy, task: Task, sampler: Sampler, order: random.Random, config: TrainConfig
 ) -> Rollouts:
-    """Sample and reward groups of completions for `config.prompts` questions.
-
-    With --dynamic-sampling, groups without a signal are replaced by groups for new questions, until
-    all have a signal or the rounds are used up. The last ones then fill the batch: its size is
-    always the same.
-    """
+    """Sample and reward groups of completions for `config.prompts` questions."""
     with policy.ranks.unsharded(policy.model):
         sampler.sync(policy)
         questions = sample_questions(task.train, config.prompts, order)
         rollouts = sample_completions(policy, task, sampler, questions, config)
-        for _ in range(config.dynamic_sampling):
-            with_signal = rollouts.has_signal.nonzero().flatten().tolist()
-            missing = config.prompts - len(with_signal)
-            if missing == 0:
-                break
-            questions = sample_questions(task.train, missing, order)
-            new = sample_completions(policy, task, sampler, questions, config)
-            pad_id = policy.tokenizer.pad_token_id
-            rollouts = concat(rollouts.select_groups(with_signal), new, pad_id)
+        return replace_groups_without_signal(rollouts, policy, task, sampler, order, config)
+
+
+def replace_groups_without_signal(
+    rollouts: Rollouts,
+    policy: Policy,
+    task: Task,
+    sampler: Sampler,
+    order: random.Random,
+    config: TrainConfig,
+) -> Rollouts:
+    """With --dynamic-sampling, replace groups without a signal by groups for new questions.
+
+    This ends when all have a signal or the rounds are used up. The last groups then fill the batch:
+    its size is always the same.
+    """
+    for _ in range(config.dynamic_sampling):
+        with_signal = rollouts.has_signal.nonzero().flatten().tolist()
+        missing = config.prompts - len(with_signal)
+        if missing == 0:
+            break
+        questions = sample_questions(task.train, missing, order)
+        new = sample_completions(policy, task, sampler, questions, config)
+        pad_id = policy.tokenizer.pad_token_id
+        rollouts = concat(rollouts.select_groups(with_signal), new, pad_id)
     return rollouts
 
 

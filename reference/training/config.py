@@ -122,6 +122,10 @@ class SamplingSettings:
     sampler_timeout: float = 600.0
     """With --sampler URL: seconds that the server has for the completions of a round, and for
     taking over weights."""
+    async_rollout: bool = False
+    """Sample the next batch while this one trains. A batch is then one step old when it trains, and
+    the sampler's log-probs are the old log-probs of the loss. It takes a sampler that holds weights
+    of its own, and one process."""
     max_sampler_difference: float | None = None
     """With a sampler that holds weights of its own: stop if its log-probs differ from the trainer's
     by more than this, in nats per token, the mean over the step's sampled tokens. None: 0.001 if
@@ -525,6 +529,16 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 continuous and truncates and self.support and not self.distils_only,
                 "--sampler continuous does not return the tokens that --top-k and --top-p keep: "
                 "take shared-prompt or generate, or train without them with --no-support",
+            ),
+            (
+                self.async_rollout and not self.support,
+                "--async-rollout: the sampler's log-probs are the old ones of the loss, which have "
+                "to be normalised over the same tokens: not with --no-support",
+            ),
+            (
+                self.async_rollout and self.stale_sampler,
+                "--async-rollout trains on completions that are one step old, and --stale-sampler "
+                "on those of a fixed model: choose one",
             ),
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
             (

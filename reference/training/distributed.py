@@ -35,16 +35,21 @@ PEER_LOST_MESSAGES = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run and this process's place among them."""
+    """The ranks of a run and this process's place among them.
+
+    Attributes:
+        generator: of `seeds`; None: the global one of PyTorch.
+    """
 
     rank: int = 0
     size: int = 1
+    generator: torch.Generator | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def check_settings(self, prompts: int, sampler: str) -> None:
+    def check_settings(self, prompts: int, sampler: str, async_rollout: bool = False) -> None:
         """Raise a UserError if these settings do not work with this many ranks."""
         if prompts < self.size:
             raise UserError(f"--prompts must be at least the {self.size} ranks; got {prompts}")
@@ -52,6 +57,8 @@ class Ranks:
             raise UserError(
                 f"--sampler {sampler} draws on each rank alike: take shared-prompt or a server"
             )
+        if self.size > 1 and async_rollout:
+            raise UserError(f"--async-rollout works in one process; got {self.size} ranks")
 
     def broadcast(self, value: Value) -> Value:
         """Return rank 0's value; with several ranks, its tensors are on the CPU."""
@@ -87,7 +94,8 @@ class Ranks:
         """Return a seed for each row of this rank, out of those of all ranks' rows."""
         counts = self.all_gather(rows)
         first = sum(counts[: self.rank])
-        return torch.randint(2**31, (sum(counts),))[first : first + rows].tolist()
+        seeds = torch.randint(2**31, (sum(counts),), generator=self.generator)
+        return seeds[first : first + rows].tolist()
 
     @contextmanager
     def shared_rng(self, rows: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:

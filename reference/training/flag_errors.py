@@ -16,6 +16,7 @@ from reference.training.errors import UserError, did_you_mean
 OTHER_NAMES = {
     "--advantage": "adv-estimator advantage-estimator scale-rewards",
     "--answer-column": "answer-field answer-key label-key",
+    "--async-rollout": "async async-mode async-training fully-async off-policy-steps one-step-off",
     "--autocast": "bf16 dtype fp16 mixed-precision precision torch-dtype",
     "--beta": "init-kl-coef kl kl-coef kl-coeff kl-loss-coef",
     "--cache-dir": "hf-home",

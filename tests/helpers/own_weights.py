@@ -1,12 +1,11 @@
 """A sampler with weights of its own, which may leave some of them old."""
 
 import copy
-from dataclasses import replace
 
 import torch
 
+from reference.training.rollout.generate import generate
 from reference.training.rollout.sampler import Sampler
-from reference.training.rollout.samplers import SharedPrompt
 
 
 class CopySampler(Sampler):
@@ -34,5 +33,16 @@ class CopySampler(Sampler):
                 own.copy_(weights[name])
 
     def sample(self, policy, prompts, group_size, temperature):
-        own = replace(policy, model=self.model)
-        return SharedPrompt().sample(own, prompts, group_size, temperature)
+        seeds = policy.ranks.seeds(len(prompts.ids) * group_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generate(
+            self.model,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=policy.max_new_tokens,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.tokenizer.pad_token_id,
+            temperature=temperature,
+            truncation=policy.truncation,
+            draw=lambda: torch.cat([torch.rand(1, generator=each) for each in generators]),
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from reference import train
 
-CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib"}
+CLOCKS = {"step_time", "rollout_time", "tokens_per_second", "memory_gib", "sampling/wait_time"}
 
 
 def tiny(directory: Path, *flags: str) -> int:

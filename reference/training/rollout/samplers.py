@@ -30,6 +30,11 @@ VLLM = "vllm"
 def pick_sampler(settings: SamplingSettings) -> Sampler:
     """Make the sampler that --sampler names: one of SAMPLERS, vllm, or a server's URL."""
     name = settings.sampler
+    if settings.async_rollout and name in SAMPLERS and not SAMPLERS[name].has_own_weights:
+        raise UserError(
+            f"--async-rollout samples while the policy trains, and --sampler {name} samples from "
+            "the model that trains: take --sampler vllm or a server"
+        )
     if name == VLLM:
         return VLLMEngine(
             settings.vllm_memory, parse_options("--vllm-options", settings.vllm_options)

@@ -138,8 +138,8 @@ class Learner:
         # The log-probs of the sampling policy are computed before the first optimiser step.
         minibatches = list(self.minibatches(samples, advantages.to(self.policy.device), correct))
         difference = {}
-        if self.sampler_check is not None:
-            difference = self.compare_with_sampler(minibatches)
+        if self.sampler_check is not None and not config.async_rollout:
+            difference = self.compare_with_sampler(minibatches, f"step {self.steps}")
 
         def store_old_logprob(minibatch: Minibatch) -> None:
             for batch in minibatch.micro_batches:
@@ -186,12 +186,13 @@ class Learner:
                 control.update(metrics["entropy"])
         return metrics
 
-    def compare_with_sampler(self, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+    def compare_with_sampler(self, minibatches: Sequence[Minibatch], when: str) -> dict[str, float]:
         """Compare the log-probs of all sampled tokens with the sampler's; return the metrics.
 
         Where the update reads the log-probs from before it, they are stored.
         """
-        assert self.sampler_check is not None
+        if self.sampler_check is None:
+            return {}
 
         def score(minibatch: Minibatch) -> list[Tensor]:
             return [
@@ -200,7 +201,7 @@ class Learner:
             ]
 
         several = len(minibatches) * self.config.inner_iterations > 1
-        batches, logprobs, when = [], [], f"step {self.steps}"
+        batches, logprobs = [], []
         for minibatch in minibatches:
             for part in (minibatch, replace(minibatch, micro_batches=minibatch.unused)):
                 found = self.splitter.run(part, score, when)
@@ -315,6 +316,8 @@ class Learner:
             advantages,
             completions.logprob,
             completions.support,
+            # The policy has moved on since these completions were sampled.
+            old_logprob=completions.logprob if config.async_rollout else None,
         )
         if loss.nll_coef > 0:
             if correct is None:
