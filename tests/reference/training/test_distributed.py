@@ -65,6 +65,43 @@ def assert_same_run(one, other):
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-5)
 
 
+OLD_HEAD = """
+    import sys
+
+    from transformers import LlamaForCausalLM
+
+    from reference import train
+    from reference.training.rollout import samplers
+    from tests.helpers.own_weights import CopySampler
+
+    class OldHead(CopySampler):
+        def start(self, policy, directory):
+            model = policy.model
+            super().start(type("Policy", (), {"model": LlamaForCausalLM(model.config)}), directory)
+            with policy.ranks.unsharded(model):
+                self.sync(policy)
+            self.old = ("lm_head",)
+
+    samplers.SAMPLERS["old-head"] = OldHead
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_stop_together_if_the_sampler_has_an_old_head(tmp_path, tiny_model, parallel):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(OLD_HEAD))
+    flags = ("--sampler", "old-head", "--model", tiny_model, "--parallel", parallel)
+    flags += ("--learning-rate", "1e-3", "--warmup-steps", "0", "--beta", "0", "--steps", "2")
+    done = run(tmp_path / "run", *flags, launcher=TORCHRUN, script=script)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "error: step 2: the log" in line]
+    assert len(errors) == 2 and len(set(errors)) == 1, done.stderr
+    assert "These look old: the tied LM head (lm_head);" in errors[0]
+    assert [row["step"] for row in metrics(tmp_path / "run") if "reward" in row] == [1]
+
+
 DIES = """
     import os, signal
 
