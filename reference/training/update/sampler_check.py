@@ -55,6 +55,9 @@ class SamplerCheck:
         config: TrainConfig,
     ) -> None:
         self.sampler, self.policy, self.score, self.optimizer = sampler, policy, score, optimizer
+        # Now, because FSDP has other parameters in the midst of a pass.
+        model = unwrap(policy.model)
+        self.weights, self.groups = dict(model.named_parameters()), weight_groups(model)
         self.bound, self.is_stale = config.max_sampler_difference, config.stale_sampler
         # Without a support the sampler's log-probs are normalised over fewer tokens than the
         # trainer's: they may be higher by any amount, but not lower.
@@ -130,9 +133,8 @@ class SamplerCheck:
         """
         policy = replace(self.policy, precision="off")  # rounding to bf16 would hide the changes
         model, optimizer = unwrap(policy.model), self.optimizer
-        groups = weight_groups(model, optimizer)
         batches = [batch for batch in batches if not batch.is_idle]
-        enough, used = 32 * len(groups), []  # tokens
+        enough, used = 32 * len(self.groups), []  # tokens
         for batch in batches:
             if sum(int(each.mask.sum()) for each in used) < enough:
                 used.append(replace(batch, loss_mask=batch.mask))
@@ -141,14 +143,17 @@ class SamplerCheck:
             found = [self.score(policy, batch)[batch.mask].double().cpu() for batch in used]
             return torch.cat([torch.zeros(0, dtype=torch.float64), *found])
 
-        shards = dict(model.named_parameters())  # with the state of the optimiser, under FSDP
         columns: dict[str, Tensor] = {}
         with torch.no_grad(), policy.ranks.unsharded(policy.model):
             whole = dict(model.named_parameters())
             new = logprobs()
-            for group in groups:
-                updates = {name: last_update(optimizer, shards[name]) for name in group.names}
-                with undo([(whole[name], full_tensor(x)) for name, x in updates.items()], group):
+            for group in self.groups:
+                updates = [
+                    (whole[name], full_tensor(last_update(optimizer, self.weights[name])))
+                    for name in group.names
+                    if self.weights[name] in optimizer.state
+                ]
+                with undo(updates, group):
                     columns[group.label] = logprobs() - new
         sampled = [
             batch.sampling_logprob[batch.mask].double().cpu()
@@ -197,8 +202,8 @@ class WeightGroup:
     in_embedding: bool = False
 
 
-def weight_groups(model: Any, optimizer: torch.optim.Optimizer) -> list[WeightGroup]:
-    """Group the weights of a model that an optimiser has updated.
+def weight_groups(model: Any) -> list[WeightGroup]:
+    """Group the weights of a model that train.
 
     An LM head that is tied to the embedding is a group of its own.
     """
@@ -208,7 +213,7 @@ def weight_groups(model: Any, optimizer: torch.optim.Optimizer) -> list[WeightGr
     tied = embedding.weight if head is not None and head.weight is embedding.weight else None
     groups: dict[str, WeightGroup] = {}
     for name, weight in model.named_parameters():
-        if weight not in optimizer.state:
+        if not weight.requires_grad:
             continue
         owner = name.rpartition(".")[0]
         parts = owner.split(".")
