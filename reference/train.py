@@ -252,6 +252,8 @@ def train(
         every, last = config.eval_every, evaluations[-1]["step"] if evaluations else None
         is_due = state.step == 0 or (every and state.step % every == 0)
         if is_due and state.step not in (last, config.steps):
+            if ahead is not None:
+                ahead.wait()  # an evaluation draws from the global random generator
             evaluations.append({"step": state.step, **evaluate(policy, task, config)})
             shutdown.defer("the evaluation")  # otherwise a resumed run might log it again
             log.evaluation(state.step, evaluations[-1])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,6 +131,11 @@ class AsyncRollouts:
             "sampling/wait_time": waited,
             **batch.difference,
         }
+
+    def wait(self) -> None:
+        """Wait for the batch in flight: an engine may change the global random generators."""
+        if self._batch is not None:
+            wait([self._batch.completions])
 
     def close(self) -> None:
         """Wait for the thread: a sampler cannot be stopped while it samples."""

@@ -6,6 +6,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from reference import train
 from reference.training.async_rollout import AsyncRollouts
@@ -56,6 +57,7 @@ def threads(monkeypatch):
             made.batches += 1
             try:
                 made.before_sample(made.batches)
+                torch.rand(1)  # as engines do
                 return super().sample(*arguments)
             finally:
                 made.samples = False
