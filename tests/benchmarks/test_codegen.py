@@ -28,7 +28,7 @@ GRPO_LOSS = "grpo_loss: k3, entropy, importance"
 SLOWER = {
     # Two passes, and the second reads two rows that do not fit into the L2.
     "approximate_kl_forward": 0.45,
-    # Two logarithms and three exponentials per pair of entries, in more instructions than loads.
+    # The logarithm of the mixture is a polynomial: with it an entry takes fifty-five instructions.
     "jsd_forward": 0.6,
     # The softcap's tanh and its division take thirty instructions per entry.
     "token_stats_forward: log-prob, entropy, softcap": 0.42,
