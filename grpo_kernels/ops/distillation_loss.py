@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..backends import RowInputs, RowStats, StatsRequest, backend_for
-from ..objective.aggregation import check_normalizers, token_weights
+from ..objective import aggregation
 from ..objective.config import LossConfig
 from ..objective.policy_loss import LossOutput
 from ..objective.sequences import Sequences
 from ..validation import (
     expect_choice,
     expect_finite,
+    expect_mask,
     expect_number,
     expect_tensor,
     suggest_keywords,
@@ -42,6 +43,8 @@ def _jsd_forward(
     stats = student._replace(ref_row_lse=teacher.row_lse)
     jsd, kl_policy = backend.jsd_forward(rows, stats, jsd_weight)
     agrees = (student.top_ids == teacher.top_ids).squeeze(-1)
+    if rows.mask is not None:
+        agrees = agrees & rows.mask
     saved = (kl_policy, stats.row_lse, stats.ref_row_lse)
     return jsd, student.entropy, teacher.entropy, agrees, *saved
 
@@ -105,7 +108,7 @@ def distillation_loss(
     divergence: str = "reverse",
     jsd_weight: float = 0.5,
     mask: Tensor | None = None,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -115,7 +118,7 @@ def distillation_loss(
         p = softmax(softcap · tanh(logits / softcap) / temperature), q of teacher_logits likewise
         reverse: KL(p‖q) = Σ p (ln p - ln q)        forward: KL(q‖p) = Σ q (ln q - ln p)
         jsd: (1 - w) KL(p‖m) + w KL(q‖m) with m = (1 - w) p + w q and w = jsd_weight
-        loss = Σ weights · divergence / normalizer
+        loss = Σ token_weights · divergence / normalizer
 
     Args:
         logits: [B, T, V] or packed [N, V], of the student.
@@ -134,8 +137,8 @@ def distillation_loss(
             between them and is finite where one model excludes what the other does not.
         jsd_weight: between 0 and 1; the weight of the teacher in the mixture, TRL's `beta`.
         mask: loss mask [B, T] or [N], bool or 0/1. Masked rows are not read.
-        weights: shape of the tokens, finite; each token's weight in the loss. The metrics, and the
-            default of `normalizer`, are without them.
+        token_weights: shape of the tokens, finite; each token's weight in the loss. The metrics,
+            and the default of `normalizer`, are without them.
         normalizer: > 0, replaces the denominator, the number of unmasked tokens.
         temperature, softcap: as in `token_stats`, for both models. The gradient is that of the
             divergence at this temperature; it is not multiplied by temperature².
@@ -159,7 +162,7 @@ def distillation_loss(
     check_logits("logits", logits)
     check_one_teacher({"teacher_logits": teacher_logits}, teacher_top_logprobs)
     tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    check_weights(weights, tokens, mask)
+    check_token_weights(token_weights, tokens, mask)
     if teacher_logits is not None:
         check_logits("teacher_logits", teacher_logits)
         expect_tensor("teacher_logits", teacher_logits, shape=logits.shape, device_of=logits)
@@ -188,7 +191,7 @@ def distillation_loss(
         )
         assert stats.kl is not None
         per_token, others = stats.kl, [stats.entropy, teacher.entropy, stats.is_top1]
-    weight = divergence_weights(tokens, mask, weights, normalizer, per_token.dtype)
+    weight = divergence_weights(tokens, mask, token_weights, normalizer, per_token.dtype)
     return distillation_output(weight, mask, per_token, others)
 
 
@@ -209,29 +212,32 @@ def check_one_teacher(whole: dict[str, Tensor | None], top_logprobs: object) -> 
         )
 
 
-def check_weights(weights: Tensor | None, tokens: Tensor, mask: Tensor | None) -> None:
+def check_token_weights(token_weights: Tensor | None, tokens: Tensor, mask: Tensor | None) -> None:
     """Check the weights of the tokens; those of masked ones may be anything."""
-    if weights is None:
+    if token_weights is None:
         return
-    expect_tensor("weights", weights, floating=True, shape=tokens.shape, device_of=tokens)
-    kept = weights if mask is None else torch.where(mask != 0, weights, 0)
-    expect_finite("weights", kept)
+    expect_tensor(
+        "token_weights", token_weights, floating=True, shape=tokens.shape, device_of=tokens
+    )
+    expect_mask(mask, tokens.shape)
+    kept = token_weights if mask is None else torch.where(mask != 0, token_weights, 0)
+    expect_finite("token_weights", kept)
 
 
 def divergence_weights(
     tokens: Tensor,
     mask: Tensor | None,
-    weights: Tensor | None,
+    token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the factor of each token's divergence in the loss, 0 where masked."""
-    check_normalizers(_MEAN, normalizer, None, None)
+    aggregation.check_normalizers(_MEAN, normalizer, None, None)
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    factor = token_weights(Sequences(keep, None), _MEAN, normalizer, dtype)
-    if weights is None:
+    factor = aggregation.token_weights(Sequences(keep, None), _MEAN, normalizer, dtype)
+    if token_weights is None:
         return factor
-    return torch.where(keep, factor * weights.detach().to(dtype), 0.0)
+    return torch.where(keep, factor * token_weights.detach().to(dtype), 0.0)
 
 
 def distillation_output(

@@ -31,7 +31,7 @@ from .distillation_loss import (
     TOP_K_RESULTS,
     check_divergence,
     check_one_teacher,
-    check_weights,
+    check_token_weights,
     distillation_output,
     divergence_weights,
 )
@@ -141,7 +141,7 @@ def linear_distillation_loss(
     divergence: str = "reverse",
     jsd_weight: float = 0.5,
     mask: Tensor | None = None,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -166,8 +166,8 @@ def linear_distillation_loss(
         chunk_tokens, packing, vocab_group: as in `linear_token_stats`; with a vocab_group,
             `teacher_weight` and `teacher_bias` are this rank's rows too, and the ids of
             `teacher_top_logprobs` are those of the whole vocabulary.
-        teacher_top_logprobs, divergence, jsd_weight, mask, weights, normalizer, temperature,
-            softcap: as in `distillation_loss`.
+        teacher_top_logprobs, divergence, jsd_weight, mask, token_weights, normalizer,
+            temperature, softcap: as in `distillation_loss`.
 
     Returns:
         LossOutput(loss, metrics) as `distillation_loss`; the loss is differentiable in `hidden`,
@@ -188,7 +188,7 @@ def linear_distillation_loss(
             hidden, weight, teacher_hidden, teacher_weight, teacher_bias, "teacher_"
         )
     tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    check_weights(weights, tokens, mask)
+    check_token_weights(token_weights, tokens, mask)
     inputs = prepare_inputs(
         hidden,
         weight,
@@ -217,12 +217,12 @@ def linear_distillation_loss(
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
     ]
     with torch.no_grad():
-        of_tokens = divergence_weights(tokens, mask, weights, normalizer, dtype)
+        of_tokens = divergence_weights(tokens, mask, token_weights, normalizer, dtype)
         results, *grads = _forward(
             inputs, packing, chunk_tokens, teacher, of_tokens.flatten(), divergence, jsd_weight,
             wanted,
         )  # fmt: skip
-        per_token, *others = results.view(-1, *tokens.shape)
+        per_token, *others = results.view(len(results), *tokens.shape)
         loss, metrics = distillation_output(of_tokens, mask, per_token, others)
     trained = [
         (leaf, grad.view(leaf.shape))

@@ -47,6 +47,8 @@ def prepare_top_k(
     """
     if not isinstance(top_logprobs, (tuple, list)) or len(top_logprobs) != 2:
         kind = type(top_logprobs).__name__
+        if isinstance(top_logprobs, (tuple, list)):
+            kind += f" of length {len(top_logprobs)}"
         raise TypeError(f"teacher_top_logprobs must be a pair (ids, logprobs), got {kind}")
     ids, logprobs = top_logprobs
     expect_ids("the ids of teacher_top_logprobs", ids)

@@ -18,7 +18,7 @@ def distillation_loss(
     divergence: str = "reverse",
     jsd_weight: float = 0.5,
     mask: Tensor | None = None,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -34,7 +34,7 @@ def distillation_loss(
             together.
         divergence: "reverse" for KL(p‖q), "forward" for KL(q‖p), or "jsd".
         mask: bool or 0/1; normalizer: replaces the number of unmasked tokens.
-        weights: shape of the tokens, the weight of each in the loss.
+        token_weights: shape of the tokens, the weight of each in the loss.
 
     Returns:
         LossOutput; the loss is differentiable in `logits`.
@@ -70,8 +70,8 @@ def distillation_loss(
     count = keep.sum().clamp(min=1)
     metrics = {name: torch.where(keep, x, 0.0).detach().sum() / count for name, x in named.items()}
     metrics["num_tokens"] = keep.sum().to(logp.dtype)
-    if weights is not None:
-        per_token = torch.where(keep, weights * per_token, 0.0)
+    if token_weights is not None:
+        per_token = torch.where(keep, token_weights * per_token, 0.0)
     return LossOutput(per_token.sum() / (count if normalizer is None else normalizer), metrics)
 
 

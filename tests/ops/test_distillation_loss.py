@@ -24,7 +24,7 @@ B, T, V, H, TEACHER_H = 2, 3, 37, 6, 5
 @pytest.mark.parametrize(("divergence", "jsd_weight", "dtype"), CASES)
 def test_logits(backend, divergence, jsd_weight, dtype):
     logits, teacher = normal(1, B, T, V, std=3).to(dtype), normal(2, B, T, V, std=3).to(dtype)
-    mask = coin(3, B, T)
+    mask = coin(5, B, T)
     logits[~mask] = torch.nan
     temperature = normal(4, B, T).abs() + 0.5
     check_against_fp64(
@@ -125,8 +125,17 @@ def test_all_masked_and_no_tokens(backend):
     for divergence in ("forward", "jsd"):
         ours = run(linear_distillation_loss, *heads(), leaves=2, divergence=divergence, mask=masked)
         assert ours["loss"] == 0 and not ours["d_0"].any() and not ours["d_1"].any()
-        empty = run(distillation_loss, torch.zeros(0, V), torch.zeros(0, V), divergence=divergence)
-        assert empty["loss"] == 0
+        for shape in ((0,), (2, 0), (0, 3)):
+            logits, hidden = torch.zeros(*shape, V), torch.zeros(*shape, H)
+            weight = normal(1, V, H)
+            for empty in (
+                run(distillation_loss, logits, logits, divergence=divergence),
+                run(
+                    linear_distillation_loss, hidden, weight, hidden, weight, leaves=2,
+                    divergence=divergence,
+                ),
+            ):  # fmt: skip
+                assert not any(value.any() for value in empty.values())
 
 
 def test_gradcheck_and_compile(pytorch_backend):
@@ -155,6 +164,10 @@ def test_gradcheck_and_compile(pytorch_backend):
         ({"divergence": "js"}, "divergence must be one of 'reverse', 'forward', 'jsd', got 'js'"),
         ({"jsd_weight": 1.0}, "jsd_weight must be less than 1, got 1.0"),
         ({"normalizer": 0}, "normalizer must be greater than 0, got 0"),
+        (
+            {"mask": torch.ones(T + 1), "token_weights": torch.ones(B, T)},
+            f"mask must have shape {(B, T)}, got shape {(T + 1,)}",
+        ),
     ],
 )
 def test_errors(keywords, message):

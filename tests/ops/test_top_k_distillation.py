@@ -19,6 +19,7 @@ from tests.helpers.tensors import coin, normal
 KINDS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 B, T, V, H, K = 2, 3, 37, 6, 4
+MASK = torch.tensor([[True, True, True], [True, False, True]])
 
 
 def top_logprobs(seed, *shape, V=V, K=K, dtype=torch.float32, std=3.0):
@@ -40,13 +41,13 @@ def ragged(teacher):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("divergence", "jsd_weight"), KINDS)
 def test_logits(backend, divergence, jsd_weight, dtype):
-    logits, mask = normal(1, B, T, V, std=3, dtype=dtype), coin(3, B, T)
-    logits[~mask] = torch.nan
+    logits = normal(1, B, T, V, std=3, dtype=dtype)
+    logits[~MASK] = torch.nan
     temperature = normal(4, B, T).abs().to(logits.dtype) + 0.5
     check_against_fp64(
-        distillation_loss, losses.distillation_loss, logits, mask=mask, softcap=5.0,
+        distillation_loss, losses.distillation_loss, logits, mask=MASK, softcap=5.0,
         teacher_top_logprobs=ragged(top_logprobs(2, B, T)), divergence=divergence,
-        jsd_weight=jsd_weight, temperature=temperature, weights=normal(5, B, T),
+        jsd_weight=jsd_weight, temperature=temperature, token_weights=normal(5, B, T),
     )  # fmt: skip
 
 
@@ -58,9 +59,9 @@ def test_hidden_states(backend, divergence, jsd_weight, dtype):
         linear_distillation_loss, losses.linear_distillation_loss,
         normal(1, B, T, H, dtype=dtype), normal(2, V, H, dtype=dtype), leaves=2,
         teacher_top_logprobs=ragged(top_logprobs(3, B, T)), divergence=divergence,
-        jsd_weight=jsd_weight, mask=coin(7, B, T, p=0.8), temperature=0.7, adapter=adapter,
+        jsd_weight=jsd_weight, mask=MASK, temperature=0.7, adapter=adapter,
         softcap=8.0, bias=normal(8, V).to(dtype), chunk_tokens=2, normalizer=3.0,
-        weights=normal(9, B, T),
+        token_weights=normal(9, B, T),
     )  # fmt: skip
 
 
@@ -189,12 +190,12 @@ def test_student_without_a_rest(backend):
 
 def test_weights_scale_the_terms_and_not_the_denominator(backend):
     logits, teacher = normal(1, B, T, V), normal(2, B, T, V)
-    mask, weights = coin(3, B, T, p=0.8), normal(4, B, T)
-    weights[~mask] = torch.nan
-    pairs = zip(logits[mask], teacher[mask], strict=True)
+    weights = normal(4, B, T)
+    weights[~MASK] = torch.nan
+    pairs = zip(logits[MASK], teacher[MASK], strict=True)
     terms = torch.stack([distillation_loss(x[None], y[None]).loss for x, y in pairs])
-    ours = distillation_loss(logits, teacher, mask=mask, weights=weights)
-    torch.testing.assert_close(ours.loss, (terms * weights[mask]).sum() / mask.sum())
+    ours = distillation_loss(logits, teacher, mask=MASK, token_weights=weights)
+    torch.testing.assert_close(ours.loss, (terms * weights[MASK]).sum() / MASK.sum())
     torch.testing.assert_close(ours.metrics["divergence"], terms.mean())
 
 
@@ -206,7 +207,14 @@ def test_all_masked_and_no_tokens(backend):
     )  # fmt: skip
     assert ours["loss"] == 0 and not ours["d_0"].any() and not ours["d_1"].any()
     none = torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, K)
-    assert run(distillation_loss, torch.zeros(0, V), teacher_top_logprobs=none)["loss"] == 0
+    for empty in (
+        run(distillation_loss, torch.zeros(0, V), teacher_top_logprobs=none),
+        run(
+            linear_distillation_loss, torch.zeros(0, H), normal(2, V, H), leaves=2,
+            teacher_top_logprobs=none,
+        ),
+    ):  # fmt: skip
+        assert not any(value.any() for value in empty.values())
 
 
 def test_gradcheck_and_compile(pytorch_backend):
@@ -312,6 +320,7 @@ def test_wrong_list_whose_values_are_not_readable_is_nan(pytorch_backend, monkey
             "teacher_hidden",
         ),
         ({"top": torch.zeros(2)}, r"teacher_top_logprobs must be a pair \(ids, logprobs\), got Te"),
+        ({"top": (1, 2, 3)}, r"must be a pair \(ids, logprobs\), got tuple of length 3"),
         (
             {"top": top_logprobs(1, T)},
             r"the ids of teacher_top_logprobs must have shape \(2, 3, 'K'\), .* got shape \(3, 4\)",
@@ -323,7 +332,10 @@ def test_wrong_list_whose_values_are_not_readable_is_nan(pytorch_backend, monkey
         ({"ids": V}, r"the ids of teacher_top_logprobs must be in \[0, 37\), or -1 where"),
         ({"ids": -2}, r"the ids of teacher_top_logprobs must be in \[0, 37\), or -1 where"),
         ({"shift": 2.0}, "the logprobs of teacher_top_logprobs must be of probabilities whose sum"),
-        ({"top": top_logprobs(1, B, T), "weights": torch.ones(T)}, "weights must have shape"),
+        (
+            {"top": top_logprobs(1, B, T), "token_weights": torch.ones(T)},
+            "token_weights must have shape",
+        ),
     ],
 )
 def test_errors(keywords, message):
