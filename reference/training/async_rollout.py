@@ -106,7 +106,7 @@ class AsyncRollouts:
         samples = short.sample(questions, config.group_size, config.temperature, self.sampler)
         none = torch.zeros(len(samples.texts))
         minibatches = list(learner.minibatches(samples, none.to(policy.device), none))
-        return learner.compare_with_sampler(minibatches, f"after step {learner.steps}")
+        return learner.compare_with_sampler(minibatches, f"before step {learner.steps + 1}")
 
     def collect(self, step: int) -> tuple[Rollouts, dict[str, float]]:
         """Wait for the batch of a step and reward it; return it with metrics of its sampling.
@@ -115,11 +115,12 @@ class AsyncRollouts:
         """
         if self._batch is None:
             self.begin(step)
-        batch, self._batch = self._batch, None
+        batch = self._batch
         assert batch is not None
         started = time.perf_counter()
         completions = batch.completions.result()  # an error in the thread is raised here
         waited = time.perf_counter() - started
+        self._batch = None
         self.order.setstate(batch.order.getstate())
         config, sampled = self.learner.config, _Sampled(completions)
         first = sample_completions(batch.policy, self.task, sampled, batch.questions, config)

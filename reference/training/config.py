@@ -540,6 +540,11 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "--async-rollout trains on completions that are one step old, and --stale-sampler "
                 "on those of a fixed model: choose one",
             ),
+            (
+                self.max_sampler_difference is not None and self.stale_sampler,
+                "--max-sampler-difference stops a run whose sampler is not in step, and "
+                "--stale-sampler means that it is not: choose one",
+            ),
             (self.chat and self.eval_only, "--chat and --eval-only: choose one"),
             (
                 self.resume is not None and (self.chat or self.eval_only),

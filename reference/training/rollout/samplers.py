@@ -35,6 +35,12 @@ def pick_sampler(settings: SamplingSettings) -> Sampler:
             f"--async-rollout samples while the policy trains, and --sampler {name} samples from "
             "the model that trains: take --sampler vllm or a server"
         )
+    if settings.max_sampler_difference is not None and name in SAMPLERS:
+        if not SAMPLERS[name].has_own_weights:
+            raise UserError(
+                f"--max-sampler-difference: --sampler {name} samples from the model that trains, "
+                "and is not compared with it"
+            )
     if name == VLLM:
         return VLLMEngine(
             settings.vllm_memory, parse_options("--vllm-options", settings.vllm_options)

@@ -190,7 +190,7 @@ def test_old_weights_are_noticed_before_they_train(threads, run, capsys):
     threads.sampler.old = ("lm_head",)
     assert run("run") == 2
     error = capsys.readouterr().err
-    assert "error: after step 1: the log-probs of the sampler differ" in error
+    assert "error: before step 2: the log-probs of the sampler differ" in error
     assert "look old: the tied LM head (lm_head);" in error
     assert threads.batches == 2 and threads.steps == 1
 
@@ -199,7 +199,7 @@ def test_old_weights_are_noticed_before_they_train(threads, run, capsys):
     ("flags", "message"),
     [
         ((), "--async-rollout samples while the policy trains, and --sampler shared-prompt"),
-        (("--top-p", "0.9", "--no-support"), "not with --no-support"),
+        (("--sampler", "http://x", "--top-p", "0.9", "--no-support"), "not with --no-support"),
         (("--sampler", "http://x", "--stale-sampler"), "on those of a fixed model: choose one"),
     ],
 )

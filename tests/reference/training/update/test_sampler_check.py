@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reference import train
 from reference.training.errors import UserError
 from reference.training.model.scorers import FusedScorer, PlainScorer
 from tests.helpers.learner import ADVANTAGES, QUESTIONS, make_learner
@@ -150,6 +151,19 @@ def test_stale_sampler_is_only_measured():
     learner, sampler = start("", stale=True)
     step(learner, sampler)
     assert step(learner, sampler)[MEAN] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--max-sampler-difference: --sampler shared-prompt samples from the model that"),
+        (["--sampler", "http://x", "--stale-sampler"], "means that it is not: choose one"),
+    ],
+)
+def test_bound_that_nothing_reads_is_refused(flags, message, capsys):
+    assert train.main(["--max-sampler-difference", "0.1", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_without_support_only_lower_log_probs_are_wrong():
