@@ -27,6 +27,7 @@ from .token_stats import check_logits, prepare_rows, token_stats
 from .top_k_divergence import prepare_top_k, top_k_rows
 
 DIVERGENCES = ("reverse", "forward", "jsd")
+JSD_WEIGHTS = (1e-6, 1 - 1e-6)  # the bounds: beyond them w or 1 - w is lost in fp32
 RESULTS = ("divergence", "entropy", "teacher_entropy", "top1_agreement")
 TOP_K_RESULTS = (*RESULTS, "top_k_mass", "teacher_top_k_mass")
 _MEAN = LossConfig(aggregation="token_mean")
@@ -135,7 +136,7 @@ def distillation_loss(
             renormalised over them.
         divergence: "reverse" seeks a mode of the teacher, "forward" covers all of them, "jsd" lies
             between them and is finite where one model excludes what the other does not.
-        jsd_weight: between 0 and 1; the weight of the teacher in the mixture, TRL's `beta`.
+        jsd_weight: from 1e-6 to 1 - 1e-6; the weight of the teacher in the mixture, TRL's `beta`.
         mask: loss mask [B, T] or [N], bool or 0/1. Masked rows are not read.
         token_weights: shape of the tokens, finite; each token's weight in the loss. The metrics,
             and the default of `normalizer`, are without them.
@@ -197,7 +198,8 @@ def distillation_loss(
 
 def check_divergence(divergence: str, jsd_weight: float) -> None:
     expect_choice("divergence", divergence, DIVERGENCES)
-    expect_number("jsd_weight", jsd_weight, above=0, below=1)
+    least, most = JSD_WEIGHTS
+    expect_number("jsd_weight", jsd_weight, at_least=least, at_most=most)
 
 
 def check_one_teacher(whole: dict[str, Tensor | None], top_logprobs: object) -> None:

@@ -421,7 +421,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "at least 0")
         self._require("vllm_memory", 0 < self.vllm_memory < 1, "above 0 and below 1")
-        self._require("jsd_weight", 0 < self.jsd_weight < 1, "between 0 and 1")
+        self._require("jsd_weight", 1e-6 <= self.jsd_weight <= 1 - 1e-6, "1e-6 to 1 - 1e-6")
         coef = self.teacher_coef
         self._require("teacher_coef", coef is None or 0 < coef < math.inf, "a positive number")
         top_p, min_p = self.top_p, self.min_p

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grpo_kernels import HeadAdapter, distillation_loss, linear_distillation_loss
+from grpo_kernels.ops.distillation_loss import JSD_WEIGHTS
 from reference import losses
 from tests.helpers.count_flops import count_flops
 from tests.helpers.distillation import check_against_fp64, run
@@ -46,6 +47,19 @@ def test_jsd_of_disjoint_supports_is_finite(backend):
     assert ours["d_0"].isfinite().all() and not ours["d_0"][:, :3].any()
     single = distillation_loss(logits[:1], teacher[:1], divergence="jsd").loss
     torch.testing.assert_close(single.double(), torch.tensor(2.0).double().log(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("jsd_weight", JSD_WEIGHTS)
+def test_jsd_at_the_bounds_of_its_weight(backend, jsd_weight):
+    """Where the teacher excludes a token, m = (1 - w) p; beyond the bounds fp32 rounds it to 0."""
+    logits, teacher = normal(1, 2, 8), normal(2, 2, 8)
+    logits[:, 0], teacher[:, 1] = -torch.inf, -torch.inf
+    keywords = {"divergence": "jsd", "jsd_weight": jsd_weight}
+    ours = run(distillation_loss, logits, teacher, **keywords)
+    exact = run(losses.distillation_loss, logits.double(), teacher.double(), **keywords)
+    assert exact["loss"] > 1e-6
+    torch.testing.assert_close(ours["loss"].double(), exact["loss"], rtol=0, atol=5e-8)
+    assert ours["d_0"].isfinite().all() and ours["d_0"].any()
 
 
 def test_jsd_of_nearly_equal_distributions(backend):
@@ -162,7 +176,8 @@ def test_gradcheck_and_compile(pytorch_backend):
     ("keywords", "message"),
     [
         ({"divergence": "js"}, "divergence must be one of 'reverse', 'forward', 'jsd', got 'js'"),
-        ({"jsd_weight": 1.0}, "jsd_weight must be less than 1, got 1.0"),
+        ({"jsd_weight": 1.0}, "jsd_weight must be at most 0.999999, got 1.0"),
+        ({"jsd_weight": 1e-9}, "jsd_weight must be at least 1e-06, got 1e-09"),
         ({"normalizer": 0}, "normalizer must be greater than 0, got 0"),
         (
             {"mask": torch.ones(T + 1), "token_weights": torch.ones(B, T)},
