@@ -112,7 +112,7 @@ class SamplingSettings:
     """With --sampler vllm: its share of the GPU's memory, for weights and cache. While the policy
     trains, this memory is free. On a CPU it is the share of the memory for the cache."""
     vllm_options: tuple[str, ...] = ()
-    """With --sampler vllm: arguments of vllm.LLM, name=value, such as tensor_parallel_size=2."""
+    """With --sampler vllm: arguments of vllm.LLM, name=value, such as max_num_seqs=64."""
     stale_sampler: bool = False
     """With --sampler URL: the server keeps the weights with which it was started, and may be any
     OpenAI-compatible server that returns token ids and log-probs."""

@@ -99,9 +99,10 @@ def test_ranks_with_sharded_weights_sample_what_one_process_samples(flags, whole
     assert ours.startswith(first)
 
 
-def test_model_that_vllm_does_not_run_is_one_line(tmp_path, capsys):
-    command = ["--preset", "tiny", "--sampler", "vllm", "--vllm-memory", "0.02"]
-    assert train.main([*command, "--output-dir", str(tmp_path / "run")]) == 2
+def test_model_that_vllm_does_not_run_is_one_line(flags, tmp_path, capsys):
+    model = save_tied_llama(tmp_path / "llama", hidden_size=40)  # heads of 20 have no attention
+    command = [*flags, "--model", str(model), "--output-dir", str(tmp_path / "run")]
+    assert train.main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --sampler vllm does not run LlamaForCausalLM here: ")
 

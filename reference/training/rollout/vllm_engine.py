@@ -16,7 +16,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ class VLLMEngine(Sampler):
             raise UserError(
                 '--sampler vllm needs the package vllm: pip install "grpo_kernels[train,vllm]"'
             )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if options.get(name, 1) != 1:
+                raise UserError(
+                    f"--vllm-options {name}={options[name]}: the engine of --sampler vllm has one "
+                    "device, that of the process; for more start a server and name it by --sampler "
+                    "URL, or start several processes with torchrun"
+                )
         self.memory = memory
         self.options = dict(options)
         self.llm: Any = None
@@ -89,7 +96,7 @@ class VLLMEngine(Sampler):
     def sync(self, policy) -> None:
         if self.is_asleep:  # the cache has to wait: loading needs memory
             self.llm.wake_up(tags=["weights"])
-        with _same_rng(policy.device):
+        with _fork_torch_rng(policy.device):
             weights = {"weights_iterator": synced_weights(policy)}
             self.llm.collective_rpc("reload_weights", kwargs=weights)
         if self.is_asleep:
@@ -104,7 +111,7 @@ class VLLMEngine(Sampler):
         if self.is_asleep:
             self.llm.wake_up()
             self.is_asleep = False
-        with _same_rng(policy.device):
+        with _fork_torch_rng(policy.device):
             results = self.llm.generate(_prompts(rows), params, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep(level=1)  # a further round of the step finds its weights again
@@ -229,14 +236,19 @@ def _cpu_memory() -> int:
 
 @contextmanager
 def _same_rng(device: torch.device) -> Iterator[None]:
-    """Restore the state of all random generators.
-
-    vLLM seeds them when it starts, and draws from PyTorch's for every row, on each rank another
-    number of times. All ranks must agree on the next seed.
-    """
+    """Restore the state of all random generators, which vLLM seeds when it starts."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
+    with _fork_torch_rng(device):
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+def _fork_torch_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Restore the state of PyTorch's generators.
+
+    vLLM draws from them for every row, on each rank another number of times, and all ranks must
+    agree on the next seed.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)

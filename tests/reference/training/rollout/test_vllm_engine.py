@@ -1,5 +1,6 @@
 """The engine sampler where vLLM is not installed; tests/vllm runs it with a real one."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -18,6 +19,12 @@ def test_missing_vllm_raises_user_error_before_a_model_is_loaded(monkeypatch):
 def test_options_are_parsed_before_a_model_is_loaded():
     with pytest.raises(UserError, match="--vllm-options must be name=value; got eager"):
         pick_sampler(SamplingSettings(sampler="vllm", vllm_options=("eager",)))
+
+
+def test_engine_has_one_device(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
+    with pytest.raises(UserError, match="--vllm-options tensor_parallel_size=2: the engine of"):
+        pick_sampler(SamplingSettings(sampler="vllm", vllm_options=("tensor_parallel_size=2",)))
 
 
 @pytest.mark.parametrize("flags", [{"vllm_memory": 0.5}, {"vllm_options": ("a=1",)}])
