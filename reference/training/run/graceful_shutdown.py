@@ -66,6 +66,7 @@ class GracefulShutdown:
         self.next_step: Callable[[], str] = lambda: NOTHING_TRAINED
         self._ranks: Ranks | None = None
         self._deferred_to: str | None = None
+        self._is_told = threading.Event()  # set when the thread has read the first signal
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulShutdown:
@@ -132,6 +133,8 @@ class GracefulShutdown:
     def _receive(self, number: int, _) -> None:
         if self.requested is None:  # not a second SIGTERM during the shutdown
             self.requested = number
+            # The thread says what is deferred now. Not for ever: this thread may hold its lock.
+            self._is_told.wait(timeout=1)
             if self._deferred_to is None:
                 raise Stopped(number)
 
@@ -157,6 +160,7 @@ class GracefulShutdown:
                 # One write: the progress bar of the main thread cannot come in between.
                 sys.stderr.write(f"\nstopping{when}{again}\n")
                 sys.stderr.flush()
+            self._is_told.set()
 
 
 def _exit(line: str, code: int) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from reference import train
 from reference.training.errors import UserError
+from reference.training.rollout.samplers import SharedPrompt
 from reference.training.update.learner import Learner
 from tests.helpers.learner import ADVANTAGES, QUESTIONS, make_learner
 from tests.helpers.training_runs import tiny
@@ -156,14 +157,15 @@ def test_other_runtime_errors_pass_through(monkeypatch):
 def test_out_of_memory_while_sampling_names_flags():
     learner, _ = make_learner()
 
-    def sampler(*_):
-        raise OUT_OF_MEMORY[0]
+    class Sampler(SharedPrompt):
+        def sample(self, *_):
+            raise OUT_OF_MEMORY[0]
 
     with pytest.raises(
         UserError,
         match=r"^out of memory while answers were sampled: lower --prompts, --group-size or --max-",
     ):
-        learner.policy.sample(QUESTIONS, 4, 1.0, sampler)
+        learner.policy.sample(QUESTIONS, 4, 1.0, Sampler())
 
 
 def test_out_of_memory_in_the_optimiser_names_lora(monkeypatch):

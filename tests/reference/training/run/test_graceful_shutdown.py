@@ -37,7 +37,6 @@ def test_signal_raises_at_once_or_after_the_step(number, code, name, capsys):
         shutdown.share(SINGLE_PROCESS)
         shutdown.defer()
         os.kill(os.getpid(), number)
-        time.sleep(1)  # until the thread has printed its line
         with pytest.raises(Stopped, match=name) as stopped:
             shutdown.raise_if_requested()
     assert stopped.value.exit_code == code
