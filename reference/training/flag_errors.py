@@ -54,6 +54,7 @@ OTHER_NAMES = {
     "--reward": "reward-fn reward-func reward-funcs reward-function rewards",
     "--sampler URL": "server-url vllm-server-base-url vllm-server-host vllm-url",
     "--sampler vllm": "use-vllm vllm",
+    "--sampler-timeout": "vllm-server-timeout",
     "--seed": "random-seed",
     "--steps": "epoch epochs iters max-iters max-steps n-epochs num-epochs num-steps"
     " num-train-epochs total-epochs total-steps",

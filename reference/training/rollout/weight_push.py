@@ -146,9 +146,8 @@ class CheckpointPush(WeightPush):
 
         vLLM on a CPU packs the weight of the head. A tied one is packed once and stays the old one.
         """
-        on_cpu = config.get("device_config", {}).get("device") == "cpu"
         overrides = config.get("model_config", {}).get("hf_overrides") or {}
-        if on_cpu and self.is_tied and overrides.get("tie_word_embeddings") is not False:
+        if is_on_cpu(config) and self.is_tied and overrides.get("tie_word_embeddings") is not False:
             raise UserError(
                 f"{self.server.url} runs on a CPU, where vLLM never replaces a head that is tied "
                 f"to the embedding; start it by: {self.command} --no-enable-chunked-prefill"
@@ -183,6 +182,11 @@ def pick_weight_push(server: Server, directory: Path, policy, model: str) -> Wei
     takes_all, config = server.has_route(COLLECTIVE_RPC), {}
     if takes_all:
         config = server.get("/server_info?config_format=json")["vllm_config"]
+    if is_on_cpu(config) and config.get("scheduler_config", {}).get("enable_chunked_prefill"):
+        raise UserError(
+            f"{server.url} runs on a CPU, where vLLM fails as soon as it splits a prompt whose "
+            "request has a seed: start it with --no-enable-chunked-prefill"
+        )
     needed: WeightPush = full
     if lora.has_adapter(policy.model):
         needed = AdapterPush(server, directory, policy, model, full if takes_all else None)
@@ -199,6 +203,10 @@ def pick_weight_push(server: Server, directory: Path, policy, model: str) -> Wei
     name = str(config.get("model_config", {}).get("dtype")).removeprefix("torch.")
     push.dtype = getattr(torch, name, None)
     return push
+
+
+def is_on_cpu(config: dict[str, Any]) -> bool:
+    return config.get("device_config", {}).get("device") == "cpu"
 
 
 def independent(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

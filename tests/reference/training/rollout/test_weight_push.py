@@ -169,6 +169,19 @@ def test_server_that_would_keep_a_tied_head_is_refused(
         pick(emulator, tmp_path, policy)
 
 
+@pytest.mark.parametrize(("device", "is_right"), [("cpu", False), ("cuda", True)])
+def test_server_that_would_split_prompts_on_a_cpu_is_refused(emulator, tmp_path, device, is_right):
+    emulator.info["vllm_config"] = {
+        "device_config": {"device": device},
+        "scheduler_config": {"enable_chunked_prefill": True},
+    }
+    if is_right:
+        assert isinstance(pick(emulator, tmp_path, make_policy()), CheckpointPush)
+        return
+    with pytest.raises(UserError, match=r"start it with --no-enable-chunked-prefill$"):
+        pick(emulator, tmp_path, make_policy())
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_refused_weights_are_removed_and_the_reason_is_given(emulator, tmp_path, rank):
     emulator.routes = {COLLECTIVE_RPC if rank is None else LOAD_ADAPTER}
