@@ -9,7 +9,6 @@ device.
 import difflib
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import fields
@@ -25,6 +24,7 @@ R = TypeVar("R")
 
 OUT_OF_VOCAB = -2  # an id that gives NaN: of no token, on no rank
 
+_LARGEST = torch.finfo(torch.float64).max
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Names in TRL, verl and Liger, and the arguments or settings here that do the same.
@@ -148,11 +148,8 @@ def expect_number(
         kind = "an integer" if integer else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     number: Any = value  # Real declares no comparison
-    try:  # torch.compile has no isfinite of a symbol
-        is_finite = integer or math.isfinite(number)
-    except OverflowError:  # an int beyond the largest float
-        is_finite = False
-    if not is_finite:
+    # Not math.isfinite, which torch.compile does not have for a symbol.
+    if not integer and not -_LARGEST <= number <= _LARGEST:
         raise ValueError(f"{name} must be finite, got {number}")
     for holds, text, bound in (
         (at_least is None or number >= at_least, "at least", at_least),

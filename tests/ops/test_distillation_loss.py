@@ -172,6 +172,19 @@ def test_gradcheck_and_compile(pytorch_backend):
         torch.testing.assert_close(ours, torch.autograd.grad(function(*tensors), tensors))
 
 
+@pytest.mark.parametrize("setting", ["jsd_weight", "softcap"])
+def test_compile_with_another_value_of_a_setting(pytorch_backend, setting):
+    """The second value makes the number a symbol, whose bounds are checked."""
+    logits, teacher = normal(1, 2, 5), normal(2, 2, 5)
+
+    def loss(value):
+        return distillation_loss(logits, teacher, divergence="jsd", **{setting: value}).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for value in (0.3, 0.4, 0.7):
+        assert compiled(value) == loss(value)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
