@@ -15,6 +15,7 @@ import importlib.util
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -69,11 +70,18 @@ class VLLMEngine(Sampler):
         self.owns_distributed = False  # whether vLLM has made the default process group
 
     def start(self, policy, directory: Path) -> None:
+        import pydantic  # vLLM requires it
+
         self.owns_distributed = not dist.is_initialized()
         os.environ.update(ENVIRONMENT)
         for name, value in DEFAULT_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        with _same_rng(policy.device), tempfile.TemporaryDirectory() as scratch:
+        with (
+            _same_rng(policy.device),
+            tempfile.TemporaryDirectory() as scratch,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
             try:
                 from vllm import LLM, SamplingParams
 
@@ -83,14 +91,16 @@ class VLLMEngine(Sampler):
                 self.llm.generate(_prompts([[policy.eos_ids[0]]]), one_token, use_tqdm=False)
             except Exception as error:  # each part of vLLM raises its own type
                 name = type(unwrap(policy.model)).__name__
-                remedy = ""
-                if "return_sampling_mask" in str(error) or "sampling distribution" in str(error):
+                reason, remedy = one_line(error), ""
+                if isinstance(error, pydantic.ValidationError):  # its first line is a count
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                if "return_sampling_mask" in reason or "sampling distribution" in reason:
                     remedy = (
                         ". This vLLM returns no tokens that --top-k, --top-p and --min-p keep: "
                         "train without them with --no-support"
                     )
                 raise UserError(
-                    f"--sampler vllm does not run {name} here: {one_line(error)}{remedy}"
+                    f"--sampler vllm does not run {name} here: {reason}{remedy}"
                 ) from error
 
     def sync(self, policy) -> None:
