@@ -68,6 +68,8 @@ _OTHER_NAMES = {
     "num_items_in_batch": "normalizer",
     "lora": "adapter",
     "rows": "token_rows",
+    "weights": "token_weights",
+    "beta": "jsd_weight",
     "sampling_mask": "support",
 }
 

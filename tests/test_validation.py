@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_stats
+from grpo_kernels import (
+    LossConfig,
+    distillation_loss,
+    grpo_loss,
+    linear_distillation_loss,
+    linear_grpo_loss,
+    policy_loss,
+    token_stats,
+)
 from grpo_kernels.validation import (
     expect_choice,
     expect_finite,
@@ -235,6 +243,9 @@ def test_values_are_not_read_on_devices_or_under_compile():
         (linear_grpo_loss, "rows", None, "token_rows"),
         (linear_grpo_loss, "lora", None, "adapter"),
         (token_stats, "ref_logit", None, "ref_logits"),
+        (distillation_loss, "beta", 0.5, "jsd_weight"),
+        (distillation_loss, "weights", None, "token_weights"),
+        (linear_distillation_loss, "weights", None, "token_weights"),
     ],
 )
 def test_unknown_keyword_suggests_the_right_one(function, keyword, value, meant):

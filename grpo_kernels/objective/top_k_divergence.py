@@ -60,7 +60,7 @@ def top_k_divergence(
     divergence: str,
     jsd_weight: float,
 ) -> TopKDivergence:
-    """Compute the divergence, its gradient and what is told of them.
+    """Compute the divergence, its gradient and the metrics.
 
     Args:
         logits: [n, K], of the listed tokens after the softcap; -inf where a list is shorter.

@@ -17,6 +17,7 @@ from ..lm_head.inputs import (
     HIDDEN_LAYOUT,
     HeadAdapter,
     LMHeadInputs,
+    check_head,
     check_reference_head,
     prepare_inputs,
 )
@@ -179,7 +180,7 @@ def linear_distillation_loss(
     check_divergence(divergence, jsd_weight)
     check_chunk_tokens(chunk_tokens)
     expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
-    expect_tensor("weight", weight, floating=True)
+    check_head("", hidden, weight, bias)
     named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     check_one_teacher(named | {"teacher_bias": teacher_bias}, teacher_top_logprobs)
     has_states = teacher_top_logprobs is None

@@ -76,7 +76,7 @@ def distillation_loss(
 
 
 def _has_largest(logp: Tensor, ids: Tensor, logq: Tensor) -> Tensor:
-    """Tell if the token that the teacher likes best is one that the student likes best."""
+    """Test whether the teacher's most likely token has the student's largest log-prob."""
     best = ids.gather(-1, logq.argmax(-1, keepdim=True))
     is_largest = logp.gather(-1, best).squeeze(-1) == logp.amax(-1)
     return (is_largest & (logq.amax(-1) > -torch.inf)).to(logp.dtype)

@@ -208,5 +208,9 @@ def test_teacher_of_another_vocabulary_is_refused():
     hidden, weight, teacher_hidden, teacher_weight = heads()
     with pytest.raises(ValueError, match=r"^teacher_weight must have the vocabulary of weight, 37"):
         linear_distillation_loss(hidden, weight, teacher_hidden, teacher_weight[1:])
+    with pytest.raises(
+        ValueError, match=r"^weight must be \[V, 6\], where 6 is the size of hidden"
+    ):
+        linear_distillation_loss(hidden, weight.t(), teacher_hidden, teacher_weight)
     with pytest.raises(ValueError, match=r"^teacher_logits must have shape"):
         distillation_loss(torch.zeros(2, 5), torch.zeros(2, 4))
