@@ -28,7 +28,7 @@ def test_gradcheck(backend, kl):
     (hidden, weight), tokens, case = make_inputs(torch.float64)
     bias = case.pop("bias").requires_grad_()
     keywords = {"kl": kl, **case} if kl else {}
-    keywords |= {"softcap": 3.0, "temperature": 0.8, "mask": coin(3, 2, 3)}
+    keywords |= {"softcap": 3.0, "temperature": 0.8, "mask": coin(5, 2, 3)}
 
     def outputs(hidden, weight, bias):
         stats = linear_token_stats(hidden, weight, tokens, bias=bias, **keywords)
