@@ -24,6 +24,8 @@ class Emulator(BaseHTTPRequestHandler):
             closed connection, or a function that is called before the right answer.
         bodies, paths: of the requests for completions.
         routes: the ways in which it takes weights.
+        unknown: the status of the answer at another route.
+        headers: of each answer.
         refusal: the reason for which it takes no weights, or None.
         loaded: the path and the tensors of each weights that it took.
         resets: how many weights it had taken when its cache was to be dropped, which works the
@@ -70,7 +72,7 @@ class Emulator(BaseHTTPRequestHandler):
                 {"success": self.server.resets_work and len(self.server.resets) % 2 == 0}
             )
         if self.path not in self.server.routes:
-            return self.answer({"detail": "Not Found"}, 404)
+            return self.answer({"detail": "Not Found"}, self.server.unknown)
         if not body:
             return self.answer({"error": {"message": "a field is missing"}}, 400)
         if self.server.refusal:
@@ -106,7 +108,8 @@ class Emulator(BaseHTTPRequestHandler):
     def answer(self, content, code=200):
         data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        for header in ({"Content-Length": str(len(data))} | self.server.headers).items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(data)
 
@@ -125,6 +128,7 @@ def emulate():
     emulated.loaded, emulated.resets = [], []
     emulated.routes, emulated.adapters = {LOAD_ADAPTER, COLLECTIVE_RPC}, set()
     emulated.key = emulated.refusal = None
+    emulated.unknown, emulated.headers = 404, {}
     emulated.resets_work = True
     emulated.change = lambda choice: choice
     threading.Thread(target=emulated.serve_forever, args=[0.01], daemon=True).start()

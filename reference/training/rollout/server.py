@@ -36,34 +36,43 @@ class Server:
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout = timeout
-        key = os.environ.get("VLLM_API_KEY", "").strip()
-        limits = httpx.Limits(max_connections=REQUESTS_AT_ONCE, keepalive_expiry=IDLE_S)
         try:
-            self._client = httpx.Client(
-                base_url=self.url,
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                limits=limits,
+            parsed = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise UserError(f"--sampler {url}: {error}") from None
+        if parsed.userinfo or parsed.query or not parsed.host:  # secrets would be logged
+            raise UserError(
+                "--sampler must be a URL like http://HOST:PORT without a user, password or query; "
+                "an API key is read from $VLLM_API_KEY"
             )
-        except (httpx.InvalidURL, UnicodeEncodeError) as error:
-            raise UserError(f"--sampler {url} and $VLLM_API_KEY: {error}") from None
+        key = os.environ.get("VLLM_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("$VLLM_API_KEY must be one line of ASCII")
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=REQUESTS_AT_ONCE, keepalive_expiry=IDLE_S),
+        )
 
-    def get(self, path: str) -> Any:
-        """Return the JSON at a path."""
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the JSON object at a path."""
         return self._json(path, self.request("GET", path))
 
-    def post(self, path: str, body: dict[str, Any], deadline: float | None = None) -> Any:
-        """Post JSON and return the JSON of the answer."""
+    def post(
+        self, path: str, body: dict[str, Any], deadline: float | None = None
+    ) -> dict[str, Any]:
+        """Post JSON and return the JSON object that is the answer."""
         return self._json(path, self.request("POST", path, body, deadline))
 
     def has_route(self, path: str) -> bool:
-        """Return whether the server knows a path to which it wants a body of JSON."""
+        """Return whether the server has a path: there, vLLM complains of a body without fields."""
         try:
             self.request("POST", path, {})
         except ServerError as error:
-            if error.status is None:
+            if error.status is None or error.status in TRANSIENT:
                 raise
-            return error.status not in (404, 405)
-        return True
+            return error.status in (400, 422)
+        return False  # some servers answer so to every path
 
     def request(
         self,
@@ -89,7 +98,7 @@ class Server:
             timeout = httpx.Timeout(remaining, connect=min(CONNECT_S, remaining))
             try:
                 response = self._client.request(method, path, json=body, timeout=timeout)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 if isinstance(error, httpx.TimeoutException) and time.monotonic() >= deadline:
                     failures.append(f"did not answer within {self.timeout:g} s")
                     break
@@ -115,18 +124,20 @@ class Server:
     def close(self) -> None:
         self._client.close()
 
-    def _json(self, path: str, response: httpx.Response) -> Any:
-        try:
-            return response.json()
-        except ValueError:
-            raise UserError(f"{self.url}{path} did not answer in JSON") from None
+    def _json(self, path: str, response: httpx.Response) -> dict[str, Any]:
+        content = None
+        with suppress(ValueError, RecursionError):
+            content = response.json()
+        if not isinstance(content, dict):
+            raise UserError(f"{self.url}{path} did not answer with a JSON object")
+        return content
 
 
 def _reason(response: httpx.Response) -> str:
     """Return the message of an answer that is an error, on one line."""
     text = response.text
-    with suppress(ValueError, AttributeError, TypeError):  # not JSON, or of another form
+    with suppress(ValueError, RecursionError, AttributeError, TypeError, LookupError):
         content = response.json()
         content = content.get("error", content)
-        text = content if isinstance(content, str) else content.get("message", text)
+        text = str(content if isinstance(content, str) else content["message"])
     return " ".join(text.split())[:300] or response.reason_phrase

@@ -48,13 +48,13 @@ class ServerSampler(Sampler):
         self.settings = settings
         self.server = Server(settings.sampler, settings.sampler_timeout)
         self.url = self.server.url
-        cards = self.server.get("/v1/models").get("data") or [{}]
-        if "id" not in cards[0]:
+        try:
+            self.card: dict[str, Any] = self.server.get("/v1/models")["data"][0]
+            self.model: str = self.card["id"]
+        except (LookupError, TypeError):
             raise UserError(
                 f"{self.url}/v1/models names no model: is it an OpenAI-compatible server?"
-            )
-        self.card: dict[str, Any] = cards[0]
-        self.model: str = self.card["id"]
+            ) from None
         self._push: WeightPush | None = None
 
     def start(self, policy, directory: Path) -> None:

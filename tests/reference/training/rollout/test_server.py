@@ -80,15 +80,46 @@ def test_unreachable_server_raises_user_error_with_its_url(emulator):
         Server(emulator.url, 5.0).get("/v1/models")
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:///v1", "http://me:secret@127.0.0.1:1", "http://127.0.0.1:1/?key=secret"],
+)
+def test_url_is_one_of_a_server_without_a_secret(url):
+    with pytest.raises(UserError, match="without a user, password or query; an API key") as raised:
+        Server(url, 5.0)
+    assert "secret" not in str(raised.value)
+
+
 def test_url_that_is_none_raises():
     with pytest.raises(UserError, match="--sampler http://x:port"):
         Server("http://x:port", 5.0)
 
 
-def test_answer_that_is_not_json_raises(emulator):
-    emulator.models = "<html>"
-    with pytest.raises(UserError, match="/v1/models did not answer in JSON"):
+@pytest.mark.parametrize("key", ["se\ncret", "s\u00e9cret"])
+def test_key_that_no_header_can_hold_is_not_repeated(monkeypatch, key):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(UserError, match=r"^\$VLLM_API_KEY must be one line of ASCII$"):
+        Server("http://127.0.0.1:1", 5.0)
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[]", "null", "[" * 100_000])
+def test_answer_that_is_no_json_object_raises(emulator, answer):
+    emulator.models = answer
+    with pytest.raises(UserError, match="/v1/models did not answer with a JSON object"):
         Server(emulator.url, 5.0).get("/v1/models")
+
+
+def test_answer_that_cannot_be_decompressed_raises(emulator):
+    emulator.headers = {"Content-Encoding": "gzip"}
+    with pytest.raises(UserError, match=r"/v1/models .*decompressing"):
+        Server(emulator.url, 5.0).get("/v1/models")
+
+
+@pytest.mark.parametrize("reason", [None, 5, ["a"]])
+def test_reason_that_is_no_text_is_shown(emulator, reason):
+    emulator.failures = [(400, reason)]
+    with pytest.raises(ServerError, match="answered 400: "):
+        complete(emulator)
 
 
 def test_routes_are_found_by_asking(emulator):
@@ -97,3 +128,10 @@ def test_routes_are_found_by_asking(emulator):
     emulator.routes = set()
     assert not asked.has_route("/collective_rpc")
     assert emulator.loaded == []
+
+
+@pytest.mark.parametrize("status", [200, 403, 405, 501])
+def test_other_answers_are_not_those_of_a_route(emulator, status):
+    emulator.unknown = status
+    emulator.routes = set()
+    assert not Server(emulator.url, 5.0).has_route("/collective_rpc")

@@ -293,8 +293,9 @@ def test_run_whose_server_dies_saves_and_resumes(emulator, tmp_path, tiny_model,
     assert len(left_by(run)["metrics"]) == 6  # of four steps, and two evaluations
 
 
-def test_server_without_models_raises(emulator):
-    emulator.models = {"object": "list"}
+@pytest.mark.parametrize("data", [None, [], {}, "x", [1], [{}]])
+def test_server_without_models_raises(emulator, data):
+    emulator.models = {"data": data}
     with pytest.raises(UserError, match="names no model"):
         pick(emulator.url)
 
