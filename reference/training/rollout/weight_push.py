@@ -69,11 +69,12 @@ class WeightPush:
     def _new_directory(self) -> Iterator[Path]:
         """Make a directory that replaces the current one, unless this fails."""
         path = self.directory / f"weights-{secrets.token_hex(4)}"
+        outdated: Path | None = path
         try:
             path.mkdir(parents=True)
             yield path
+            outdated, self._current = self._current, path
         except ServerError as error:
-            shutil.rmtree(path, ignore_errors=True)
             if error.status is None:  # the server is gone
                 raise
             raise UserError(
@@ -81,12 +82,11 @@ class WeightPush:
                 f"same on the server (--weights-dir), which is started by: {self.command}"
             ) from None
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(path, ignore_errors=True)
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"cannot write {path}: {reason}") from None
-        if self._current is not None:
-            shutil.rmtree(self._current, ignore_errors=True)
-        self._current = path
+        finally:  # also after Ctrl-C
+            if outdated is not None:
+                shutil.rmtree(outdated, ignore_errors=True)
 
 
 class AdapterPush(WeightPush):
@@ -118,8 +118,10 @@ class AdapterPush(WeightPush):
             self._base.close()
             self._base = None
         with self._new_directory() as path:
-            # Otherwise peft looks for a change of the vocabulary, on the hub if need be.
-            policy.model.save_pretrained(path, save_embedding_layers=False)
+            # Not state_dict(), which returns shards under FSDP.
+            weights = dict(policy.model.named_parameters())
+            # Without the flag peft looks for a change of the vocabulary, on the hub if need be.
+            policy.model.save_pretrained(path, state_dict=weights, save_embedding_layers=False)
             share(path)
             body = {"lora_name": self.name, "lora_path": str(path), "load_inplace": True}
             self.server.request("POST", LOAD_ADAPTER, body)
@@ -181,7 +183,9 @@ def pick_weight_push(server: Server, directory: Path, policy, model: str) -> Wei
     full = CheckpointPush(server, directory, policy, model)
     takes_all, config = server.has_route(COLLECTIVE_RPC), {}
     if takes_all:
-        config = server.get("/server_info?config_format=json")["vllm_config"]
+        config = server.get("/server_info?config_format=json").get("vllm_config")
+        if not isinstance(config, dict):
+            raise UserError(f"{server.url}/server_info has no vllm_config in JSON: is it a vLLM?")
     if is_on_cpu(config) and config.get("scheduler_config", {}).get("enable_chunked_prefill"):
         raise UserError(
             f"{server.url} runs on a CPU, where vLLM fails as soon as it splits a prompt whose "

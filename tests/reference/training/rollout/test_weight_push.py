@@ -194,6 +194,40 @@ def test_refused_weights_are_removed_and_the_reason_is_given(emulator, tmp_path,
     assert [*tmp_path.iterdir()] == [emulator.loaded[0][0]]
 
 
+def test_adapter_is_read_from_parameters_which_are_whole_under_fsdp(
+    emulator, tmp_path, monkeypatch
+):
+    emulator.routes = {LOAD_ADAPTER}
+    policy = make_policy(3)
+    push = pick(emulator, tmp_path, policy)
+    monkeypatch.delattr(torch.nn.Module, "state_dict")  # it returns shards
+    push.push(policy)
+    names = {name.replace(".default", "") for name, _ in policy.model.named_parameters()}
+    assert emulator.loaded[0][1].keys() == {name for name in names if "lora_" in name}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_weights_of_an_interrupted_push_are_removed(emulator, tmp_path, monkeypatch, error):
+    def interrupt(*_):
+        raise error
+
+    policy = make_policy()
+    push = pick(emulator, tmp_path / "weights", policy)
+    monkeypatch.setattr(push.server, "post", interrupt)  # after the weights
+    with pytest.raises(error):
+        push.push(policy)
+    assert [*(tmp_path / "weights").iterdir()] == []
+    push.close()
+    assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize("info", [{"error": "Unexpected endpoint"}, {"vllm_config": "text"}])
+def test_server_whose_settings_are_unknown_is_refused(emulator, tmp_path, info):
+    emulator.info = info
+    with pytest.raises(UserError, match="/server_info has no vllm_config in JSON"):
+        pick(emulator, tmp_path, make_policy())
+
+
 def test_cache_that_is_never_dropped_raises(emulator, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_push, "RETRY_S", 0.1)
     emulator.resets_work = False
