@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 
@@ -53,6 +55,8 @@ class Server:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=REQUESTS_AT_ONCE, keepalive_expiry=IDLE_S),
         )
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._is_aborted = False
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at a path."""
@@ -97,8 +101,13 @@ class Server:
             remaining = max(deadline - time.monotonic(), 0.001)
             timeout = httpx.Timeout(remaining, connect=min(CONNECT_S, remaining))
             try:
-                response = self._client.request(method, path, json=body, timeout=timeout)
+                response = self._client.request(
+                    method, path, json=body, timeout=timeout, extensions={"trace": self._trace}
+                )
             except httpx.RequestError as error:
+                if self._is_aborted:
+                    failures.append("was not waited for")
+                    break
                 if isinstance(error, httpx.TimeoutException) and time.monotonic() >= deadline:
                     failures.append(f"did not answer within {self.timeout:g} s")
                     break
@@ -121,8 +130,22 @@ class Server:
         error.status = status
         raise error
 
+    def abort(self) -> None:
+        """Let requests fail that other threads wait for, and all later ones."""
+        self._is_aborted = True
+        for connection in list(self._sockets):
+            with suppress(OSError):  # it is closed
+                connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._client.close()
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """Remember each connection that is made."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
+            if self._is_aborted:
+                self.abort()
 
     def _json(self, path: str, response: httpx.Response) -> dict[str, Any]:
         content = None

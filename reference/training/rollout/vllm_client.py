@@ -206,11 +206,14 @@ class ServerSampler(Sampler):
         deadline = time.monotonic() + self.server.timeout
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             futures = [pool.submit(self.server.post, path, body, deadline) for body in bodies]
+            done = set()
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # also after Ctrl-C
-                pool.shutdown(cancel_futures=True)
-        failures = [x.exception() for x in futures if not x.cancelled()]
+                if len(done) < len(futures):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self.server.abort()
+        failures = [future.exception() for future in done]
         errors = [error for error in failures if error is not None]
         if not errors:
             return [future.result() for future in futures]

@@ -1,5 +1,9 @@
 """The server sampler, against a small server that answers as vLLM does."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -162,6 +166,21 @@ def test_client_error_is_not_retried(emulator):
     with pytest.raises(UserError, match="answered 404: The model `served` does not exist"):
         sample(emulator)
     assert len(emulator.bodies) <= 2
+
+
+@pytest.mark.parametrize("ends_by", ["failure", "Ctrl-C"])
+def test_requests_in_flight_are_not_waited_for(emulator, ends_by):
+    release = threading.Event()
+    emulator.failures = [(400, "too long")] if ends_by == "failure" else []
+    emulator.failures += [lambda: release.wait(20)] * (2 - len(emulator.failures))
+    if ends_by == "Ctrl-C":
+        emulator.failures[0] = lambda: os.kill(os.getpid(), signal.SIGINT) or release.wait(20)
+    started = time.monotonic()
+    error = {"failure": UserError, "Ctrl-C": KeyboardInterrupt}[ends_by]
+    with pytest.raises(error, match=r"answered 400: too long|^$"):
+        sample(emulator)
+    assert time.monotonic() - started < 10
+    release.set()
 
 
 @pytest.mark.parametrize("failed", [0, 1])
