@@ -507,9 +507,14 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                 "be learned",
             ),
             (
-                (self.stale_sampler or self.weights_dir is not None)
+                (
+                    self.stale_sampler
+                    or self.weights_dir is not None
+                    or self.sampler_timeout != defaults["sampler_timeout"]
+                )
                 and not self.sampler.startswith(("http://", "https://")),
-                "--stale-sampler and --weights-dir concern a server: name it with --sampler URL",
+                "--stale-sampler, --weights-dir and --sampler-timeout concern a server: name it "
+                "with --sampler URL",
             ),
             (
                 self.stale_sampler and self.weights_dir is not None,

@@ -163,4 +163,6 @@ def _reason(response: httpx.Response) -> str:
         content = response.json()
         content = content.get("error", content)
         text = str(content if isinstance(content, str) else content["message"])
+    if text.lstrip().startswith("<"):  # a page of HTML
+        text = ""
     return " ".join(text.split())[:300] or response.reason_phrase

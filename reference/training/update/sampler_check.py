@@ -107,8 +107,10 @@ class SamplerCheck:
         if not self.optimizer.state:
             return (
                 "No optimiser step was made yet, so that the sampler does not have the weights "
-                "with which the policy started, or computes in another precision: give both the "
-                f"same, or allow {BF16_BOUND:g}, which is enough for bf16"
+                "with which the policy started, or computes in another precision (give both the "
+                f"same, or allow {BF16_BOUND:g}, which is enough for bf16), or gives log-probs "
+                "from before --temperature and --top-p (start a vLLM server with --logprobs-mode "
+                "processed_logprobs)"
             )
         explained, old = self._find_old_weights(batches)
         if explained < MIN_EXPLAINED:

@@ -125,8 +125,18 @@ def test_help_does_not_wait_for_transformers():
         (["--minibatches", "33"], "--minibatches must be at most --prompts; got 33"),
         (["--overlong-buffer", "7"], "--overlong-buffer must be below --max-new-tokens; got 7"),
         (["--reference-refresh", "5"], "--reference-refresh needs a reference"),
-        (["--stale-sampler"], "--stale-sampler and --weights-dir concern a server"),
-        (["--weights-dir", "x"], "--stale-sampler and --weights-dir concern a server"),
+        (
+            ["--stale-sampler"],
+            "--stale-sampler, --weights-dir and --sampler-timeout concern a server",
+        ),
+        (
+            ["--weights-dir", "x"],
+            "--stale-sampler, --weights-dir and --sampler-timeout concern a server",
+        ),
+        (
+            ["--sampler-timeout", "9"],
+            "--stale-sampler, --weights-dir and --sampler-timeout concern a server",
+        ),
         (
             ["--sampler", "http://x", "--stale-sampler", "--weights-dir", "x"],
             "--weights-dir passes on new weights, and --stale-sampler does without: choose one",

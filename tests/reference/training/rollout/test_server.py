@@ -7,6 +7,7 @@ import pytest
 from reference.training.errors import UserError
 from reference.training.rollout import server
 from reference.training.rollout.server import Server, ServerError
+from tests.helpers.vllm_emulator import Emulator
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": [5], "n": 1, "max_tokens": 4}
@@ -42,6 +43,12 @@ def test_other_answers_are_final(emulator, code):
     ) as raised:
         complete(emulator)
     assert raised.value.status == code and len(emulator.bodies) == 1
+
+
+def test_page_of_html_is_no_reason(emulator, monkeypatch):
+    monkeypatch.setattr(Emulator, "do_GET", lambda handler: handler.send_error(404))
+    with pytest.raises(ServerError, match=r"/v1/models answered 404: Not Found$"):
+        Server(emulator.url, 5.0).get("/v1/models")
 
 
 def test_server_that_never_answers_is_left_at_the_deadline(emulator):
