@@ -171,7 +171,8 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         source = None if config.teacher is None else Teacher.find(config)
 
     config = resume_after_torchrun_restart(config, ranks)
-    with ranks.only_rank0_prints(), lock_run_dir(config, ranks) as directory:
+    locked = lock_run_dir(config, ranks)
+    with ranks.only_rank0_prints(), locked as directory, closing(sampler):
         # Load the model; a model from scratch first learns from ground truths. Every rank reads the
         # checkpoints in rank 0's directory; the directories of the others are temporary.
         checkpoints = Checkpoints(ranks.broadcast(directory), config.keep_checkpoints)
@@ -195,6 +196,7 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         if checkpoint is not None:
             state.load(checkpoint)
             print(f"{directory} goes on after step {state.step}")
+        sampler.start(policy, directory)
 
         # Only now is an older run in this directory replaced.
         shutdown.share(ranks)
@@ -213,9 +215,8 @@ def run(config: TrainConfig, shutdown: GracefulShutdown) -> dict:
         )
         shutdown.next_step = partial(how_to_go_on, config, checkpoints)
         try:
-            with closing(log), closing(sampler):
+            with closing(log):
                 shutdown.raise_if_requested()
-                sampler.start(policy, directory)
                 return train(task, sampler, step_reward, state, checkpoints, shutdown, log)
         except Exception:
             if ranks.is_first and checkpoints.steps():

@@ -309,7 +309,14 @@ def test_run_whose_server_dies_saves_and_resumes(emulator, tmp_path, tiny_model,
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
     emulator.failures = []
     assert train.main(["--resume", str(run)]) == 0
-    assert len(left_by(run)["metrics"]) == 6  # of four steps, and two evaluations
+    complete = left_by(run)
+    assert len(complete["metrics"]) == 6  # of four steps, and two evaluations
+
+    # A run that cannot start replaces no other.
+    emulator.models["data"][0]["max_model_len"] = 1
+    assert tiny(run, *flags, "--sampler", emulator.url, "--overwrite") == 2
+    assert "--max-model-len 1: expected at least" in capsys.readouterr().err
+    assert left_by(run) == complete
 
 
 @pytest.mark.parametrize("data", [None, [], {}, "x", [1], [{}]])
