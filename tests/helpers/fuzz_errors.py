@@ -13,9 +13,9 @@ FLOATING = (
 )  # fmt: skip
 OPTIONAL = (
     "mask", "bias", "ref_bias", "old_logprob", "ref_logprob", "sampling_logprob", "entropy", "kl",
-    "cu_seqlens", "ref_logits", "ref_hidden", "ref_weight",
+    "cu_seqlens", "ref_logits", "ref_hidden", "ref_weight", "nll_weight",
 )  # fmt: skip
-NUMBERS = ("softcap", "eps", "normalizer", "entropy_normalizer")
+NUMBERS = ("softcap", "eps", "normalizer", "entropy_normalizer", "nll_normalizer")
 NOT_TENSORS = ([0.5], "x", 3)
 NOT_NUMBERS = ("x", [1.0], True)
 NOT_POSITIVE = (0, -1.0, float("nan"), float("inf"))

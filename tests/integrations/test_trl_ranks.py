@@ -21,8 +21,12 @@ def run_ranks(directory, kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(ROOT),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.trl_worker", str(directory), kind],

@@ -36,8 +36,8 @@ def float64_models(monkeypatch):
     """Load models in fp64: in fp32, rounding grows past 1e-4 in sixty supervised steps."""
     load = models.load
 
-    def load_float64(directory):
-        model, tokenizer = load(directory)
+    def load_float64(*arguments):
+        model, tokenizer = load(*arguments)
         return model.double(), tokenizer
 
     monkeypatch.setattr(models, "load", load_float64)

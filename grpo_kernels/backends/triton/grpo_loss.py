@@ -59,6 +59,8 @@ def logprob_gradient(
         outside = tl.load(settings_ptr + 6)
         sampling = tl.load(sampling_logprob_ptr + row)
         grad *= importance_weight(old - sampling, floor, ceiling, outside)
+    if SURROGATE != "ipo" and SURROGATE != "dro":  # no penalty: a NaN without a signal is no NaN
+        grad = tl.where(advantage == 0, 0.0, grad)
     # The KL term, and the token's weight in the loss.
     if ref_logprob_ptr is not None:
         log_ratio = logprob - tl.load(ref_logprob_ptr + row)
