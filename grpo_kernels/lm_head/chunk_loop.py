@@ -289,7 +289,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkTopK(NamedTuple):
-    """What `Chunk.top_k_grad` needs of `Chunk.top_k_divergence`."""
+    """Results of `Chunk.top_k_divergence`, from which `Chunk.top_k_grad` makes a gradient."""
 
     result: TopKDivergence
     columns: Tensor  # [n, K]

@@ -70,7 +70,7 @@ def token_gradients(logprob: Tensor, inputs: LossInputs, config: LossConfig) -> 
     grad = config.policy_term.grad(ratios)
     if ratios.importance is not None:
         grad = grad * ratios.importance
-    if not config.policy_term.has_penalty:  # not even the NaN of a token without a signal counts
+    if not config.policy_term.has_penalty:  # advantage 0: gradient 0, also of a NaN log-prob
         grad = torch.where(inputs.advantage == 0, 0.0, grad)
     entropy = kl = None
     if config.beta != 0 and inputs.ref_logprob is not None:

@@ -98,12 +98,12 @@ def _whole_vocabulary(
         per_token = stats.kl
     assert stats.top_ids is not None and teacher.top_ids is not None
     agrees = (stats.top_ids == teacher.top_ids).squeeze(-1)
-    grad = None
-    if d_divergence is not None and kl_policy is None:
-        grad = chunk.grad(stats, TokenGrads(None, None, d_divergence))
-    elif d_divergence is not None and kl_policy is not None:
-        grad = chunk.jsd_grad(stats, kl_policy, d_divergence, jsd_weight)
-    return (per_token, stats.entropy, teacher.entropy, agrees), grad
+    results = (per_token, stats.entropy, teacher.entropy, agrees)
+    if d_divergence is None:
+        return results, None
+    if kl_policy is None:
+        return results, chunk.grad(stats, TokenGrads(None, None, d_divergence))
+    return results, chunk.jsd_grad(stats, kl_policy, d_divergence, jsd_weight)
 
 
 def _num_results(teacher: TopKTeacher) -> int:

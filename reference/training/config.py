@@ -136,6 +136,11 @@ class SamplingSettings:
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
 
+    @property
+    def names_server(self) -> bool:
+        """True if --sampler is the URL of a server."""
+        return self.sampler.startswith(("http://", "https://"))
+
 
 @dataclass(frozen=True)
 class DistillationSettings:
@@ -512,7 +517,7 @@ class TrainConfig(  # a dataclass lists the fields of its last base first
                     or self.weights_dir is not None
                     or self.sampler_timeout != defaults["sampler_timeout"]
                 )
-                and not self.sampler.startswith(("http://", "https://")),
+                and not self.names_server,
                 "--stale-sampler, --weights-dir and --sampler-timeout concern a server: name it "
                 "with --sampler URL",
             ),

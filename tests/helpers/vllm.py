@@ -15,6 +15,8 @@ from reference.training.config import ModelSettings
 from reference.training.model.load import default_cache_dir
 from reference.training.model.policy import Policy
 from reference.training.rollout.generate import Completions, Prompts
+from reference.training.rollout.sampler import Sampler
+from reference.training.rollout.samplers import SharedPrompt
 from tests.helpers.model_directories import save_family
 
 MAX_NEW_TOKENS = 12
@@ -83,6 +85,19 @@ def trainer_logprobs(policy: Policy, prompts: Prompts, completions: Completions,
 def largest_difference(policy: Policy, prompts: Prompts, completions: Completions, temperature=1.0):
     expected = trainer_logprobs(policy, prompts, completions, temperature)
     return (completions.logprob - expected)[completions.mask].abs().max().item()
+
+
+def assert_draws_from(sampler: Sampler, policy: Policy, prompts: Prompts) -> None:
+    """Check the log-probs of a sampler, and its greedy tokens, against a policy."""
+    for temperature in (1.0, 0.7):
+        completions = sampler.sample(policy, prompts, 4, temperature)
+        difference = largest_difference(policy, prompts, completions, temperature)
+        print(f"largest difference of a log-prob: {difference:.2g}")
+        assert difference < MAX_DIFFERENCE
+    greedy = sampler.sample(policy, prompts, 2, 0.0)
+    expected = SharedPrompt().sample(policy, prompts, 2, 0.0)
+    assert torch.equal(greedy.tokens, expected.tokens)
+    assert torch.equal(greedy.finished, expected.finished)
 
 
 def head_name(policy: Policy) -> str:

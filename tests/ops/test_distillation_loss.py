@@ -51,7 +51,7 @@ def test_jsd_of_disjoint_supports_is_finite(backend):
 
 @pytest.mark.parametrize("jsd_weight", JSD_WEIGHTS)
 def test_jsd_at_the_bounds_of_its_weight(backend, jsd_weight):
-    """Where the teacher excludes a token, m = (1 - w) p; beyond the bounds fp32 rounds it to 0."""
+    """The mixture is (1 - w) p where the teacher excludes a token; fp32 must not round it to 0."""
     logits, teacher = normal(1, 2, 8), normal(2, 2, 8)
     logits[:, 0], teacher[:, 1] = -torch.inf, -torch.inf
     keywords = {"divergence": "jsd", "jsd_weight": jsd_weight}

@@ -297,7 +297,7 @@ def test_logits_are_copied_in_blocks(pytorch_backend, one_thread, monkeypatch):
 
 
 def test_wrong_list_whose_values_are_not_readable_is_nan(pytorch_backend, monkeypatch):
-    """As on a GPU: nothing waits, nothing is read beyond the vocabulary, other rows are right."""
+    """Lists on a GPU are not read: no error, no access beyond the vocabulary, other rows right."""
     monkeypatch.setattr(top_k_divergence, "values_are_readable", lambda x: False)
     ids, logprobs = top_logprobs(1, 4)
     ids[0, 1], ids[1, 1], logprobs[2] = ids[0, 0], V, 0.0

@@ -9,11 +9,11 @@ import torch
 
 from reference.training.errors import UserError
 from reference.training.rollout import vllm_engine
-from reference.training.rollout.samplers import SharedPrompt
 from reference.training.rollout.truncation import Truncation
 from reference.training.rollout.vllm_engine import VLLMEngine
 from tests.helpers.vllm import (
     MAX_DIFFERENCE,
+    assert_draws_from,
     head_name,
     largest_difference,
     load_policy,
@@ -57,15 +57,7 @@ def test_synced_engine_draws_from_the_policy(served, lora_rank):
     assert largest_difference(policy, prompts, stale) > 100 * MAX_DIFFERENCE
 
     engine.sync(policy)
-    for temperature in (1.0, 0.7):
-        completions = engine.sample(policy, prompts, GROUP, temperature)
-        difference = largest_difference(policy, prompts, completions, temperature)
-        print(f"largest difference of a log-prob: {difference:.2g}")
-        assert difference < MAX_DIFFERENCE
-    greedy = engine.sample(policy, prompts, 2, 0.0)
-    expected = SharedPrompt().sample(policy, prompts, 2, 0.0)
-    assert torch.equal(greedy.tokens, expected.tokens)
-    assert torch.equal(greedy.finished, expected.finished)
+    assert_draws_from(engine, policy, prompts)
 
 
 def test_head_that_is_left_out_of_an_update_shows_in_the_log_probs(served, monkeypatch):

@@ -16,13 +16,13 @@ import torch
 from reference import train
 from reference.training.config import SamplingSettings
 from reference.training.rollout import vllm_client, weight_push
-from reference.training.rollout.samplers import SharedPrompt
 from reference.training.rollout.vllm_client import ServerSampler
 from reference.training.rollout.weight_push import AdapterPush, CheckpointPush
 from tests.helpers.model_directories import save_family
 from tests.helpers.vllm import (
     MAX_DIFFERENCE,
     SERVED_SIZES,
+    assert_draws_from,
     largest_difference,
     load_policy,
     needs_vllm,
@@ -127,15 +127,7 @@ def test_synced_server_draws_from_the_policy(served, tmp_path, lora_rank, way, k
     started = time.perf_counter()
     sampler.sync(policy)
     print(f"{served.name}, {way}: a sync of {time.perf_counter() - started:.2f} s")
-    for temperature in (1.0, 0.7):
-        completions = sampler.sample(policy, prompts, GROUP, temperature)
-        difference = largest_difference(policy, prompts, completions, temperature)
-        print(f"largest difference of a log-prob: {difference:.2g}")
-        assert difference < MAX_DIFFERENCE
-    greedy = sampler.sample(policy, prompts, 2, 0.0)
-    expected = SharedPrompt().sample(policy, prompts, 2, 0.0)
-    assert torch.equal(greedy.tokens, expected.tokens)
-    assert torch.equal(greedy.finished, expected.finished)
+    assert_draws_from(sampler, policy, prompts)
     sampler.close()
     assert [*tmp_path.iterdir()] == []
 

@@ -59,7 +59,7 @@ def logprob_gradient(
         outside = tl.load(settings_ptr + 6)
         sampling = tl.load(sampling_logprob_ptr + row)
         grad *= importance_weight(old - sampling, floor, ceiling, outside)
-    if SURROGATE != "ipo" and SURROGATE != "dro":  # no penalty: a NaN without a signal is no NaN
+    if SURROGATE != "ipo" and SURROGATE != "dro":  # advantage 0: gradient 0, also of a NaN log-prob
         grad = tl.where(advantage == 0, 0.0, grad)
     # The KL term, and the token's weight in the loss.
     if ref_logprob_ptr is not None:

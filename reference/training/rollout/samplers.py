@@ -45,7 +45,7 @@ def pick_sampler(settings: SamplingSettings) -> Sampler:
         return VLLMEngine(
             settings.vllm_memory, parse_options("--vllm-options", settings.vllm_options)
         )
-    if is_server(name):
+    if settings.names_server:
         return ServerSampler(settings)
     if name not in SAMPLERS:
         known = ", ".join([*SAMPLERS, VLLM])
@@ -53,10 +53,6 @@ def pick_sampler(settings: SamplingSettings) -> Sampler:
             f"--sampler must be {known}, or the http:// or https:// URL of a server; got {name!r}"
         )
     return SAMPLERS[name]()
-
-
-def is_server(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
 
 
 class SharedPrompt(Sampler):

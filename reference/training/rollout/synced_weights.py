@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from reference.training.model import lora
 
 
-def synced_state_dict(policy) -> dict[str, Tensor]:
-    """Return all weights of a policy at once; those with an adapter are copies."""
-    return dict(synced_weights(policy))
-
-
 @torch.no_grad()
 def synced_weights(policy) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight of `policy.model` by its name in a checkpoint, detached.

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from grpo_kernels import TokenSupport, support_from_logits
 
+# No limit for vLLM, which takes the vocabulary instead. It refuses 0 if it returns sampling masks.
+NO_TOP_K = 1 << 30
+
 
 @dataclass(frozen=True)
 class Truncation:

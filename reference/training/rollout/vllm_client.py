@@ -23,13 +23,11 @@ from reference.training.errors import UserError
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.server import REQUESTS_AT_ONCE, Server
-from reference.training.rollout.truncation import Truncation
+from reference.training.rollout.truncation import NO_TOP_K, Truncation
 from reference.training.rollout.weight_push import WeightPush, pick_weight_push
 
 COMPLETIONS = "/v1/completions"
 WITH_SUPPORT = "/inference/v1/generate"
-# No limit; vLLM takes the vocabulary instead. Under --return-sampling-mask it refuses a top_k of 0.
-NO_TOP_K = 1 << 30
 SUPPORT_HELP = (
     "the tokens that --top-k, --top-p and --min-p keep are returned by vLLM >= 0.28, started with "
     "--return-sampling-mask, --logprobs-mode processed_logprobs and, if it has that flag, "

@@ -31,13 +31,12 @@ from reference.training.errors import UserError, one_line
 from reference.training.rollout.generate import Completions, Prompts
 from reference.training.rollout.sampler import Sampler
 from reference.training.rollout.synced_weights import synced_weights
-from reference.training.rollout.truncation import Truncation
+from reference.training.rollout.truncation import NO_TOP_K, Truncation
 
 # Read when vLLM is imported. Without the first it runs in another process, which weights would have
 # to be sent to.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 DEFAULT_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-NO_TOP_K = 1 << 30  # vLLM refuses 0 if it returns sampling masks
 CPU_BATCH_TOKENS = 8192
 
 

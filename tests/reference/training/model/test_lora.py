@@ -11,6 +11,7 @@ from reference.training.errors import UserError
 from reference.training.model import load as models
 from reference.training.model import lora as adapters
 from reference.training.model.activation_checkpointing import recompute_activations
+from tests.helpers.adapters import add_trained_lora
 
 IDS = torch.tensor([[2, 5, 11, 4, 7], [3, 3, 9, 12, 6]])
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
@@ -26,14 +27,7 @@ def plain():
 
 @pytest.fixture
 def trained(plain):
-    """Return the model with an adapter whose B is not 0."""
-    model = adapters.add_lora(plain, RANK, alpha=8.0).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return add_trained_lora(plain, RANK)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from reference.training.distributed import Ranks
 from reference.training.model import load as models
 from reference.training.model import lora
-from reference.training.rollout.synced_weights import synced_state_dict, synced_weights
+from reference.training.rollout.synced_weights import synced_weights
+from tests.helpers.adapters import add_trained_lora
 from tests.helpers.model_directories import save_family
 
 
@@ -27,14 +28,7 @@ def tied():
 
 @pytest.fixture
 def adapted(tied):
-    """Return a tied model with an adapter whose B is not 0."""
-    model = lora.add_lora(tied, rank=4, alpha=8.0).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return add_trained_lora(tied, rank=4)
 
 
 def assert_same_weights(found, expected):
@@ -48,11 +42,11 @@ def test_weights_are_those_of_the_checkpoint_and_the_tied_head(family, tmp_path)
     model, _ = models.load(save_family(tmp_path, family))
     expected = load_file(tmp_path / "model.safetensors")
     expected["lm_head.weight"] = model.lm_head.weight.detach()  # GPT2's is not in the file
-    assert_same_weights(synced_state_dict(policy_of(model)), expected)
+    assert_same_weights(dict(synced_weights(policy_of(model))), expected)
 
 
 def test_weights_without_adapter_share_memory_with_the_model(tied):
-    weights = synced_state_dict(policy_of(tied))
+    weights = dict(synced_weights(policy_of(tied)))
     embedding = tied.model.embed_tokens.weight
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert weights[name].data_ptr() == embedding.data_ptr()
@@ -61,7 +55,7 @@ def test_weights_without_adapter_share_memory_with_the_model(tied):
 
 def test_adapter_is_merged_and_the_model_unchanged(adapted):
     before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
-    assert_same_weights(synced_state_dict(policy_of(adapted)), lora.merged(adapted).state_dict())
+    assert_same_weights(dict(synced_weights(policy_of(adapted))), lora.merged(adapted).state_dict())
     assert_same_weights(adapted.state_dict(), before)
 
 
@@ -78,7 +72,7 @@ def test_adapted_weights_are_merged_one_at_a_time(adapted):
 def test_saved_buffers_are_sent_and_the_others_are_not(tied):
     tied.model.register_buffer("scale", torch.ones(1))
     tied.model.register_buffer("table", torch.ones(1), persistent=False)
-    weights = synced_state_dict(policy_of(tied))
+    weights = dict(synced_weights(policy_of(tied)))
     assert weights.keys() == tied.state_dict().keys()
     assert "model.scale" in weights
 
@@ -92,7 +86,7 @@ def test_weights_are_whole_under_fsdp(tied, tmp_path):
             fully_shard(layer)
         fully_shard(tied)
         with Ranks(0, 2).unsharded(tied):
-            weights = synced_state_dict(policy_of(tied))
+            weights = dict(synced_weights(policy_of(tied)))
             assert not any(hasattr(weight, "full_tensor") for weight in weights.values())
             assert_same_weights(weights, before)
     finally:

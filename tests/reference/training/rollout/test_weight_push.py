@@ -11,7 +11,7 @@ from reference.training.errors import UserError
 from reference.training.model import lora
 from reference.training.rollout import weight_push
 from reference.training.rollout.server import Server
-from reference.training.rollout.synced_weights import synced_state_dict
+from reference.training.rollout.synced_weights import synced_weights
 from reference.training.rollout.weight_push import AdapterPush, CheckpointPush, pick_weight_push
 from tests.helpers.model_directories import make_family
 from tests.helpers.vllm_emulator import COLLECTIVE_RPC, LOAD_ADAPTER
@@ -58,7 +58,7 @@ def test_each_push_has_the_weights_of_the_policy_in_a_new_directory(
                 if "lora_" in key
             }
         else:
-            expected = synced_state_dict(policy)
+            expected = dict(synced_weights(policy))
         assert tensors.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(tensors[key], value), key

@@ -71,7 +71,7 @@ def test_gradient_is_that_of_the_divergence(scorer, kind, changes):
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("coef", [None, 0.5])
 def test_the_teacher_scores_a_micro_batch_once_for_all_inner_iterations(scorer, coef, monkeypatch):
-    """Those beyond the limit, which holds one here, are scored in each, with the same result."""
+    """A limit of one micro-batch makes it score the others in each iteration: the same result."""
     left = []
     for limit, passes in (("none", 8), ("one", 7), ("all", 4)):
         changes = {"minibatches": 2, "micro_batch": 1, "teacher_coef": coef}
@@ -144,7 +144,7 @@ def test_gradient_is_that_of_rewards_and_teacher(scorer, kind, changes):
 
 @pytest.mark.parametrize("support", [True, False])
 def test_with_top_k_the_terms_are_over_the_tokens_that_the_loss_reads(support):
-    """Those that the sampler kept, or with --no-support the vocabulary."""
+    """The loss reads the tokens that the sampler kept; with --no-support, the vocabulary."""
     found = []
     for scorer in SCORERS:
         changes = {"teacher_coef": 2.0, "top_k": 3, "support": support}
