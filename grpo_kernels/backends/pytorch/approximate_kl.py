@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...workspace import thread_workspace
 from ..interface import ApproximateKL, accumulation_dtype
-from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, softmax, zero_rows
+from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, row_sum, softmax, zero_rows
 
 
 def _log_ratio(p: Softmax, q: Softmax, log2_eps: float) -> Tensor:
@@ -38,8 +38,9 @@ def approximate_kl_forward(
         kl.row_lse[block], kl.ref_row_lse[block] = p.row_lse, q.row_lse
         t = _log_ratio(p, q, log2_eps)
         excess = exp2(t, out=p.e).sub_(1.0)
-        total[block] = torch.sub(excess, t, alpha=LN2, out=t).sum(dim=-1)
-        kl.weight_sum[block] = -excess.masked_fill_(_below_eps(p, log2_eps), 0.0).sum(dim=-1)
+        total[block] = row_sum(torch.sub(excess, t, alpha=LN2, out=t)).squeeze(-1)
+        excess.masked_fill_(_below_eps(p, log2_eps), 0.0)
+        kl.weight_sum[block] = -row_sum(excess).squeeze(-1)
     return kl
 
 

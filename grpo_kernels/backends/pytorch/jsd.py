@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...workspace import thread_workspace
 from ..interface import RowInputs, RowStats
-from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, softmax, zero_rows
+from .softmax import LN2, LOG2E, Softmax, exp2, row_blocks, row_sum, softmax, zero_rows
 
 
 def _log_mixture(p: Softmax, q: Softmax, jsd_weight: float) -> tuple[Tensor, Tensor]:
@@ -36,10 +36,9 @@ def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Te
         exp2(p.z, out=p.e)
         exp2(q.z, out=q.e)
         t, g = _log_mixture(p, q, jsd_weight)
-        policy = torch.clamp(t, min=0.0, out=p.z).add_(g).mul_(p.e).sum(-1)
-        ref = t.clamp_(max=0.0).sub_(g).mul_(q.e).sum(-1)
-        policy = policy * -LN2 / p.total.squeeze(-1)
-        ref = ref * LN2 / q.total.squeeze(-1)
+        policy = row_sum(torch.clamp(t, min=0.0, out=p.z).add_(g).mul_(p.e)) * -LN2 / p.total
+        ref = row_sum(t.clamp_(max=0.0).sub_(g).mul_(q.e)) * LN2 / q.total
+        policy, ref = policy.squeeze(-1), ref.squeeze(-1)
         kl_policy[block] = policy
         jsd[block] = (1.0 - jsd_weight) * policy + jsd_weight * ref
     return jsd, kl_policy
