@@ -10,6 +10,18 @@ from math import prod
 import torch
 from torch import Tensor
 
+ROW_BYTES = 16  # one access of a GPU's thread, and what cuBLAS asks of a leading dimension
+
+
+def row_stride(V: int, dtype: torch.dtype) -> int:
+    """Return the entries from one row of V to the next: rows start at multiples of ROW_BYTES."""
+    return V + -V % (ROW_BYTES // dtype.itemsize)
+
+
+def new_rows(like: Tensor, n: int, V: int) -> Tensor:
+    """Make an uninitialised tensor [n, V] of the dtype and device of `like`, strided as above."""
+    return like.new_empty_strided((n, V), (row_stride(V, like.dtype), 1))
+
 
 class Workspace:
     """Uninitialised tensors by name. Asking for a name again reuses its memory."""
@@ -26,6 +38,10 @@ class Workspace:
                 tensor = torch.empty(count, dtype=dtype, device=self._device)
             self._tensors[name, dtype] = tensor
         return tensor[:count].view(shape)
+
+    def rows(self, name: str, n: int, V: int, dtype: torch.dtype) -> Tensor:
+        """Return a tensor [n, V] of this row_stride."""
+        return self(name, n, row_stride(V, dtype), dtype=dtype)[:, :V]
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x in another dtype: x itself where it has it, else a copy in this workspace."""

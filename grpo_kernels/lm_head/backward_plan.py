@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..workspace import new_rows
 from .chunk_loop import memory_of
 from .chunk_size import bytes_per_token, workspace_bytes
 from .inputs import LMHeadInputs
@@ -46,12 +47,12 @@ class BackwardPlan(NamedTuple):
 
     def allocate(self, inputs: LMHeadInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Make (logits, ref_logits, hidden_grads); empty where the plan has none."""
-        new, none = inputs.temperature.new_empty, (0,)
-        shape = (len(self.statistics), *inputs.hidden.shape) if self.statistics else none
+        like, none = inputs.temperature, (0, 0)
+        shape = (len(self.statistics), *inputs.hidden.shape) if self.statistics else (0,)
         return (
-            new(self.logits or none),
-            new(none if inputs.kl is None else self.logits or none),
-            new(shape, dtype=inputs.grad_dtype),
+            new_rows(like, *(self.logits or none)),
+            new_rows(like, *(none if inputs.kl is None else self.logits or none)),
+            like.new_empty(shape, dtype=inputs.grad_dtype),
         )
 
 

@@ -21,7 +21,7 @@ from ..objective.config import LossConfig
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
 from ..objective.top_k_divergence import Rest, TopKDivergence, top_k_divergence
-from ..workspace import Workspace
+from ..workspace import Workspace, new_rows
 from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
 from .inputs import LMHeadInputs
 from .matmul import write_logits
@@ -305,8 +305,13 @@ class Logits(NamedTuple):
 
     def select(self, positions: Tensor) -> "Logits":
         """Copy these rows."""
-        reference = None if self.reference is None else self.reference[positions]
-        return Logits(self.policy[positions], reference)
+
+        def copy(logits: Tensor) -> Tensor:
+            rows = new_rows(logits, len(positions), logits.shape[1])
+            return torch.index_select(logits, 0, positions, out=rows)
+
+        reference = None if self.reference is None else copy(self.reference)
+        return Logits(copy(self.policy), reference)
 
 
 class ChunkedLMHead:
@@ -373,7 +378,7 @@ class ChunkedLMHead:
             row_idx, n = chunk_groups.row_idx, len(chunk_groups)
             m = self.size if self.pad_last_chunk else n
             hidden = self._gather("states", inputs.hidden, row_idx, m, inputs.matmul_dtype)
-            policy, reference = self._logits or (workspace("logits", m, V, dtype=dtype), None)
+            policy, reference = self._logits or (workspace.rows("logits", m, V, dtype), None)
             if not self._is_made:
                 write_logits(policy[:m], hidden, inputs.weight, inputs.bias, workspace)
             adapter_states = None
@@ -386,7 +391,7 @@ class ChunkedLMHead:
                 reference = None
             else:
                 if reference is None:
-                    reference = workspace("ref_logits", m, V, dtype=dtype)
+                    reference = workspace.rows("ref_logits", m, V, dtype)
                 if not self._is_made:
                     self._write_ref_logits(reference[:m], row_idx)
                 reference = reference[:n].unsqueeze(0)
@@ -411,7 +416,7 @@ class ChunkedLMHead:
             if self._grad:
                 d_logits = policy
                 if not self._overwrite or inputs.matmul_dtype != dtype:
-                    d_logits = workspace("d_logits", m, V, dtype=inputs.matmul_dtype)
+                    d_logits = workspace.rows("d_logits", m, V, inputs.matmul_dtype)
                 d_logits = d_logits[:m]
                 d_logits[n:].zero_()
             yield Chunk(inputs, chunk_groups, hidden, adapter_states, rows, d_logits)

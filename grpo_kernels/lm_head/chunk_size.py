@@ -7,6 +7,8 @@ small last one would run its matrix products at a small product's speed.
 
 import torch
 
+from ..workspace import row_stride
+
 WORKSPACE = 1 << 30  # bytes
 MEMORY_SHARE = 16  # the workspace is at most this part of the device's memory
 TILE = 128  # rows: matrix products work in tiles of this height
@@ -21,9 +23,10 @@ def bytes_per_token(
     logits has its own memory; else it overwrites them, unless they are needed again.
     """
     wide, narrow = max(4, dtype.itemsize), dtype.itemsize
-    logits = V * wide * (2 if kl else 1)
+    row = wide * row_stride(V, torch.float64 if wide == 8 else torch.float32)
+    logits = row * (2 if kl else 1)
     if gradient and (narrow < wide or not overwrite):
-        logits += V * narrow
+        logits += narrow * row_stride(V, dtype)
     return logits + H * (narrow + (wide if gradient else 0))
 
 

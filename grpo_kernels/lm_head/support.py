@@ -110,8 +110,10 @@ def exclude_others(logits: Tensor, inputs: LMHeadInputs, tokens: Tensor, sizes: 
         sizes: their numbers of ids, on the CPU.
     """
     row, ids = inputs.support.entries(tokens, sizes)
-    entry = row * logits.shape[1] + ids.clamp_min(0)
-    flat = logits.view(-1)
+    n, V = logits.shape
+    stride = logits.stride(0)
+    entry = row * stride + ids.clamp_min(0)
+    flat = logits.as_strided(((n - 1) * stride + V,), (1,))
     kept = torch.where(ids == NO_ID, -torch.inf, flat[entry])
     has_support = (sizes > 0).to(logits.device, non_blocking=True)
     logits.masked_fill_(has_support.unsqueeze(-1), -torch.inf)
