@@ -78,14 +78,16 @@ def access_bytes(operation: str) -> int:
     return sizes[width[1]] if width else 4
 
 
-def count_loop(body: list[str], bytes_per_entry: int) -> Loop | None:
+def count_loop(body: list[str], tensors: int, itemsize: int) -> Loop | None:
     """Count the instructions of a loop; None if it loads nothing, because it writes zeros."""
     # The first word, after a predicate such as @!P0, is the operation.
     operations = [re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0] for instruction in body]
     loads = [access_bytes(name) for name in operations if name.startswith("LDG")]
     if not loads:
         return None
-    entries = sum(loads) / bytes_per_entry
+    entries = sum(loads) / (tensors * itemsize)
+    if itemsize == 2 and set(loads) == {4}:  # not aligned: eight entries are in five words
+        entries *= 4 / 5
     return Loop(
         instructions=len(body) / entries,
         special=sum(name.startswith("MUFU") for name in operations) / entries,
@@ -98,8 +100,9 @@ def count_loop(body: list[str], bytes_per_entry: int) -> Loop | None:
 def read_sass(cubin: bytes, passes: tuple[RowPass, ...], itemsize: int) -> MachineCode:
     """Read the resources and the loop of each pass, the passes that only read first.
 
-    What is left after whole tiles has a masked loop of its own, which takes more instructions:
-    of the loops that read only and of those that write, the shortest are taken.
+    What is left after whole tiles has a masked loop of its own, with smaller tiles or with more
+    instructions: of the loops that read only and of those that write, those that load the most are
+    taken, of these the shortest.
     """
     usage = cuobjdump(cubin, "-res-usage")
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -108,12 +111,12 @@ def read_sass(cubin: bytes, passes: tuple[RowPass, ...], itemsize: int) -> Machi
         kind = [row_pass for row_pass in passes if row_pass.writes is writes]
         if not kind:
             continue
-        loops = [count_loop(body, kind[0].tensors * itemsize) for body in bodies]
+        loops = [count_loop(body, kind[0].tensors, itemsize) for body in bodies]
         loops = [loop for loop in loops if loop and bool(loop.store_bytes) is writes]
         if len(loops) < len(kind):
             raise RuntimeError(f"{len(kind)} passes, but {len(loops)} loops in the machine code")
-        shortest = sorted(loops, key=lambda loop: loop.instructions)[: len(kind)]
-        selected += [loop for loop in loops if loop in shortest]
+        loops_by_size = sorted(loops, key=lambda loop: (-sum(loop.load_bytes), loop.instructions))
+        selected += [loop for loop in loops if loop in loops_by_size[: len(kind)]]
     widths = {width for loop in selected for width in loop.load_bytes}
     return MachineCode(used["REG"], used["STACK"], used["LOCAL"], selected, sorted(widths))
 

@@ -179,8 +179,12 @@ def argument_type(name: str, dtype: str) -> str:
     return "i64" if name.endswith("_b") else "i32"
 
 
-def compile_variant(variant: Variant, target: str, dtype: str):
-    """Compile a variant with its launch config for V = 128,256; needs no GPU."""
+def compile_variant(variant: Variant, target: str, dtype: str, alignment: str = "vector"):
+    """Compile a variant with its launch config for V = 128,256; needs no GPU.
+
+    alignment: of the rows, as in backends/triton/row_access.py. For another than "vector", V and
+    the strides are odd.
+    """
     config = variant.launch_config(target, dtype)
     lanes = config.num_warps * TARGETS[target].warp_size
     constexprs = {
@@ -191,6 +195,7 @@ def compile_variant(variant: Variant, target: str, dtype: str):
         "LANES": lanes,
         "VEC": config.vector,
         "PART": config.part_tiles * config.unroll * lanes * config.vector,
+        "ALIGNMENT": alignment,
     }
     if "group_parts" in constexprs:  # a kernel that reads what another has stored
         stored = pick_row_launch(
@@ -209,7 +214,8 @@ def compile_variant(variant: Variant, target: str, dtype: str):
             continue
         signature[name] = argument_type(name, dtype)
         # Triton specialises a launch on pointers and integers that are multiples of 16.
-        if name.endswith("_ptr") or re.fullmatch(r"V|stride_.*_[bt]", name):
+        is_size = re.fullmatch(r"V|stride_.*_[bt]", name)
+        if name.endswith("_ptr") or (is_size and alignment == "vector"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, values, attributes)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": config.num_warps})

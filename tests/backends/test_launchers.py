@@ -137,7 +137,17 @@ SETTINGS = {
     "KL", "SOFTCAP", "HAS_ENTROPY", "HAS_SQUARES", "HAS_MEAN", "FIELDS", "K", "K_BLOCK",
     "ESTIMATOR", "SURROGATE", "LOG2_EPS",
 }  # fmt: skip
-LAUNCH = {"ACC_DTYPE", "PART", "GROUP_PARTS", "GROUP_BLOCK", "SPAN", "UNROLL", "LANES", "VEC"}
+LAUNCH = {
+    "ACC_DTYPE",
+    "PART",
+    "GROUP_PARTS",
+    "GROUP_BLOCK",
+    "SPAN",
+    "UNROLL",
+    "LANES",
+    "VEC",
+    "ALIGNMENT",
+}
 
 
 def test_constexpr_parameters():

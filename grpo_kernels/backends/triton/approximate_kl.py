@@ -15,19 +15,23 @@ backward 6 of memory. Masked rows are not read.
 import triton
 import triton.language as tl
 
+from .row_access import (
+    load_tile,
+    map_row,
+    row_pointer,
+    store_zeros,
+    tail_offsets,
+    tile_offsets,
+)
 from .row_math import (
     KEEP_NAN,
     LN2,
     LOG2E,
     LOWEST,
     load_row_lse,
-    load_tile,
     merge_lanes,
     online_softmax,
-    row_offset,
     store_row_lse,
-    store_zeros,
-    tile_offsets,
     tile_sum,
 )
 
@@ -65,6 +69,7 @@ def _approximate_kl_forward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(mask_ptr + row) == 0:
@@ -74,23 +79,35 @@ def _approximate_kl_forward_kernel(
         store_row_lse(ref_row_lse_ptr, row, 0.0, 0.0)
         return
 
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
+    ref_row = row_pointer(
+        ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+    )
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
     offsets = tile_offsets(UNROLL, LANES, VEC)
+    ALIGNED: tl.constexpr = ALIGNMENT == "vector"
     # First pass: the softmax of both rows.
     m = tl.full([LANES], LOWEST, ACC_DTYPE)
     sum_e = tl.zeros([LANES], ACC_DTYPE)
     ref_m = m
     ref_sum_e = sum_e
-    for start in range(0, V, offsets.numel):
-        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
-        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
-        m, sum_e, _, _, _, _ = online_softmax(m, sum_e, sum_e, x, scale, HAS_MOMENT=False)
-        ref_m, ref_sum_e, _, _, _, _ = online_softmax(
-            ref_m, ref_sum_e, ref_sum_e, y, scale, HAS_MOMENT=False
-        )
+    whole = V // offsets.numel * offsets.numel
+    for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
+        tile = offsets
+        if TAIL:
+            tile = tail_offsets(offsets)
+        for start in range(TAIL * whole, whole + TAIL * (V - whole), tile.numel):
+            x = load_tile(
+                logits_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=True
+            )
+            y = load_tile(
+                ref_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=True
+            )
+            m, sum_e, _, _, _, _ = online_softmax(m, sum_e, sum_e, x, scale, HAS_MOMENT=False)
+            ref_m, ref_sum_e, _, _, _, _ = online_softmax(
+                ref_m, ref_sum_e, ref_sum_e, y, scale, HAS_MOMENT=False
+            )
     pivot, row_sum_e, _ = merge_lanes(m, sum_e, scale)
     ref_pivot, ref_row_sum_e, _ = merge_lanes(ref_m, ref_sum_e, scale)
     log_sum = tl.log2(row_sum_e)
@@ -99,18 +116,34 @@ def _approximate_kl_forward_kernel(
     # Second pass: the sums over the entries.
     total = tl.zeros([LANES], ACC_DTYPE)
     weight_sum = tl.zeros([LANES], ACC_DTYPE)
-    for start in range(0, V, offsets.numel):
-        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        z = (x - pivot) * scale - log_sum
-        t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
-        total += tile_sum(tl.exp2(t) - 1.0 - t * LN2)
-        weight_sum += tile_sum(entry_weight(z, t, log2_eps))
+    for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
+        tile = offsets
+        if TAIL:
+            tile = tail_offsets(offsets)
+        for start in range(TAIL * whole, whole + TAIL * (V - whole), tile.numel):
+            x = load_tile(
+                logits_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=False
+            )
+            y = load_tile(
+                ref_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=False
+            )
+            z = (x - pivot) * scale - log_sum
+            t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
+            total += tile_sum(tl.exp2(t) - 1.0 - t * LN2)
+            weight_sum += tile_sum(entry_weight(z, t, log2_eps))
     # Merge the lanes and store the row's results.
     tl.store(total_ptr + row, tl.sum(total, axis=0))
     tl.store(weight_sum_ptr + row, tl.sum(weight_sum, axis=0))
     store_row_lse(row_lse_ptr, row, pivot, log_sum)
     store_row_lse(ref_row_lse_ptr, row, ref_pivot, ref_log_sum)
+
+
+@triton.jit
+def _entry_gradient(x, y, scalars):
+    scale, pivot, log_sum, ref_pivot, ref_log_sum, weight_sum, d_total, log2_eps = scalars
+    z = (x - pivot) * scale - log_sum
+    t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
+    return d_total * (entry_weight(z, t, log2_eps) - tl.exp2(z) * weight_sum)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -136,28 +169,29 @@ def _approximate_kl_backward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
-    d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
+    d_row = row_pointer(d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT)
     offsets = tile_offsets(UNROLL, LANES, VEC)
     if tl.load(mask_ptr + row) == 0:
-        store_zeros(d_row, offsets, 0, V)
+        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
         return
 
     # Load what forward saved of the row.
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
+    ref_row = row_pointer(
+        ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+    )
     scale = tl.full([], LOG2E, ACC_DTYPE)
     log2_eps = tl.full([], LOG2_EPS, ACC_DTYPE)  # a bare constant would enter maximum as fp32
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
     weight_sum = tl.load(weight_sum_ptr + row)
     d_total = tl.load(d_total_ptr + row).to(ACC_DTYPE)
-    for start in range(0, V, offsets.numel):
-        # Load a tile of each row, compute its gradient, store it.
-        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        z = (x - pivot) * scale - log_sum
-        t = log2_ratio(z, (y - ref_pivot) * scale - ref_log_sum, log2_eps)
-        dx = d_total * (entry_weight(z, t, log2_eps) - tl.exp2(z) * weight_sum)
-        tl.store(d_row + start + offsets, dx, mask=start + offsets < V)
+    scalars = (
+        scale, pivot, log_sum, ref_pivot, ref_log_sum, weight_sum, d_total, log2_eps,
+    )  # fmt: skip
+    map_row(
+        _entry_gradient, logits_row, ref_row, d_row, 0, V, scalars, offsets, ACC_DTYPE, ALIGNMENT
+    )

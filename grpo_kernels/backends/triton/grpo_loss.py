@@ -16,6 +16,7 @@ gradient; it touches nothing where the factor is 1.
 import triton
 import triton.language as tl
 
+from .row_access import map_row, row_pointer, store_zeros, tile_offsets
 from .row_math import (
     LN2,
     LOG2E,
@@ -25,10 +26,7 @@ from .row_math import (
     load_inverse_temperature,
     load_token_logit,
     ratio_of,
-    row_offset,
-    store_zeros,
     surrogate_grad,
-    tile_offsets,
 )
 from .row_passes import GradientScalars, accumulate_row_stats, row_results, store_row_gradient
 
@@ -104,15 +102,16 @@ def _grpo_loss_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
+    d_row = row_pointer(d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT)
     offsets = tile_offsets(UNROLL, LANES, VEC)
     if not is_unmasked(mask_ptr, row):
         tl.store(logprob_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
-        store_zeros(d_row, offsets, 0, V)
+        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
         return
 
     # First pass: the log-prob and the entropy. The row stays in the L2.
@@ -120,7 +119,7 @@ def _grpo_loss_kernel(
     scale = inverse * LOG2E
     partial = accumulate_row_stats(
         logits_row, None, 0, V, scale, offsets,
-        HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, EVICT_LAST=True,
+        HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=True,
     )  # fmt: skip
     x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
     results = row_results(partial, x_token, scale, HAS_ENTROPY=True, KL="none")
@@ -143,7 +142,7 @@ def _grpo_loss_kernel(
         weight_log = -d_entropy * LN2
         has_gradient |= weight_log != 0
     if not has_gradient:
-        store_zeros(d_row, offsets, 0, V)
+        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
         return
 
     # Second pass: the gradient of the logits.
@@ -154,8 +153,13 @@ def _grpo_loss_kernel(
     token = tl.load(tokens_ptr + row)
     store_row_gradient(
         logits_row, None, d_row, 0, V, token, scalars, offsets,
-        KL="none", SOFTCAP=SOFTCAP, REVERSE_ORDER=True,
+        KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, REVERSE_ORDER=True,
     )  # fmt: skip
+
+
+@triton.jit
+def _product(x, _, scalars):
+    return x * scalars[0]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -170,14 +174,12 @@ def _scale_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     factor = tl.load(factor_ptr).to(ACC_DTYPE)
     if factor == 1.0:
         return
     row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row_offset(row, T, stride_x_b, stride_x_t)
+    x_row = row_pointer(x_ptr, row, T, stride_x_b, stride_x_t, VEC, ALIGNMENT)
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    for start in range(0, V, offsets.numel):
-        entries = start + offsets
-        x = tl.load(x_row + entries, mask=entries < V, other=0.0).to(ACC_DTYPE)
-        tl.store(x_row + entries, x * factor, mask=entries < V)
+    map_row(_product, x_row, None, x_row, 0, V, (factor,), offsets, ACC_DTYPE, ALIGNMENT)

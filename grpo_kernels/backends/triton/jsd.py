@@ -15,6 +15,14 @@ not read.
 import triton
 import triton.language as tl
 
+from .row_access import (
+    load_tile,
+    map_row,
+    row_pointer,
+    store_zeros,
+    tail_offsets,
+    tile_offsets,
+)
 from .row_math import (
     LN2,
     LOG2E,
@@ -22,12 +30,8 @@ from .row_math import (
     is_unmasked,
     load_inverse_temperature,
     load_row_lse,
-    load_tile,
-    row_offset,
     softcapped,
     softcapped_derivative,
-    store_zeros,
-    tile_offsets,
     tile_sum,
 )
 
@@ -66,6 +70,7 @@ def _jsd_forward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
     if not is_unmasked(mask_ptr, row):
@@ -73,8 +78,10 @@ def _jsd_forward_kernel(
         tl.store(kl_policy_ptr + row, 0.0)
         return
 
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
+    ref_row = row_pointer(
+        ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+    )
     scale = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE) * LOG2E
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
@@ -82,20 +89,49 @@ def _jsd_forward_kernel(
     offsets = tile_offsets(UNROLL, LANES, VEC)
     kl_policy = tl.zeros([LANES], ACC_DTYPE)
     kl_ref = tl.zeros([LANES], ACC_DTYPE)
-    for start in range(0, V, offsets.numel):
-        # Load a tile of each row, and add its terms to the sums of the lanes.
-        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
-        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=True)
-        if SOFTCAP is not None:
-            x = softcapped(x, SOFTCAP)
-            y = softcapped(y, SOFTCAP)
-        z, ref_z, t, g = log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight)
-        kl_policy -= tile_sum(tl.exp2(z) * (tl.where(t < 0, 0.0, t) + g))
-        kl_ref += tile_sum(tl.exp2(ref_z) * (tl.where(t > 0, 0.0, t) - g))
+    ALIGNED: tl.constexpr = ALIGNMENT == "vector"
+    whole = V // offsets.numel * offsets.numel
+    for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
+        tile = offsets
+        if TAIL:
+            tile = tail_offsets(offsets)
+        for start in range(TAIL * whole, whole + TAIL * (V - whole), tile.numel):
+            # Load a tile of each row, and add its terms to the sums of the lanes.
+            x = load_tile(
+                logits_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=True
+            )
+            y = load_tile(
+                ref_row, start, tile, V, ACC_DTYPE, ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=True
+            )
+            if SOFTCAP is not None:
+                x = softcapped(x, SOFTCAP)
+                y = softcapped(y, SOFTCAP)
+            z, ref_z, t, g = log_mixture(
+                x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight
+            )
+            kl_policy -= tile_sum(tl.exp2(z) * (tl.where(t < 0, 0.0, t) + g))
+            kl_ref += tile_sum(tl.exp2(ref_z) * (tl.where(t > 0, 0.0, t) - g))
     policy = tl.sum(kl_policy, axis=0) * LN2
     ref = tl.sum(kl_ref, axis=0) * LN2
     tl.store(jsd_ptr + row, (1.0 - weight) * policy + weight * ref)
     tl.store(kl_policy_ptr + row, policy)
+
+
+@triton.jit
+def _entry_gradient(x, y, scalars):
+    factor, kl_policy = scalars[6], scalars[7]
+    SOFTCAP: tl.constexpr = scalars[8]
+    capped = x
+    if SOFTCAP is not None:
+        capped = softcapped(x, SOFTCAP)
+        y = softcapped(y, SOFTCAP)
+    z, _, t, g = log_mixture(
+        capped, y, scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5]
+    )
+    dx = factor * tl.exp2(z) * (-(tl.where(t < 0, 0.0, t) + g) * LN2 - kl_policy)
+    if SOFTCAP is not None:
+        dx *= softcapped_derivative(x, SOFTCAP)
+    return dx
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -124,34 +160,28 @@ def _jsd_backward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
-    d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
+    d_row = row_pointer(d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT)
     offsets = tile_offsets(UNROLL, LANES, VEC)
     d_jsd = tl.load(d_jsd_ptr + row).to(ACC_DTYPE)
     if not ((d_jsd != 0) & is_unmasked(mask_ptr, row)):
-        store_zeros(d_row, offsets, 0, V)
+        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
         return
 
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
-    ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
+    ref_row = row_pointer(
+        ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+    )
     inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
     kl_policy, weight = tl.load(kl_policy_ptr + row), tl.load(weight_ptr)
     factor = (1.0 - weight) * d_jsd * inverse
-    for start in range(0, V, offsets.numel):
-        # Load a tile of each row, compute its gradient, store it.
-        x = load_tile(logits_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        y = load_tile(ref_row, start + offsets, V, ACC_DTYPE, TAIL=True, EVICT_LAST=False)
-        capped = x
-        if SOFTCAP is not None:
-            capped = softcapped(x, SOFTCAP)
-            y = softcapped(y, SOFTCAP)
-        z, _, t, g = log_mixture(
-            capped, y, inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight
-        )
-        dx = factor * tl.exp2(z) * (-(tl.where(t < 0, 0.0, t) + g) * LN2 - kl_policy)
-        if SOFTCAP is not None:
-            dx *= softcapped_derivative(x, SOFTCAP)
-        tl.store(d_row + start + offsets, dx, mask=start + offsets < V)
+    scalars = (
+        inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, factor, kl_policy, SOFTCAP,
+    )  # fmt: skip
+    map_row(
+        _entry_gradient, logits_row, ref_row, d_row, 0, V, scalars, offsets, ACC_DTYPE, ALIGNMENT
+    )

@@ -81,6 +81,22 @@ def _launch(
         )
 
 
+def _alignment(launch: RowLaunch, *tensors: Tensor | None) -> str:
+    """ALIGNMENT of row_access.py for the rows of tensors [B, T, V]; None is left out."""
+    starts = {
+        (
+            x.data_ptr() // x.element_size() % launch.vector,
+            x.stride(0) % launch.vector,
+            x.stride(1) % launch.vector,
+        )
+        for x in tensors
+        if x is not None
+    }
+    if starts == {(0, 0, 0)}:
+        return "vector"
+    return "equal" if len(starts) == 1 else "any"
+
+
 def _row_arguments(rows: RowInputs) -> dict[str, Any]:
     """The arguments that every kernel over RowInputs takes, by name."""
     return {
@@ -113,6 +129,7 @@ def token_stats_forward(rows: RowInputs, request: StatsRequest) -> RowStats:
         "ref_logits_ptr": rows.ref_logits,
         **_strides(ref_logits=rows.ref_logits),
         **launch.tile,
+        "ALIGNMENT": _alignment(launch, rows.logits, rows.ref_logits),
         "PART": launch.part,
         "keys_ptr": top.keys,
     }
@@ -260,6 +277,7 @@ def token_stats_backward(
         d_logits_ptr=d_logits,
         KL=rows.kl if has_kl else "none",
         **launch.tile,
+        ALIGNMENT=_alignment(launch, rows.logits, ref_logits, d_logits),
         PART=launch.part,
     )
 
@@ -304,6 +322,7 @@ def grpo_loss(
         entropy_ptr=entropy,
         d_logits_ptr=d_logits,
         **launch.tile,
+        ALIGNMENT=_alignment(launch, rows.logits, d_logits),
         SURROGATE=config.policy_term.kernel_form().name,
         ESTIMATOR=config.kl_estimator,
     )
@@ -313,7 +332,16 @@ def grpo_loss(
 def scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply x [B, T, V] by a number on its device, without reading it on the host."""
     launch = _launch_config("scale", x)
-    _launch(_scale_kernel, launch, x, x_ptr=x, factor_ptr=factor, **_strides(x=x), **launch.tile)
+    _launch(
+        _scale_kernel,
+        launch,
+        x,
+        x_ptr=x,
+        factor_ptr=factor,
+        **_strides(x=x),
+        **launch.tile,
+        ALIGNMENT=_alignment(launch, x),
+    )
 
 
 def approximate_kl_forward(
@@ -332,6 +360,7 @@ def approximate_kl_forward(
         ref_logits_ptr=ref_logits,
         mask_ptr=mask,
         **launch.tile,
+        ALIGNMENT=_alignment(launch, logits, ref_logits),
         **_strides(logits=logits, ref_logits=ref_logits),
         **{f"{name}_ptr": x for name, x in kl._asdict().items()},
         LOG2_EPS=log2_eps,
@@ -363,6 +392,7 @@ def approximate_kl_backward(
         d_total_ptr=d_total,
         d_logits_ptr=d_logits,
         **launch.tile,
+        ALIGNMENT=_alignment(launch, logits, ref_logits, d_logits),
         **_strides(logits=logits, ref_logits=ref_logits, d_logits=d_logits),
         LOG2_EPS=log2_eps,
     )
@@ -386,6 +416,7 @@ def jsd_forward(rows: RowInputs, stats: RowStats, jsd_weight: float) -> tuple[Te
         kl_policy_ptr=kl_policy,
         weight_ptr=scalar_tensor(jsd_weight, stats.row_lse.dtype, stats.row_lse.device),
         **launch.tile,
+        ALIGNMENT=_alignment(launch, rows.logits, rows.ref_logits),
     )
     return jsd, kl_policy
 
@@ -414,4 +445,5 @@ def jsd_backward(
         d_logits_ptr=d_logits,
         weight_ptr=scalar_tensor(jsd_weight, stats.row_lse.dtype, stats.row_lse.device),
         **launch.tile,
+        ALIGNMENT=_alignment(launch, rows.logits, rows.ref_logits, d_logits),
     )

@@ -33,12 +33,6 @@ NO_OVERLAP = tl.constexpr(1.0e9)  # |FLOOR| x a probability of 1e-21
 
 
 @triton.jit
-def row_offset(row, T, stride_b, stride_t):
-    """Offset of row b·T + t in a strided [B, T, V] tensor; row is int64, as N·V may pass 2^31."""
-    return (row // T) * stride_b + (row % T) * stride_t
-
-
-@triton.jit
 def is_unmasked(mask_ptr, row):
     unmasked = True
     if mask_ptr is not None:
@@ -61,45 +55,6 @@ def load_row_lse(row_lse_ptr, row):
 def store_row_lse(row_lse_ptr, row, pivot, log_sum):
     tl.store(row_lse_ptr + 2 * row, pivot)
     tl.store(row_lse_ptr + 2 * row + 1, log_sum)
-
-
-@triton.jit
-def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """[UNROLL, LANES, VEC]: VEC neighbours belong to one lane, as one load of 16 bytes."""
-    unroll = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
-    lane = tl.arange(0, LANES)[None, :, None] * VEC
-    return unroll + lane + tl.arange(0, VEC)[None, None, :]
-
-
-@triton.jit
-def access_ids(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """[UNROLL, LANES]: the first offset of each access of `tile_offsets`."""
-    return tl.arange(0, UNROLL)[:, None] * (LANES * VEC) + tl.arange(0, LANES)[None, :] * VEC
-
-
-@triton.jit
-def load_tile(
-    row_ptr, offsets, end, ACC_DTYPE: tl.constexpr, TAIL: tl.constexpr, EVICT_LAST: tl.constexpr
-):
-    """Load a tile in ACC_DTYPE. Only the tail is masked; entries past the end are -inf.
-
-    EVICT_LAST: the tile will be read again, so the L2 should evict something else first.
-    """
-    POLICY: tl.constexpr = "evict_last" if EVICT_LAST else ""
-    if TAIL:
-        inside = offsets < end
-        x = tl.load(row_ptr + offsets, mask=inside, other=-float("inf"), eviction_policy=POLICY)
-    else:
-        x = tl.load(row_ptr + offsets, eviction_policy=POLICY)
-    return x.to(ACC_DTYPE)
-
-
-@triton.jit
-def store_zeros(row_ptr, offsets, begin, end):
-    """Store the gradient 0 for entries [begin, end)."""
-    zeros = tl.zeros(offsets.shape, row_ptr.dtype.element_ty)
-    for start in range(begin, end, offsets.numel):
-        tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < end)
 
 
 @triton.jit

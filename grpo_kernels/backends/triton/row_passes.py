@@ -9,13 +9,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .row_access import access_ids, load_tile, map_row, tail_offsets
 from .row_math import (
     LN2,
     LOWEST,
-    access_ids,
     divergence,
     floored,
-    load_tile,
     merge_lanes,
     online_softmax,
     rescale_moment,
@@ -175,8 +174,8 @@ def merge_partials(
 @triton.jit
 def accumulate_row_stats(
     logits_row, ref_row, begin, end, scale, offsets,
-    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, EVICT_LAST: tl.constexpr,
-    HAS_SQUARES: tl.constexpr = False, HAS_MEAN: tl.constexpr = False,
+    HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNMENT: tl.constexpr,
+    EVICT_LAST: tl.constexpr, HAS_SQUARES: tl.constexpr = False, HAS_MEAN: tl.constexpr = False,
     HAS_TOP: tl.constexpr = False,
 ):  # fmt: skip
     """Accumulate the Partial of entries [begin, end). EVICT_LAST: keep the row in the L2."""
@@ -188,18 +187,29 @@ def accumulate_row_stats(
     if HAS_TOP:
         best = tl.full([LANES], -float("inf"), scale.dtype)
         first = begin + tl.arange(0, LANES) * offsets.shape[2]
+    ALIGNED: tl.constexpr = ALIGNMENT == "vector"
     whole = begin + (end - begin) // TILE * TILE
     for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
-        for start in range(begin + TAIL * (whole - begin), whole + TAIL * (end - whole), TILE):
+        tile = offsets
+        if TAIL:
+            tile = tail_offsets(offsets)
+        for start in range(
+            begin + TAIL * (whole - begin), whole + TAIL * (end - whole), tile.numel
+        ):
             # Load a tile of each row.
-            entries = start + offsets
-            x = load_tile(logits_row, entries, end, scale.dtype, TAIL=TAIL, EVICT_LAST=EVICT_LAST)
+            x = load_tile(
+                logits_row, start, tile, end, scale.dtype,
+                ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=EVICT_LAST,
+            )  # fmt: skip
             y = None
             if KL != "none":
-                y = load_tile(ref_row, entries, end, scale.dtype, TAIL=TAIL, EVICT_LAST=EVICT_LAST)
+                y = load_tile(
+                    ref_row, start, tile, end, scale.dtype,
+                    ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=EVICT_LAST,
+                )  # fmt: skip
             # The largest logits, before the softcap: what it makes equal is not.
             if HAS_TOP:
-                ids = start + access_ids(offsets.shape[0], LANES, offsets.shape[2])
+                ids = start + access_ids(tile.shape[0], LANES, tile.shape[2])
                 best, first = track_largest(best, first, x, ids)
             # Apply the softcap.
             if SOFTCAP is not None:
@@ -301,55 +311,37 @@ def entry_gradient(x, y, row, KL: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _tile_gradient(x, y, scalars):
+    return entry_gradient(x, y, scalars[0], scalars[1], scalars[2])
+
+
+@triton.jit
 def store_row_gradient(
     logits_row, ref_row, d_row, begin, end, token, row, offsets,
-    KL: tl.constexpr, SOFTCAP: tl.constexpr, REVERSE_ORDER: tl.constexpr,
+    KL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNMENT: tl.constexpr, REVERSE_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Store dx of entries [begin, end) to d_row, which may be logits_row.
 
-    The token's own entry is stored again after the loop, with its one-hot term: inside the loop
-    that would cost a comparison and a selection per entry. REVERSE_ORDER starts at the end of the
-    row, which the caches still hold after a forward pass over it.
+    The token's own entry is stored again after the others, with its one-hot term: inside the loop
+    that would cost a comparison and a selection per entry.
     """
-    TILE: tl.constexpr = offsets.numel
     ACC_DTYPE: tl.constexpr = row.scale.dtype
-    # Load the token's logits before the loop overwrites them in place.
+    # Load the token's logits before they are overwritten in place.
     has_token = (token >= begin) & (token < end)
     x_token = tl.load(logits_row + token, mask=has_token, other=0.0).to(ACC_DTYPE)
     y_token = None
     if KL != "none":
         y_token = tl.load(ref_row + token, mask=has_token, other=0.0).to(ACC_DTYPE)
-    tl.debug_barrier()
-
-    # TAIL is 0 for the whole tiles and 1 for the rest, which comes first in reverse order.
-    FIRST: tl.constexpr = 1 if REVERSE_ORDER else 0
-    STOP: tl.constexpr = -1 if REVERSE_ORDER else 2
-    STEP: tl.constexpr = -1 if REVERSE_ORDER else 1
-    whole = begin + (end - begin) // TILE * TILE
-    for TAIL in tl.static_range(FIRST, STOP, STEP):
-        first = begin + TAIL * (whole - begin)
-        last = whole + TAIL * (end - whole)
-        for start in range(first, last, TILE):
-            # Load a tile of each row.
-            entries = start + offsets
-            if REVERSE_ORDER and not TAIL:
-                entries = first + last - TILE - start + offsets
-            x = load_tile(logits_row, entries, end, ACC_DTYPE, TAIL=TAIL, EVICT_LAST=False)
-            y = None
-            if KL != "none":
-                y = load_tile(ref_row, entries, end, ACC_DTYPE, TAIL=TAIL, EVICT_LAST=False)
-            # Compute and store its gradient.
-            dx = entry_gradient(x, y, row, KL, SOFTCAP)
-            if TAIL:
-                tl.store(d_row + entries, dx, mask=entries < end)
-            else:
-                tl.store(d_row + entries, dx)
-
-    # Store the token's entry with its one-hot term; an excluded entry, -inf, keeps gradient 0.
+    # Store the gradient without the one-hot term.
+    map_row(
+        _tile_gradient, logits_row, ref_row, d_row, begin, end, (row, KL, SOFTCAP), offsets,
+        ACC_DTYPE, ALIGNMENT, REVERSE_ORDER,
+    )  # fmt: skip
+    # Store the token's entry with it; an excluded entry, -inf, keeps gradient 0.
     one_hot = row.one_hot
     if SOFTCAP is not None:
         one_hot *= softcapped_derivative(x_token, SOFTCAP)
     dx_token = one_hot + entry_gradient(x_token, y_token, row, KL, SOFTCAP)
     dx_token = tl.where(x_token == -float("inf"), 0.0, dx_token)
-    tl.debug_barrier()  # another thread of the loop stored to this entry
+    tl.debug_barrier()  # another thread has stored to this entry
     tl.store(d_row + token, dx_token, mask=has_token)

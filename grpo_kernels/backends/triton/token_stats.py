@@ -35,6 +35,7 @@ which may round two of them to one; of equal logits the smaller id comes first.
 import triton
 import triton.language as tl
 
+from .row_access import row_offset, row_pointer, store_zeros, tile_offsets
 from .row_math import (
     LN2,
     LOG2E,
@@ -45,11 +46,8 @@ from .row_math import (
     load_row_lse,
     load_token_logit,
     pack_key,
-    row_offset,
     softcapped,
     store_row_lse,
-    store_zeros,
-    tile_offsets,
     unpack_key,
 )
 from .row_passes import (
@@ -127,6 +125,7 @@ def _token_stats_forward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     row = tl.program_id(0).to(tl.int64)
     if not is_unmasked(mask_ptr, row):
@@ -142,10 +141,12 @@ def _token_stats_forward_kernel(
     HAS_MEAN: tl.constexpr = mean_logit_ptr is not None
     inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     scale = inverse * LOG2E
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
     ref_row = None
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+        ref_row = row_pointer(
+            ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+        )
     # Accumulate part by part, in the order in which the merge kernel adds them.
     HAS_TOP: tl.constexpr = keys_ptr is not None
     offsets = tile_offsets(UNROLL, LANES, VEC)
@@ -157,7 +158,7 @@ def _token_stats_forward_kernel(
     for begin in range(0, V, PART):
         part = accumulate_row_stats(
             logits_row, ref_row, begin, min(begin + PART, V), scale, offsets,
-            HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, EVICT_LAST=False,
+            HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=False,
             HAS_SQUARES=HAS_SQUARES, HAS_MEAN=HAS_MEAN, HAS_TOP=HAS_TOP,
         )  # fmt: skip
         partial = merge_partials(partial, part, scale, HAS_ENTROPY, KL, HAS_SQUARES, HAS_MEAN)
@@ -206,6 +207,7 @@ def _token_stats_part_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
@@ -215,15 +217,17 @@ def _token_stats_part_kernel(
     # Find the row, and the reference policy's.
     inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
     scale = inverse * LOG2E
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
     ref_row = None
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+        ref_row = row_pointer(
+            ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+        )
     # Accumulate this program's part.
     begin = (program % parts).to(tl.int32) * PART
     partial = accumulate_row_stats(
         logits_row, ref_row, begin, min(begin + PART, V), scale, tile_offsets(UNROLL, LANES, VEC),
-        HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, EVICT_LAST=False,
+        HAS_ENTROPY=HAS_ENTROPY, KL=KL, SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=False,
         HAS_SQUARES=HAS_SQUARES, HAS_MEAN=HAS_MEAN, HAS_TOP=keys_ptr is not None,
     )  # fmt: skip
     # Store it, field by field.
@@ -415,6 +419,7 @@ def _token_stats_backward_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
     # A program writes the gradient of one part of a row, or of the row.
     program = tl.program_id(0).to(tl.int64)
@@ -424,7 +429,7 @@ def _token_stats_backward_kernel(
     if parts == 1:
         end = V
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    d_row = d_logits_ptr + row_offset(row, T, stride_d_logits_b, stride_d_logits_t)
+    d_row = row_pointer(d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT)
 
     # Turn the upstream gradients into the weights of GradientScalars. Each statistic is a function
     # of logit / temperature; a KL, or the entropy, in nats is LN2 times one in bits.
@@ -461,17 +466,19 @@ def _token_stats_backward_kernel(
         uniform = d_mean / tl.load(num_entries_ptr + row)
         has_gradient |= d_mean != 0
     if not (has_gradient & is_unmasked(mask_ptr, row)):
-        store_zeros(d_row, offsets, begin, end)
+        store_zeros(d_row, begin, end, offsets, ALIGNMENT)
         return
 
     # Find the row and its softmax, and those of the reference policy.
-    logits_row = logits_ptr + row_offset(row, T, stride_logits_b, stride_logits_t)
+    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
     pivot, log_sum = load_row_lse(row_lse_ptr, row)
     ref_row = None
     ref_pivot = None
     ref_log_sum = None
     if KL != "none":
-        ref_row = ref_logits_ptr + row_offset(row, T, stride_ref_logits_b, stride_ref_logits_t)
+        ref_row = row_pointer(
+            ref_logits_ptr, row, T, stride_ref_logits_b, stride_ref_logits_t, VEC, ALIGNMENT
+        )
         ref_pivot, ref_log_sum = load_row_lse(ref_row_lse_ptr, row)
     # Write the gradient.
     scalars = GradientScalars(
@@ -481,5 +488,5 @@ def _token_stats_backward_kernel(
     token = tl.load(tokens_ptr + row)
     store_row_gradient(
         logits_row, ref_row, d_row, begin, end, token, scalars, offsets,
-        KL=KL, SOFTCAP=SOFTCAP, REVERSE_ORDER=False,
+        KL=KL, SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, REVERSE_ORDER=False,
     )  # fmt: skip
