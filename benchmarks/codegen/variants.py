@@ -1,6 +1,5 @@
 """The kernel variants that are launched in practice, and their offline compilation."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -182,8 +181,7 @@ def argument_type(name: str, dtype: str) -> str:
 def compile_variant(variant: Variant, target: str, dtype: str, alignment: str = "vector"):
     """Compile a variant with its launch config for V = 128,256; needs no GPU.
 
-    alignment: of the rows, as in backends/triton/row_access.py. For another than "vector", V and
-    the strides are odd.
+    alignment: of the rows, as in backends/triton/row_access.py; V is odd for another than "vector".
     """
     config = variant.launch_config(target, dtype)
     lanes = config.num_warps * TARGETS[target].warp_size
@@ -213,9 +211,8 @@ def compile_variant(variant: Variant, target: str, dtype: str, alignment: str = 
             signature[name], values[(position,)] = "constexpr", constexprs[name]
             continue
         signature[name] = argument_type(name, dtype)
-        # Triton specialises a launch on pointers and integers that are multiples of 16.
-        is_size = re.fullmatch(r"V|stride_.*_[bt]", name)
-        if name.endswith("_ptr") or (is_size and alignment == "vector"):
+        # Triton specialises a launch on pointers and on a V that are multiples of 16.
+        if name.endswith("_ptr") or (name == "V" and alignment == "vector"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, values, attributes)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": config.num_warps})

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .row_access import (
+    UNSPECIALIZED,
     load_tile,
     map_row,
     row_pointer,
@@ -49,7 +50,7 @@ def entry_weight(z, t, log2_eps):
     return tl.where(z < log2_eps, 0.0, 1.0 - tl.exp2(t))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _approximate_kl_forward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows
@@ -146,7 +147,7 @@ def _entry_gradient(x, y, scalars):
     return d_total * (entry_weight(z, t, log2_eps) - tl.exp2(z) * weight_sum)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _approximate_kl_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows

@@ -16,7 +16,7 @@ gradient; it touches nothing where the factor is 1.
 import triton
 import triton.language as tl
 
-from .row_access import map_row, row_pointer, store_zeros, tile_offsets
+from .row_access import UNSPECIALIZED, map_row, row_pointer, store_zeros, tile_offsets
 from .row_math import (
     LN2,
     LOG2E,
@@ -71,7 +71,7 @@ def logprob_gradient(
     return grad
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _grpo_loss_kernel(
     logits_ptr,  # [B, T, V], strided rows
     tokens_ptr,  # [N]
@@ -162,7 +162,7 @@ def _product(x, _, scalars):
     return x * scalars[0]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _scale_kernel(
     x_ptr,  # [B, T, V], strided rows
     factor_ptr,  # [1]

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .row_access import (
+    UNSPECIALIZED,
     load_tile,
     map_row,
     row_pointer,
@@ -47,7 +48,7 @@ def log_mixture(x, y, scale, pivot, log_sum, ref_pivot, ref_log_sum, weight):
     return z, ref_z, t, tl.log2(tl.where(t > 0, weight + (1.0 - weight) * smaller, first))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _jsd_forward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows
@@ -134,7 +135,7 @@ def _entry_gradient(x, y, scalars):
     return dx
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _jsd_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows

@@ -22,6 +22,14 @@ fewer than VEC each, are its edges. In a row that is overwritten, a lane reads o
 import triton
 import triton.language as tl
 
+# Arguments that differ between batches. Triton would compile a kernel again where one of them is 1,
+# or a multiple of 16; what a multiple would tell it, ALIGNMENT tells.
+UNSPECIALIZED = (
+    "T", "parts", "groups", "stride_logits_b", "stride_logits_t", "stride_ref_logits_b",
+    "stride_ref_logits_t", "stride_d_logits_b", "stride_d_logits_t", "stride_x_b", "stride_x_t",
+    "stride_temperature",
+)  # fmt: skip
+
 
 @triton.jit
 def row_offset(row, T, stride_b, stride_t):
@@ -194,13 +202,15 @@ def map_row(
     VEC: tl.constexpr = offsets.shape[2]
     TILE: tl.constexpr = offsets.numel
     first, last = vector_span(d_row, begin, end, VEC, ALIGNMENT)
-    # Load the edges before a row is overwritten: every warp loads them, and one stores them.
+    # Process the edges. Every warp loads them, and one stores them: the others must have done so.
     edges, is_edge = edge_entries(begin, first, last, end, VEC)
-    x_edge = tl.load(x_row + edges, is_edge, other=0.0).to(ACC_DTYPE)
-    y_edge = None
+    x_edges = tl.load(x_row + edges, is_edge, other=0.0).to(ACC_DTYPE)
+    y_edges = None
     if y_row is not None:
-        y_edge = tl.load(y_row + edges, is_edge, other=0.0).to(ACC_DTYPE)
+        y_edges = tl.load(y_row + edges, is_edge, other=0.0).to(ACC_DTYPE)
     tl.debug_barrier()
+    if (first > begin) | (last < end):
+        tl.store(d_row + edges, FUNCTION(x_edges, y_edges, scalars), is_edge)
 
     # Process the whole vectors.
     ALIGNED: tl.constexpr = ALIGNMENT != "any"
@@ -248,7 +258,3 @@ def map_row(
                 tl.store(d_vectors + position + tile, result, inside)
             else:
                 tl.store(d_vectors + position + tile, result)
-
-    # Process the edges.
-    if (first > begin) | (last < end):
-        tl.store(d_row + edges, FUNCTION(x_edge, y_edge, scalars), is_edge)

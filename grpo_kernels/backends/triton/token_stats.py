@@ -21,7 +21,8 @@ sum would round. Per entry in bf16, forward moves 2 bytes (4 with a reference po
 
 A row is a sequence of parts of a fixed size, whose partials are merged in order. Where the rows are
 too few to fill the device, one program takes one part and another kernel merges them. The additions
-happen in the same order, so that the bits of a row do not depend on the number of rows.
+happen in the same order, so that the bits of a row do not depend on the number of rows. Nor do they
+depend on the address of the row; row_access.py says why.
 
 The K largest logits are found without a list in the loop over the entries. That loop tracks each
 lane's largest logit in a group of parts, and the access of VEC neighbours that held it first: a few
@@ -35,7 +36,7 @@ which may round two of them to one; of equal logits the smaller id comes first.
 import triton
 import triton.language as tl
 
-from .row_access import row_offset, row_pointer, store_zeros, tile_offsets
+from .row_access import UNSPECIALIZED, row_offset, row_pointer, store_zeros, tile_offsets
 from .row_math import (
     LN2,
     LOG2E,
@@ -94,7 +95,7 @@ def _store_masked(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _token_stats_forward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows; None without KL
@@ -180,7 +181,7 @@ def _token_stats_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "parts"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _token_stats_part_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows; None without KL
@@ -244,7 +245,7 @@ def _token_stats_part_kernel(
         tl.store(keys, pack_key(partial.best, partial.first))
 
 
-@triton.jit(do_not_specialize=["T", "parts"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _token_stats_merge_kernel(
     logits_ptr,  # [B, T, V], strided rows
     tokens_ptr,  # [N]
@@ -313,7 +314,7 @@ def _token_stats_merge_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "groups"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _top_entries_kernel(
     logits_ptr,  # [B, T, V], strided rows
     tokens_ptr,  # [N]
@@ -383,7 +384,7 @@ def _top_entries_kernel(
         tl.store(top_ids_ptr + row * K + slots, ids, mask=has_slot)
 
 
-@triton.jit(do_not_specialize=["T", "parts"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _token_stats_backward_kernel(
     logits_ptr,  # [B, T, V], strided rows
     ref_logits_ptr,  # [B, T, V], strided rows; None without d_kl
