@@ -1,15 +1,17 @@
 """The LM head in chunks of tokens: logits, statistics, gradients.
 
     for chunk in head.chunks(token_idx):                    logits, unrounded: matmul.py
-        stats, d_logits = chunk.loss_and_grad(...)          row functions of a backend
-        grad.add(chunk, d_logits)                           d_hidden, d_weight: head_gradient.py
+        stats, logit_grad = chunk.loss_and_grad(...)        row functions of a backend
+        grad.add(chunk, logit_grad)                           d_hidden, d_weight: head_gradient.py
 
-One chunk of logits exists at a time: the next chunk overwrites the workspace. `token_idx` lists the
-tokens that count, so that the others are in no product.
+One chunk of logits exists at a time: the next chunk overwrites the workspace. Their gradients may
+be collected for several chunks, so that the products that read them are few: chunk_size.py.
+`token_idx` lists the tokens that count, so that the others are in no product.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -22,9 +24,11 @@ from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads, token_gradients
 from ..objective.top_k_divergence import Rest, TopKDivergence, top_k_divergence
 from ..workspace import Workspace, new_rows
-from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunk
-from .inputs import LMHeadInputs
+from .chunk_size import MEMORY_SHARE, WORKSPACE, plan_chunks
+from .device_rates import device_rates
+from .inputs import HeadTensors, LMHeadInputs
 from .matmul import write_logits
+from .roofline import ChunkSizes
 from .row_groups import NO_TOKEN, RowGroups, TokenLogits
 from .row_scale import gradient_bound, power_of_two_scale
 from .support import exclude_others
@@ -32,10 +36,18 @@ from .vocab_parallel import TopLogits, all_gather, all_reduce_min, merge_over_ra
 
 
 class LogitGrad(NamedTuple):
-    """The gradient of a chunk's logits."""
+    """The gradient of a chunk's logits is in `Chunk.d_logits`, each row times its scale."""
 
-    rows: Tensor  # [m, V], 0 past the tokens of the chunk; with a scale, each row times its own
     scale: Tensor | None  # [m], powers of two that keep fp16 in range: row_scale.py
+
+
+class Collected(NamedTuple):
+    """The rows of a weight chunk, whose logit gradients are complete."""
+
+    row_idx: Tensor  # [n], rows of the hidden states
+    hidden: Tensor  # [m, H]: operands of the products; m = n, or the fixed size of a padded chunk
+    adapter_states: Tensor | None  # [m, r]: scale · hidden aᵀ of an adapter
+    d_logits: Tensor  # [m, V], 0 past n
 
 
 class Chunk(NamedTuple):
@@ -43,10 +55,9 @@ class Chunk(NamedTuple):
 
     inputs: LMHeadInputs
     groups: RowGroups  # n rows of hidden states and their t tokens, mostly the same
-    hidden: Tensor  # [m, H]: operands of the products; m = n, or the fixed size of a padded chunk
-    adapter_states: Tensor | None  # [m, r]: scale · hidden aᵀ of an adapter
     rows: RowInputs  # [1, n, V]
     d_logits: Tensor | None  # [m, V], 0 past n; may be the memory of the logits
+    collected: Collected | None  # of the chunks of a weight chunk, in the last of them
 
     @property
     def token_idx(self) -> Tensor:
@@ -113,7 +124,7 @@ class Chunk(NamedTuple):
         if at_tokens is not None:
             indices, values = at_tokens
             d_rows.index_put_(indices, values.to(d_rows.dtype))
-        return LogitGrad(self.d_logits, scale)
+        return LogitGrad(scale)
 
     def _scale_to_range(
         self, stats: RowStats, grads: TokenGrads
@@ -160,7 +171,7 @@ class Chunk(NamedTuple):
             jsd_weight,
             self.d_logits[: len(self.groups)].unsqueeze(0),
         )
-        return LogitGrad(self.d_logits, scale)
+        return LogitGrad(scale)
 
     def top_k_divergence(
         self, columns: Tensor, logq: Tensor, divergence: str, jsd_weight: float
@@ -200,7 +211,7 @@ class Chunk(NamedTuple):
         dx = torch.where(upstream == 0, 0.0, result.gradient * upstream)
         d_rows = self.d_logits[: len(self.groups)].unsqueeze(0)
         write_listed_gradient(self.rows, listed, columns.unsqueeze(0), rest, dx, d_rows)
-        return LogitGrad(self.d_logits, scale)
+        return LogitGrad(scale)
 
     def policy(self) -> "Chunk":
         """View the logits of the policy alone."""
@@ -285,7 +296,7 @@ class Chunk(NamedTuple):
             config,
             self.d_logits[: len(self.groups)].unsqueeze(0),
         )
-        return (logprob.squeeze(0), entropy.squeeze(0), None), LogitGrad(self.d_logits, None)
+        return (logprob.squeeze(0), entropy.squeeze(0), None), LogitGrad(None)
 
 
 class ChunkTopK(NamedTuple):
@@ -314,6 +325,9 @@ class Logits(NamedTuple):
         return Logits(copy(self.policy), reference)
 
 
+NOTHING = (False,) * len(HeadTensors._fields)
+
+
 class ChunkedLMHead:
     """An LM head that makes the logits of one chunk of tokens at a time, in one workspace.
 
@@ -323,7 +337,7 @@ class ChunkedLMHead:
         chunk_tokens: overrides the planner. Every product then has exactly this many rows, the
             last chunk being padded with zeros: the bits of a row may depend on the shape of its
             product, and so never depend on the number of tokens.
-        grad: whether gradients will be computed.
+        wanted: which of `LMHeadInputs.leaves` will get a gradient; none: only statistics.
         overwrite: whether the gradient of the logits may overwrite them.
         logits: memory for the logits of all rows, which are then one chunk, instead of the
             workspace.
@@ -336,7 +350,7 @@ class ChunkedLMHead:
         num_rows: int,
         chunk_tokens: int | None,
         *,
-        grad: bool,
+        wanted: Sequence[bool] = NOTHING,
         overwrite: bool = True,
         logits: Logits | None = None,
         is_made: bool = False,
@@ -344,16 +358,18 @@ class ChunkedLMHead:
         (V, H), device = inputs.weight.shape, inputs.weight.device
         self.pad_last_chunk = chunk_tokens is not None
         if chunk_tokens is not None:
-            self.size = chunk_tokens
+            self.sizes = ChunkSizes(chunk_tokens, chunk_tokens)
         elif logits is not None:
-            self.size = max(1, num_rows)
+            self.sizes = ChunkSizes(max(1, num_rows), max(1, num_rows))
         else:
-            self.size = plan_chunk(
-                num_rows, V, H, inputs.matmul_dtype, memory_of(device), kl=bool(inputs.kl),
-                gradient=grad, overwrite=overwrite,
+            self.sizes = plan_chunks(
+                num_rows, V, H, inputs.matmul_dtype, memory_of(device), device_rates(device),
+                kl=bool(inputs.kl), gradient=any(wanted), weight_grad=wanted[1],
+                overwrite=overwrite,
             )  # fmt: skip
             if inputs.vocab_group:  # each chunk is a collective of all ranks
-                self.size = all_reduce_min(self.size, inputs.vocab_group, device)
+                size = all_reduce_min(self.sizes.logit_chunk, inputs.vocab_group, device)
+                self.sizes = self.sizes.with_logit_chunk(size)
         inputs = inputs._replace(weight=inputs.weight.to(inputs.matmul_dtype))
         if inputs.ref_weight is not None:
             inputs = inputs._replace(ref_weight=inputs.ref_weight.to(inputs.ref_matmul_dtype))
@@ -364,29 +380,54 @@ class ChunkedLMHead:
             )
         self.inputs = inputs
         self.workspace = Workspace(device)
-        self._grad, self._overwrite = grad, overwrite and not is_made
-        self._logits, self._is_made = logits, is_made
+        self._grad, self._logits, self._is_made = any(wanted), logits, is_made
+        is_collected = self.sizes.weight_chunk > self.sizes.logit_chunk
+        self._overwrite = (
+            overwrite
+            and not is_made
+            and not is_collected
+            and inputs.matmul_dtype == inputs.temperature.dtype
+        )
 
     def chunks(self, groups: RowGroups) -> Iterator[Chunk]:
         """Make the logits of the rows, chunk by chunk; none for no rows."""
         if len(groups) == 0:
             return
+        support_sizes = iter(self._support_sizes(groups))
+        for collected in groups.split(self.sizes.weight_chunk):
+            yield from self._weight_chunk(collected, support_sizes)
+
+    def _weight_chunk(
+        self, groups: RowGroups, support_sizes: Iterator[Tensor | None]
+    ) -> Iterator[Chunk]:
+        """Make the logits of a weight chunk, chunk by chunk."""
         inputs, workspace = self.inputs, self.workspace
-        V, dtype = inputs.weight.shape[0], inputs.temperature.dtype
-        support_sizes = self._support_sizes(groups)
-        for chunk_groups, sizes in zip(groups.split(self.size), support_sizes, strict=True):
+        (V, H), dtype = inputs.weight.shape, inputs.temperature.dtype
+        size = self.sizes.logit_chunk
+        num_rows = size if self.pad_last_chunk else len(groups)
+        # The operands and the gradients of all its rows.
+        hidden = workspace("states", num_rows, H, dtype=inputs.matmul_dtype)
+        adapter_states = d_logits = None
+        if inputs.adapter_a is not None:
+            shape = num_rows, len(inputs.adapter_a)
+            adapter_states = workspace("adapter_states", *shape, dtype=dtype)
+        if self._grad and not self._overwrite:
+            d_logits = workspace.rows("d_logits", num_rows, V, inputs.matmul_dtype)
+        start = 0
+        for chunk_groups in groups.split(size):
             row_idx, n = chunk_groups.row_idx, len(chunk_groups)
-            m = self.size if self.pad_last_chunk else n
-            hidden = self._gather("states", inputs.hidden, row_idx, m, inputs.matmul_dtype)
+            m = size if self.pad_last_chunk else n
+            place = slice(start, start + m)
+            start += m
+            self._gather(inputs.hidden, row_idx, hidden[place])
             policy, reference = self._logits or (workspace.rows("logits", m, V, dtype), None)
             if not self._is_made:
-                write_logits(policy[:m], hidden, inputs.weight, inputs.bias, workspace)
-            adapter_states = None
-            if inputs.adapter_a is not None and inputs.adapter_b is not None:
-                adapter_states = self._adapt(hidden, inputs.adapter_a)
+                write_logits(policy[:m], hidden[place], inputs.weight, inputs.bias, workspace)
+            if adapter_states is not None and inputs.adapter_b is not None:
+                self._adapt(hidden[place], adapter_states[place])
                 if not self._is_made:
                     part = policy[:m]
-                    torch.addmm(part, adapter_states, inputs.adapter_b.t(), out=part)
+                    torch.addmm(part, adapter_states[place], inputs.adapter_b.t(), out=part)
             if inputs.kl is None:
                 reference = None
             else:
@@ -399,6 +440,7 @@ class ChunkedLMHead:
             tokens, temperature = inputs.tokens[first], inputs.temperature[first]
             if chunk_groups.position is not None:
                 tokens = torch.full_like(tokens, NO_TOKEN)
+            sizes = next(support_sizes)
             if sizes is not None and not self._is_made:
                 exclude_others(policy[:n], inputs, first, sizes)
                 if reference is not None:
@@ -412,44 +454,49 @@ class ChunkedLMHead:
                 inputs.softcap,
                 inputs.kl,
             )
-            d_logits = None
-            if self._grad:
-                d_logits = policy
-                if not self._overwrite or inputs.matmul_dtype != dtype:
-                    d_logits = workspace.rows("d_logits", m, V, inputs.matmul_dtype)
-                d_logits = d_logits[:m]
-                d_logits[n:].zero_()
-            yield Chunk(inputs, chunk_groups, hidden, adapter_states, rows, d_logits)
+            if not self._grad:
+                yield Chunk(inputs, chunk_groups, rows, None, None)
+                continue
+            gradients = policy[:num_rows] if d_logits is None else d_logits
+            gradients[place][n:].zero_()
+            collected = None
+            if start == num_rows:
+                collected = Collected(groups.row_idx, hidden, adapter_states, gradients)
+            yield Chunk(inputs, chunk_groups, rows, gradients[place], collected)
 
     def _support_sizes(self, groups: RowGroups) -> Iterable[Tensor | None]:
         """Return the sizes of the supports of each chunk's rows, on the CPU."""
         sizes = self.inputs.support_sizes
         if sizes is None:
-            return [None] * -(-len(groups) // self.size)
-        return sizes[groups.first_tokens.cpu()].split(self.size)  # waits for a GPU once
+            return repeat(None)
+        by_row = sizes[groups.first_tokens.cpu()]
+        return by_row.split(self.sizes.logit_chunk)  # waits for a GPU once
 
-    def _adapt(self, hidden: Tensor, a: Tensor) -> Tensor:
-        """Compute scale · hidden [m, H] @ a [r, H].T in the dtype of a."""
-        hidden = self.workspace.cast("unrounded_states", hidden, a.dtype)
-        states = self.workspace("adapter_states", len(hidden), len(a), dtype=a.dtype)
-        return torch.mm(hidden, a.t(), out=states).mul_(self.inputs.adapter_scale)
+    def _adapt(self, hidden: Tensor, states: Tensor) -> None:
+        """Compute states [m, r] = scale · hidden [m, H] @ adapter_a [r, H].T, in their dtype."""
+        inputs = self.inputs
+        assert inputs.adapter_a is not None
+        hidden = self.workspace.cast("unrounded_states", hidden, states.dtype)
+        torch.mm(hidden, inputs.adapter_a.t(), out=states).mul_(inputs.adapter_scale)
 
     def _write_ref_logits(self, logits: Tensor, row_idx: Tensor) -> None:
         """Compute the reference policy's logits [m, V] of a chunk."""
         inputs = self.inputs
         assert inputs.ref_hidden is not None and inputs.ref_weight is not None
-        dtype = inputs.ref_matmul_dtype
-        hidden = self._gather("ref_states", inputs.ref_hidden, row_idx, len(logits), dtype)
+        shape, dtype = (len(logits), inputs.ref_weight.shape[1]), inputs.ref_matmul_dtype
+        hidden = self.workspace("ref_states", *shape, dtype=dtype)
+        self._gather(inputs.ref_hidden, row_idx, hidden)
         write_logits(logits, hidden, inputs.ref_weight, inputs.ref_bias, self.workspace)
 
-    def _gather(
-        self, name: str, states: Tensor, row_idx: Tensor, m: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _gather(self, states: Tensor, row_idx: Tensor, operands: Tensor) -> None:
         """Copy the states [N, H] of a chunk to operands [m, H] of a product, padded with zeros."""
-        operands = self.workspace(name, m, states.shape[1], dtype=states.dtype)
-        torch.index_select(states, 0, row_idx, out=operands[: len(row_idx)])
-        operands[len(row_idx) :].zero_()
-        return self.workspace.cast(name, operands, dtype)
+        n, rows = len(row_idx), operands
+        if states.dtype != operands.dtype:
+            rows = self.workspace("gathered states", n, states.shape[1], dtype=states.dtype)
+        torch.index_select(states, 0, row_idx, out=rows[:n])
+        if rows is not operands:
+            operands[:n].copy_(rows)
+        operands[n:].zero_()
 
 
 def memory_of(device: torch.device) -> int:

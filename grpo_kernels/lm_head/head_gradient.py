@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_for
-from .chunk_loop import Chunk, ChunkedLMHead, LogitGrad
+from .chunk_loop import Chunk, ChunkedLMHead, Collected, LogitGrad
 from .inputs import HeadTensors, LMHeadInputs
 from .matmul import add_weight_gradient, write_hidden_gradient
 from .row_scale import LARGEST, power_of_two_scale
@@ -35,8 +35,8 @@ class LMHeadGrad:
         if hidden and d_hidden is None:
             d_hidden = new(inputs.hidden.shape, dtype=self._dtype).zero_()
         self.d_hidden = d_hidden
-        # A single chunk's product is the result; several are summed in fp32.
-        single = num_rows <= head.size
+        # A single product is the result; several are summed in fp32.
+        single = num_rows <= head.sizes.weight_chunk
         self._weight_dtype = self._dtype if is_only_part else inputs.temperature.dtype
         dtype = self._weight_dtype if single else None
         self.d_weight = new(inputs.weight.shape, dtype=dtype) if weight else None
@@ -59,17 +59,24 @@ class LMHeadGrad:
             self._states_scale = power_of_two_scale(norm) / 2**LARGEST
         # In fp16 the gradients of weight, bias and adapter_b are multiplied by this: row_scale.py.
         self._scale: Tensor | None = None
+        self._row_scales: list[Tensor] = []  # of the chunks since the last products
 
     def add(self, chunk: Chunk, grad: LogitGrad) -> None:
-        """Add a chunk's contribution."""
-        self._add_to_states(chunk, grad)
-        self._add_to_head(chunk, grad)
+        """Add a chunk's contribution: by products of all rows that are collected, at the last."""
+        if grad.scale is not None:
+            self._row_scales.append(grad.scale)
+        if chunk.collected is None:
+            return
+        scale = torch.cat(self._row_scales) if self._row_scales else None
+        self._row_scales.clear()
+        self._add_to_states(chunk.collected, scale)
+        self._add_to_head(chunk.collected, scale)
         self._first = False
 
-    def _add_to_states(self, chunk: Chunk, grad: LogitGrad) -> None:
+    def _add_to_states(self, rows: Collected, scale: Tensor | None) -> None:
         """Add to d_hidden, and to d_adapter_a, a product of the gradient of hidden aᵀ."""
-        inputs, workspace, d_logits = self._inputs, self._workspace, grad.rows
-        inverse = None if grad.scale is None else grad.scale.reciprocal().unsqueeze(-1)
+        inputs, workspace, d_logits = self._inputs, self._workspace, rows.d_logits
+        inverse = None if scale is None else scale.reciprocal().unsqueeze(-1)
         d_states = None  # gradient of hidden aᵀ [m, r]
         if self._adapter_b is not None:
             shape = (len(d_logits), self._adapter_b.shape[1])
@@ -87,25 +94,25 @@ class LMHeadGrad:
             if d_states is not None and inputs.adapter_a is not None:
                 unrounded = workspace("adapter_product", *shape, dtype=d_states.dtype)
                 product.add_(torch.mm(d_states, inputs.adapter_a, out=unrounded))
-            self.d_hidden.index_copy_(0, chunk.groups.row_idx, product[: len(chunk.groups)])
+            self.d_hidden.index_copy_(0, rows.row_idx, product[: len(rows.row_idx)])
         if self.d_adapter_a is not None and d_states is not None:
-            hidden = workspace.cast("unrounded_states", chunk.hidden, d_states.dtype)
+            hidden = workspace.cast("unrounded_states", rows.hidden, d_states.dtype)
             torch.addmm(self.d_adapter_a, d_states.t(), hidden, out=self.d_adapter_a)
 
-    def _add_to_head(self, chunk: Chunk, grad: LogitGrad) -> None:
+    def _add_to_head(self, rows: Collected, scale: Tensor | None) -> None:
         """Add to d_weight, d_bias and d_adapter_b: products of d_logits.T."""
-        workspace, d_logits = self._workspace, grad.rows
-        share = None if grad.scale is None else self._to_common_scale(grad.scale)
+        workspace, d_logits = self._workspace, rows.d_logits
+        share = None if scale is None else self._to_common_scale(scale)
         if self.d_weight is not None:
-            hidden = self._operand("states", chunk.hidden, share)
+            hidden = self._operand("states", rows.hidden, share)
             add_weight_gradient(self.d_weight, d_logits, hidden, workspace, first=self._first)
         if self.d_bias is not None and share is None:
             self.d_bias.add_(d_logits.sum(0, dtype=self.d_bias.dtype))
         elif self.d_bias is not None and share is not None:
             column = self.d_bias.unsqueeze(-1)
             add_weight_gradient(column, d_logits, share, workspace, first=self._first)
-        if self.d_adapter_b is not None and chunk.adapter_states is not None:
-            states = chunk.adapter_states
+        if self.d_adapter_b is not None and rows.adapter_states is not None:
+            states = rows.adapter_states
             if self._states_scale is not None:
                 scaled = workspace("scaled adapter states", *states.shape, dtype=states.dtype)
                 states = torch.mul(states, self._states_scale, out=scaled)

@@ -58,7 +58,7 @@ def _forward(
     token_idx = counted_tokens(inputs, packing)
     results = inputs.temperature.new_zeros((_num_results(teacher), len(weight)))
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, grad=any(wanted))
+        head = ChunkedLMHead(inputs, len(token_idx), chunk_tokens, wanted=wanted)
         head_grad = LMHeadGrad(head, len(token_idx), wanted)
         for chunk in head.chunks(RowGroups.of(token_idx, None)):
             d_divergence = weight[chunk.token_idx] if any(wanted) else None
@@ -156,8 +156,8 @@ def linear_distillation_loss(
     The gradient is computed with the loss: four matrix products, 8·n·V·H floating-point operations
     for n unmasked tokens and two models of one width; three with a frozen head, two without a
     gradient. With `teacher_top_logprobs` there is one model, and one product less. Backward only
-    scales. Masked tokens cost nothing. The memory taken beside the results is about 1 GiB of
-    workspace and the gradients in fp32, whatever the number of tokens.
+    scales. Masked tokens cost nothing. The memory taken beside the results is the workspace
+    of `linear_token_stats` and the gradients in fp32, whatever the number of tokens.
 
     Args:
         hidden: [B, T, H] or packed [N, H], of the student; weight: [V, H]; bias: [V].

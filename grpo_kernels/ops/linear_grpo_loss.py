@@ -79,16 +79,16 @@ def _forward(
                 part.token_idx, part.num_with_grad, inputs.token_rows, len(inputs.hidden)
             )
             num_rows = len(with_grad) + len(without_grad)
-            head = ChunkedLMHead(part.inputs, num_rows, chunk_tokens, grad=True)
+            head = ChunkedLMHead(part.inputs, num_rows, chunk_tokens, wanted=wanted)
             head_grad = LMHeadGrad(
                 head, len(with_grad), wanted, d_hidden, is_only_part=len(parts) == 1
             )
             # Tokens with a gradient: statistics, loss and gradients while their logits exist.
             for chunk in head.chunks(with_grad):
                 chunk_inputs = loss_inputs.map(lambda x, idx=chunk.token_idx: x[idx])
-                chunk_stats, d_logits = chunk.loss_and_grad(chunk_inputs, loss_config)
+                chunk_stats, logit_grad = chunk.loss_and_grad(chunk_inputs, loss_config)
                 write_stats(stats[:3], chunk.token_idx, chunk_stats)
-                head_grad.add(chunk, d_logits)
+                head_grad.add(chunk, logit_grad)
             # Tokens without one: statistics, for the metrics.
             for chunk in head.chunks(without_grad):
                 write_stats(stats, chunk.token_idx, chunk.stats())
@@ -151,8 +151,8 @@ def linear_grpo_loss(
     Masked tokens cost nothing. Tokens without a learning signal (advantage 0, and no KL, entropy
     bonus or penalty in the loss: every group with equal rewards) need one product, for the metrics.
 
-    The memory taken beside the results is about 1 GiB of workspace and the gradients in fp32,
-    whatever the number of tokens.
+    The memory taken beside the results is about 1 GiB of workspace, up to 4 on a large GPU as in
+    `linear_token_stats`, and the gradients in fp32, whatever the number of tokens.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; weight: [V, H]; bias: [V].

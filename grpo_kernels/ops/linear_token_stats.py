@@ -59,9 +59,7 @@ def _forward(
                 logits[len(groups) :].zero_()  # rows of masked tokens
                 ref_logits[len(groups) :].zero_()
             if len(groups) > 0:  # a head may copy the weight
-                head = ChunkedLMHead(
-                    part.inputs, len(groups), chunk_tokens, grad=False, logits=kept
-                )
+                head = ChunkedLMHead(part.inputs, len(groups), chunk_tokens, logits=kept)
                 for chunk in head.chunks(groups):
                     write_stats(stats, chunk.token_idx, chunk.stats())
     return *stats.as_outputs(), logits, ref_logits, hidden_grads
@@ -85,7 +83,7 @@ def _write_hidden_grads(
 ) -> None:
     """Compute the statistics and their gradients in the hidden states [statistics, N, H]."""
     head = ChunkedLMHead(
-        inputs, len(groups), chunk_tokens, grad=True, overwrite=len(statistics) == 1
+        inputs, len(groups), chunk_tokens, wanted=HIDDEN_ONLY, overwrite=len(statistics) == 1
     )
     head_grads = [
         LMHeadGrad(head, len(groups), HIDDEN_ONLY, d_hidden) for d_hidden in hidden_grads.zero_()
@@ -155,7 +153,7 @@ def _backward(
                 part.inputs,
                 len(groups),
                 chunk_tokens,
-                grad=True,
+                wanted=wanted,
                 logits=kept,
                 is_made=kept is not None,
             )
@@ -328,7 +326,8 @@ def linear_token_stats(
 
     Logits are not rounded to the dtype of their operands, and gradients are summed in fp32: from
     bf16 the log-probs are right to 1e-5. The memory taken beside the results is about 1 GiB of
-    workspace and the gradient of the weight in fp32, whatever the number of tokens; with a frozen
+    workspace (on a GPU with 40 GB or more up to 4, where lm_head/chunk_size.py predicts that it
+    saves time) and the gradient of the weight in fp32, whatever the number of tokens; with a frozen
     head [N, H] numbers per statistic that has a gradient.
 
     Args:
@@ -362,9 +361,9 @@ def linear_token_stats(
         entropy_grad: a hint for a frozen head whose tokens take several chunks: True if the entropy
             will have an upstream gradient. The results are the same. Without the hint such a
             gradient costs four products, as backward makes the logits again.
-        chunk_tokens: tokens per chunk; None plans for about 1 GiB. With a given size the last chunk
-            is padded, so that the bits of a token's results do not depend on how many tokens there
-            are, nor on the others; on a CPU they may depend on its place in its chunk.
+        chunk_tokens: tokens per chunk; None plans for the workspace above. With a given size the
+            last chunk is padded, so that the bits of a token's results do not depend on how many
+            tokens there are, nor on the others; on a CPU they may depend on its place in its chunk.
         packing: `pack_tokens` of this very mask, made in advance.
         vocab_group: the ranks of a tensor-parallel head; None: weight has the whole vocabulary.
             `weight`, `bias`, `ref_weight`, `ref_bias` and `adapter.b` are then this rank's rows, in

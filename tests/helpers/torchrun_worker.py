@@ -28,6 +28,7 @@ from grpo_kernels.integrations.verl_head import linear_cross_entropy
 from grpo_kernels.lm_head import chunk_loop
 from grpo_kernels.lm_head import support as head_support
 from grpo_kernels.lm_head.inputs import prepare_inputs
+from grpo_kernels.lm_head.roofline import ChunkSizes
 from tests.helpers.linear import make_linear_case, relative_error, without_reference
 from tests.helpers.supports import with_wrong_ids
 from tests.helpers.tensors import coin, normal
@@ -419,11 +420,12 @@ def one_collective_per_chunk_and_one_for_the_gradient():
 
 
 def ranks_agree_on_the_chunk_size():
-    case, original = make_case(21), chunk_loop.plan_chunk
+    case, original = make_case(21), chunk_loop.plan_chunks
     given = upstream(case, "logprob", "entropy", "kl")
-    chunk_loop.plan_chunk = lambda *_, **__: 2 + dist.get_rank()
+    size = 2 + dist.get_rank()
+    chunk_loop.plan_chunks = lambda *_, **__: ChunkSizes(size, (3 - dist.get_rank() % 2) * size)
     check(case, upstream=given, kl="reverse")
-    chunk_loop.plan_chunk = original
+    chunk_loop.plan_chunks = original
 
 
 def compile_fullgraph():

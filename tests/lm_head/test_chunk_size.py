@@ -1,4 +1,4 @@
-"""plan_chunk, which chooses the chunk size, and pack_tokens, which orders the tokens."""
+"""plan_chunks, which chooses the chunk sizes, and pack_tokens, which orders the tokens."""
 
 import pytest
 import torch
@@ -7,16 +7,28 @@ from hypothesis import strategies as st
 
 from grpo_kernels import pack_tokens
 from grpo_kernels.lm_head.chunk_size import (
+    LARGE_WORKSPACE,
     MEMORY_SHARE,
     TILE,
     WORKSPACE,
     bytes_per_token,
-    plan_chunk,
+    plan_chunks,
+    workspace_bytes,
 )
+from grpo_kernels.lm_head.device_rates import A100, DEVICES, H100
+from grpo_kernels.lm_head.roofline import ChunkSizes, HeadWork, predict
+from grpo_kernels.workspace import row_stride
 from tests.helpers.tensors import coin, normal
 
 LLAMA = {"V": 128_256, "H": 2048}
 GIB = 1 << 30
+
+
+def plan_chunk(*arguments, **keywords):
+    """The one size of a plan without rates."""
+    sizes = plan_chunks(*arguments, **keywords)
+    assert sizes.logit_chunk == sizes.weight_chunk
+    return sizes.logit_chunk
 
 
 @pytest.mark.parametrize("N", [1, 500, 8192, 16_384, 65_536])
@@ -74,6 +86,65 @@ def test_chunks_are_few_and_of_equal_size(N, V, H, dtype, memory, kl, gradient):
     if count > 1:
         last = N - (count - 1) * size
         assert size - last < count * TILE, "the last chunk is too small"
+
+
+def plan_for_gpu(rates, N, dtype=torch.bfloat16, **keywords):
+    keywords = {"weight_grad": True, **keywords}
+    return plan_chunks(N, **LLAMA, dtype=dtype, memory=rates.memory, rates=rates, **keywords)
+
+
+def used_bytes(sizes, V, H, dtype, *, kl=False, gradient=True):
+    """Logits of the logit chunk; gradients of them, and hidden states, of the weight chunk."""
+    token_bytes = bytes_per_token(V, H, dtype, kl=kl, gradient=gradient)
+    wide = max(4, dtype.itemsize)
+    logits = (2 if kl else 1) * wide * row_stride(V, torch.float64 if wide == 8 else torch.float32)
+    return sizes.logit_chunk * logits + sizes.weight_chunk * (token_bytes - logits)
+
+
+def test_gpu_collects_gradients_of_several_logit_chunks():
+    sizes = plan_for_gpu(H100, 8192)
+    assert sizes == (2048, 8192), "one dW product where a single size of 1 GiB has seven"
+    assert used_bytes(sizes, **LLAMA, dtype=torch.bfloat16) <= LARGE_WORKSPACE
+    # In fp32 the gradient overwrites the logits; without that of a weight nothing is collected.
+    for keywords in (
+        {"dtype": torch.float32}, {"overwrite": False}, {"weight_grad": False},
+        {"weight_grad": False, "gradient": False},
+    ):  # fmt: skip
+        logit_chunk, weight_chunk = plan_for_gpu(H100, 8192, **keywords)
+        assert logit_chunk == weight_chunk, keywords
+
+
+def test_statistics_take_no_large_workspace():
+    """Without a gradient a second GiB would save a few launches only."""
+    sizes = plan_for_gpu(H100, 16_384, gradient=False, weight_grad=False)
+    used = used_bytes(sizes, **LLAMA, dtype=torch.bfloat16, gradient=False)
+    assert WORKSPACE / 2 < used <= WORKSPACE
+
+
+@given(
+    N=st.integers(0, 100_000),
+    V=st.integers(1, 300_000),
+    H=st.integers(1, 8192),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    rates=st.sampled_from([*DEVICES, H100._replace(memory=24 * GIB), A100._replace(memory=GIB)]),
+    kl=st.booleans(),
+    gradient=st.sampled_from(["none", "hidden", "weight"]),
+)
+def test_gpu_plan_fits_and_divides_the_tokens(N, V, H, dtype, rates, kl, gradient):
+    keywords = {"kl": kl, "gradient": gradient != "none", "weight_grad": gradient == "weight"}
+    sizes = plan_chunks(N, V, H, dtype, rates.memory, rates, **keywords)
+    assert 1 <= sizes.logit_chunk <= sizes.weight_chunk <= max(1, N)
+    assert sizes.weight_chunk % sizes.logit_chunk == 0 or sizes.weight_chunk == N
+    budget = LARGE_WORKSPACE if rates.memory >= 40e9 else workspace_bytes(rates.memory)
+    used = used_bytes(sizes, V, H, dtype, kl=kl, gradient=keywords["gradient"])
+    assert used <= budget or sizes == (1, 1)
+    work = HeadWork(
+        max(1, N), V, H, dtype.itemsize, 1 + kl,
+        hidden_grad=keywords["gradient"], weight_grad=keywords["weight_grad"],
+    )  # fmt: skip
+    size = plan_chunk(N, V, H, dtype, rates.memory, kl=kl, gradient=keywords["gradient"])
+    single = predict(work, ChunkSizes(size, size), rates).total
+    assert predict(work, sizes, rates).total <= 1.15 * single, "much slower than a single size"
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (15,)])
