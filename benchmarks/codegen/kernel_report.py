@@ -36,6 +36,8 @@ def make_report(case: tuple[str, str, str]) -> KernelReport:
         code = read_sass(compiled.asm["cubin"], variant.passes, logits_size)
         chip, config = CHIPS[target], variant.launch_config(target, dtype)
         resident = chip.resident_programs(code.registers, shared_bytes, config.num_warps)
+        if config.programs is not None:  # no more are launched
+            resident = min(resident, config.programs)
         costs = [
             PassCost(
                 loop.instructions,

@@ -260,6 +260,26 @@ def test_split_rows_are_bit_identical_on_gpu():
     assert_same_bits(few, {name: value[:, :7] for name, value in many.items()})
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.skipif(not backends.INTERPRETED, reason="a GPU has its own number of multiprocessors")
+def test_programs_that_loop_over_rows_give_the_bits_of_one_program_per_row(monkeypatch, inplace):
+    """Rows that are masked, or have no gradient, come between others."""
+    launchers = pytest.importorskip("grpo_kernels.backends.triton.launchers")
+    logits, tokens = make_case(3, 2, 4, 90, dtype=torch.bfloat16)
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0]])
+    advantages = torch.tensor([[1.0, 2.0, 0.0, -1.0], [-2.0, 0.0, 3.0, 1.0]])
+    found = []
+    for multiprocessors in (1, 3, 100):
+        monkeypatch.setattr(launchers, "INTERPRETED_MULTIPROCESSORS", multiprocessors)
+        x = logits.clone().requires_grad_()
+        loss = grpo_loss(x * 1, tokens, advantages, mask=mask, inplace=inplace).loss
+        loss.backward()
+        found.append({"loss": loss.detach(), "d_logits": x.grad})
+    assert (found[0]["d_logits"][mask.bool() & (advantages != 0)] != 0).any(-1).all()
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+
+
 @pytest.mark.skipif(not backends.INTERPRETED, reason="counts programs in the interpreter")
 def test_few_rows_are_split_over_programs(monkeypatch):
     launchers = pytest.importorskip("grpo_kernels.backends.triton.launchers")

@@ -2,12 +2,16 @@
 
     loss = Σ weight · (policy + beta · KL) - entropy_weight · Σ entropy - Σ nll_weight · logprob
 
-is `policy_loss`, with the KL estimated on the sampled tokens. A program makes two passes over its
+is `policy_loss`, with the KL estimated on the sampled tokens. A program makes two passes over a
 row. The first computes the log-prob and the entropy, from which follow their gradients; the second
 computes the gradient of the logits. Per entry in bf16, 2 bytes are read from memory and 2 written,
-and 2 more are read from the L2. The row is still there if one program at a time runs on each
-multiprocessor: 132 rows of 256 KB are 34 MB of an H100's 50. The second pass goes backwards,
-starting from the end that was read last.
+and 2 more are read from the L2. The second pass goes backwards, starting from the end that was read
+last.
+
+The row is still in the L2 if one program at a time runs on each multiprocessor: 132 rows of 256 KB
+are 34 MB of an H100's 50. So as many programs as the GPU has multiprocessors are launched, each of
+which loops over rows. A program per row would leave the number that runs at once to the registers
+that the compiler takes: at 32 two fit, and the rows do not stay.
 
 The loss is a sum of numbers per token and is not computed here. A second kernel scales a finished
 gradient; it touches nothing where the factor is 1.
@@ -88,6 +92,7 @@ def _grpo_loss_kernel(
     logprob_ptr,  # [N]
     entropy_ptr,  # [N]
     d_logits_ptr,  # [B, T, V], strided rows; may be logits_ptr
+    rows,  # B · T
     T,
     V,
     stride_logits_b,
@@ -104,57 +109,61 @@ def _grpo_loss_kernel(
     VEC: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # of the rows, as in row_access.py
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits_row = row_pointer(logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT)
-    d_row = row_pointer(d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT)
     offsets = tile_offsets(UNROLL, LANES, VEC)
-    if not is_unmasked(mask_ptr, row):
-        tl.store(logprob_ptr + row, 0.0)
-        tl.store(entropy_ptr + row, 0.0)
-        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
-        return
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        logits_row = row_pointer(
+            logits_ptr, row, T, stride_logits_b, stride_logits_t, VEC, ALIGNMENT
+        )
+        d_row = row_pointer(
+            d_logits_ptr, row, T, stride_d_logits_b, stride_d_logits_t, VEC, ALIGNMENT
+        )
+        if is_unmasked(mask_ptr, row):
+            # First pass: the log-prob and the entropy. The row stays in the L2.
+            inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
+            scale = inverse * LOG2E
+            partial = accumulate_row_stats(
+                logits_row, None, 0, V, scale, offsets,
+                HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=True,
+            )  # fmt: skip
+            x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
+            results = row_results(partial, x_token, scale, HAS_ENTROPY=True, KL="none")
+            tl.store(logprob_ptr + row, results.logprob)
+            tl.store(entropy_ptr + row, results.entropy)
 
-    # First pass: the log-prob and the entropy. The row stays in the L2.
-    inverse = load_inverse_temperature(temperature_ptr, row, stride_temperature, ACC_DTYPE)
-    scale = inverse * LOG2E
-    partial = accumulate_row_stats(
-        logits_row, None, 0, V, scale, offsets,
-        HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=True,
-    )  # fmt: skip
-    x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
-    results = row_results(partial, x_token, scale, HAS_ENTROPY=True, KL="none")
-    tl.store(logprob_ptr + row, results.logprob)
-    tl.store(entropy_ptr + row, results.entropy)
+            # The gradients of the loss in the log-prob and in the entropy.
+            d_logprob = inverse * logprob_gradient(
+                row, results.logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
+                sampling_logprob_ptr, nll_weight_ptr, settings_ptr, SURROGATE, ESTIMATOR,
+            )  # fmt: skip
+            weight = -d_logprob
+            has_gradient = d_logprob != 0
+            weight_log = None
+            if entropy_weight_ptr is not None:
+                d_entropy = -inverse * tl.load(entropy_weight_ptr)
+                if nll_weight_ptr is not None:
+                    d_entropy = tl.where(tl.load(weight_ptr + row) == 0, 0.0, d_entropy)
+                weight -= d_entropy * results.entropy
+                weight_log = -d_entropy * LN2
+                has_gradient |= weight_log != 0
 
-    # The gradients of the loss in the log-prob and in the entropy.
-    d_logprob = inverse * logprob_gradient(
-        row, results.logprob, advantage_ptr, weight_ptr, old_logprob_ptr, ref_logprob_ptr,
-        sampling_logprob_ptr, nll_weight_ptr, settings_ptr, SURROGATE, ESTIMATOR,
-    )  # fmt: skip
-    weight = -d_logprob
-    has_gradient = d_logprob != 0
-    weight_log = None
-    if entropy_weight_ptr is not None:
-        d_entropy = -inverse * tl.load(entropy_weight_ptr)
-        if nll_weight_ptr is not None:
-            d_entropy = tl.where(tl.load(weight_ptr + row) == 0, 0.0, d_entropy)
-        weight -= d_entropy * results.entropy
-        weight_log = -d_entropy * LN2
-        has_gradient |= weight_log != 0
-    if not has_gradient:
-        store_zeros(d_row, 0, V, offsets, ALIGNMENT)
-        return
-
-    # Second pass: the gradient of the logits.
-    scalars = GradientScalars(
-        scale, results.pivot, results.log_sum, None, None,
-        d_logprob, weight, weight_log, None, None, None,
-    )  # fmt: skip
-    token = tl.load(tokens_ptr + row)
-    store_row_gradient(
-        logits_row, None, d_row, 0, V, token, scalars, offsets,
-        KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, REVERSE_ORDER=True,
-    )  # fmt: skip
+            # Second pass: the gradient of the logits.
+            if has_gradient:
+                scalars = GradientScalars(
+                    scale, results.pivot, results.log_sum, None, None,
+                    d_logprob, weight, weight_log, None, None, None,
+                )  # fmt: skip
+                token = tl.load(tokens_ptr + row)
+                store_row_gradient(
+                    logits_row, None, d_row, 0, V, token, scalars, offsets,
+                    KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, REVERSE_ORDER=True,
+                )  # fmt: skip
+            else:
+                tl.debug_barrier()  # every thread has loaded the token's logit
+                store_zeros(d_row, 0, V, offsets, ALIGNMENT)
+        else:
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(entropy_ptr + row, 0.0)
+            store_zeros(d_row, 0, V, offsets, ALIGNMENT)
 
 
 @triton.jit

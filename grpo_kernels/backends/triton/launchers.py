@@ -59,8 +59,12 @@ def _launch_config(kernel: str, logits: Tensor) -> RowLaunch:
 def _parts(logits: Tensor, launch: RowLaunch) -> int:
     """Programs to a row of logits [B, T, V]: 1, unless the rows are too few to fill the device."""
     B, T, V = logits.shape
-    processors = _gpu(logits.device.index)[1] if logits.is_cuda else INTERPRETED_MULTIPROCESSORS
-    return launch.parts(V) if B * T < ROWS_PER_MULTIPROCESSOR * processors else 1
+    few = B * T < ROWS_PER_MULTIPROCESSOR * _multiprocessors(logits)
+    return launch.parts(V) if few else 1
+
+
+def _multiprocessors(logits: Tensor) -> int:
+    return _gpu(logits.device.index)[1] if logits.is_cuda else INTERPRETED_MULTIPROCESSORS
 
 
 def _launch(
@@ -68,11 +72,14 @@ def _launch(
 ) -> None:
     """Run a kernel over the rows of logits [B, T, V]; without rows nothing is launched."""
     B, T, V = logits.shape
-    if B * T == 0:
+    programs = B * T * programs_per_row
+    if launch.programs is not None:  # each loops over rows
+        programs = min(programs, launch.programs * _multiprocessors(logits))
+    if programs == 0:
         return
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        kernel[(B * T * programs_per_row,)](
+        kernel[(programs,)](
             **arguments,
             T=T,
             V=V,
@@ -321,6 +328,7 @@ def grpo_loss(
         logprob_ptr=logprob,
         entropy_ptr=entropy,
         d_logits_ptr=d_logits,
+        rows=rows.tokens.numel(),
         **launch.tile,
         ALIGNMENT=_alignment(launch, rows.logits, d_logits),
         SURROGATE=config.policy_term.kernel_form().name,

@@ -25,7 +25,7 @@ import triton.language as tl
 # Arguments that differ between batches. Triton would compile a kernel again where one of them is 1,
 # or a multiple of 16; what a multiple would tell it, ALIGNMENT tells.
 UNSPECIALIZED = (
-    "T", "parts", "groups", "stride_logits_b", "stride_logits_t", "stride_ref_logits_b",
+    "rows", "T", "parts", "groups", "stride_logits_b", "stride_logits_t", "stride_ref_logits_b",
     "stride_ref_logits_t", "stride_d_logits_b", "stride_d_logits_t", "stride_x_b", "stride_x_t",
     "stride_temperature",
 )  # fmt: skip
