@@ -124,6 +124,7 @@ def _grpo_loss_kernel(
             partial = accumulate_row_stats(
                 logits_row, None, 0, V, scale, offsets,
                 HAS_ENTROPY=True, KL="none", SOFTCAP=SOFTCAP, ALIGNMENT=ALIGNMENT, EVICT_LAST=True,
+                BESIDE_WRITES=True,
             )  # fmt: skip
             x_token = load_token_logit(logits_row, tokens_ptr, row, V, SOFTCAP, ACC_DTYPE)
             results = row_results(partial, x_token, scale, HAS_ENTROPY=True, KL="none")

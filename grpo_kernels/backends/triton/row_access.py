@@ -84,18 +84,23 @@ def interleave(parts):
 
 
 @triton.jit
-def load_words(row_ptr, first, inside, VEC: tl.constexpr, POLICY: tl.constexpr):
+def load_words(row_ptr, first, inside, first_entry, VEC: tl.constexpr, POLICY: tl.constexpr):
     """Load vectors of 2-byte entries at `first` [UNROLL, LANES] as words of 4 bytes, in fp32.
 
     Half of the rows start in the upper half of a word. Their vectors have a word more, and each
     pair of neighbouring words is shifted by 16 bits. In the other rows the last word is loaded
-    twice and the shift is 0. A word may hold one entry of a neighbour, which is not used.
+    twice and the shift is 0. A word may hold one entry of the row before or after, which is not
+    used. With a first_entry, that of the row before is not even loaded.
     """
     half = ((row_ptr.to(tl.int64, bitcast=True) >> 1) & 1).to(tl.int32)
     words_ptr = (row_ptr - half).to(tl.pointer_type(tl.uint32), bitcast=True) + first // 2
     WORDS: tl.constexpr = VEC // 2
-    words = ()
-    for j in tl.static_range(WORDS):
+    if first_entry is None:
+        words = (tl.load(words_ptr, mask=inside, eviction_policy=POLICY),)
+    else:
+        word = first_entry.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        words = (tl.load(words_ptr, first >= half, other=word, eviction_policy=POLICY),)
+    for j in tl.static_range(1, WORDS):
         words += (tl.load(words_ptr + j, mask=inside, eviction_policy=POLICY),)
     last_ptr = words_ptr + (WORDS - 1 + half)
     words += (tl.load(last_ptr, mask=inside, eviction_policy=POLICY),)
@@ -117,13 +122,14 @@ def load_words(row_ptr, first, inside, VEC: tl.constexpr, POLICY: tl.constexpr):
 def load_tile(
     row_ptr, start, offsets, end, ACC_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr, TAIL: tl.constexpr, EVICT_LAST: tl.constexpr,
-    WHOLE_VECTORS: tl.constexpr = False,
+    WHOLE_VECTORS: tl.constexpr = False, first_entry=None,
 ):  # fmt: skip
     """Load the tile at `start` in ACC_DTYPE.
 
     Only a TAIL is masked, and its entries past the end are -inf. WHOLE_VECTORS: the end is the end
     of a vector, and what lies behind it is undefined. ALIGNED: row_ptr starts a vector. EVICT_LAST:
-    the tile will be read again, so the L2 should evict something else first.
+    the tile will be read again, so the L2 should evict something else first. first_entry: that of
+    the row, where another program may be overwriting the entry before it.
     """
     POLICY: tl.constexpr = "evict_last" if EVICT_LAST else ""
     VEC: tl.constexpr = offsets.shape[2]
@@ -141,7 +147,7 @@ def load_tile(
                 inside = tl.broadcast_to(inside[:, :, None], offsets.shape)
             x = tl.load(row_ptr + entries, inside, eviction_policy=POLICY)
     elif itemsize(row_ptr) == 2 and (WHOLE_VECTORS or not TAIL):
-        x = load_words(row_ptr, first, inside, VEC, POLICY)
+        x = load_words(row_ptr, first, inside, first_entry, VEC, POLICY)
     else:
         loaded = ()
         for j in tl.static_range(VEC):

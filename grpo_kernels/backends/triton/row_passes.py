@@ -176,9 +176,13 @@ def accumulate_row_stats(
     logits_row, ref_row, begin, end, scale, offsets,
     HAS_ENTROPY: tl.constexpr, KL: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNMENT: tl.constexpr,
     EVICT_LAST: tl.constexpr, HAS_SQUARES: tl.constexpr = False, HAS_MEAN: tl.constexpr = False,
-    HAS_TOP: tl.constexpr = False,
+    HAS_TOP: tl.constexpr = False, BESIDE_WRITES: tl.constexpr = False,
 ):  # fmt: skip
-    """Accumulate the Partial of entries [begin, end). EVICT_LAST: keep the row in the L2."""
+    """Accumulate the Partial of entries [begin, end).
+
+    EVICT_LAST: keep the row in the L2. BESIDE_WRITES: the entries are a row, and other programs may
+    be overwriting the rows beside it, so nothing of these is loaded, not even as part of a word.
+    """
     TILE: tl.constexpr = offsets.numel
     LANES: tl.constexpr = offsets.shape[1]
     partial = empty_partial(LANES, scale.dtype)
@@ -188,7 +192,12 @@ def accumulate_row_stats(
         best = tl.full([LANES], -float("inf"), scale.dtype)
         first = begin + tl.arange(0, LANES) * offsets.shape[2]
     ALIGNED: tl.constexpr = ALIGNMENT == "vector"
-    whole = begin + (end - begin) // TILE * TILE
+    first_entry = None
+    last = end
+    if BESIDE_WRITES:
+        first_entry = tl.load(logits_row + begin)
+        last = end - 1  # words of whole tiles end before the last entry
+    whole = begin + (last - begin) // TILE * TILE
     for TAIL in tl.static_range(2):  # 0 for the whole tiles, 1 for the rest
         tile = offsets
         if TAIL:
@@ -199,7 +208,7 @@ def accumulate_row_stats(
             # Load a tile of each row.
             x = load_tile(
                 logits_row, start, tile, end, scale.dtype,
-                ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=EVICT_LAST,
+                ALIGNED=ALIGNED, TAIL=TAIL, EVICT_LAST=EVICT_LAST, first_entry=first_entry,
             )  # fmt: skip
             y = None
             if KL != "none":
