@@ -13,14 +13,14 @@ and passes do not overlap. What a row costs beside its passes is left out.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from grpo_kernels.backends.triton.launch_configs import L2_SHARE
+
 # Assumed for every kernel: what quack publishes for its cross-entropy on an H100. A kernel that is
 # bound by memory is predicted at 90% of its floor for this reason, and not because of its code.
 MEMORY_EFFICIENCY = 0.9
 # Assumed for a load that misses the L2 of a busy device, in seconds.
 MEMORY_LATENCY = 0.7e-6
 WARP = 32
-# Assumed: the part of the L2 that rows may fill and still be there in a second pass.
-L2_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,35 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    chip: Chip, passes: list[PassCost], resident: int, threads: int, rows: int, V: int
+    chip: Chip,
+    passes: list[PassCost],
+    resident: int,
+    threads: int,
+    rows: int,
+    V: int,
+    programs: int | None = None,
 ) -> Prediction:
     """Predict the time for rows of V entries.
 
     Args:
         resident: programs per multiprocessor at once.
         threads: threads per program.
+        programs: on all multiprocessors; None: as many as are resident.
     """
     seconds, slowest, moved = 0.0, (0.0, ""), 0.0
-    lanes = chip.multiprocessors * chip.schedulers * WARP  # threads that issue in one cycle
+    programs = programs or resident * chip.multiprocessors
+    busy = min(programs, chip.multiprocessors)
+    lanes = busy * chip.schedulers * WARP  # threads that issue in one cycle
     row_bytes = max(cost.read_bytes for cost in passes) * V
-    fits_l2 = row_bytes * resident * chip.multiprocessors <= L2_SHARE * chip.l2_bytes
+    fits_l2 = row_bytes * programs <= L2_SHARE * chip.l2_bytes
     for cost in passes:
         hbm_bytes = cost.written_bytes + (0 if cost.again and fits_l2 else cost.read_bytes)
-        in_flight = cost.loads_in_flight * threads * resident * chip.multiprocessors
+        in_flight = cost.loads_in_flight * threads * programs
         bandwidth = min(MEMORY_EFFICIENCY * chip.bandwidth, in_flight / MEMORY_LATENCY)
         times = {
             "memory": hbm_bytes / bandwidth,
             "issue": cost.instructions / (lanes * chip.clock),
-            "special": cost.special / (chip.multiprocessors * chip.special_units * chip.clock),
+            "special": cost.special / (busy * chip.special_units * chip.clock),
         }
         binds = max(times, key=times.__getitem__)
         slowest = max(slowest, (times[binds], binds))

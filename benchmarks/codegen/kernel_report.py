@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from benchmarks.codegen.chips import CHIPS, PassCost, predict
 from benchmarks.codegen.machine_code import Loop, read_amd, read_sass
 from benchmarks.codegen.variants import DTYPES, N, V, compile_variant, variants
+from grpo_kernels.backends.triton.launch_configs import looping_programs
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ def make_report(case: tuple[str, str, str]) -> KernelReport:
         code = read_sass(compiled.asm["cubin"], variant.passes, logits_size)
         chip, config = CHIPS[target], variant.launch_config(target, dtype)
         resident = chip.resident_programs(code.registers, shared_bytes, config.num_warps)
+        programs = None
         if config.programs is not None:  # no more are launched
             resident = min(resident, config.programs)
+            row_bytes = V * logits_size
+            programs = resident * looping_programs(row_bytes, chip.multiprocessors, chip.l2_bytes)
         costs = [
             PassCost(
                 loop.instructions,
@@ -50,7 +54,7 @@ def make_report(case: tuple[str, str, str]) -> KernelReport:
             for loop, row_pass in zip(code.loops, variant.passes, strict=True)
         ]
         if costs:
-            predicted = predict(chip, costs, resident, config.lanes, N, V)
+            predicted = predict(chip, costs, resident, config.lanes, N, V, programs)
             prediction = {**predicted._asdict(), "of_floor": predicted.of_floor}
     return KernelReport(
         kernel=name,

@@ -13,7 +13,6 @@ import torch
 
 MEMORY_EFFICIENCY = 0.9  # of the peak bandwidth, as published for kernels that only move bytes
 PORT_BYTES = 64  # that a multiprocessor exchanges with the L2 in a clock
-L2_SHARE = 0.7  # of the cache that rows may fill and still be there in a second pass
 GB, MIB = 10**9, 1 << 20
 
 

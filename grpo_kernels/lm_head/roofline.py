@@ -14,7 +14,8 @@ product is split along its sum, and no two kernels run at once: both would be fa
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .device_rates import L2_SHARE, DeviceRates
+from ..backends.triton.launch_configs import L2_SHARE, looping_programs
+from .device_rates import DeviceRates
 
 # (rows, columns, share of the rate): a smaller tile reads each operand more often.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85), (64, 256, 0.85))
@@ -100,7 +101,9 @@ def predict(work: HeadWork, sizes: ChunkSizes, rates: DeviceRates) -> Prediction
         )
 
     row_bytes = work.row_bytes
-    if work.row_again * V * rates.multiprocessors > L2_SHARE * rates.l2_bytes:
+    again = work.row_again * V  # bytes of a row
+    programs = looping_programs(max(1, again), rates.multiprocessors, rates.l2_bytes)
+    if programs * again > L2_SHARE * rates.l2_bytes:
         row_bytes += work.row_again
     copied = 2 * itemsize * N * H * work.logits
     d_hidden = d_weight = traffic = 0.0

@@ -147,6 +147,18 @@ def test_second_pass_reads_memory_if_rows_do_not_fit_l2():
     assert fits.floor == misses.floor and misses.seconds == pytest.approx(1.5 * fits.seconds)
 
 
+def test_programs_on_some_multiprocessors_have_their_issue_slots_alone():
+    chip = Chip("a chip", bandwidth=1e12, multiprocessors=10, clock=1e9, l2_bytes=100_000,
+                shared_bytes=1 << 17)  # fmt: skip
+    first = PassCost(1.0, 0.1, 2, 0, 1 << 20, again=False)
+    second = PassCost(20.0, 0.1, 2, 2, 1 << 20, again=True)
+    case = {"threads": 1024, "rows": 10, "V": 6000, "resident": 1}
+    whole, half = (predict(chip, [first, second], **case, programs=n) for n in (10, 5))
+    issue, memory = 20 / (5 * 4 * 32 * 1e9), 2 / (MEMORY_EFFICIENCY * 1e12)
+    assert half.seconds == pytest.approx(10 * 6000 * (issue + memory))
+    assert whole.seconds == pytest.approx(10 * 6000 * (issue / 2 + memory))
+
+
 def test_resident_programs_limits():
     chip = CHIPS["sm_90"]
     assert chip.resident_programs(32, 0, 32) == 2

@@ -53,11 +53,12 @@ def test_fewer_weight_chunks_move_less():
 
 def test_rows_are_read_twice_where_they_do_not_fit_the_cache():
     work = HeadWork(8192, V, H, BF16, row_bytes=6, row_again=4)
-    sizes, entries = ChunkSizes(2048, 2048), 8192 * V
-    assert predict(work, sizes, H100).rows == pytest.approx(10 * entries / (0.9 * 3.35e12))
-    assert predict(work, sizes, B200).rows == pytest.approx(6 * entries / (0.9 * 8.0e12))
-    short = predict(work._replace(V=32_000), sizes, H100).rows
-    assert short == pytest.approx(6 * 8192 * 32_000 / (0.9 * 3.35e12))
+    sizes = ChunkSizes(2048, 2048)
+    for rates, entries, moved in (
+        (B200, V, 6), (H100, V, 6), (H100, 151_936, 6), (H100, 32_000, 6), (H100, 4 * V, 10),
+    ):  # fmt: skip
+        rows = predict(work._replace(V=entries), sizes, rates).rows
+        assert rows == pytest.approx(moved * 8192 * entries / (0.9 * rates.bandwidth))
 
 
 def test_parts_without_work_take_no_time():

@@ -9,9 +9,10 @@ and 2 more are read from the L2. The second pass goes backwards, starting from t
 last.
 
 The row is still in the L2 if one program at a time runs on each multiprocessor: 132 rows of 256 KB
-are 34 MB of an H100's 50. So as many programs as the GPU has multiprocessors are launched, each of
-which loops over rows. A program per row would leave the number that runs at once to the registers
-that the compiler takes: at 32 two fit, and the rows do not stay.
+are 34 MB of an H100's 50. So as many programs as the GPU has multiprocessors are launched, or as
+many as have rows that fit together, each of which loops over rows. A program per row would leave
+the number that runs at once to the registers that the compiler takes: at 32 two fit, and the rows
+do not stay.
 
 The loss is a sum of numbers per token and is not computed here. A second kernel scales a finished
 gradient; it touches nothing where the factor is 1.

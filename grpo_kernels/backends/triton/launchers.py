@@ -27,7 +27,12 @@ from ..pytorch.softmax import LN2, LOG2E, capped_logits
 from .approximate_kl import _approximate_kl_backward_kernel, _approximate_kl_forward_kernel
 from .grpo_loss import _grpo_loss_kernel, _scale_kernel
 from .jsd import _jsd_backward_kernel, _jsd_forward_kernel
-from .launch_configs import ROWS_PER_MULTIPROCESSOR, RowLaunch, pick_row_launch
+from .launch_configs import (
+    ROWS_PER_MULTIPROCESSOR,
+    RowLaunch,
+    looping_programs,
+    pick_row_launch,
+)
 from .token_stats import (
     _token_stats_backward_kernel,
     _token_stats_forward_kernel,
@@ -44,10 +49,10 @@ INTERPRETED_MULTIPROCESSORS = 2  # property tests then have rows that are split,
 
 
 @functools.cache
-def _gpu(index: int) -> tuple[int, int]:
-    """(compute capability, multiprocessors) of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+def _gpu(index: int) -> tuple[int, int, int]:
+    """(compute capability, multiprocessors, bytes of the L2) of a GPU."""
+    gpu = torch.cuda.get_device_properties(index)
+    return 10 * gpu.major + gpu.minor, gpu.multi_processor_count, gpu.L2_cache_size
 
 
 def _launch_config(kernel: str, logits: Tensor) -> RowLaunch:
@@ -74,7 +79,10 @@ def _launch(
     B, T, V = logits.shape
     programs = B * T * programs_per_row
     if launch.programs is not None:  # each loops over rows
-        programs = min(programs, launch.programs * _multiprocessors(logits))
+        l2_bytes = _gpu(logits.device.index)[2] if logits.is_cuda else 0
+        row_bytes = V * logits.element_size()
+        looping = looping_programs(row_bytes, _multiprocessors(logits), l2_bytes)
+        programs = min(programs, launch.programs * looping)
     if programs == 0:
         return
     # Triton launches on the current device, which need not be the tensor's.
