@@ -68,11 +68,11 @@ def entropy_weight(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Compute entropy_coef / number of tokens: the weight, 0-dim, of the sum of the entropies."""
-    if config.entropy_coef == 0:
+    if not config.has_entropy_bonus:
         return None
     given = normalizer if entropy_normalizer is None else entropy_normalizer
     count = keep.sum().clamp(min=1) if given is None else _nonzero(given)
-    coef = torch.full((), config.entropy_coef, dtype=dtype, device=keep.device)
+    coef = torch.zeros((), dtype=dtype, device=keep.device) + config.entropy_coef
     return (coef / count).to(dtype)
 
 
@@ -110,12 +110,12 @@ def check_normalizers(
         elif value is not None and not torch.compiler.is_compiling():
             # Under torch.compile the number is a symbol, and a comparison would recompile for it.
             expect_number(name, value, above=0)
-    if config.nll_coef != 0 and normalizer is not None and nll_normalizer is None:
+    if config.has_nll and normalizer is not None and nll_normalizer is None:
         raise ValueError(
             f"normalizer with nll_coef={config.nll_coef} needs nll_normalizer, the number of "
             "tokens that the mean of -logprob divides by, got None"
         )
-    if config.entropy_coef == 0 or normalizer is None or config.aggregation == "token_mean":
+    if not config.has_entropy_bonus or normalizer is None or config.aggregation == "token_mean":
         return
     if entropy_normalizer is None:
         raise ValueError(

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
+import torch
+from torch import Tensor
+
 from ..validation import expect_choice, expect_number, nearest, suggest_keywords
 from .rejection import RejectionRule
 from .surrogates import SURROGATES, Surrogate
@@ -47,7 +50,12 @@ class _Derived(metaclass=_Objectives):
 
     policy_term: Surrogate
     rejection_rules: tuple[RejectionRule, ...]
-    text: str
+    has_kl: bool  # beta is not 0
+    has_entropy_bonus: bool  # entropy_coef is not 0
+    has_nll: bool  # nll_coef is not 0
+    text: str  # the other settings, and the names of the coefficients
+    coefficient_names: tuple[str, ...]  # the settings that are real numbers, without those of None
+    coefficients: Tensor  # their values, fp64, on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +197,7 @@ class LossConfig(_Derived):
             elif value is not None or not rule.optional:
                 expect_number(name, value, integer=rule.integer, **rule.bounds)
                 plain = int if isinstance(value, numbers.Integral) else float
-                # A NumPy number has another repr, which `decode` would not read.
+                # A NumPy number has another repr, which `_decode` would not read.
                 object.__setattr__(self, name, plain(cast(Any, value)))
         is_list = isinstance(self.rejection, tuple | list)
         if not is_list or not all(isinstance(text, str) for text in self.rejection):
@@ -201,11 +209,22 @@ class LossConfig(_Derived):
         self._check_combination()
         reads = _READS[self.surrogate]
         term = SURROGATES[self.surrogate](*(getattr(self, name) for name in reads))
-        object.__setattr__(self, "policy_term", term)
-        # The text is made here because torch.compile cannot format a symbolic float.
-        settings = {setting.name: getattr(self, setting.name) for setting in fields(self)}
-        del settings["entropy_coef"]
-        object.__setattr__(self, "text", repr(settings))
+        given = tuple(name for name in _COEFFICIENTS if getattr(self, name) is not None)
+        others = {name: getattr(self, name) for name in _OTHERS}
+        with torch.inference_mode(False):  # made inside, autograd could not use it outside
+            values = [getattr(self, name) for name in given]
+            coefficients = torch.tensor(values, dtype=torch.float64, device="cpu")
+        derived = {
+            "policy_term": term,
+            "has_kl": self.beta != 0,
+            "has_entropy_bonus": self.entropy_coef != 0,
+            "has_nll": self.nll_coef != 0,
+            "text": repr((others, given)),
+            "coefficient_names": given,
+            "coefficients": coefficients,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _check_unread_settings(self) -> None:
         for setting in fields(self):
@@ -273,19 +292,14 @@ class LossConfig(_Derived):
                 f"got {self.clip_cov_low}"
             )
 
-    def encode(self) -> str:
-        """Return the settings as text, for an operator's schema; all but entropy_coef.
-
-        The entropy coefficient reaches an operator as a tensor, so that it may change in every
-        step without another compilation.
-        """
-        return self.text
-
     @staticmethod
-    @functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
-    def decode(text: str) -> "LossConfig":
-        """Return the config whose `encode` gave this text."""
-        return LossConfig(**ast.literal_eval(text))
+    def decode(text: str, coefficients: Tensor) -> "LossConfig":
+        """Return the config that has this text and these coefficients.
+
+        An operator of torch.library takes a config in these two parts. The coefficients are a
+        tensor, so that they may change in every step without another compilation.
+        """
+        return _decode(text, tuple(coefficients.tolist()))
 
     @staticmethod
     def objectives() -> "dict[str, Callable[..., LossConfig]]":
@@ -497,6 +511,37 @@ class LossConfig(_Derived):
 
 LossConfig.__init__ = suggest_keywords(LossConfig.__init__)
 
+
+@functools.lru_cache(maxsize=256)  # bounded: a schedule may change a coefficient in every step
+def _decode(text: str, coefficients: tuple[float, ...]) -> LossConfig:
+    others, given = ast.literal_eval(text)
+    values: dict[str, Any] = dict.fromkeys(_COEFFICIENTS)
+    values |= dict(zip(given, coefficients, strict=True))
+    return LossConfig(**others, **values)
+
+
+class CompiledConfig:
+    """A LossConfig inside a compiled function: its coefficients are tensors, inputs of the graph.
+
+    torch.compile makes a number that it reads from an object a constant, and compiles again for
+    another value. The other settings, and which coefficients are None or 0, are constants.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        values = dict(zip(config.coefficient_names, config.coefficients.unbind(), strict=True))
+        for name in _COEFFICIENTS:
+            setattr(self, name, values.get(name))
+        for name in (*_OTHERS, *_PASSED_ON):
+            setattr(self, name, getattr(config, name))
+        reads = _READS[config.surrogate]
+        self.policy_term = SURROGATES[config.surrogate](*(values.get(name) for name in reads))
+
+
+def in_compiled_code(config: LossConfig) -> LossConfig:
+    """Return the config; where torch.compile traces, with its coefficients as tensors."""
+    return cast(LossConfig, CompiledConfig(config)) if torch.compiler.is_compiling() else config
+
+
 # Made here because torch.compile cannot read annotations or the fields of a class.
 _RULES = {
     setting.name: _Rule(
@@ -508,6 +553,14 @@ _RULES = {
     for setting in fields(LossConfig)
     if get_origin(setting.type) is not tuple
 }
+_COEFFICIENTS = tuple(
+    name for name, rule in _RULES.items() if not rule.choices and not rule.integer
+)
+_OTHERS = tuple(setting.name for setting in fields(LossConfig) if setting.name not in _COEFFICIENTS)
+_PASSED_ON = (
+    "rejection_rules", "has_kl", "has_entropy_bonus", "has_nll", "text", "coefficients",
+    "needs_sampling", "reads_sequences",
+)  # fmt: skip
 _OF_AGGREGATION = {"max_completion_length": "fixed_length", "completions_per_prompt": "prompt_mean"}
 _READS = {
     name: {setting.name: setting.type for setting in fields(surrogate)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..validation import expect_mask, expect_tensor, suggest_keywords
 from .aggregation import check_normalizers, entropy_weight, scaled_nll_weight, token_weights
-from .config import LossConfig, expect_config
+from .config import LossConfig, expect_config, in_compiled_code
 from .importance_sampling import policy_ratios
 from .kl_estimators import SAMPLED_KL, VOCABULARY_KL
 from .metrics import token_metrics
@@ -140,12 +140,17 @@ def policy_loss(
     Schulman et al., 2017 (arXiv:1707.06347); Shao et al., 2024 (arXiv:2402.03300).
     """
     expect_config(config)
+    config = in_compiled_code(config)
     expect_tensor("logprob", logprob, floating=True, dims=(1, 2), layout="[B, T] or packed [N]")
     for name, tensor in {"entropy": entropy, "kl": kl}.items():
         if tensor is not None:
             expect_tensor(name, tensor, floating=True, shape=logprob.shape)
-    for name in ("entropy_coef", "top_entropy"):
-        if getattr(config, name) and entropy is None:
+    readers = {
+        "entropy_coef": config.has_entropy_bonus,
+        "top_entropy": config.top_entropy is not None,
+    }
+    for name, reads in readers.items():
+        if reads and entropy is None:
             raise ValueError(f"{name}={getattr(config, name)} needs entropy, got None")
     check_kl_input(config, ref_logprob, kl)
     prepared = prepare_loss_inputs(
@@ -240,7 +245,7 @@ def spread_nll_weight(
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, shape)
         check_advantages(nll_weight, shape, cu_seqlens, "nll_weight")
-    if config.nll_coef == 0:
+    if not config.has_nll:
         return None
     if nll_weight is None:
         raise ValueError(f"nll_coef={config.nll_coef} needs nll_weight, got None")
@@ -268,7 +273,7 @@ def check_kl_input(config: LossConfig, ref_logprob: Tensor | None, kl: Tensor | 
     if config.kl_estimator in VOCABULARY_KL:
         wanted, unread = unread, wanted
     estimator = f"kl_estimator={config.kl_estimator!r}"
-    if config.beta != 0 and wanted[1] is None:
+    if config.has_kl and wanted[1] is None:
         raise ValueError(f"beta={config.beta} with {estimator} needs {wanted[0]}, got None")
     if unread[1] is not None:
         raise ValueError(f"{estimator} reads {wanted[0]}, got {unread[0]}")
@@ -301,7 +306,7 @@ def compute_loss(
         kl = estimator.value(logprob - inputs.ref_logprob, ratios.log_ratio)
 
     term = policy
-    if config.beta != 0:
+    if config.has_kl:
         assert kl is not None
         term = policy + config.beta * kl
     loss = (inputs.weight * term).sum()

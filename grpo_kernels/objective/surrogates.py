@@ -11,7 +11,7 @@ named constructor to LossConfig.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def _beyond(x: Tensor, lowest: float, highest: float, advantage: Tensor) -> Flag
 
 def _choose(condition: Tensor, x: float, other: float, like: Tensor) -> Tensor:
     """Select x or other in the dtype of `like`; torch.where of two numbers gives fp32."""
-    return torch.where(condition, torch.full_like(like, x), other)
+    return torch.where(condition, torch.zeros_like(like) + x, other)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,12 @@ class Clip(Surrogate):
     dual_clip: float | None
 
     def cap(self) -> float:
-        return min(x for x in (self.delta, self.dual_clip, math.inf) if x is not None)
+        if self.delta is None or self.dual_clip is None:
+            given = self.dual_clip if self.delta is None else self.delta
+            return math.inf if given is None else given
+        if isinstance(self.delta, Tensor):  # in a compiled function
+            return cast(Any, at_most(self.delta, self.dual_clip))
+        return min(self.delta, self.dual_clip)
 
     def value(self, ratios: PolicyRatios) -> Tensor:
         falling = at_most(at_least(ratios.ratio, 1 - self.epsilon_low), self.cap())

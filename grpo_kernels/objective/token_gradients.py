@@ -52,8 +52,8 @@ def zero_advantage_has_zero_grad(config: LossConfig, *, per_sequence: bool) -> b
     return (
         (per_sequence or not spreads)
         and not config.policy_term.has_penalty
-        and config.beta == 0
-        and config.entropy_coef == 0
+        and not config.has_kl
+        and not config.has_entropy_bonus
         and config.kl_cov is None
     )
 
@@ -73,11 +73,11 @@ def token_gradients(logprob: Tensor, inputs: LossInputs, config: LossConfig) -> 
     if not config.policy_term.has_penalty:  # advantage 0: gradient 0, also of a NaN log-prob
         grad = torch.where(inputs.advantage == 0, 0.0, grad)
     entropy = kl = None
-    if config.beta != 0 and inputs.ref_logprob is not None:
+    if config.has_kl and inputs.ref_logprob is not None:
         estimator = SAMPLED_KL[config.kl_estimator]
         d_kl = estimator.grad(logprob - inputs.ref_logprob, ratios.log_ratio)
         grad = grad + config.beta * d_kl
-    elif config.beta != 0:
+    elif config.has_kl:
         kl = config.beta * inputs.weight
     if inputs.entropy_weight is not None:
         entropy = (-inputs.entropy_weight).expand_as(logprob)

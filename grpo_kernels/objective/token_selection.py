@@ -51,7 +51,7 @@ def high_entropy(entropy: Tensor, keep: Tensor, fraction: float) -> Tensor:
     """Find the unmasked tokens whose entropy is at least its (1 - fraction) quantile."""
     ranked = torch.where(keep, entropy, torch.inf).flatten().sort().values
     ranked = torch.nn.functional.pad(ranked, (0, 1), value=torch.inf)
-    position = (1 - fraction) * (keep.sum() - 1).clamp(min=0).to(entropy.dtype)
+    position = ((1 - fraction) * (keep.sum() - 1).clamp(min=0)).to(entropy.dtype)
     # Not ranked[...]: indexing with a number on the device would wait for it.
     below, above = ranked.take(torch.stack((position.floor(), position.ceil())).long()).unbind()
     return keep & ~(entropy < torch.lerp(below, above, position - position.floor()))

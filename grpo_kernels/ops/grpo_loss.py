@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import RowInputs, StatsRequest, row_support
 from ..backends.row_support import RowSupport
-from ..objective.config import LossConfig, expect_config
+from ..objective.config import LossConfig, expect_config, in_compiled_code
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
     LossOutput,
@@ -34,13 +34,18 @@ from .token_stats import (
 )
 
 
-# The operator has one argument per field of a bundle. The config reaches it as text.
+# The operator has one argument per field of a bundle. The config reaches it as `decode` takes it.
 @bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
 def _forward_(
-    rows: RowInputs, support: RowSupport, loss_inputs: LossInputs, config: str, d_logits: Tensor
+    rows: RowInputs,
+    support: RowSupport,
+    loss_inputs: LossInputs,
+    config: str,
+    coefficients: Tensor,
+    d_logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     expect_token_ids(rows.tokens, rows.mask, rows.logits.shape[-1])
-    loss_config = LossConfig.decode(config)
+    loss_config = LossConfig.decode(config, coefficients)
     return row_support.grpo_loss(rows, support, loss_inputs, loss_config, d_logits)
 
 
@@ -110,6 +115,7 @@ def grpo_loss(
     Shao et al., 2024 (arXiv:2402.03300).
     """
     expect_config(config)
+    config = in_compiled_code(config)
     check_logits("logits", logits)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
@@ -164,7 +170,8 @@ def _loss_with_gradient(
     d_logits = rows.logits if inplace else rows.logits.new_empty(rows.logits.shape)
     loss_inputs = prepared.inputs.map(lambda x: x.contiguous().view(rows.tokens.shape))
     with torch.no_grad():
-        stats = _forward_(rows, support, loss_inputs, prepared.config.encode(), d_logits)
+        config = prepared.config
+        stats = _forward_(rows, support, loss_inputs, config.text, config.coefficients, d_logits)
         logprob, entropy = (x.view(logits.shape[:-1]) for x in stats)
         loss, metrics = compute_loss(prepared, logprob, entropy, None)
     return LossOutput(attach_gradient(loss, [logits], [d_logits.view(logits.shape)]), metrics)

@@ -24,7 +24,7 @@ from ..lm_head.inputs import (
 from ..lm_head.row_groups import split_by_gradient
 from ..lm_head.support import split_by_support
 from ..lm_head.token_order import TokenPacking, check_packing, pack_tokens
-from ..objective.config import LossConfig, expect_config
+from ..objective.config import LossConfig, expect_config, in_compiled_code
 from ..objective.kl_estimators import VOCABULARY_KL
 from ..objective.policy_loss import (
     LossOutput,
@@ -62,11 +62,12 @@ def _forward(
     skip_zero_grad: bool,
     loss_inputs: LossInputs,
     config: str,
+    coefficients: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     token_idx = counted_tokens(inputs, packing)
     num_with_grad = int(packing.counts[0]) if skip_zero_grad else len(token_idx)
-    loss_config = LossConfig.decode(config)
+    loss_config = LossConfig.decode(config, coefficients)
     stats = new_stats(inputs)
     d_hidden = None
     if wanted[0]:
@@ -180,6 +181,7 @@ def linear_grpo_loss(
     Shao et al., 2024 (arXiv:2402.03300).
     """
     expect_config(config)
+    config = in_compiled_code(config)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     reference: dict[str, Any] = {
         "ref_hidden": ref_hidden,
@@ -283,7 +285,7 @@ def loss_and_stats(
     ):
         stats = run_linear_token_stats(
             inputs, packing, shape, chunk_tokens, skip_zero_grad=skip_zero_grad,
-            entropy_grad=config.entropy_coef != 0,
+            entropy_grad=config.has_entropy_bonus,
         )  # fmt: skip
         detached = TokenStats._make(x if x is None else x.detach() for x in stats)
         return compute_loss(prepared, stats.logprob, stats.entropy, stats.kl), detached
@@ -295,7 +297,8 @@ def loss_and_stats(
             chunk_tokens,
             skip_zero_grad,
             loss_inputs.map(torch.flatten),
-            config.encode(),
+            config.text,
+            config.coefficients,
             wanted,
         )
         logprob, entropy, kl = outputs
@@ -318,7 +321,7 @@ def _check_kl_input(config: LossConfig, ref_logprob: Tensor | None, has_referenc
         raise ValueError(
             f"kl_estimator={config.kl_estimator!r} reads ref_hidden and ref_weight, got ref_logprob"
         )
-    if config.beta != 0 and not has_reference and ref_logprob is None:
+    if config.has_kl and not has_reference and ref_logprob is None:
         needed = "ref_hidden and ref_weight" if over_vocabulary else "ref_logprob or ref_hidden"
         raise ValueError(
             f"beta={config.beta} with kl_estimator={config.kl_estimator!r} needs {needed}, got None"

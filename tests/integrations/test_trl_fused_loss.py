@@ -265,7 +265,7 @@ def test_changing_entropy_coef_keeps_the_operator(monkeypatch):
 
     def record(settings):
         config = loss_config(settings)
-        texts.append(config.encode())  # the argument of the operator
+        texts.append(config.text)  # the argument of the operator
         return config
 
     fuse_trainer(trainer, fuse_loss=True)

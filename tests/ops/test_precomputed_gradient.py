@@ -150,4 +150,4 @@ def test_one_pass_compiles_fullgraph(backend, name):
 def test_config_encode_decode_round_trip():
     """Every field but entropy_coef, which the operators get as a tensor."""
     config = LossConfig.dapo(beta=0.1, kl_estimator="k3+", delta=2.0)
-    assert LossConfig.decode(config.encode()) == config
+    assert LossConfig.decode(config.text, config.coefficients) == config
