@@ -133,8 +133,8 @@ class FusedOutputLinear(torch.nn.Linear):
     Assign it to `FusedOutputLinear` of `prime_rl.trainer.models.layers.lm_head` before the model is
     set up, and for models with a softcap to `GemmaFusedOutputLinear` of `lm_head_gemma` there.
     `chunk_size` is ignored: prime-rl tiles a chunk of tokens over the vocabulary too, and this head
-    does not. Its workspace is about 1 GiB. Hidden states in bf16 are computed with a head in fp32
-    as if it were bf16.
+    does not. Its workspace is that of `linear_token_stats`. Hidden states in bf16 are computed with
+    a head in fp32 as if it were bf16.
 
     prime-rl's LoRA layers add to the output of a layer, and this head has no logits to add to:
     leave `lm_head` out of their `target_modules`.

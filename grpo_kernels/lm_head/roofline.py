@@ -17,7 +17,8 @@ from typing import NamedTuple
 from ..backends.triton.launch_configs import L2_SHARE, looping_programs
 from .device_rates import DeviceRates
 
-# (rows, columns, share of the rate): a smaller tile reads each operand more often.
+# Assumed, like the next two. (rows, columns, share of the rate): a smaller tile reads each operand
+# more often.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85), (64, 256, 0.85))
 LAUNCH_GAP = 2e-6  # seconds from the end of a kernel to the work of the next
 CHUNK_LAUNCHES = 8  # kernels of a chunk beside its products and row passes
