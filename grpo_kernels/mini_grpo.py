@@ -97,7 +97,7 @@ def approximate_kl_divergence(
     """
     expect_choice("reduction", reduction, ("none", "mean", "sum"))
     _check_pair(ref_logits, new_logits)
-    expect_mask(mask, new_logits.shape[:-1])
+    expect_mask(mask, new_logits[..., 0])
     expect_number("eps", eps, above=0, below=1)
     ref_rows, new_rows = _to_rows(ref_logits), _to_rows(new_logits)
     check_logits("ref_logits", ref_rows)
@@ -125,7 +125,7 @@ def _token_stats(
     """Compute entropy or forward KL; the log-prob, of token 0, is not used."""
     if ref_logits is not None:
         _check_pair(ref_logits, logits)
-    expect_mask(mask, logits.shape[:-1])
+    expect_mask(mask, logits[..., 0])
     rows = _to_rows(logits)
     return token_stats(
         rows,

@@ -218,11 +218,11 @@ def expect_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def expect_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Expect None, or a mask of this shape that is bool or holds only 0 and 1, else raise."""
+def expect_mask(mask: Tensor | None, tokens: Tensor) -> None:
+    """Expect None, or a mask of these tokens that is bool or holds only 0 and 1, else raise."""
     if mask is None:
         return
-    expect_tensor("mask", mask, shape=shape)
+    expect_tensor("mask", mask, shape=tokens.shape, device_of=tokens)
     if mask.dtype == torch.bool or not values_are_readable(mask):
         return
     wrong = (mask != 0) & (mask != 1)

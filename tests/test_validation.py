@@ -137,15 +137,15 @@ def test_expect_finite():
 
 
 def test_expect_mask():
-    expect_mask(None, (2, 3))
+    expect_mask(None, X)
     for dtype in (torch.bool, torch.int64, torch.float32):
-        expect_mask(torch.tensor([[0, 1, 1]]).to(dtype), (1, 3))
+        expect_mask(torch.tensor([[0, 1, 1]]).to(dtype), X[:1])
     message = "mask must have shape (3, 2), got shape (2, 3)"
-    assert_raises(ValueError, message, expect_mask, X, (3, 2))
-    assert_raises(TypeError, "mask must be a tensor, got list", expect_mask, [1, 0], (2,))
+    assert_raises(ValueError, message, expect_mask, X, X.reshape(3, 2))
+    assert_raises(TypeError, "mask must be a tensor, got list", expect_mask, [1, 0], X[0])
     for bad, got in (([0, 2], "2"), ([0.5, 1.0], "0.5"), ([1.0, float("nan")], "nan")):
         message = f"mask must be bool or hold only 0 and 1, got {got}"
-        assert_raises(ValueError, message, expect_mask, torch.tensor(bad), (2,))
+        assert_raises(ValueError, message, expect_mask, torch.tensor(bad), X[0, :2])
 
 
 def test_expect_tokens():
@@ -202,11 +202,11 @@ def test_expect_temperature():
 def test_values_are_not_read_on_devices_or_under_compile():
     assert values_are_readable(X) and not values_are_readable(X.to("meta"))
     expect_finite("x", X.to("meta"))
-    expect_mask(X.to("meta"), (2, 3))
+    expect_mask(X.to("meta"), X.to("meta"))
 
     def check(x):
         expect_finite("x", x)
-        expect_mask(x, x.shape)
+        expect_mask(x, x)
         return x + 1
 
     compiled = torch.compile(check, fullgraph=True, backend="eager")

@@ -103,7 +103,7 @@ class LMHead:
         head = self._keywords(temperature, None)
         inputs = prepare_inputs(hidden, self.weight, tokens, mask=mask, **head)
         prepared = prepare_loss_inputs(
-            tokens.shape, inputs.temperature.dtype, advantages, mask=mask, **keywords
+            tokens, inputs.temperature.dtype, advantages, mask=mask, **keywords
         )
         packing = pack_tokens(prepared.sequences.keep, prepared.inputs.advantage)
         return loss_and_stats(hidden, inputs, prepared, packing, per_sequence=per_sequence)

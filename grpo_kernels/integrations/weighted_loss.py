@@ -32,7 +32,7 @@ def weighted_policy_loss(
         The output of `policy_loss`, and the detached ratios for further metrics.
     """
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    prepared = prepare_loss_inputs(logprob.shape, dtype, advantages, config=config, **inputs)
+    prepared = prepare_loss_inputs(logprob, dtype, advantages, config=config, **inputs)
     sequences, loss_inputs = prepared.sequences, prepared.inputs
     if weights is not None:
         weight = loss_inputs.weight * zero_masked(sequences, weights.detach(), dtype)

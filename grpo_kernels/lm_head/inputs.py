@@ -163,7 +163,7 @@ def prepare_inputs(
         expect_no_tangent("adapter.a", adapter.a)
         expect_no_tangent("adapter.b", adapter.b)
     check_tokens(tokens, token_rows, hidden)
-    expect_mask(mask, tokens.shape)
+    expect_mask(mask, tokens)
     expect_temperature(temperature, tokens, mask)
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     _check_kl(kl, reference)

@@ -59,11 +59,12 @@ def pack_tokens(
     Raises:
         ValueError, TypeError: a shape or dtype is wrong.
     """
-    expect_mask(mask, mask.shape if isinstance(mask, Tensor) else torch.Size())
+    expect_tensor("mask", mask)
+    expect_mask(mask, mask)
     counted = mask.bool().flatten()
     if advantages is None:
         return TokenPacking(*_pack(counted, counted))
-    check_advantages(advantages, mask.shape, cu_seqlens)
+    check_advantages(advantages, mask, cu_seqlens)
     spread = spread_to_tokens(advantages.detach(), mask.shape, cu_seqlens)
     return TokenPacking(*_pack(counted, (spread != 0).flatten()))
 

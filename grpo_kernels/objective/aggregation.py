@@ -94,8 +94,12 @@ def check_normalizers(
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
     nll_normalizer: float | Tensor | None,
+    device: torch.device,
 ) -> None:
-    """Check that all are positive, and that they come together where they count differently."""
+    """Check that all are positive, and that they come together where they count differently.
+
+    device: of the tokens; a tensor may be on the CPU too.
+    """
     named = {
         "normalizer": normalizer,
         "entropy_normalizer": entropy_normalizer,
@@ -107,6 +111,8 @@ def check_normalizers(
                 raise ValueError(
                     f"{name} must be a number or a 0-dim tensor, got {shape_of(value)}"
                 )
+            if value.device != device and value.device.type != "cpu":
+                raise ValueError(f"{name} must be on {device}, got {value.device}")
         elif value is not None and not torch.compiler.is_compiling():
             # Under torch.compile the number is a symbol, and a comparison would recompile for it.
             expect_number(name, value, above=0)

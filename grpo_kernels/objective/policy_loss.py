@@ -144,7 +144,7 @@ def policy_loss(
     expect_tensor("logprob", logprob, floating=True, dims=(1, 2), layout="[B, T] or packed [N]")
     for name, tensor in {"entropy": entropy, "kl": kl}.items():
         if tensor is not None:
-            expect_tensor(name, tensor, floating=True, shape=logprob.shape)
+            expect_tensor(name, tensor, floating=True, shape=logprob.shape, device_of=logprob)
     readers = {
         "entropy_coef": config.has_entropy_bonus,
         "top_entropy": config.top_entropy is not None,
@@ -154,7 +154,7 @@ def policy_loss(
             raise ValueError(f"{name}={getattr(config, name)} needs entropy, got None")
     check_kl_input(config, ref_logprob, kl)
     prepared = prepare_loss_inputs(
-        logprob.shape,
+        logprob,
         torch.float64 if logprob.dtype == torch.float64 else torch.float32,
         advantages,
         mask=mask,
@@ -172,7 +172,7 @@ def policy_loss(
 
 
 def prepare_loss_inputs(
-    shape: torch.Size,
+    tokens: Tensor,
     dtype: torch.dtype,
     advantages: Tensor,
     *,
@@ -189,10 +189,11 @@ def prepare_loss_inputs(
 ) -> PreparedLoss:
     """Check the arguments of `policy_loss` and set masked tokens to 0.
 
-    shape: of the tokens, [B, T] or [N]; dtype: of the loss, fp32 or fp64.
+    tokens: [B, T] or [N]; only the shape and the device are read. dtype: of the loss, fp32 or fp64.
     """
+    shape = tokens.shape
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, shape)
+        check_cu_seqlens(cu_seqlens, tokens)
     elif len(shape) == 1 and config.reads_sequences:
         settings = (
             "surrogate", "ratio_level", "aggregation", "importance_level", "rejection",
@@ -200,8 +201,8 @@ def prepare_loss_inputs(
         )  # fmt: skip
         given = ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
         raise ValueError(f"packed [N] input needs cu_seqlens with {given}, got None")
-    check_advantages(advantages, shape, cu_seqlens)
-    expect_mask(mask, shape)
+    check_advantages(advantages, tokens, cu_seqlens)
+    expect_mask(mask, tokens)
     logprobs = {
         "old_logprob": old_logprob,
         "ref_logprob": ref_logprob,
@@ -209,15 +210,15 @@ def prepare_loss_inputs(
     }
     for name, logprob in logprobs.items():
         if logprob is not None:
-            expect_tensor(name, logprob, floating=True, shape=shape)
+            expect_tensor(name, logprob, floating=True, shape=shape, device_of=tokens)
     if config.needs_sampling and sampling_logprob is None:
         reader = "importance_mode" if config.importance_mode == "mask" else "surrogate"
         reader = "rejection" if config.rejection else reader
         raise ValueError(f"{reader}={getattr(config, reader)!r} needs sampling_logprob, got None")
     if config.policy_term.relative_to_sampler:
         logprobs |= {"old_logprob": sampling_logprob, "sampling_logprob": None}
-    check_normalizers(config, normalizer, entropy_normalizer, nll_normalizer)
-    spread_weight = spread_nll_weight(nll_weight, config, shape, cu_seqlens)
+    check_normalizers(config, normalizer, entropy_normalizer, nll_normalizer, tokens.device)
+    spread_weight = spread_nll_weight(nll_weight, config, tokens, cu_seqlens)
 
     keep = (advantages.new_ones(shape) if mask is None else mask).bool()
     sequences = Sequences(keep, cu_seqlens)
@@ -238,32 +239,32 @@ def prepare_loss_inputs(
 
 
 def spread_nll_weight(
-    nll_weight: Tensor | None, config: LossConfig, shape: torch.Size, cu_seqlens: Tensor | None
+    nll_weight: Tensor | None, config: LossConfig, tokens: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """Check nll_weight and broadcast it to the tokens' shape; None where it is not read."""
     if nll_weight is not None:
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, shape)
-        check_advantages(nll_weight, shape, cu_seqlens, "nll_weight")
+            check_cu_seqlens(cu_seqlens, tokens)
+        check_advantages(nll_weight, tokens, cu_seqlens, "nll_weight")
     if not config.has_nll:
         return None
     if nll_weight is None:
         raise ValueError(f"nll_coef={config.nll_coef} needs nll_weight, got None")
-    return spread_to_tokens(nll_weight.detach(), shape, cu_seqlens)
+    return spread_to_tokens(nll_weight.detach(), tokens.shape, cu_seqlens)
 
 
 def tokens_to_read(
     mask: Tensor | None,
     nll_weight: Tensor | None,
     config: LossConfig,
-    shape: torch.Size,
+    tokens: Tensor,
     cu_seqlens: Tensor | None,
 ) -> Tensor | None:
     """Return the mask of the tokens that the loss reads: of the loss mask or with an nll_weight."""
-    weight = spread_nll_weight(nll_weight, config, shape, cu_seqlens)
+    weight = spread_nll_weight(nll_weight, config, tokens, cu_seqlens)
     if weight is None or mask is None:
         return mask
-    expect_mask(mask, shape)
+    expect_mask(mask, tokens)
     return mask.bool() | (weight != 0)
 
 

@@ -92,10 +92,11 @@ def _sequence_ids(tokens: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def check_advantages(
-    advantages: Tensor, shape: torch.Size, cu_seqlens: Tensor | None, name: str = "advantages"
+    advantages: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: str = "advantages"
 ) -> None:
-    """Check that there is one advantage per token of this shape, or one per sequence."""
-    expect_tensor(name, advantages)
+    """Check that there is one advantage per token, or one per sequence."""
+    expect_tensor(name, advantages, device_of=tokens)
+    shape = tokens.shape
     allowed = [shape]
     if len(shape) == 2:
         allowed.append(shape[:1])
@@ -106,18 +107,17 @@ def check_advantages(
         raise ValueError(f"{name} must have shape {expected}, got {shape_of(advantages)}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
     """Check the boundaries [sequences + 1] of packed tokens."""
-    if len(shape) == 2:
+    if tokens.dim() == 2:
         raise ValueError("cu_seqlens belongs to packed [N] input, got [B, T] input")
-    expect_tensor("cu_seqlens", cu_seqlens)
+    expect_tensor("cu_seqlens", cu_seqlens, device_of=tokens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [sequences + 1], got {shape_of(cu_seqlens)}")
     if not values_are_readable(cu_seqlens):
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (cu_seqlens.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to {shape[0]} tokens, got {cu_seqlens.tolist()}"
-        )
+    N = len(tokens)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to {N} tokens, got {cu_seqlens.tolist()}")

@@ -221,7 +221,7 @@ def check_token_weights(token_weights: Tensor | None, tokens: Tensor, mask: Tens
     expect_tensor(
         "token_weights", token_weights, floating=True, shape=tokens.shape, device_of=tokens
     )
-    expect_mask(mask, tokens.shape)
+    expect_mask(mask, tokens)
     kept = token_weights if mask is None else torch.where(mask != 0, token_weights, 0)
     expect_finite("token_weights", kept)
 
@@ -234,7 +234,7 @@ def divergence_weights(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the factor of each token's divergence in the loss, 0 where masked."""
-    aggregation.check_normalizers(_MEAN, normalizer, None, None)
+    aggregation.check_normalizers(_MEAN, normalizer, None, None, tokens.device)
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     factor = aggregation.token_weights(Sequences(keep, None), _MEAN, normalizer, dtype)
     if token_weights is None:

@@ -119,7 +119,7 @@ def grpo_loss(
     check_logits("logits", logits)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
-    mask_to_read = tokens_to_read(mask, nll_weight, config, logits.shape[:-1], cu_seqlens)
+    mask_to_read = tokens_to_read(mask, nll_weight, config, logits[..., 0], cu_seqlens)
     over_vocabulary = config.kl_estimator in VOCABULARY_KL
     kl_logits = ref_logits if over_vocabulary else None
     kl = None if kl_logits is None else config.kl_estimator
@@ -134,7 +134,7 @@ def grpo_loss(
         logits, tokens, temperature, softcap, kl_logits, kl, mask_to_read, support
     )
     prepared = prepare_loss_inputs(
-        tokens.shape,
+        tokens,
         rows.temperature.dtype,
         advantages,
         mask=mask,

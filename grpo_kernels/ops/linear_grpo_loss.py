@@ -194,9 +194,8 @@ def linear_grpo_loss(
     expect_tensor("hidden", hidden, floating=True, dims=(2, 3), layout=HIDDEN_LAYOUT)
     check_tokens(tokens, token_rows, hidden)
     expect_tensor("weight", weight, floating=True)
-    expect_tensor("advantages", advantages, device_of=hidden)
     prepared = prepare_loss_inputs(
-        tokens.shape,
+        tokens,
         accumulation_dtype(hidden.dtype),
         advantages,
         mask=mask,
@@ -210,7 +209,7 @@ def linear_grpo_loss(
         nll_normalizer=nll_normalizer,
         cu_seqlens=cu_seqlens,
     )
-    mask_to_read = tokens_to_read(mask, nll_weight, config, tokens.shape, cu_seqlens)
+    mask_to_read = tokens_to_read(mask, nll_weight, config, tokens, cu_seqlens)
     with_grad = prepared.inputs.advantage
     if prepared.inputs.nll_weight is not None:
         with_grad = (with_grad != 0) | (prepared.inputs.nll_weight != 0)

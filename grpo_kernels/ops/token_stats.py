@@ -235,7 +235,7 @@ def prepare_rows(
     """Check the arguments of `token_stats` and lay them out as rows [B, T, ...]."""
     check_logits("logits", logits)
     expect_tokens(tokens, logits)
-    expect_mask(mask, tokens.shape)
+    expect_mask(mask, tokens)
     expect_temperature(temperature, tokens, mask)
     _check_kl(kl, ref_logits, logits)
     if softcap is not None:

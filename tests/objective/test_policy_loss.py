@@ -363,7 +363,7 @@ def test_token_gradients_match_autograd(seed, config, given_logprobs, spread):
     nll_weight = normal(seed + 11, 4, 6) * (normal(seed + 12, 4, 6) > 0)
     keywords |= {"mask": mask, "nll_weight": nll_weight}
     prepared = prepare_loss_inputs(
-        logprob.shape, torch.float64, advantages, config=config, **keywords,
+        logprob, torch.float64, advantages, config=config, **keywords,
     )  # fmt: skip
     loss = policy_loss(logprob, advantages, entropy=entropy, config=config, **keywords).loss
     expected = torch.autograd.grad(loss, (logprob, entropy), materialize_grads=True)
