@@ -56,7 +56,7 @@ def planned_sizes(work: HeadWork, rates: DeviceRates | None, memory: int) -> Chu
     """Return the sizes of the plan; without rates, those of the old one."""
     return plan_chunks(
         work.N, V, H, DTYPE, memory, rates, kl=work.logits == 2,
-        gradient=work.hidden_grad, weight_grad=work.weight_grad,
+        gradient=work.hidden_grad, weight_grad=work.weight_grad and rates is not None,
     )  # fmt: skip
 
 

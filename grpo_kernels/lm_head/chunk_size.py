@@ -6,6 +6,11 @@ bounds them. On a GPU the sizes are those of the least predicted time (roofline.
 logits are made for few tokens at a time, and their gradients in half precision collected for many.
 Elsewhere, and where the gradient overwrites the logits, both sizes are one. Chunks are equal,
 because a small last one would run its matrix products at a small product's speed.
+
+On a CPU one product in bf16 is faster than several, whose sum is in fp32, of which PyTorch makes
+none from bf16 operands. Where the gradients of all tokens fit, they are collected: for 2,048 tokens
+under a head of 151,936 x 896 on one core with units for bf16 that took 13.0 s against 16.1, in the
+same workspace.
 """
 
 from functools import lru_cache
@@ -83,10 +88,15 @@ def plan_chunks(
     """
     logit_bytes, grad_bytes = _bytes_per_token(V, H, dtype, kl, gradient, overwrite)
     budget = workspace_bytes(memory)
+    is_collected = weight_grad and overwrite and dtype.itemsize < 4
     if rates is None:
         size = _equal_chunk(N, 1, _largest(budget, logit_bytes + grad_bytes))
+        if size < N and is_collected and dtype == torch.bfloat16:
+            for k in range(2, MOST_LOGIT_CHUNKS + 1):
+                largest = _largest(budget, logit_bytes + k * grad_bytes)
+                if largest >= SMALLEST_LOGIT_CHUNK and k * largest >= N:
+                    return ChunkSizes(_equal_chunk(N, k, largest), N)
         return ChunkSizes(size, size)
-    is_collected = weight_grad and overwrite and dtype.itemsize < 4
     grain = max(TILE, (1 << max(0, N.bit_length() - 1)) // GRAIN)
     work = HeadWork(
         max(1, N + -N % grain), V, H, dtype.itemsize, 2 if kl else 1,

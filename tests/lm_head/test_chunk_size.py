@@ -88,6 +88,19 @@ def test_chunks_are_few_and_of_equal_size(N, V, H, dtype, memory, kl, gradient):
         assert size - last < count * TILE, "the last chunk is too small"
 
 
+def test_cpu_collects_bf16_gradients_that_all_fit():
+    """One product of bf16 rounds once; several would be of operands upcast to fp32."""
+    keywords = {"V": 151_936, "H": 896, "memory": 64 * GIB, "weight_grad": True}
+    sizes = plan_chunks(2048, dtype=torch.bfloat16, **keywords)
+    assert sizes.weight_chunk == 2048 and 512 <= sizes.logit_chunk <= 1024
+    assert used_bytes(sizes, 151_936, 896, torch.bfloat16) <= WORKSPACE
+    for N, dtype in ((64, torch.bfloat16), (8192, torch.bfloat16), (2048, torch.float32)):
+        logit_chunk, weight_chunk = plan_chunks(N, dtype=dtype, **keywords)
+        assert logit_chunk == weight_chunk, "all in one chunk, too many tokens, overwritten"
+    without = plan_chunks(2048, dtype=torch.bfloat16, **{**keywords, "weight_grad": False})
+    assert without == (1024, 1024)
+
+
 def plan_for_gpu(rates, N, dtype=torch.bfloat16, **keywords):
     keywords = {"weight_grad": True, **keywords}
     return plan_chunks(N, **LLAMA, dtype=dtype, memory=rates.memory, rates=rates, **keywords)
