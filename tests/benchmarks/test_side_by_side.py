@@ -33,7 +33,7 @@ def test_table_of_a_task(monkeypatch, capsys):
     title, _, *table = capsys.readouterr().out.strip().split("\n")
     assert title == f"{TASK}, both, tiny, 16 tokens, fp32, 3 rounds"
     rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in table[2:])}
-    assert list(rows) == [OURS, REFERENCE, "absent", "slow", "wrong"]
+    assert list(rows) == ["bare products", OURS, REFERENCE, "absent", "slow", "wrong"]
     assert float(rows[OURS][3]) == 1 < float(rows["slow"][3])
     assert rows["wrong"][1].startswith("refused: error of loss")
     assert rows["absent"][1] == "failed: ModuleNotFoundError: no-such-package is not installed"
@@ -45,3 +45,29 @@ def test_wrong_result_of_ours_is_an_error(monkeypatch):
     monkeypatch.setitem(PEERS, OURS, wrong)
     with pytest.raises(correctness.Refused, match="error of loss"):
         side_by_side.main([TASK, "--model", "tiny", "--tokens", "16"])
+
+
+def test_shape_and_peer_of_the_user(monkeypatch, capsys):
+    peers = {name: PEERS[name] for name in (OURS, REFERENCE)}  # the command adds its peer
+    monkeypatch.setattr(side_by_side, "PEERS", peers)
+    monkeypatch.setattr(correctness, "PEERS", peers)
+    command = ["linear_grpo_loss", "--rounds", "2", "--shape", "16,65,8,fp32", "32,90,8,bf16"]
+    side_by_side.main([*command, "--peer", "grpo_kernels:linear_grpo_loss"])
+    printed = capsys.readouterr().out
+    for title in ("V = 65, H = 8, 16 tokens, fp32", "V = 90, H = 8, 32 tokens, bf16"):
+        assert f"linear_grpo_loss, both, {title}, 2 rounds" in printed
+    assert printed.count("| grpo_kernels:linear_grpo_loss |") == 2
+
+
+@pytest.mark.parametrize("text", ["64,512,fp32", "64,512,32,int8", "0,512,32,fp32", "a,b,c,fp32"])
+def test_wrong_shape(text, capsys):
+    with pytest.raises(SystemExit):
+        side_by_side.main(["linear_grpo_loss", "--shape", text])
+    assert "expected N,V,H,DTYPE with sizes of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no_such_module:f", "grpo_kernels:nothing", "grpo_kernels"])
+def test_wrong_peer(text, capsys):
+    with pytest.raises(SystemExit):
+        side_by_side.main(["linear_grpo_loss", "--peer", text])
+    assert f"expected module:function, got {text!r}" in capsys.readouterr().err
