@@ -1,7 +1,8 @@
-"""The written pages: the figures in README.md, and results/README.md with all cases."""
+"""The written pages: the headline of README.md, benchmarks/README.md, and results/README.md."""
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -10,20 +11,23 @@ from benchmarks.core.roofline import FLOORS
 from benchmarks.core.shapes import PLANS, Shape
 from benchmarks.core.tasks import TASKS
 from benchmarks.peers import OURS, PEERS
+from benchmarks.peers.plain import REFERENCE
 from benchmarks.report import tables, targets
 from benchmarks.report.charts import HEADLINE, THEMES, Chart, chart_data
 
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
 ALL_CASES = DIRECTORY / "README.md"
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def texts(devices: list[DeviceResults]) -> dict[Path, str]:
     """Return the new text of each page."""
-    readme = README.read_text(encoding="utf-8")
+    readme = replace_marked(README.read_text(encoding="utf-8"), "headline", headline(devices))
+    page = BENCHMARKS.read_text(encoding="utf-8")
     for kind in KINDS:
-        readme = replace_marked(readme, kind, readme_section(kind, devices))
-    return {README: readme, ALL_CASES: all_cases(devices)}
+        page = replace_marked(page, f"{kind} figures", section(kind, devices))
+    return {README: readme, BENCHMARKS: page, ALL_CASES: all_cases(devices)}
 
 
 def all_charts(devices: list[DeviceResults]) -> dict[Path, Chart]:
@@ -52,9 +56,9 @@ def stale() -> list[str]:
     return [link(path) for path in old]
 
 
-def replace_marked(text: str, kind: str, content: str) -> str:
-    """Replace what stands between the markers of a kind of machine."""
-    start, end = f"<!-- {kind} figures -->", f"<!-- end of {kind} figures -->"
+def replace_marked(text: str, name: str, content: str) -> str:
+    """Replace what stands between two markers."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
     replaced, count = pattern.subn(lambda _: f"{start}\n{content}\n{end}", text)
     if count != 1:
@@ -70,7 +74,7 @@ def chart_path(results: DeviceResults, level: str, theme: str) -> Path:
     return DIRECTORY / f"{slug(results.machine['device'])}-{level}-{theme}.svg"
 
 
-def picture(results: DeviceResults, level: str, directory: Path = ROOT) -> str:
+def picture(results: DeviceResults, level: str, directory: Path) -> str:
     """Return the HTML of a chart; links are relative to the directory of the page."""
     light, dark = (
         chart_path(results, level, theme).relative_to(directory).as_posix() for theme in THEMES
@@ -93,8 +97,36 @@ def machine_line(machine: dict) -> str:
     )
 
 
-def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
-    """Return the figures of a kind of machine, as they stand between the README's markers."""
+def headline(devices: Iterable[DeviceResults]) -> str:
+    """Return the reason to use the package: one comparison at the largest N, and a chart."""
+    parts = []
+    for results in devices:
+        base = results.base
+        found = [
+            (ours, plain)
+            for ours in results.records
+            if (ours.task, ours.phase, ours.peer) == ("linear_grpo_loss", "both", OURS)
+            and replace(ours.shape, N=base.N) == base
+            and (plain := results.find(ours.task, "both", REFERENCE, ours.shape)) is not None
+            and plain.seconds and plain.extra_bytes and ours.seconds and ours.extra_bytes
+        ]  # fmt: skip
+        if not found:
+            continue
+        ours, plain = max(found, key=lambda pair: pair[0].N)
+        parts += [
+            f"**{plain.extra_bytes / ours.extra_bytes:.2g} times less memory, in "
+            f"{ours.seconds / plain.seconds:.2f} of the time.** Loss and gradient of {ours.N:,} "
+            f"tokens under the head of {base.model} in {base.dtype} take "
+            f"{tables.memory(ours.extra_bytes)} of extra memory and {tables.time(ours.seconds)}; "
+            f"in plain PyTorch {tables.memory(plain.extra_bytes)} and {tables.time(plain.seconds)} "
+            f"({machine_line(results.machine)}).",
+            picture(results, "hidden", ROOT),
+        ]
+    return "\n\n".join(parts) or "not measured yet"
+
+
+def section(kind: str, devices: Iterable[DeviceResults]) -> str:
+    """Return the figures of a kind of machine, as they stand in benchmarks/README.md."""
     parts = []
     for results in devices:
         if results.machine["kind"] != kind:
@@ -113,8 +145,8 @@ def readme_section(kind: str, devices: Iterable[DeviceResults]) -> str:
             *lora_table(results),
             *trainer_table(results),
             *([target_table(results), *max_tokens_table(results)] if kind == "cuda" else []),
-            picture(results, "hidden"),
-            f"[Every case, quartile and failure]({link(ALL_CASES)}).",
+            picture(results, "hidden", BENCHMARKS.parent),
+            "[Every case, quartile and failure](results/README.md).",
         ]
     return "\n\n".join(parts) or "not measured yet"
 

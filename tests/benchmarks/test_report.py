@@ -1,4 +1,4 @@
-"""The README shows the figures of the result files, and says so if there are none."""
+"""The pages show the figures of the result files, and says so if there are none."""
 
 import json
 from dataclasses import astuple
@@ -52,13 +52,13 @@ def test_changed_figure_is_stale(monkeypatch):
     devices = results.load()
     devices[0].find("linear_grpo_loss", "both", OURS).seconds = 123.0
     monkeypatch.setattr(pages, "load", lambda: devices)
-    assert "README.md" in pages.stale()
+    assert "benchmarks/README.md" in pages.stale()
 
 
 def test_section_of_a_machine_without_results(tmp_path):
-    assert pages.readme_section("cuda", []) == "not measured yet"
+    assert pages.section("cuda", []) == "not measured yet"
     write_file(tmp_path, "cpu", record())
-    assert pages.readme_section("cuda", results.load(tmp_path)) == "not measured yet"
+    assert pages.section("cuda", results.load(tmp_path)) == "not measured yet"
 
 
 def test_sections_separate_cpu_and_gpu(tmp_path):
@@ -69,7 +69,7 @@ def test_sections_separate_cpu_and_gpu(tmp_path):
     )
     devices = results.load(tmp_path)
     for kind, own, other in (("cpu", "111 ms", "222 ms"), ("cuda", "222 ms", "111 ms")):
-        text = pages.readme_section(kind, devices)
+        text = pages.section(kind, devices)
         assert own in text
         assert other not in text
     assert "Tests on the device: 7 passed." in pages.all_cases(devices)
@@ -79,7 +79,7 @@ def test_failed_and_faster_peers_are_shown(tmp_path):
     failed = record("TRL", status="failed", reason="RuntimeError: no | driver", seconds=None)
     write_file(tmp_path, "cpu", record(), failed, record("Liger", seconds=0.25))
     devices = results.load(tmp_path)
-    summary = pages.readme_section("cpu", devices)
+    summary = pages.section("cpu", devices)
     assert "| TRL | failed |" in summary
     assert "| Liger | 250 ms |" in summary
     assert "failed: RuntimeError: no \\| driver" in pages.all_cases(devices)
@@ -94,9 +94,9 @@ def test_files_of_different_commits_are_refused(tmp_path):
 
 def test_replace_marked():
     with pytest.raises(ValueError, match="expected one pair of markers"):
-        pages.replace_marked("no markers", "cpu", "figures")
+        pages.replace_marked("no markers", "cpu figures", "figures")
     text = "before\n<!-- cpu figures -->\nold\n<!-- end of cpu figures -->\nafter"
-    assert "old" not in (new := pages.replace_marked(text, "cpu", "new \\1"))
+    assert "old" not in (new := pages.replace_marked(text, "cpu figures", "new \\1"))
     assert new.startswith("before") and "new \\1" in new and new.endswith("after")
 
 
@@ -120,14 +120,14 @@ def test_table_of_trainers(tmp_path):
     records = [trainers.record_of(name, {"step_times": x, **rest}) for name, x in runs.items()]
     write_file(tmp_path, "cpu", record())
     write_file(tmp_path, "trainers", *records)
-    text = pages.readme_section("cpu", results.load(tmp_path))
+    text = pages.section("cpu", results.load(tmp_path))
     assert "| grpo_kernels | 3 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text
     assert "| TRL | 30 s | 3 GiB | 25.0% → 50.0% after 3 steps, mean reward 0.500 |" in text
 
 
 def test_tables_of_lora_are_left_out_until_they_are_measured(tmp_path):
     write_file(tmp_path, "cpu", record())
-    text = pages.readme_section("cpu", results.load(tmp_path))
+    text = pages.section("cpu", results.load(tmp_path))
     assert "frozen" not in text and "tree" not in text and "LoRA" not in text
     measured = [
         record(task="linear_token_stats_frozen", seconds=0.111),
@@ -138,7 +138,7 @@ def test_tables_of_lora_are_left_out_until_they_are_measured(tmp_path):
         record(task="lora_stats_step", seconds=2.0),
     ]
     write_file(tmp_path, "cpu", record(), *measured)
-    text = pages.readme_section("cpu", results.load(tmp_path))
+    text = pages.section("cpu", results.load(tmp_path))
     assert "| `linear_token_stats_frozen`, fp32, 64 tokens | time |" in text
     assert "| TRL | 222 ms | 91% | 3 MiB |" in text
     assert "| LoRA step, SmolLM2 135M, 64 tokens, fp32 | time with `linear_grpo_loss` |" in text
