@@ -23,7 +23,9 @@ from grpo_kernels.backends.triton.launch_configs import pick_row_launch
 FORWARD = "token_stats_forward: log-prob, entropy"
 FORWARD_SUMS = "token_stats_forward: log-prob, entropy, sums"
 FORWARD_TOP = "token_stats_forward: log-prob, entropy, top"
+FORWARD_SOFTCAP = "token_stats_forward: log-prob, entropy, softcap"
 BACKWARD = "token_stats_backward: log-prob, entropy"
+BACKWARD_SOFTCAP = "token_stats_backward: log-prob, entropy, softcap"
 GRPO_LOSS = "grpo_loss: k3, entropy, importance"
 # Kernels predicted below 85% of their floor, with the least that is accepted.
 SLOWER = {
@@ -31,11 +33,10 @@ SLOWER = {
     "approximate_kl_forward": 0.45,
     # The logarithm of the mixture is a polynomial: with it an entry takes fifty-five instructions.
     "jsd_forward": 0.6,
-    # The softcap's tanh and its division take thirty instructions per entry.
-    "token_stats_forward: log-prob, entropy, softcap": 0.42,
-    "token_stats_part: log-prob, entropy, softcap": 0.42,
-    "token_stats_backward: log-prob, entropy, softcap": 0.6,
-    "grpo_loss: k3_corrected, entropy, softcap": 0.34,
+    # The softcap's tanh takes sixteen instructions per entry, two of them special-function calls.
+    FORWARD_SOFTCAP: 0.65,
+    "token_stats_part: log-prob, entropy, softcap": 0.65,
+    "grpo_loss: k3_corrected, entropy, softcap": 0.59,
 }
 
 
@@ -78,7 +79,9 @@ def test_hopper_kernels_have_no_spills_and_wide_accesses(hopper):
         (FORWARD, [(10.5, 1.1)]),
         (FORWARD_SUMS, [(16.8, 1.1)]),
         (FORWARD_TOP, [(11.3, 1.1)]),
+        (FORWARD_SOFTCAP, [(28.0, 3.2)]),
         (BACKWARD, [(9.5, 1.05)]),
+        (BACKWARD_SOFTCAP, [(31.0, 3.2)]),
         (GRPO_LOSS, [(10.8, 1.15), (10.5, 1.05)]),
     ],
 )
