@@ -45,6 +45,7 @@ setup(
     packages=find_packages(include=["grpo_kernels", "grpo_kernels.*"]),
     package_dir={"": "."},
     package_data={"grpo_kernels": ["py.typed"]},
+    # .ci/run tests the oldest of these, the set in constraints.txt, and newer ones.
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

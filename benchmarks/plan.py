@@ -101,7 +101,7 @@ def table(device: DeviceRates) -> str:
 def readme() -> str:
     """Return benchmarks/README.md with the table of today's plan for the H100."""
     text = README.read_text(encoding="utf-8")
-    return replace_marked(text, "plan", table(H100))
+    return replace_marked(text, "plan figures", table(H100))
 
 
 def main() -> None:

@@ -95,12 +95,15 @@ def in_double() -> Iterator[None]:
 
 
 class FloatAsDouble(TorchFunctionMode):
-    """Turns x.float() into x.double()."""
+    """Turns x.float() and x.to(dtype=torch.float32) into fp64."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
         if function is torch.Tensor.float:
             function = torch.Tensor.double
-        return function(*arguments, **keywords or {})
+        if function is torch.Tensor.to and keywords.get("dtype") is torch.float32:
+            keywords = keywords | {"dtype": torch.float64}
+        return function(*arguments, **keywords)
 
 
 class OneProcess:

@@ -43,7 +43,7 @@ class BundledOp:
     def __call__(self, *arguments: Any) -> Any:
         flat = []
         for argument, (bundle, _) in zip(arguments, self._layout, strict=True):
-            flat += [argument] if bundle is None else argument
+            flat.extend([argument] if bundle is None else tuple(argument))
         return self._op(*flat)
 
     def bundle(self, arguments: Iterable[Any]) -> list[Any]:

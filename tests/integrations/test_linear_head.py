@@ -23,6 +23,7 @@ from tests.helpers.causal_lms import (
 )
 from tests.helpers.linear import half_gradient_tolerance, relative_error
 from tests.helpers.tolerance import assert_as_accurate
+from tests.helpers.versions import needs_adapters_of_transformers
 
 pytestmark = [
     pytest.mark.usefixtures("pytorch_backend"),
@@ -129,6 +130,7 @@ def test_disabled_adapter(name):
     assert (found.logprob - enabled).abs().max() > 0.1
 
 
+@needs_adapters_of_transformers
 def test_adapter_of_transformers():
     """Without a PeftModel around the model: its own add_adapter."""
     model = make_model("llama")

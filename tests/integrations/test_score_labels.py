@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from grpo_kernels.integrations.score_labels import ScoredOutput, score_labels
 from tests.helpers.causal_lms import MODELS, MORE_MODELS, SMALL, V, make_batch, make_model
+from tests.helpers.versions import needs_adapters_of_transformers
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
 
@@ -233,6 +234,7 @@ def test_ddp_and_fsdp_gradients(one_rank, wrap, patched_first):
     assert "forward" not in vars(model)
 
 
+@needs_adapters_of_transformers
 @pytest.mark.parametrize("sharded_alone", [False, True])
 def test_fsdp_gradients_of_lora_on_head(one_rank, sharded_alone):
     model, (ids, _) = make_model("llama"), make_batch()

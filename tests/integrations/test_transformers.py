@@ -102,8 +102,8 @@ def test_mask_selects_tokens():
 
 def test_hooks_are_removed_when_the_model_raises():
     model = make_model("llama")
-    with pytest.raises(TypeError):
-        forward_to_hidden(model, input_ids=make_batch()[0], nonsense=1, position_ids="x")
+    with pytest.raises((TypeError, AttributeError)):  # by the version of Transformers
+        forward_to_hidden(model, input_ids=make_batch()[0], position_ids="x")
     assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
 
 
