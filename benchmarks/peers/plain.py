@@ -14,7 +14,8 @@ def linear_grpo_loss(problem: Problem) -> Outputs:
     """The loss of LossConfig(), with logits in the dtype of the model."""
     logits = problem.hidden @ problem.weight.T
     logprob = logits.log_softmax(-1).gather(-1, problem.tokens[..., None]).squeeze(-1).float()
-    ratio = (logprob - problem.old_logprob).exp()
+    old_logprob = logprob.detach() if problem.old_logprob is None else problem.old_logprob
+    ratio = (logprob - old_logprob).exp()
     clipped, advantages = ratio.clamp(0.8, 1.2), problem.advantages[:, None]
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     mask = torch.ones_like(per_token) if problem.mask is None else problem.mask.to(per_token.dtype)
