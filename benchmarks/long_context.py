@@ -81,7 +81,7 @@ def measure(
         loss.backward()
         seconds = clock.now() - start
 
-    # The workspace is a thread's, and stays for its next call: in a new thread all of it is counted.
+    # The workspace is a thread's and stays for its next call: in a new thread all of it counts.
     with ThreadPoolExecutor(max_workers=1) as thread:
         extra_bytes = thread.submit(peak_extra_bytes, loss_and_gradients).result()
     return Row(N, extra_bytes, hidden.nbytes, seconds)
