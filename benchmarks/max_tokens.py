@@ -1,13 +1,13 @@
 """Find how many tokens each implementation of a loss takes before the device is out of memory.
 
     python -m benchmarks.max_tokens --results FILE
+    python -m benchmarks.max_tokens --results FILE --stand-in 3000    on a CPU: tiny, "full" there
 
 Loss and gradients of linear_grpo_loss under Llama 3.2 1B's head in bf16. N doubles until memory
 runs out, then the gap is bisected, in multiples of 512 tokens.
 """
 
 import argparse
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.core import clock
 from benchmarks.core.harness import describe_error
+from benchmarks.core.memory import free_memory
 from benchmarks.core.problem import make_problem
 from benchmarks.core.results import Record, ResultFile
 from benchmarks.core.shapes import Shape
@@ -43,12 +44,18 @@ def find_largest(fits: Callable[[int], bool], first: int, step: int, last: int) 
     return good
 
 
-def measure_max_tokens(name: str, device: torch.device) -> Record:
-    """Return a record whose N is the largest that fits; its reason says what stopped the search."""
+def measure_max_tokens(name: str, device: torch.device, stand_in: int | None = None) -> Record:
+    """Return a record whose N is the largest that fits; its reason says what stopped the search.
+
+    stand_in: tokens of a small head that are taken for all that fit, to rehearse without a GPU.
+    """
+    model = MODEL if stand_in is None else "tiny"
     stopped_by, seconds_per_token = f"not reached: {LAST:,} tokens fit", 0.0
 
     def loss_and_gradients(N: int) -> None:
-        problem = make_problem("hidden", Shape(MODEL, N, DTYPE), device)
+        if stand_in is not None and N > stand_in:
+            raise torch.OutOfMemoryError(f"{N:,} tokens exceed the stand-in of {stand_in:,}")
+        problem = make_problem("hidden", Shape(model, N, DTYPE), device)
         gradients(PEERS[name].tasks[TASK](problem), problem)
 
     def fits(N: int) -> bool:
@@ -62,11 +69,10 @@ def measure_max_tokens(name: str, device: torch.device) -> Record:
             stopped_by = "out of memory"
             return False
         finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory(device)
         return True
 
-    record = Record("memory_ceiling", "both", MODEL, 0, DTYPE, 0.0, 0.0, name)
+    record = Record("memory_ceiling", "both", model, 0, DTYPE, 0.0, 0.0, name)
     try:
         record.N = find_largest(fits, FIRST, STEP, LAST)
         record.reason = stopped_by
@@ -80,15 +86,16 @@ def measure_max_tokens(name: str, device: torch.device) -> Record:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--stand-in", type=int, metavar="TOKENS")
     arguments = parser.parse_args()
     device = clock.default_device()
-    if device.type != "cuda":
+    if device.type != "cuda" and arguments.stand_in is None:
         raise SystemExit("a CUDA device is needed: a CPU swaps before it is out of memory")
     results = ResultFile(arguments.results, device, {})
     known = {record.peer for record in results.records.values()}
     for name, peer in PEERS.items():
         if TASK in peer.tasks and not peer.missing() and name not in known:
-            record = measure_max_tokens(name, device)
+            record = measure_max_tokens(name, device, arguments.stand_in)
             results.add(record)
             print(f"{name}: {record.N:,} tokens ({record.reason})", flush=True)
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.core import clock, correctness, roofline
 from benchmarks.core.case import Case
-from benchmarks.core.memory import peak_extra_bytes
+from benchmarks.core.memory import free_memory, peak_extra_bytes
 from benchmarks.core.problem import Problem, make_problem
 from benchmarks.core.results import Record, ResultFile
 from benchmarks.core.tasks import gradients
@@ -95,11 +95,9 @@ class Harness:
         record.lower_quartile, record.upper_quartile = stats.q1, stats.q3
 
     def free_memory(self) -> None:
-        gc.collect()
+        free_memory(self.device)
         # Only libraries are left: collecting over them takes half a second, several times a case.
         gc.freeze()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def problem_of(self, case: Case) -> Problem:
         """Return the tensors of a case; the last ones are reused, as they may be gigabytes."""

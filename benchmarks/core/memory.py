@@ -20,6 +20,13 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - base
 
 
+def free_memory(device: torch.device) -> None:
+    """Return the memory of dead tensors to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_tensor_bytes(call: Callable[[], object]) -> int:
     """Return the peak of CPU tensors; memory that libraries allocate themselves is not seen."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -25,6 +25,11 @@ HEADS = {
     "Llama 3.2 1B": Head(128_256, 2048),
     "Qwen3 0.6B": Head(151_936, 1024),
     "SmolLM2 135M": Head(49_152, 576),
+    # A row of an odd number of tokens does not begin at a multiple of 16 bytes.
+    "Llama 3.2 1B + 1": Head(128_257, 2048),
+    "GPT-2": Head(50_257, 768),
+    "Llama 2 + 1": Head(32_001, 4096),
+    "tiny + 1": Head(67, 16),
     "tiny": Head(512, 32),  # no model's: for runs that take milliseconds
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from benchmarks import gpu, max_tokens, profile
+from benchmarks import max_tokens, profile
 from benchmarks.core import clock, correctness, roofline
 from benchmarks.core import problem as problem_module
 from benchmarks.core.case import Case, cases
@@ -303,27 +303,6 @@ def test_max_tokens_are_found_within_six_percent(limit):
         assert found == 1 << 20
     else:
         assert found == 0
-
-
-def test_gpu_command_continues_after_a_failed_part(tmp_path, monkeypatch):
-    write = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{}')"
-    suites = {
-        "hidden": ("-c", "raise SystemExit(3)"),
-        "logits": ("-c", write),
-        "step": ("-c", "import time; time.sleep(60)"),
-        "memory": ("-c", write),
-    }
-    monkeypatch.setattr(gpu, "SUITES", suites)
-    started = time.monotonic()
-    outcomes = gpu.run(list(suites), tmp_path, CPU, seconds=8.0)
-    assert outcomes == {
-        "hidden": "failed (exit 3)",
-        "logits": "done",
-        "step": "cut off",
-        "memory": "cut off",  # no time was left
-    }
-    assert time.monotonic() - started < 20
-    assert [path.name.split("-")[-1] for path in tmp_path.iterdir()] == ["logits.json"]
 
 
 @pytest.mark.parametrize("level", ["logits", "hidden"])
