@@ -33,6 +33,8 @@ from .ops.token_stats import TokenStats, token_stats
 from .reward_baseline import EMABaseline
 from .sampling_support import TokenSupport, support_from_logits
 
+__version__ = "0.2.0"
+
 __all__ = [
     "ADVANTAGES",
     "AdaptiveEntropy",

@@ -36,7 +36,7 @@ def add_lora(model: Any, rank: int, alpha: float):
 
 def load_peft() -> ModuleType:
     """Import peft; called before a model is loaded, it fails early."""
-    message = '--lora-rank needs the package peft: pip install "grpo_kernels[train]"'
+    message = '--lora-rank needs the package peft: pip install -e ".[train]"'
     return import_package("peft", message)
 
 

@@ -52,9 +52,7 @@ class VLLMEngine(Sampler):
 
     def __init__(self, memory: float, options: Mapping[str, Any]) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                '--sampler vllm needs the package vllm: pip install "grpo_kernels[train,vllm]"'
-            )
+            raise UserError('--sampler vllm needs the package vllm: pip install -e ".[train,vllm]"')
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if options.get(name, 1) != 1:
                 raise UserError(

@@ -85,7 +85,7 @@ PANELS = (
 
 def load_matplotlib() -> None:
     """Import matplotlib; called before a model is loaded, it fails early."""
-    message = 'the curves need matplotlib: pip install "grpo_kernels[train]"'
+    message = 'the curves need matplotlib: pip install -e ".[train]"'
     import_package("matplotlib", message)
 
 

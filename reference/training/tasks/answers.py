@@ -103,7 +103,7 @@ def answer_is(completion: str, answer: str) -> bool:
     if not _has_math_verify():
         raise UserError(
             f"comparing with the answer {answer!r} needs the package math-verify: "
-            'pip install "grpo_kernels[tasks]"'
+            'pip install -e ".[tasks]"'
         )
     marked = marked_text(completion)
     candidates = [marked] if marked else [completion[-TAIL:], last_line(completion), *texts]

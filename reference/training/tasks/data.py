@@ -151,7 +151,7 @@ def gsm8k(
     if data is None:
         import_package(
             "datasets",
-            '--task gsm8k needs the package datasets: pip install "grpo_kernels[tasks]"; '
+            '--task gsm8k needs the package datasets: pip install -e ".[tasks]"; '
             f"or --data: {sources.LAYOUT}",
         )
     try:
@@ -185,8 +185,7 @@ def reasoning_gym(
     """
     gym = import_package(
         "reasoning_gym",
-        f"--task reasoning-gym/{name} needs the package reasoning-gym: "
-        'pip install "grpo_kernels[tasks]"',
+        f'--task reasoning-gym/{name} needs the package reasoning-gym: pip install -e ".[tasks]"',
     )
     known = gym.factory.DATASETS
     if name not in known:

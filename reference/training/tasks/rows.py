@@ -21,7 +21,7 @@ LAYOUT = (
 )
 HELD_OUT_NAMES = ("test", "validation")  # of splits and of files
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([^:]*))?(?::(.+))?")  # name, config, split
-NEEDS = 'needs the package {}: pip install "grpo_kernels[tasks]"'
+NEEDS = 'needs the package {}: pip install -e ".[tasks]"'
 
 MAX_DIGITS = 308  # of an integer: more do not fit into fp64
 CSV_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")
