@@ -12,7 +12,6 @@ left out and named.
 import argparse
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,9 +80,7 @@ def measure(
         loss.backward()
         seconds = clock.now() - start
 
-    # The workspace is a thread's and stays for its next call: in a new thread all of it counts.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        extra_bytes = thread.submit(peak_extra_bytes, loss_and_gradients).result()
+    extra_bytes = peak_extra_bytes(loss_and_gradients)
     return Row(N, extra_bytes, hidden.nbytes, seconds)
 
 

@@ -139,5 +139,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
     message = str(error).strip().split("\n")[0]
     if isinstance(error, correctness.Refused):
         return "refused", message[:160]
-    status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    no_memory = no_memory or "can't allocate memory" in message  # of a CPU
+    status = "out of memory" if no_memory else "failed"
     return status, f"{type(error).__name__}: {message}"[:160]

@@ -1,23 +1,41 @@
 """Peak extra memory of a call: the most that its tensors take at once, inputs not counted."""
 
 import gc
+import os
+import resource
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Return the peak that the allocator of this machine's device reports."""
+    """Return the peak that the allocator of this machine's device reports.
+
+    Called in a new thread: a workspace belongs to a thread and stays for its next call, and all of
+    it has to count.
+    """
     gc.collect()
-    if not torch.cuda.is_available():
-        return peak_tensor_bytes(call)
+    peak = peak_device_bytes if torch.cuda.is_available() else peak_tensor_bytes
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(peak, call).result()
+
+
+def peak_device_bytes(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - base
+
+
+def limit_memory() -> None:
+    """Let a tensor that exceeds the memory raise, before the system kills the process."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not torch.cuda.is_available():  # which reserves more addresses than there is memory
+        resource.setrlimit(resource.RLIMIT_AS, (physical, physical))
 
 
 def free_memory(device: torch.device) -> None:

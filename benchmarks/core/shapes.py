@@ -24,6 +24,7 @@ class Head:
 HEADS = {
     "Llama 3.2 1B": Head(128_256, 2048),
     "Qwen3 0.6B": Head(151_936, 1024),
+    "Qwen2.5 0.5B": Head(151_936, 896),
     "SmolLM2 135M": Head(49_152, 576),
     # A row of an odd number of tokens does not begin at a multiple of 16 bytes.
     "Llama 3.2 1B + 1": Head(128_257, 2048),

@@ -37,6 +37,7 @@ PEER = Peer(
     },
     "no entropy; its kernels need a GPU, on a CPU it is compiled by torch; its gradient filter is "
     "off",
+    "on a CPU torch.compile keeps every logit",
     package="cut_cross_entropy",
     every_shape=False,
 )

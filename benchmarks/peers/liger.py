@@ -118,6 +118,8 @@ PEER = Peer(
     "no entropy beside its GRPO losses, no metrics of a distillation; logits are rounded to the "
     "dtype of the hidden states; its loss from logits needs a GPU; it is not compiled on a CPU; "
     "chunks of 4,096 tokens",
+    "on a CPU its chunks run through autograd in plain PyTorch, and each adds a gradient of the "
+    "whole head",
     package="liger_kernel",
     prepare=pad_logits,
 )

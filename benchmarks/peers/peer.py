@@ -26,6 +26,7 @@ class Peer:
     name: str
     tasks: dict[str, Adapter] = field(hash=False)
     leaves_out: str  # for the report
+    cost: str = ""  # what takes its time where it loses, for the report
     package: str | None = None  # on the package index, if it needs one beside torch
     every_shape: bool = True  # False: the base shape only, because each shape is compiled
     every_phase: bool = True  # False: "both" only, because each phase is compiled

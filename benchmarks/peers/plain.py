@@ -40,8 +40,14 @@ PEERS = (
         PLAIN,
         {"linear_grpo_loss": linear_grpo_loss},
         "no entropy; from bf16, logits and log-probs are bf16; every logit is in memory, often",
+        "log_softmax writes every log-prob and its gradient reads and writes them again",
     ),
-    Peer(REFERENCE, all_tasks(losses), "nothing; every logit is in memory, in fp32"),
+    Peer(
+        REFERENCE,
+        all_tasks(losses),
+        "nothing; every logit is in memory, in fp32",
+        "log-probs, probabilities and their gradients are written for every logit",
+    ),
     Peer(
         f"{REFERENCE}, compiled",
         {
@@ -58,6 +64,7 @@ PEERS = (
             )
         },
         "nothing; torch.compile decides what is in memory",
+        "every logit is still written and read again",
         every_shape=False,
         every_phase=False,
     ),

@@ -25,4 +25,5 @@ PEER = Peer(
         "linear_grpo_loss_frozen": linear_grpo_loss,
     },
     "no entropy; from bf16, logits and log-probs are bf16; every logit is in memory",
+    "every logit, its log-prob and its gradient are written",
 )

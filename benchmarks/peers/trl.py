@@ -105,5 +105,6 @@ PEER = Peer(
     "from hidden states: logits are rounded to their dtype for the log-prob; a KL takes a pass of "
     "its own, and the entropy beside it has no gradient; the objective is plain torch; a "
     "distillation has no entropy of the teacher, and from logits no metrics",
+    "backward computes the logits again, which is a fourth product",
     package="trl",
 )

@@ -5,11 +5,14 @@
 No figure is typed by hand; the tests fail if a written figure is not that of the result files.
 """
 
+import argparse
+
 from benchmarks.core.results import load
 from benchmarks.report import charts, pages
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     devices = load()
     for path, text in pages.texts(devices).items():
         path.write_text(text, encoding="utf-8")

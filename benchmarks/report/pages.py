@@ -11,9 +11,9 @@ from benchmarks.core.roofline import FLOORS
 from benchmarks.core.shapes import PLANS, Shape
 from benchmarks.core.tasks import TASKS
 from benchmarks.peers import OURS, PEERS
-from benchmarks.peers.plain import REFERENCE
+from benchmarks.peers.plain import PLAIN
 from benchmarks.report import tables, targets
-from benchmarks.report.charts import HEADLINE, THEMES, Chart, chart_data
+from benchmarks.report.charts import HEADLINE, THEMES, Chart, chart_data, memory_data
 
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
@@ -40,6 +40,10 @@ def all_charts(devices: list[DeviceResults]) -> dict[Path, Chart]:
             data = chart_data(results.records, level, base)
             for theme in THEMES:
                 charts[chart_path(results, level, theme)] = Chart(data, theme, title)
+        memory = memory_data(results.records, base)
+        title = f"extra memory of loss and gradients, {base.model}'s head, {base.dtype}"
+        for theme in THEMES if memory.by_peer else ():
+            charts[chart_path(results, "memory", theme)] = Chart(memory, theme, title)
     return charts
 
 
@@ -74,15 +78,17 @@ def chart_path(results: DeviceResults, level: str, theme: str) -> Path:
     return DIRECTORY / f"{slug(results.machine['device'])}-{level}-{theme}.svg"
 
 
-def picture(results: DeviceResults, level: str, directory: Path) -> str:
+def picture(results: DeviceResults, chart: str, directory: Path) -> str:
     """Return the HTML of a chart; links are relative to the directory of the page."""
     light, dark = (
-        chart_path(results, level, theme).relative_to(directory).as_posix() for theme in THEMES
+        chart_path(results, chart, theme).relative_to(directory).as_posix() for theme in THEMES
     )
+    shown = "extra memory against tokens: plain PyTorch, TRL, Liger and grpo_kernels"
+    if chart in HEADLINE:
+        shown = f"{HEADLINE[chart]}: time, memory, percentage of the floor, accuracy"
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{HEADLINE[level]}: time, memory, percentage of the roof, accuracy" '
-        f'src="{light}"></picture>'
+        f'<img alt="{shown}" src="{light}"></picture>'
     )
 
 
@@ -98,29 +104,32 @@ def machine_line(machine: dict) -> str:
 
 
 def headline(devices: Iterable[DeviceResults]) -> str:
-    """Return the reason to use the package: one comparison at the largest N, and a chart."""
+    """Return the reason to use the package: memory and time, each at its largest N."""
     parts = []
     for results in devices:
         base = results.base
-        found = [
+        pairs = [
             (ours, plain)
             for ours in results.records
             if (ours.task, ours.phase, ours.peer) == ("linear_grpo_loss", "both", OURS)
             and replace(ours.shape, N=base.N) == base
-            and (plain := results.find(ours.task, "both", REFERENCE, ours.shape)) is not None
-            and plain.seconds and plain.extra_bytes and ours.seconds and ours.extra_bytes
+            and (plain := results.find(ours.task, "both", PLAIN, ours.shape)) is not None
+            and plain.extra_bytes and ours.extra_bytes
         ]  # fmt: skip
-        if not found:
+        clocked = [(ours, plain) for ours, plain in pairs if plain.seconds and ours.seconds]
+        if not clocked:
             continue
-        ours, plain = max(found, key=lambda pair: pair[0].N)
+        ours, plain = max(pairs, key=lambda pair: pair[0].N)
+        our_time, plain_time = max(clocked, key=lambda pair: pair[0].N)
         parts += [
             f"**{plain.extra_bytes / ours.extra_bytes:.2g} times less memory, in "
-            f"{ours.seconds / plain.seconds:.2f} of the time.** Loss and gradient of {ours.N:,} "
-            f"tokens under the head of {base.model} in {base.dtype} take "
-            f"{tables.memory(ours.extra_bytes)} of extra memory and {tables.time(ours.seconds)}; "
-            f"in plain PyTorch {tables.memory(plain.extra_bytes)} and {tables.time(plain.seconds)} "
+            f"{our_time.seconds / plain_time.seconds:.2f} of the time.** Loss and gradient of "
+            f"{ours.N:,} tokens under the head of {base.model} in {base.dtype} take "
+            f"{tables.memory(ours.extra_bytes)} of extra memory, in plain PyTorch "
+            f"{tables.memory(plain.extra_bytes)}; of {our_time.N:,} tokens "
+            f"{tables.time(our_time.seconds)} and {tables.time(plain_time.seconds)} "
             f"({machine_line(results.machine)}).",
-            picture(results, "hidden", ROOT),
+            picture(results, "memory", ROOT),
         ]
     return "\n\n".join(parts) or "not measured yet"
 
@@ -138,6 +147,7 @@ def section(kind: str, devices: Iterable[DeviceResults]) -> str:
             "medians.",
             *head_table(results, "linear_grpo_loss", base),
             *head_table(results, "linear_grpo_loss", PLANS[kind].other_dtype),
+            *size_tables(results),
             *head_table(results, "linear_token_stats_frozen", base),
             *head_table(results, "linear_grpo_loss_tree", base),
             *head_table(results, "linear_grpo_loss_support", base),
@@ -156,22 +166,75 @@ def head_table(results: DeviceResults, task: str, shape: Shape) -> list[str]:
 
     A task that was not measured has none.
     """
-    rows = []
-    for peer in (FLOORS["hidden"][0], *PEERS):
-        if record := results.find(task, "both", peer, shape):
-            # The buffers of a floor are no measurement.
-            memory = tables.memory(record.extra_bytes) if peer in PEERS else tables.NONE
-            error = tables.largest_error(record, gradients=True)
-            percent = tables.percent(record.percent_of_roof)
-            rows.append([peer, tables.outcome(record), percent, memory, error])
+    rows, floor = [], results.find(task, "both", FLOORS["hidden"][0], shape)
+    measured = measured_at(results, task, shape)
+    for record in measured:
+        # The buffers of a floor are no measurement.
+        memory = tables.memory(record.extra_bytes) if record.peer in PEERS else tables.NONE
+        error = tables.largest_error(record, gradients=True)
+        percent = tables.percent_of(floor, record)
+        rows.append([record.peer, tables.outcome(record), percent, memory, error])
     heads = [
         f"`{task}`, {shape.dtype}, {shape.N:,} tokens",
         "time",
-        "of the rate of `torch.mm`",
+        "speed, of the bare products",
         "extra memory",
         "error of gradients",
     ]
-    return [tables.table(heads, rows)] if rows else []
+    return [tables.table(heads, rows), *costs(measured)] if rows else []
+
+
+def measured_at(results: DeviceResults, task: str, shape: Shape) -> list[Record]:
+    """Return the records of the floor and of every implementation."""
+    found = (results.find(task, "both", peer, shape) for peer in (FLOORS["hidden"][0], *PEERS))
+    return [record for record in found if record is not None]
+
+
+def costs(records: Iterable[Record]) -> list[str]:
+    """Say why implementations are slower than ours, and why ours is slower than any."""
+    times = {record.peer: record.seconds for record in records if record.seconds is not None}
+    ours = times.get(OURS)
+    if ours is None:
+        return []
+    peers = [name for name in times if name in PEERS and name != OURS]
+    slower = [name for name in peers if times[name] > 1.05 * ours]
+    if any(times[name] < ours / 1.05 for name in peers):
+        slower = [OURS, *slower]
+    found = [f"{name}: {PEERS[name].cost}." for name in slower if PEERS[name].cost]
+    return ["Why slower. " + " ".join(found)] if found else []
+
+
+def size_tables(results: DeviceResults) -> list[str]:
+    """Return a table per head and dtype of the loss at the sizes that `side_by_side` clocked."""
+    task, smallest = "linear_grpo_loss", 512
+    floor = FLOORS["hidden"][0]
+    shapes: dict[Shape, list[Shape]] = {}
+    for record in records_of(results, task):
+        is_plain = not record.masked and not record.inert and record.phase == "both"
+        if record.peer == floor and record.N >= smallest and record.seconds and is_plain:
+            shapes.setdefault(replace(record.shape, N=0), []).append(record.shape)
+    if results.machine["kind"] != "cpu":
+        return []  # their base shape is as large
+    parts = []
+    for head, found in shapes.items():
+        found.sort(key=lambda shape: shape.N)
+        columns = [measured_at(results, task, shape) for shape in found]
+        heads = [f"`{task}`, {head.model} (V = {head.head.V:,}), {head.dtype}"]
+        for shape in found:
+            heads += [f"{shape.N:,} tokens", "of the bare products", "extra memory"]
+        rows = []
+        for peer in (floor, *PEERS):
+            cells, last = [], None
+            for records in columns:
+                record = next((record for record in records if record.peer == peer), None)
+                last = record or last
+                memory = tables.memory(record.extra_bytes if record else None)
+                percent = tables.percent_of(records[0], record) if record else tables.NONE
+                cells += [tables.outcome(record), percent, memory]
+            if last is not None:
+                rows.append([peer, *cells, tables.largest_error(last, gradients=True)])
+        parts += [tables.table([*heads, "error of gradients"], rows), *costs(columns[-1])]
+    return parts
 
 
 def function_table(results: DeviceResults) -> str:
@@ -231,7 +294,12 @@ def trainer_table(results: DeviceResults) -> list[str]:
         [record.peer, tables.outcome(record), tables.memory(record.extra_bytes), record.reason]
         for record in records_of(results, "grpo_training")
     ]
-    return [tables.table(heads, rows)] if rows else []
+    compared = (
+        "The two rows of TRL do equal work: the same trainer and the same random numbers, with "
+        "and without our losses. The script's sampler and random numbers are its own, so its "
+        "rollouts differ, and its time is not comparable with theirs."
+    )
+    return [tables.table(heads, rows), compared] if rows else []
 
 
 def target_table(results: DeviceResults) -> str:
@@ -288,4 +356,6 @@ def case_tables(results: DeviceResults) -> Iterator[str]:
         groups.setdefault((record.task, record.phase, record.shape), []).append(record)
     for (task, phase, shape), records in groups.items():
         yield f"### {task}, {phase}: {shape}"
-        yield tables.table(tables.DETAILS, map(tables.details, records))
+        floors = {record.peer: record for record in records}
+        floor = floors.get(FLOORS[TASKS[task].level][0]) if task in TASKS else None
+        yield tables.table(tables.DETAILS, (tables.details(record, floor) for record in records))

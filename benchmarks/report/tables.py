@@ -29,6 +29,13 @@ def memory(count: int | None) -> str:
     return f"{mebibytes / 1024:.3g} GiB" if mebibytes >= 1000 else f"{mebibytes:.3g} MiB"
 
 
+def percent_of(floor: Record | None, record: Record) -> str:
+    """Return the speed of a record in percent of that of its floor."""
+    if floor is None or floor.seconds is None or record.seconds is None:
+        return NONE
+    return f"{100 * floor.seconds / record.seconds:.0f}%"
+
+
 def percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.0f}%"
 
@@ -47,11 +54,17 @@ def outcome(record: Record | None) -> str:
     return time(record.seconds) if record.status == "ok" else record.status
 
 
-DETAILS = ("implementation", "time", "quartiles", "rate", "of roof", "extra memory")
+def quartiles(record: Record) -> str:
+    if record.seconds is None:
+        return NONE
+    return f"{time(record.lower_quartile)} to {time(record.upper_quartile)}"
+
+
+DETAILS = ("implementation", "time", "quartiles", "rate", "of the floor", "extra memory")
 DETAILS += ("error of values", "error of gradients")
 
 
-def details(record: Record) -> list[str]:
+def details(record: Record, floor: Record | None) -> list[str]:
     """Return the row under DETAILS."""
     if record.status != "ok":
         reason = f"{record.status}: {record.reason}" if record.reason else record.status
@@ -64,9 +77,9 @@ def details(record: Record) -> list[str]:
     return [
         record.peer,
         time(record.seconds),
-        f"{time(record.lower_quartile)} to {time(record.upper_quartile)}",
+        quartiles(record),
         rate,
-        percent(record.percent_of_roof),
+        percent_of(floor, record),
         memory(record.extra_bytes),
         largest_error(record, gradients=False),
         largest_error(record, gradients=True),

@@ -1,7 +1,8 @@
 """The pages show the figures of the result files, and says so if there are none."""
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,10 @@ from benchmarks import trainers
 from benchmarks.core import results
 from benchmarks.core.results import Record
 from benchmarks.core.shapes import PLANS, Shape
-from benchmarks.peers import OURS
-from benchmarks.report import pages, tables
+from benchmarks.peers import OURS, PEERS
+from benchmarks.peers.plain import PLAIN
+from benchmarks.report import charts, pages, tables
+from benchmarks.report.__main__ import main
 
 
 def record(peer=OURS, **changes):
@@ -20,7 +23,6 @@ def record(peer=OURS, **changes):
         "lower_quartile": 0.4,
         "upper_quartile": 0.6,
         "flops": 10**11,
-        "percent_of_roof": 91.0,
         "extra_bytes": 3 << 20,
         "errors": {"loss": 1e-7, "d_weight": 2e-6},
     }
@@ -85,6 +87,36 @@ def test_failed_and_faster_peers_are_shown(tmp_path):
     assert "failed: RuntimeError: no \\| driver" in pages.all_cases(devices)
 
 
+def test_sizes_headline_and_the_reasons_of_the_slower(tmp_path):
+    base = PLANS["cpu"].base
+    large, larger = replace(base, N=512), replace(base, N=4096)
+    peers = {"bare products": 0.25, OURS: 0.5, PLAIN: 1.0, "TRL": 0.8}
+    files = [
+        *(record(name, shape=large, seconds=s) for name, s in peers.items()),
+        record(shape=larger, seconds=None, extra_bytes=1 << 30),
+        record(PLAIN, shape=larger, seconds=None, extra_bytes=10 << 30),
+        record("TRL", shape=larger, seconds=None, status="out of memory"),
+    ]
+    write_file(tmp_path, "cpu", record(), *files)
+    (device,) = results.load(tmp_path)
+    text = "\n".join(pages.size_tables(device))
+    assert "| plain PyTorch | 1 s | 25% | 3 MiB | 2e-06 |" in text
+    assert f"TRL: {PEERS['TRL'].cost}." in text and PEERS[OURS].cost not in text
+    headline = pages.headline([device])
+    assert "**10 times less memory, in 0.50 of the time.**" in headline
+    data = charts.memory_data(device.records, base)
+    assert data.by_peer["TRL"] == [(512, 3.0), (4096, None)]
+    charts.draw(charts.Chart(data, "light", "title"), tmp_path / "chart.svg")
+    assert "4,096 tokens do not fit" in (tmp_path / "chart.svg").read_text()
+
+
+def test_help_writes_nothing(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", "--help"])
+    monkeypatch.setattr(Path, "write_text", None)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+
+
 def test_files_of_different_commits_are_refused(tmp_path):
     write_file(tmp_path, "one", record())
     write_file(tmp_path, "two", record(), commit="def")
@@ -140,7 +172,7 @@ def test_tables_of_lora_are_left_out_until_they_are_measured(tmp_path):
     write_file(tmp_path, "cpu", record(), *measured)
     text = pages.section("cpu", results.load(tmp_path))
     assert "| `linear_token_stats_frozen`, fp32, 64 tokens | time |" in text
-    assert "| TRL | 222 ms | 91% | 3 MiB |" in text
+    assert "| TRL | 222 ms | – | 3 MiB |" in text
     assert "| LoRA step, SmolLM2 135M, 64 tokens, fp32 | time with `linear_grpo_loss` |" in text
     assert "| no head | 500 ms | 1 MiB | – | – |" in text
     assert "| grpo_kernels | 1 s | 3 MiB | 2 s | 3 MiB |" in text

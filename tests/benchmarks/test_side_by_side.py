@@ -5,7 +5,7 @@ import time
 import pytest
 
 from benchmarks import side_by_side
-from benchmarks.core import correctness
+from benchmarks.core import correctness, results
 from benchmarks.peers import OURS, PEERS, REFERENCE, Peer
 
 pytestmark = pytest.mark.usefixtures("pytorch_backend")
@@ -57,6 +57,22 @@ def test_shape_and_peer_of_the_user(monkeypatch, capsys):
     for title in ("V = 65, H = 8, 16 tokens, fp32", "V = 90, H = 8, 32 tokens, bf16"):
         assert f"linear_grpo_loss, both, {title}, 2 rounds" in printed
     assert printed.count("| grpo_kernels:linear_grpo_loss |") == 2
+
+
+def test_memory_alone_and_results_that_are_not_measured_again(monkeypatch, tmp_path, capsys):
+    peers = {name: PEERS[name] for name in (OURS, REFERENCE)}
+    monkeypatch.setattr(side_by_side, "PEERS", peers)
+    monkeypatch.setattr(correctness, "PEERS", peers)
+    file = tmp_path / "cpu.json"
+    command = ["linear_grpo_loss", "--rounds", "0", "--model", "tiny", "--results", str(file)]
+    side_by_side.main([*command, "--tokens", "256", "32"])
+    _, records, _ = results.read(file)
+    memory = {(record.peer, record.N): record.extra_bytes for record in records}
+    assert memory[OURS, 32] < memory[OURS, 256] < memory[REFERENCE, 256]
+    assert not any(record.seconds for record in records)
+    capsys.readouterr()
+    side_by_side.main([*command, "--tokens", "32", "64"])
+    assert "64 tokens" in (printed := capsys.readouterr().out) and "32 tokens" not in printed
 
 
 @pytest.mark.parametrize("text", ["64,512,fp32", "64,512,32,int8", "0,512,32,fp32", "a,b,c,fp32"])
