@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,28 @@ def test_use_as_context_restores_the_earlier_choice():
 def test_use_triton_on_cpu_with_the_interpreter():
     with use("triton"):
         assert backend_name() == "triton.launchers"
+
+
+@pytest.mark.skipif(not backends.HAS_TRITON, reason="Triton is not installed")
+def test_gpus_that_triton_does_not_support_run_pytorch(monkeypatch):
+    capability = {0: (7, 5), 1: (8, 0), 2: (12, 0)}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability[device.index]
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    choice._is_supported.cache_clear()
+
+    def name(index):
+        logits = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        return backend_for(logits).__name__.rpartition(".")[2]
+
+    assert [name(index) for index in capability] == ["pytorch", "launchers", "launchers"]
+    with use("triton"):
+        assert name(0) == "launchers"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    choice._is_supported.cache_clear()
+    assert name(0) == "launchers"
+    choice._is_supported.cache_clear()
 
 
 @pytest.mark.skipif(not backends.HAS_TRITON, reason="Triton is not installed")
