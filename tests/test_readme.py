@@ -14,6 +14,7 @@ import torch
 import grpo_kernels
 from grpo_kernels import LossConfig, policy_loss
 from reference.training.command_line import parse_command_line
+from reference.training.config import TrainConfig
 from reference.training.tasks.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,17 @@ def test_readme_is_short():
 def test_install_commands(extra):
     (line,) = [line for line in README.read_text().split("\n") if f"[{extra}]" in line]
     assert line.startswith("pip install -c constraints.txt -e ")
+
+
+def test_defaults_of_the_half_page_on_grpo():
+    text = SCRIPT.read_text()
+    rows = text[text.index("| setting | default |") :].split("\n\n")[0].split("\n")[2:]
+    defaults = vars(TrainConfig()) | vars(LossConfig.grpo())
+    assert len(rows) >= 6
+    for row in rows:
+        names, default, _ = row.strip("| ").split(" | ")
+        for setting in re.findall(r"`(\w+)`", names):
+            assert float(default) == defaults[setting], setting
 
 
 def test_training_commands_parse():
