@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up. A module imports from its own layer and from the layers above its line only.
 LAYERS = (
+    "grpo_kernels._ops",
     "grpo_kernels.validation",
     "grpo_kernels.workspace",
     "grpo_kernels.sampling_support",
@@ -159,6 +160,17 @@ def test_nothing_in_reference_carries_the_name_of_an_installed_package():
     installed = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
     names = {path.stem for path in (ROOT / "reference").iterdir()}
     assert names & (installed - {"reference", "__init__"}) == set()
+
+
+def test_package_imports_itself_by_relative_names():
+    """A copy under another name must not import this one."""
+    for module, path in MODULES.items():
+        if module.split(".")[0] == "grpo_kernels":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module]
+                assert "grpo_kernels" not in {name.split(".")[0] for name in names}, module
 
 
 def test_import_works_without_triton_and_transformers():

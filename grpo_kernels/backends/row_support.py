@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..objective.config import LossConfig
 from ..objective.ratios import LossInputs
 from ..objective.token_gradients import TokenGrads
@@ -92,7 +93,7 @@ def prepare_support(
     return RowSupport(*prepared), tokens
 
 
-@torch.library.custom_op("grpo_kernels::prepare_support", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("prepare_support"), mutates_args=())
 def _prepare(
     token_ids: Tensor,
     offsets: Tensor,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..objective.sequences import check_advantages, spread_to_tokens
 from ..validation import expect_mask, expect_tensor, suggest_keywords, values_are_readable
 
@@ -21,7 +22,7 @@ class TokenPacking(NamedTuple):
     counts: Tensor
 
 
-@torch.library.custom_op("grpo_kernels::pack_tokens", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("pack_tokens"), mutates_args=())
 def _pack(counted: Tensor, with_grad: Tensor) -> tuple[Tensor, Tensor]:
     with_grad = with_grad & counted
     key = torch.where(counted, 1, 2).sub_(with_grad.int()).to(torch.uint8)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..backends import RowStats
 from ..validation import OUT_OF_VOCAB, expect_number, expect_token_ids, values_are_readable
 
@@ -41,7 +42,7 @@ def local_ids(tokens: Tensor, sizes: Tensor, rank: int) -> Tensor:
     return torch.where((tokens >= start) & (tokens < end), tokens - start, others)
 
 
-@torch.library.custom_op("grpo_kernels::local_tokens", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("local_tokens"), mutates_args=())
 def local_tokens(
     tokens: Tensor, mask: Tensor | None, rows: int, top_logprobs: int, vocab_group: str
 ) -> tuple[Tensor, Tensor, Tensor]:

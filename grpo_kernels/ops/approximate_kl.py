@@ -10,7 +10,7 @@ from ..backends.interface import ApproximateKL, accumulation_dtype
 from .bundled_op import bundled_op
 
 
-@bundled_op("grpo_kernels::approximate_kl_forward")
+@bundled_op("approximate_kl_forward")
 def _forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,7 +25,7 @@ def _(logits: Tensor, ref_logits: Tensor, mask: Tensor, log2_eps: float) -> tupl
     return output(), output(), output(2), output(2)
 
 
-@bundled_op("grpo_kernels::approximate_kl_backward")
+@bundled_op("approximate_kl_backward")
 def _backward(
     logits: Tensor,
     ref_logits: Tensor,

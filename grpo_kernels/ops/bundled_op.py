@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+
 PARAMETER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
@@ -38,7 +40,8 @@ class BundledOp:
         returns = None if hints["return"] is type(None) else hints["return"]
         signature = inspect.Signature(parameters, return_annotation=returns)
         flat_function.__signature__ = signature  # torch.library reads it for the schema
-        self._op = torch.library.custom_op(name, flat_function, mutates_args=mutates_args)
+        full_name = add_op_namespace_prefix(name)
+        self._op = torch.library.custom_op(full_name, flat_function, mutates_args=mutates_args)
 
     def __call__(self, *arguments: Any) -> Any:
         flat = []
@@ -85,7 +88,7 @@ def bundled_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Call
     """Make an operator of the decorated function, whose parameters may be NamedTuples.
 
     Args:
-        name: "namespace::operator".
+        name: of the operator, without the namespace.
         mutates_args: flat argument names that the function writes to.
     """
     return lambda function: BundledOp(name, function, mutates_args)

@@ -33,7 +33,7 @@ TOP_K_RESULTS = (*RESULTS, "top_k_mass", "teacher_top_k_mass")
 _MEAN = LossConfig(aggregation="token_mean")
 
 
-@bundled_op("grpo_kernels::jsd_forward")
+@bundled_op("jsd_forward")
 def _jsd_forward(
     rows: RowInputs, jsd_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _(rows: RowInputs, jsd_weight: float) -> tuple[Tensor, ...]:
     return jsd, entropy, teacher_entropy, agrees, kl_policy, row_lse, torch.empty_like(row_lse)
 
 
-@bundled_op("grpo_kernels::jsd_backward")
+@bundled_op("jsd_backward")
 def _jsd_backward(
     rows: RowInputs,
     kl_policy: Tensor,

@@ -35,7 +35,7 @@ from .token_stats import (
 
 
 # The operator has one argument per field of a bundle. The config reaches it as `decode` takes it.
-@bundled_op("grpo_kernels::grpo_loss_", mutates_args={"d_logits"})
+@bundled_op("grpo_loss_", mutates_args={"d_logits"})
 def _forward_(
     rows: RowInputs,
     support: RowSupport,

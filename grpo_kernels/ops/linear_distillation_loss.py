@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@bundled_op("grpo_kernels::linear_distillation_loss_forward")
+@bundled_op("linear_distillation_loss_forward")
 def _forward(
     inputs: LMHeadInputs,
     packing: TokenPacking,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HIDDEN_ONLY = [True, False, False, False, False]  # of LMHeadInputs.leaves
 
 
-@bundled_op("grpo_kernels::linear_token_stats_forward")
+@bundled_op("linear_token_stats_forward")
 def _forward(
     inputs: LMHeadInputs,
     packing: TokenPacking,
@@ -122,7 +122,7 @@ def write_stats(
             whole.index_copy_(0, token_idx, part)
 
 
-@bundled_op("grpo_kernels::linear_token_stats_backward")
+@bundled_op("linear_token_stats_backward")
 def _backward(
     inputs: LMHeadInputs,
     packing: TokenPacking,
@@ -212,7 +212,7 @@ def _select_logits(
     return logits.select(place[groups.row_idx])
 
 
-@bundled_op("grpo_kernels::linear_token_stats_scaled_backward")
+@bundled_op("linear_token_stats_scaled_backward")
 def _scaled_backward(
     packing: TokenPacking,
     skip_zero_grad: bool,

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..backends import backend_for
 
 
-@torch.library.custom_op("grpo_kernels::scale_", mutates_args={"x"})
+@torch.library.custom_op(add_op_namespace_prefix("scale_"), mutates_args={"x"})
 def _scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply x in place; a 0-dim factor of 1, as in loss.backward(), reads nothing."""
     rows = x[(None,) * (3 - x.dim())]

@@ -45,7 +45,7 @@ class TokenStats(NamedTuple):
     top_ids: Tensor | None = None
 
 
-@bundled_op("grpo_kernels::token_stats_forward")
+@bundled_op("token_stats_forward")
 def _forward(
     rows: RowInputs, support: RowSupport, request: StatsRequest, inplace: bool
 ) -> StatsOutputs:
@@ -100,7 +100,7 @@ def load_stats(
     return inputs, saved.keep_for_backward(contiguous), contiguous
 
 
-@bundled_op("grpo_kernels::token_stats_backward")
+@bundled_op("token_stats_backward")
 def _backward(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> Tensor:
     d_logits = rows.logits.new_empty(rows.logits.shape)
     row_support.token_stats_backward(rows, support, stats, grads, d_logits)
@@ -112,7 +112,7 @@ def _(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) 
     return rows.logits.new_empty(rows.logits.shape)
 
 
-@bundled_op("grpo_kernels::token_stats_backward_", mutates_args={"rows_logits"})
+@bundled_op("token_stats_backward_", mutates_args={"rows_logits"})
 def _backward_(rows: RowInputs, support: RowSupport, stats: RowStats, grads: TokenGrads) -> None:
     row_support.token_stats_backward(rows, support, stats, grads, rows.logits)
 

@@ -117,7 +117,7 @@ def _wrong_lists(
     return is_twice | is_outside | is_too_much
 
 
-@bundled_op("grpo_kernels::top_k_divergence_forward")
+@bundled_op("top_k_divergence_forward")
 def top_k_rows(
     rows: RowInputs, teacher: TopKTeacher, divergence: str, jsd_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _(rows: RowInputs, teacher: TopKTeacher, *_: Any) -> tuple[Tensor, ...]:
     return _allocate(rows, teacher)
 
 
-@bundled_op("grpo_kernels::top_k_divergence_backward")
+@bundled_op("top_k_divergence_backward")
 def _backward(
     rows: RowInputs, columns: Tensor, dx: Tensor, pivot: Tensor, log_sum: Tensor, is_empty: Tensor
 ) -> Tensor:

@@ -1,0 +1,12 @@
+"""The namespace of the operators: the package's name, so that two copies can share a process.
+
+A copy that is loaded under another name, as the Kernel Hub does, registers its operators under that
+name. Its builder puts a file of its own in the place of this one, with the same function.
+"""
+
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+
+
+def add_op_namespace_prefix(name: str) -> str:
+    """Return the full name of an operator, "namespace::name"."""
+    return f"{NAMESPACE}::{name}"
