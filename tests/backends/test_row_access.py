@@ -35,6 +35,33 @@ class Rows:
         assert self.buffer[self.is_beside].isnan().all()
 
 
+def check_addresses(monkeypatch, lowest=0, highest=0):
+    """Fail where a GPU would: entries must lie at multiples of their size, vectors of theirs.
+
+    Addresses in [lowest, highest) must not be read.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def checked_load(self, pointers, mask, *arguments):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data]
+        assert (addresses % max(size, 1) == 0).all()
+        assert not ((addresses >= lowest) & (addresses < highest)).any()
+        return load(self, pointers, mask, *arguments)
+
+    def checked_store(self, pointers, values, mask, *arguments):
+        if pointers.data.ndim == 3:  # [UNROLL, LANES, VEC]
+            vector = pointers.get_element_ty().primitive_bitwidth // 8 * pointers.data.shape[2]
+            assert (mask.data == mask.data[..., :1]).all()
+            assert (pointers.data[..., 0][mask.data[..., 0]] % vector == 0).all()
+        return store(self, pointers, values, mask, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
+
+
 def all_results(launchers, tokens, rows, ref_rows, gradient_rows):
     """Results of every function of rows.
 
@@ -98,6 +125,8 @@ def test_bits_do_not_depend_on_addresses(monkeypatch, device, dtype, V, split):
     if device == "cpu" and not backends.INTERPRETED:
         pytest.skip("on the CPU the kernels need Triton's interpreter, which a GPU turns off")
     monkeypatch.setattr(launchers, "ROWS_PER_MULTIPROCESSOR", 1000 if split else 0)
+    if backends.INTERPRETED:
+        check_addresses(monkeypatch)
     V *= 1 if device == "cpu" else 99  # several parts
     x, tokens = make_case(1, 1, 2, V, dtype=dtype, device=device)
     x[0, 0, : V // 2] = -torch.inf
@@ -119,6 +148,28 @@ def test_bits_do_not_depend_on_addresses(monkeypatch, device, dtype, V, split):
         actual = run(rows, Rows(y, offset // 2), gradient_rows)
         assert_same_bits(actual, expected)
         rows.check_beside()
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="the interpreter shows every address")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_one_launch_reads_nothing_before_its_row(monkeypatch, dtype):
+    """Another program may be overwriting the row before."""
+    from grpo_kernels.backends.triton import launchers
+
+    x, tokens = make_case(1, 1, 1, 147, dtype=dtype, device="cpu")
+    for offset in range(ACCESS_BYTES // x.element_size()):
+        rows = Rows(x, offset)
+        begin = rows.rows.data_ptr()
+        one = torch.ones(tokens.shape)
+        with monkeypatch.context() as patch:
+            check_addresses(patch, rows.buffer.data_ptr(), begin)
+            launchers.grpo_loss(
+                RowInputs(rows.rows, tokens, one, None, None, None, None),
+                LossInputs(one, one, one[0, 0], one, one, None),
+                CONFIG,
+                rows.rows,
+            )
+        assert rows.rows.isfinite().all()
 
 
 def test_alignment_of_rows():
