@@ -1,5 +1,7 @@
 """grpo_loss against the reference implementation: value, gradient and metrics over configs."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -93,7 +95,8 @@ def test_nll_alone_is_cross_entropy(backend):
 
 
 def test_ratio_exactly_on_both_clip_bounds_keeps_its_gradient(backend):
-    logits, tokens, advantages, _ = make_inputs(7, B, T)
+    logits, tokens, _, _ = make_inputs(7, B, T)
+    advantages = torch.tensor([0.7, -0.7], dtype=logits.dtype)
     config = LossConfig(epsilon_low=0.0, epsilon_high=0.0)  # without old_logprob r is exactly 1
     _, _, gradient = check_against_reference(logits, tokens, advantages, config)
     _, _, expected = run(
@@ -101,6 +104,44 @@ def test_ratio_exactly_on_both_clip_bounds_keeps_its_gradient(backend):
     )
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     assert gradient.abs().sum() > 0
+
+
+LN2 = math.log(2.0)
+ON_BOUND = [  # the log-prob is -ln 2: (config, old or sampler's log-prob, advantage, d_logprob)
+    (LossConfig(delta=2.0), -2 * LN2, -1.0, 2.0),
+    (LossConfig(dual_clip=2.0), -2 * LN2, -1.0, 2.0),
+    (LossConfig(epsilon_high=1.0), -2 * LN2, 1.0, -2.0),
+    (LossConfig(epsilon_low=0.5), 0.0, -1.0, 0.5),
+    (LossConfig(surrogate="ratio"), -LN2 - 20, 1.0, -math.exp(20)),
+    (LossConfig(surrogate="ratio"), -LN2 + 20, 1.0, -math.exp(-20)),
+    (LossConfig.dppo(epsilon_high=0.25, ratio_cap=9.0), -2 * LN2, 1.0, -2.0),
+    (LossConfig.dppo(epsilon_low=0.5, ratio_cap=9.0), 0.0, -1.0, 0.5),
+    (LossConfig.ipo(epsilon_high=0.25, sampler_penalty=0.0), -2 * LN2, 1.0, -2.0),
+    (LossConfig.ipo(epsilon_low=0.5, sampler_penalty=0.0), 0.0, 1.0, -0.5),
+    (LossConfig.rollout_is(epsilon_high=1.0), -2 * LN2, 1.0, 0.0),
+    (LossConfig.rollout_is(epsilon_low=0.5), 0.0, 1.0, 0.0),
+    (LossConfig(importance_cap=2.0, importance_mode="mask"), -2 * LN2, 1.0, -2.0),
+    (LossConfig(beta=1.0), 20 - LN2, 0.0, 1 - math.exp(20)),  # of the reference policy
+]
+
+
+@pytest.mark.parametrize(("config", "other", "advantage", "d_logprob"), ON_BOUND)
+def test_gradient_exactly_on_a_bound(backend, config, other, advantage, d_logprob):
+    logits = torch.zeros(1, 1, 2, dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([[other]], dtype=torch.float64)
+    names = ["old_logprob"]
+    if config.beta:
+        names = ["ref_logprob"]
+    elif config.policy_term.relative_to_sampler:
+        names = ["sampling_logprob"]
+    elif config.importance_mode == "mask":  # the old policy is the policy
+        names = ["sampling_logprob"]
+    given = dict.fromkeys(names, other)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    loss, _ = grpo_loss(logits, torch.tensor([[0]]), advantages, config=config, **given)
+    loss.backward()
+    expected = d_logprob * torch.tensor([[[0.5, -0.5]]], dtype=torch.float64)
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("advantages", ["per sequence", "per token"])
