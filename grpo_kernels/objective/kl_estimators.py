@@ -54,8 +54,9 @@ def _k3_corrected(d: Tensor, log_ratio: Tensor) -> Tensor:
     return value.detach() + grad.detach() * (finite - finite.detach())
 
 
+# A NaN reaches the gradients of k1 and abs too, though autograd's would be 1 and 0.
 SAMPLED_KL: dict[str, KLEstimator] = {
-    "k1": KLEstimator(lambda d, log_ratio: d, lambda d, log_ratio: torch.ones_like(d)),
+    "k1": KLEstimator(lambda d, log_ratio: d, lambda d, log_ratio: torch.where(d.isnan(), d, 1.0)),
     "k2": KLEstimator(lambda d, log_ratio: _k2(d), lambda d, log_ratio: d),
     "k3": KLEstimator(lambda d, log_ratio: _k3(d), lambda d, log_ratio: _k3_grad(d)),
     # k3 with the gradient of k2.
@@ -63,5 +64,7 @@ SAMPLED_KL: dict[str, KLEstimator] = {
         lambda d, log_ratio: _k3(d).detach() + (_k2(d) - _k2(d).detach()), lambda d, log_ratio: d
     ),
     "k3_corrected": KLEstimator(_k3_corrected, _k3_corrected_grad),
-    "abs": KLEstimator(lambda d, log_ratio: d.abs(), lambda d, log_ratio: d.sign()),
+    "abs": KLEstimator(
+        lambda d, log_ratio: d.abs(), lambda d, log_ratio: torch.where(d.isnan(), d, d.sign())
+    ),
 }

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss
+from grpo_kernels import LossConfig, backends, grpo_loss, linear_grpo_loss
 from reference import losses
 from tests.helpers.grpo_loss import CONFIGS, make_inputs
 from tests.helpers.tensors import normal
 
+VOCABULARY = ("forward", "reverse")
 INPUTS = ["old_logprob", "sampling_logprob", "ref_logprob"]
 
 
@@ -57,3 +58,44 @@ def test_nan_of_a_hidden_state_reaches_its_gradient(backend):
     for function in (losses.linear_grpo_loss, linear_grpo_loss):
         is_nan, rows = nan_rows(function, inputs, keywords)
         assert is_nan and rows.tolist() == [[False, True, False, False]]
+
+
+SPECIAL = [
+    (name, x) for name in (*INPUTS, "advantages") for x in (torch.inf, -torch.inf, torch.nan)
+]
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="both backends on one device")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_infinite_losses_have_the_same_gradient_in_both_backends(config):
+    """Each sequence has one special number, at its first token."""
+    B = len(SPECIAL) + len(SPECIAL) % 2
+    logits, tokens, advantages, given = make_inputs(3, B, 2, sequences=B, dtype=torch.float32)
+    given["ref_logprob"] = given["old_logprob"] - 0.1
+    del given["mask"]
+    given["nll_weight"] = given["nll_weight"] if CONFIGS[config].nll_coef else None
+    del given["ref_logprob" if CONFIGS[config].kl_estimator in VOCABULARY else "ref_logits"]
+    values = given | {"advantages": advantages.unsqueeze(-1).repeat(1, 2)}
+    for row, (name, value) in enumerate(SPECIAL):
+        if values.get(name) is not None:
+            values[name] = values[name].clone()
+            values[name][row, 0] = value
+    advantages = values.pop("advantages")
+    found = []
+    for backend in ("pytorch", "triton"):
+        leaf = logits.clone().requires_grad_()
+        with backends.use(backend):
+            grpo_loss(leaf, tokens, advantages, config=CONFIGS[config], **values).loss.backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", INPUTS[:2])
+def test_advantage_of_zero_has_no_gradient_beside_a_nan(backend, name):
+    logits, tokens, _, given = make_inputs(3, 2, 3, dtype=torch.float32)
+    keywords = {key: given[key].clone() for key in INPUTS[:2]}
+    keywords[name][0] = torch.nan
+    leaf = logits.clone().requires_grad_()
+    advantages = torch.tensor([0.0, 1.0])
+    grpo_loss(leaf, tokens, advantages, config=LossConfig(), **keywords).loss.backward()
+    assert (leaf.grad[0] == 0).all() and leaf.grad[1].isfinite().all()

@@ -326,7 +326,7 @@ def kl_grad(d, ratio, d_ratio, ESTIMATOR: tl.constexpr):
     k3+: the value of k3 with the gradient of k2      abs: |d|
     """
     if ESTIMATOR == "k1":
-        grad = d * 0.0 + 1.0
+        grad = tl.where(d == d, 1.0, d)  # NaN stays NaN
     elif ESTIMATOR == "abs":
         grad = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     elif ESTIMATOR == "k2" or ESTIMATOR == "k3+":
