@@ -338,3 +338,21 @@ def test_distillation_by_hand():
         assert_same(metrics["policy_loss"], f64(-2.0))
         grad = -2.0 * 0.25 + beta * grad_kl
         assert_same(torch.autograd.grad(loss, logits)[0], f64([[grad, -grad]]))
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("entropy_normalizer", "divisor"), [(None, 8), (5, 5)])
+def test_normalizer_of_a_token_mean_divides_the_entropy_too(
+    implementation, entropy_normalizer, divisor
+):
+    entropy = f64([[1.0, 2.0, 4.0]])
+    config = LossConfig(aggregation="token_mean", entropy_coef=0.5)
+    loss = implementation.policy_loss(
+        f64([[0.0, 0.0, 0.0]]),
+        f64([3.0]),
+        entropy=entropy,
+        config=config,
+        normalizer=8,
+        entropy_normalizer=entropy_normalizer,
+    ).loss
+    assert loss.item() == pytest.approx(-9 / 8 - 0.5 * 7 / divisor)
