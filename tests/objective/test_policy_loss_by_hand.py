@@ -9,6 +9,7 @@ from grpo_kernels import grpo_loss
 from grpo_kernels.objective.kl_estimators import SAMPLED_KL
 from grpo_kernels.objective.policy_loss import LossConfig, policy_loss
 from reference import losses
+from tests.helpers.hand_formulas import IMPLEMENTATIONS
 
 
 def assert_same(actual, expected, rtol=1e-12, atol=1e-12):
