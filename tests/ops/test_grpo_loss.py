@@ -148,6 +148,18 @@ def test_gradient_exactly_on_a_bound(backend, config, other, advantage, d_logpro
     torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=0)
 
 
+def test_corrected_k3_does_not_cancel_in_fp32(backend):
+    """Its gradient is r·d: of the two terms of the product rule e^19 would be left to cancel."""
+    logits = torch.zeros(1, 1, 2, requires_grad=True)
+    config = LossConfig(beta=1.0, kl_estimator="k3_corrected")
+    ref_logprob = torch.tensor([[19.0 - LN2]])
+    loss, _ = grpo_loss(
+        logits, torch.tensor([[0]]), torch.zeros(1), ref_logprob=ref_logprob, config=config
+    )
+    loss.backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[[-9.5, 9.5]]]))
+
+
 @pytest.mark.parametrize("advantages", ["per sequence", "per token"])
 @pytest.mark.parametrize("optional", ["nothing", "ref_logprob"])
 def test_optional_inputs_match_reference(backend, advantages, optional):
