@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kernels.integrations.score_labels import score_labels
-from grpo_kernels.integrations.transformers import forward_to_hidden
+from grpo_kernels.integrations.transformers import LMHead, forward_to_hidden
 from tests.helpers.causal_lms import (
     MODELS,
     SMALL,
@@ -45,6 +45,17 @@ def test_scale_and_softcap_match_model_config():
         for _ in range(2):  # measured, then cached
             head = forward_to_hidden(model, input_ids=ids, attention_mask=attention).head
             assert (head.scale, head.softcap) == scale_and_softcap, name
+
+
+def test_scale_and_softcap_together():
+    """logits = softcap · tanh(scale · x / softcap)"""
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(1, 3, 8), torch.randn(40, 8), torch.tensor([[1, 2, 3]])
+    head = LMHead(weight, None, None, scale=3.0, softcap=2.0)
+    logits = 2.0 * (3.0 * (hidden @ weight.T) / 2.0).tanh() / 0.7
+    expected = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprob = head.token_stats(hidden, tokens, temperature=0.7).logprob
+    torch.testing.assert_close(logprob, expected)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.25), (torch.bfloat16, 1.0)])

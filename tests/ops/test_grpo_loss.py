@@ -122,6 +122,7 @@ ON_BOUND = [  # the log-prob is -ln 2: (config, old or sampler's log-prob, advan
     (LossConfig.rollout_is(epsilon_low=0.5), 0.0, 1.0, 0.0),
     (LossConfig(importance_cap=2.0, importance_mode="mask"), -2 * LN2, 1.0, -2.0),
     (LossConfig(beta=1.0), 20 - LN2, 0.0, 1 - math.exp(20)),  # of the reference policy
+    (LossConfig(beta=1.0, kl_estimator="abs"), -LN2, 0.0, 0.0),  # of the reference policy
     *(  # a binary KL that rounding makes negative
         (LossConfig.dppo_kl(epsilon_low=0.0, ratio_cap=9.0), -LN2 - x, -1.0, math.exp(x))
         for x in (1e-8, 1e-13, 1e-15)
