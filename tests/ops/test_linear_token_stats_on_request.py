@@ -11,7 +11,7 @@ from tests.helpers.linear import (
     make_linear_case,
     without_reference,
 )
-from tests.helpers.tensors import DTYPES, assert_same_bits, coin, upstream_like
+from tests.helpers.tensors import DTYPES, assert_same_bits, coin, normal, upstream_like
 
 ALL = ("logprob", "entropy", "sum_sq_probs", "mean_logit")
 EVERY = {"sum_sq_probs": True, "mean_logit": True, "is_top1": True, "top_logprobs": 5}
@@ -128,3 +128,12 @@ def test_more_than_the_vocabulary_raises():
     case = without_reference(make_linear_case(1, 3))
     with pytest.raises(ValueError, match="top_logprobs must be at most 37, got 38"):
         linear_token_stats(**case, top_logprobs=38)
+
+
+def test_no_token_is_the_most_likely_where_all_are_excluded(backend):
+    hidden, weight, bias = normal(1, 1, 8), normal(2, 20, 8), torch.full((20,), -torch.inf)
+    stats = linear_token_stats(
+        hidden, weight, torch.tensor([0, 1]), bias=bias, token_rows=torch.tensor([0, 0]),
+        is_top1=True,
+    )  # fmt: skip
+    assert stats.is_top1.tolist() == [False, False]

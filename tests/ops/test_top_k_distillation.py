@@ -350,3 +350,15 @@ def test_errors(keywords, message):
         linear_distillation_loss(
             normal(1, B, T, H), normal(2, V, H), teacher_top_logprobs=top, **keywords
         )
+
+
+def test_weight_of_zero_has_no_gradient_beside_a_nan(backend):
+    hidden, weight = normal(1, 1, 2, H), normal(2, V, H)
+    hidden[0, 0, 0] = torch.nan
+    hidden.requires_grad_()
+    ids, logq = torch.tensor([[[3, 4], [5, 6]]]), torch.tensor([[[0.6, 0.2], [0.5, 0.3]]]).log()
+    loss, _ = linear_distillation_loss(
+        hidden, weight, teacher_top_logprobs=(ids, logq), token_weights=torch.tensor([[0.0, 1.0]])
+    )
+    loss.backward()
+    assert (hidden.grad[0, 0] == 0).all() and hidden.grad.isfinite().all()
