@@ -1,7 +1,12 @@
-"""The curves of a run as one PNG, drawn again while the run goes on."""
+"""The curves of a run as one PNG, drawn again while the run goes on.
+
+python -m reference.training.run.plots runs/NAME picture.png --panels reward accuracy
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +16,7 @@ import numpy as np
 
 from reference.training.errors import import_package
 from reference.training.run.run_directory import report_write_errors
-from reference.training.run.run_log import finite_values, format_number, tenths
+from reference.training.run.run_log import finite_values, format_number, read_metrics, tenths
 
 WIDTH, DPI = 10, 150  # inches
 ROW_HEIGHT, HEADING_HEIGHT = 2.25, 0.4
@@ -95,8 +100,9 @@ def plot_dashboard(
     evaluations: Sequence[Mapping],
     title: str,
     reward_max: float | None = None,
+    panels: Sequence[Panel] = PANELS,
 ) -> None:
-    """Draw every metric of a run over its steps, each with its running mean.
+    """Draw the metrics of a run over its steps, each with its running mean.
 
     Args:
         history: a row of metrics per step; missing and NaN values are left out.
@@ -127,7 +133,7 @@ def plot_dashboard(
             totals.append(f"{measured} {name} {shares[0]:.1%} → {shares[-1]:.1%}")
     subtitle = "   ·   ".join(totals)
 
-    panels = [panel for panel in PANELS if _has_data(panel, history, evaluations)]
+    panels = [panel for panel in panels if _has_data(panel, history, evaluations)]
     rows = split_into_rows(len(panels))
     with style.context(["default", STYLE]):
         height = HEADING_HEIGHT + ROW_HEIGHT * max(1, len(rows))
@@ -226,3 +232,22 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - max(1, len(values) // 10))
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw some panels of a run that is over, or still going on."""
+    titles = [panel.title for panel in PANELS]
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run", type=Path, help="its directory")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("--panels", nargs="+", choices=titles, default=titles, metavar="TITLE")
+    chosen = parser.parse_args(arguments)
+    settings = json.loads((chosen.run / "settings.json").read_text(encoding="utf-8"))
+    history, evaluations = read_metrics(chosen.run)
+    title = f"{Path(settings['model']).name} on {settings['task']}"
+    panels = [panel for panel in PANELS if panel.title in chosen.panels]
+    plot_dashboard(chosen.picture, history, evaluations, title, panels=panels)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from reference.training.errors import UserError
 from reference.training.run.plots import (
     COLORS,
     PANELS,
+    main,
     plot_dashboard,
     running_mean,
     split_into_rows,
@@ -273,3 +274,14 @@ def test_missing_matplotlib_raises_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="curves need matplotlib: pip install"):
         plot_dashboard(tmp_path / "curves.png", [], [], "title")
+
+
+def test_chosen_panels_of_a_run(tmp_path, draw):
+    (tmp_path / "settings.json").write_text('{"model": "org/small", "task": "reverse"}')
+    rows = ('{"step": 0, "eval/strict": 0.5}', '{"step": 1, "reward": 0.5, "entropy": 1.0}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    picture = tmp_path / "picture.png"
+    main([str(tmp_path), str(picture), "--panels", "reward", "accuracy"])
+    assert imread(picture).ndim == 3
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(picture), "--panels", "rewards"])
