@@ -168,10 +168,10 @@ def draw_memory(axis: Any, data: MemoryData) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted({N for points in data.by_peer.values() for N, _ in points}))
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.minorticks_off()
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda x, _: f"{x / 1024:g} GiB" if x >= 1024 else f"{x:g} MiB")
     axis.set_yticks([4**k for k in range(3, 8)])
+    axis.minorticks_off()
     axis.margins(y=0.1)
     low, high = axis.get_xlim()
     axis.set_xlim(low, high * (high / low) ** 0.35)  # room for the names

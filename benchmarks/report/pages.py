@@ -155,6 +155,9 @@ def section(kind: str, devices: Iterable[DeviceResults]) -> str:
             *lora_table(results),
             *trainer_table(results),
             *([target_table(results), *max_tokens_table(results)] if kind == "cuda" else []),
+            picture(results, "memory", BENCHMARKS.parent),
+            "A chunk of logits may take about 1 GiB, and `chunk_tokens` makes it smaller; Liger's "
+            "chunks are smaller.",
             picture(results, "hidden", BENCHMARKS.parent),
             "[Every case, quartile and failure](results/README.md).",
         ]
