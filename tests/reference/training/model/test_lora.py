@@ -118,7 +118,7 @@ def test_adapter_gradients_of_fused_and_plain_losses_match(trained, checkpointed
 
 def test_missing_peft_raises_user_error(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r'peft: pip install "grpo_kernels\[train\]"'):
+    with pytest.raises(UserError, match=r'peft: pip install -e "\.\[train\]"'):
         adapters.add_lora(plain, RANK, alpha=8.0)
 
 

@@ -12,7 +12,7 @@ from reference.training.rollout.samplers import pick_sampler
 
 def test_missing_vllm_raises_user_error_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r'vllm: pip install "grpo_kernels\[train,vllm\]"'):
+    with pytest.raises(UserError, match=r'vllm: pip install -e "\.\[train,vllm\]"'):
         pick_sampler(SamplingSettings(sampler="vllm"))
 
 

@@ -1081,7 +1081,7 @@ def test_formula_for_a_number_is_wrong_where_processes_cannot_fork(monkeypatch):
 
 def test_missing_math_verify_raises_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UserError, match=r"math-verify: pip install \"grpo_kernels\[tasks\]\""):
+    with pytest.raises(UserError, match=r"math-verify: pip install -e \"\.\[tasks\]\""):
         answers.answer_is("1 + x", "x+1")
 
 

@@ -163,7 +163,7 @@ def test_unreachable_hub_raises_user_error_with_the_file_layout(monkeypatch):
 )
 def test_missing_package_raises_user_error_with_the_extra(monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{module.replace('_', '-')}.*grpo_kernels\[tasks\]"):
+    with pytest.raises(UserError, match=rf"{module.replace('_', '-')}.*\.\[tasks\]"):
         call()
 
 
