@@ -152,14 +152,13 @@ def variants() -> Iterator[Variant]:
     ):
         yield Variant(name, kernel, name, passes, (), {"LOG2_EPS": -19.93})
 
-    yield Variant(
-        "jsd_forward", jsd._jsd_forward_kernel, "jsd_forward", (RowPass(2, writes=False),),
-        (), {"SOFTCAP": None},
-    )  # fmt: skip
-    yield Variant(
-        "jsd_backward", jsd._jsd_backward_kernel, "jsd_backward", (RowPass(2, writes=True),),
-        (), {"SOFTCAP": None},
-    )  # fmt: skip
+    for name, softcap in (("", None), (": softcap", 30.0)):
+        for kernel, function, writes in (
+            ("jsd_forward", jsd._jsd_forward_kernel, False),
+            ("jsd_backward", jsd._jsd_backward_kernel, True),
+        ):
+            passes = (RowPass(2, writes=writes),)
+            yield Variant(kernel + name, function, kernel, passes, (), {"SOFTCAP": softcap})
 
 
 def argument_type(name: str, dtype: str) -> str:

@@ -36,6 +36,8 @@ SLOWER = {
     "approximate_kl_forward": 0.45,
     # The logarithm of the mixture is a polynomial: with it an entry takes fifty-five instructions.
     "jsd_forward": 0.6,
+    "jsd_forward: softcap": 0.38,  # of both rows
+    "jsd_backward: softcap": 0.55,
     # The softcap's tanh takes sixteen instructions per entry, two of them special-function calls.
     FORWARD_SOFTCAP: 0.65,
     "token_stats_part: log-prob, entropy, softcap": 0.65,
@@ -72,7 +74,7 @@ def check_no_spills_and_wide_accesses(report: dict) -> None:
 
 
 def test_hopper_kernels_have_no_spills_and_wide_accesses(hopper):
-    assert len(hopper) == 38
+    assert len(hopper) == 40
     for report in hopper.values():
         check_no_spills_and_wide_accesses(report)
 

@@ -119,9 +119,8 @@ def _jsd_forward_kernel(
 
 
 @triton.jit
-def _entry_gradient(x, y, scalars):
+def _entry_gradient(x, y, scalars, SOFTCAP: tl.constexpr):
     factor, kl_policy = scalars[6], scalars[7]
-    SOFTCAP: tl.constexpr = scalars[8]
     capped = x
     if SOFTCAP is not None:
         capped = softcapped(x, SOFTCAP)
@@ -133,6 +132,11 @@ def _entry_gradient(x, y, scalars):
     if SOFTCAP is not None:
         dx *= softcapped_derivative(x, SOFTCAP)
     return dx
+
+
+@triton.jit
+def _tile_gradient(x, y, scalars):
+    return _entry_gradient(x, y, scalars[0], scalars[1])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -181,8 +185,10 @@ def _jsd_backward_kernel(
     kl_policy, weight = tl.load(kl_policy_ptr + row), tl.load(weight_ptr)
     factor = (1.0 - weight) * d_jsd * inverse
     scalars = (
-        inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, factor, kl_policy, SOFTCAP,
+        inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, factor, kl_policy,
     )  # fmt: skip
+    # SOFTCAP is no item of `scalars`: a variable makes a tensor of a constant.
     map_row(
-        _entry_gradient, logits_row, ref_row, d_row, 0, V, scalars, offsets, ACC_DTYPE, ALIGNMENT
-    )
+        _tile_gradient, logits_row, ref_row, d_row, 0, V, (scalars, SOFTCAP), offsets, ACC_DTYPE,
+        ALIGNMENT,
+    )  # fmt: skip
