@@ -22,7 +22,8 @@ def nan_rows(function, inputs, keywords):
 
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_nan_is_where_that_of_autograd_is(backend, config, name):
+def test_nan_is_where_that_of_autograd_is(pytorch_backend, config, name):
+    """The kernels are compared with PyTorch's backend below."""
     logits, tokens, advantages, given = make_inputs(3, 2, 3, dtype=torch.float32)
     given["ref_logprob"] = given["old_logprob"] - 0.1
     given["mask"] = torch.tensor([[True, True, False], [True, True, True]])

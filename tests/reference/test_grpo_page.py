@@ -9,7 +9,7 @@ from tests.helpers.model_directories import save_family
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
+def page(tmp_path, monkeypatch, pytorch_backend):
     settings = {
         "MODEL": str(save_family(tmp_path / "model", "Llama")),
         "STEPS": 12,
