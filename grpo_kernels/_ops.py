@@ -1,7 +1,7 @@
 """The namespace of the operators: the package's name, so that two copies can share a process.
 
 A copy that is loaded under another name, as the Kernel Hub does, registers its operators under that
-name. Its builder puts a file of its own in the place of this one, with the same function.
+name. The builder of the Kernel Hub replaces this file by its own, which has the same function.
 """
 
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")

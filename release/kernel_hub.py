@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "grpo_kernels"
-NAME, VERSION, LICENSE = "grpo-kernels", 1, "Apache-2.0"
+NAME, VERSION, LICENSE = PACKAGE.name.replace("_", "-"), 1, "Apache-2.0"
 BACKENDS = ("cpu", "cuda", "rocm")
 BUILD = f"""[general]
 edition = 5
@@ -34,8 +34,7 @@ def write(directory: Path) -> list[Path]:
     """Write everything to an empty or new directory; return the variants' directories."""
     if directory.exists() and any(directory.iterdir()):
         raise SystemExit(f"{directory} is not empty")
-    module = NAME.replace("-", "_")
-    copy_sources(directory / "torch-ext" / module)
+    copy_sources(directory / "torch-ext" / PACKAGE.name)
     (directory / "build.toml").write_text(BUILD)
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -46,7 +45,7 @@ def write(directory: Path) -> list[Path]:
         copy_sources(variant)
         metadata = {
             "name": NAME,
-            "id": f"_{module}_{backend}_{digest.hexdigest()[:7]}",
+            "id": f"_{PACKAGE.name}_{backend}_{digest.hexdigest()[:7]}",
             "version": VERSION,
             "license": LICENSE,
             "python-depends": [],

@@ -139,7 +139,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
     message = str(error).strip().split("\n")[0]
     if isinstance(error, correctness.Refused):
         return "refused", message[:160]
-    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    no_memory = no_memory or "can't allocate memory" in message  # of a CPU
+    is_cpu_memory = "can't allocate memory" in message  # a RuntimeError of PyTorch's CPU allocator
+    no_memory = is_cpu_memory or isinstance(error, torch.OutOfMemoryError | MemoryError)
     status = "out of memory" if no_memory else "failed"
     return status, f"{type(error).__name__}: {message}"[:160]

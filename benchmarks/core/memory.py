@@ -2,7 +2,6 @@
 
 import gc
 import os
-import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +22,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 
 def peak_device_bytes(call: Callable[[], object]) -> int:
+    """Return the peak of the CUDA allocator above what is allocated before the call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -33,6 +33,8 @@ def peak_device_bytes(call: Callable[[], object]) -> int:
 
 def limit_memory() -> None:
     """Let a tensor that exceeds the memory raise, before the system kills the process."""
+    import resource  # which Windows lacks; a notebook imports this module there too
+
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available():  # which reserves more addresses than there is memory
         resource.setrlimit(resource.RLIMIT_AS, (physical, physical))

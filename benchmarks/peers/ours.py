@@ -144,9 +144,8 @@ PEERS = (
         OURS,
         OUR_TASKS | {"linear_token_stats_frozen_entropy": HINTED},
         "nothing",
-        "it computes the entropy too, which faster ones leave out; for few tokens, the checks and "
-        "operators of a call take about a millisecond; in bf16 on a CPU, logits are fp32 products, "
-        "because PyTorch has none of bf16 with fp32 results there, and the faster ones round them",
+        "it computes the entropy too; in bf16 on a CPU, logits are fp32 products, because PyTorch "
+        "has none of bf16 with fp32 results there, and the faster ones round them",
     ),
     Peer(
         f"{OURS} in place",

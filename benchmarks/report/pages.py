@@ -122,13 +122,12 @@ def headline(devices: Iterable[DeviceResults]) -> str:
         ours, plain = max(pairs, key=lambda pair: pair[0].N)
         our_time, plain_time = max(clocked, key=lambda pair: pair[0].N)
         parts += [
-            f"**{plain.extra_bytes / ours.extra_bytes:.2g} times less memory, in "
-            f"{our_time.seconds / plain_time.seconds:.2f} of the time.** Loss and gradient of "
-            f"{ours.N:,} tokens under the head of {base.model} in {base.dtype} take "
-            f"{tables.memory(ours.extra_bytes)} of extra memory, in plain PyTorch "
-            f"{tables.memory(plain.extra_bytes)}; of {our_time.N:,} tokens "
-            f"{tables.time(our_time.seconds)} and {tables.time(plain_time.seconds)} "
-            f"({machine_line(results.machine)}).",
+            f"**{plain.extra_bytes / ours.extra_bytes:.2g} times less memory than plain PyTorch at "
+            f"{ours.N:,} tokens, and {our_time.seconds / plain_time.seconds:.2f} of its time at "
+            f"{our_time.N:,}.** Loss and gradient under the head of {base.model} in {base.dtype} "
+            f"take {tables.memory(ours.extra_bytes)} of extra memory instead of "
+            f"{tables.memory(plain.extra_bytes)}, and {tables.time(our_time.seconds)} instead of "
+            f"{tables.time(plain_time.seconds)} ({machine_line(results.machine)}).",
             picture(results, "memory", ROOT),
         ]
     return "\n\n".join(parts) or "not measured yet"
@@ -208,21 +207,24 @@ def costs(records: Iterable[Record]) -> list[str]:
 
 
 def size_tables(results: DeviceResults) -> list[str]:
-    """Return a table per head and dtype of the loss at the sizes that `side_by_side` clocked."""
+    """Return a table per head and dtype of the loss at the sizes that `side_by_side` clocked.
+
+    A GPU has none: its base shape is as large.
+    """
+    if results.machine["kind"] != "cpu":
+        return []
     task, smallest = "linear_grpo_loss", 512
     floor = FLOORS["hidden"][0]
-    shapes: dict[Shape, list[Shape]] = {}
+    shapes: dict[tuple[str, str], list[Shape]] = {}
     for record in records_of(results, task):
         is_plain = not record.masked and not record.inert and record.phase == "both"
         if record.peer == floor and record.N >= smallest and record.seconds and is_plain:
-            shapes.setdefault(replace(record.shape, N=0), []).append(record.shape)
-    if results.machine["kind"] != "cpu":
-        return []  # their base shape is as large
+            shapes.setdefault((record.model, record.dtype), []).append(record.shape)
     parts = []
-    for head, found in shapes.items():
+    for (model, dtype), found in shapes.items():
         found.sort(key=lambda shape: shape.N)
         columns = [measured_at(results, task, shape) for shape in found]
-        heads = [f"`{task}`, {head.model} (V = {head.head.V:,}), {head.dtype}"]
+        heads = [f"`{task}`, {model} (V = {found[0].head.V:,}), {dtype}"]
         for shape in found:
             heads += [f"{shape.N:,} tokens", "of the bare products", "extra memory"]
         rows = []

@@ -54,7 +54,7 @@ def _k3_corrected(d: Tensor, log_ratio: Tensor) -> Tensor:
     return value.detach() + grad.detach() * (finite - finite.detach())
 
 
-# A NaN reaches the gradients of k1 and abs too, though autograd's would be 1 and 0.
+# The gradients of k1 and abs are NaN where d is, so that it shows; autograd gives 1 and 0.
 SAMPLED_KL: dict[str, KLEstimator] = {
     "k1": KLEstimator(lambda d, log_ratio: d, lambda d, log_ratio: torch.where(d.isnan(), d, 1.0)),
     "k2": KLEstimator(lambda d, log_ratio: _k2(d), lambda d, log_ratio: d),

@@ -88,7 +88,7 @@ def bundled_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Call
     """Make an operator of the decorated function, whose parameters may be NamedTuples.
 
     Args:
-        name: of the operator, without the namespace.
+        name: the operator's name without the namespace.
         mutates_args: flat argument names that the function writes to.
     """
     return lambda function: BundledOp(name, function, mutates_args)

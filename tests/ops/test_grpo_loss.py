@@ -107,41 +107,52 @@ def test_ratio_exactly_on_both_clip_bounds_keeps_its_gradient(backend):
 
 
 LN2 = math.log(2.0)
-ON_BOUND = [  # the log-prob is -ln 2: (config, old or sampler's log-prob, advantage, d_logprob)
-    (LossConfig(delta=2.0), -2 * LN2, -1.0, 2.0),
-    (LossConfig(dual_clip=2.0), -2 * LN2, -1.0, 2.0),
-    (LossConfig(epsilon_high=1.0), -2 * LN2, 1.0, -2.0),
-    (LossConfig(epsilon_low=0.5), 0.0, -1.0, 0.5),
-    (LossConfig(surrogate="ratio"), -LN2 - 20, 1.0, -math.exp(20)),
-    (LossConfig(surrogate="ratio"), -LN2 + 20, 1.0, -math.exp(-20)),
-    (LossConfig.dppo(epsilon_high=0.25, ratio_cap=9.0), -2 * LN2, 1.0, -2.0),
-    (LossConfig.dppo(epsilon_low=0.5, ratio_cap=9.0), 0.0, -1.0, 0.5),
-    (LossConfig.ipo(epsilon_high=0.25, sampler_penalty=0.0), -2 * LN2, 1.0, -2.0),
-    (LossConfig.ipo(epsilon_low=0.5, sampler_penalty=0.0), 0.0, 1.0, -0.5),
-    (LossConfig.rollout_is(epsilon_high=1.0), -2 * LN2, 1.0, 0.0),
-    (LossConfig.rollout_is(epsilon_low=0.5), 0.0, 1.0, 0.0),
-    (LossConfig(importance_cap=2.0, importance_mode="mask"), -2 * LN2, 1.0, -2.0),
-    (LossConfig(beta=1.0), 20 - LN2, 0.0, 1 - math.exp(20)),  # of the reference policy
-    (LossConfig(beta=1.0, kl_estimator="abs"), -LN2, 0.0, 0.0),  # of the reference policy
+# The log-prob is -ln 2: (config, argument that meets the bound, its value, advantage, d_logprob)
+ON_BOUND = [
+    (LossConfig(delta=2.0), "old_logprob", -2 * LN2, -1.0, 2.0),
+    (LossConfig(dual_clip=2.0), "old_logprob", -2 * LN2, -1.0, 2.0),
+    (LossConfig(epsilon_high=1.0), "old_logprob", -2 * LN2, 1.0, -2.0),
+    (LossConfig(epsilon_low=0.5), "old_logprob", 0.0, -1.0, 0.5),
+    (LossConfig(surrogate="ratio"), "old_logprob", -LN2 - 20, 1.0, -math.exp(20)),
+    (LossConfig(surrogate="ratio"), "old_logprob", -LN2 + 20, 1.0, -math.exp(-20)),
+    (LossConfig.dppo(epsilon_high=0.25, ratio_cap=9.0), "old_logprob", -2 * LN2, 1.0, -2.0),
+    (LossConfig.dppo(epsilon_low=0.5, ratio_cap=9.0), "old_logprob", 0.0, -1.0, 0.5),
+    (
+        LossConfig.ipo(epsilon_high=0.25, sampler_penalty=0.0),
+        "sampling_logprob",
+        -2 * LN2,
+        1.0,
+        -2.0,
+    ),
+    (LossConfig.ipo(epsilon_low=0.5, sampler_penalty=0.0), "sampling_logprob", 0.0, 1.0, -0.5),
+    (LossConfig.rollout_is(epsilon_high=1.0), "sampling_logprob", -2 * LN2, 1.0, 0.0),
+    (LossConfig.rollout_is(epsilon_low=0.5), "sampling_logprob", 0.0, 1.0, 0.0),
+    (
+        LossConfig(importance_cap=2.0, importance_mode="mask"),
+        "sampling_logprob",
+        -2 * LN2,
+        1.0,
+        -2.0,
+    ),
+    (LossConfig(beta=1.0), "ref_logprob", 20 - LN2, 0.0, 1 - math.exp(20)),
+    (LossConfig(beta=1.0, kl_estimator="abs"), "ref_logprob", -LN2, 0.0, 0.0),
     *(  # a binary KL that rounding makes negative
-        (LossConfig.dppo_kl(epsilon_low=0.0, ratio_cap=9.0), -LN2 - x, -1.0, math.exp(x))
+        (
+            LossConfig.dppo_kl(epsilon_low=0.0, ratio_cap=9.0),
+            "old_logprob",
+            -LN2 - x,
+            -1.0,
+            math.exp(x),
+        )
         for x in (1e-8, 1e-13, 1e-15)
     ),
 ]
 
 
-@pytest.mark.parametrize(("config", "other", "advantage", "d_logprob"), ON_BOUND)
-def test_gradient_exactly_on_a_bound(backend, config, other, advantage, d_logprob):
+@pytest.mark.parametrize(("config", "name", "value", "advantage", "d_logprob"), ON_BOUND)
+def test_gradient_exactly_on_a_bound(backend, config, name, value, advantage, d_logprob):
     logits = torch.zeros(1, 1, 2, dtype=torch.float64, requires_grad=True)
-    other = torch.tensor([[other]], dtype=torch.float64)
-    names = ["old_logprob"]
-    if config.beta:
-        names = ["ref_logprob"]
-    elif config.policy_term.relative_to_sampler:
-        names = ["sampling_logprob"]
-    elif config.importance_mode == "mask":  # the old policy is the policy
-        names = ["sampling_logprob"]
-    given = dict.fromkeys(names, other)
+    given = {name: torch.tensor([[value]], dtype=torch.float64)}
     advantages = torch.tensor([advantage], dtype=torch.float64)
     loss, _ = grpo_loss(logits, torch.tensor([[0]]), advantages, config=config, **given)
     loss.backward()

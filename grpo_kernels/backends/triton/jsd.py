@@ -187,7 +187,7 @@ def _jsd_backward_kernel(
     scalars = (
         inverse * LOG2E, pivot, log_sum, ref_pivot, ref_log_sum, weight, factor, kl_policy,
     )  # fmt: skip
-    # SOFTCAP is no item of `scalars`: a variable makes a tensor of a constant.
+    # SOFTCAP is passed beside `scalars`: Triton turns a constant in a variable into a tensor.
     map_row(
         _tile_gradient, logits_row, ref_row, d_row, 0, V, (scalars, SOFTCAP), offsets, ACC_DTYPE,
         ALIGNMENT,

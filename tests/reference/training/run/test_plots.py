@@ -276,12 +276,21 @@ def test_missing_matplotlib_raises_user_error(tmp_path, monkeypatch):
         plot_dashboard(tmp_path / "curves.png", [], [], "title")
 
 
-def test_chosen_panels_of_a_run(tmp_path, draw):
+def test_chosen_panels_of_a_run(tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text('{"model": "org/small", "task": "reverse"}')
     rows = ('{"step": 0, "eval/strict": 0.5}', '{"step": 1, "reward": 0.5, "entropy": 1.0}')
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path: (saved.append(figure), save(figure, path))
+    )
     picture = tmp_path / "picture.png"
     main([str(tmp_path), str(picture), "--panels", "reward", "accuracy"])
-    assert imread(picture).ndim == 3
+    assert picture.exists() and saved[0].get_suptitle().startswith("small on reverse\n1 steps")
+    reward, accuracy = saved[0].axes
+    assert (reward.get_title(loc="left"), accuracy.get_title(loc="left")) == ("reward", "accuracy")
+    assert reward.lines[-1].get_ydata().tolist() == [0.5]
+    assert accuracy.lines[0].get_ydata().tolist() == [0.5]  # the evaluation
     with pytest.raises(SystemExit):
         main([str(tmp_path), str(picture), "--panels", "rewards"])
